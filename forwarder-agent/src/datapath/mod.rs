@@ -1,0 +1,77 @@
+//! What the agent writes for the eBPF programs and reads from them: the [`Datapath`] trait, the only seam to the kernel
+//! maps. [`bpf`] is the real one.
+
+use std::net::SocketAddr;
+
+use forwarder_common::ListenerCounters;
+
+use crate::model::ListenerKey;
+
+/// The number by which the maps know a listener. Given by the reconciler, never reused while an agent runs.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct ListenerId(pub u32);
+
+/// Whether a listener takes connections.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ListenerState {
+    /// Its socket accepts.
+    Ready,
+    /// It accepts no more; its connections live on.
+    Draining,
+}
+
+/// One endpoint of a listener, with its share of the listener's connections.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct BackendEntry {
+    /// The endpoint.
+    pub address: SocketAddr,
+    /// The weight of its backend (0 to 1,000,000), shared with that backend's other endpoints.
+    pub weight: u32,
+}
+
+/// The kernel's view of the listeners.
+pub trait Datapath: Send {
+    /// Adds a listener or changes its state.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses: the listener works all the same, without counters.
+    fn set_listener(
+        &mut self,
+        key: ListenerKey,
+        id: ListenerId,
+        state: ListenerState,
+    ) -> Result<(), DatapathError>;
+
+    /// Writes the endpoints of a listener, replacing those written before; only what differs is written.
+    ///
+    /// # Errors
+    /// As [`Datapath::set_listener`].
+    fn set_backends(&mut self, id: ListenerId, backends: Vec<BackendEntry>) -> Result<(), DatapathError>;
+
+    /// Removes a listener, its endpoints and its counters. To remove an unknown one is no error.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn remove_listener(&mut self, key: ListenerKey, id: ListenerId) -> Result<(), DatapathError>;
+
+    /// What the program counted for a listener, over all CPUs; zeros for an unknown one.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn counters(&self, id: ListenerId) -> Result<ListenerCounters, DatapathError>;
+}
+
+/// An operation on the kernel's maps that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {operation} map {map}{}: {source}", .entry.as_ref().map(|e| format!(", entry {e}")).unwrap_or_default())]
+pub struct DatapathError {
+    /// What was attempted, such as `write to`.
+    pub operation: &'static str,
+    /// The map's name.
+    pub map: &'static str,
+    /// The entry, in words.
+    pub entry: Option<String>,
+    /// What the kernel said.
+    #[source]
+    pub source: aya::maps::MapError,
+}

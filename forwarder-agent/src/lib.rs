@@ -1,0 +1,12 @@
+//! The forwarder agent: turns Gateway API objects into listeners, forwards connections, and says what it did.
+//!
+//! Flow of data: a [`source`] reads [`manifests`]; [`resolve`] (pure) makes a [`model::RouteTable`], statuses and
+//! problems of them; [`plan`] (pure) orders the operations from the table in force to the wanted one; the
+//! [`reconciler`] applies these to the listeners and to the [`datapath`]'s maps; [`worker`]s accept connections, connect
+//! an endpoint and [`relay`] bytes. ARCHITECTURE.md states the invariants.
+
+pub mod datapath;
+pub mod manifests;
+pub mod model;
+pub mod problem;
+pub mod status;

@@ -1,0 +1,89 @@
+//! Core and discovery kinds: Namespace, Service, EndpointSlice.
+
+use serde::Deserialize;
+
+use super::object::{Metadata, Object};
+
+/// A core/v1 Namespace: only its labels matter, to namespace selectors.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct Namespace {
+    /// Metadata.
+    pub metadata: Metadata,
+}
+
+/// A core/v1 Service.
+pub type Service = Object<ServiceSpec>;
+
+/// What the forwarder reads of a Service's spec.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ServiceSpec {
+    /// `ClusterIP` (the default), `NodePort`, `LoadBalancer` or `ExternalName`.
+    #[serde(rename = "type")]
+    pub type_: Option<String>,
+    /// The ports.
+    pub ports: Vec<ServicePort>,
+}
+
+/// One port of a Service.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ServicePort {
+    /// The port's name, by which EndpointSlices refer to it; may be absent where the Service has one port only.
+    pub name: Option<String>,
+    /// The Service's port: what a backendRef names.
+    pub port: i64,
+    /// `TCP` (the default), `UDP` or `SCTP`.
+    pub protocol: Option<String>,
+    /// A hint of the protocol on top.
+    pub app_protocol: Option<String>,
+}
+
+/// A discovery.k8s.io EndpointSlice.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EndpointSlice {
+    /// Metadata; the label `kubernetes.io/service-name` names the Service.
+    pub metadata: Metadata,
+    /// `IPv4`, `IPv6` or `FQDN`.
+    pub address_type: String,
+    /// The endpoints.
+    pub endpoints: Vec<Endpoint>,
+    /// The target ports, by Service port name.
+    pub ports: Vec<EndpointPort>,
+}
+
+/// One endpoint of an EndpointSlice.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct Endpoint {
+    /// Addresses: consumers use the first.
+    pub addresses: Vec<String>,
+    /// Whether it takes connections.
+    pub conditions: EndpointConditions,
+}
+
+/// The conditions of an endpoint. Absent means: ready, serving as ready, not terminating.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct EndpointConditions {
+    /// Takes new connections.
+    pub ready: Option<bool>,
+    /// Answers, even while terminating.
+    pub serving: Option<bool>,
+    /// Is being deleted.
+    pub terminating: Option<bool>,
+}
+
+/// A target port of an EndpointSlice.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct EndpointPort {
+    /// The name of the Service's port; absent equals empty.
+    pub name: Option<String>,
+    /// The target port; absent means every port, which the forwarder cannot serve.
+    pub port: Option<i64>,
+    /// `TCP` (the default), `UDP` or `SCTP`.
+    pub protocol: Option<String>,
+}

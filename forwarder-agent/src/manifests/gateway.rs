@@ -1,0 +1,234 @@
+//! Gateway API kinds: GatewayClass, Gateway, TCPRoute, ReferenceGrant.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::object::Object;
+
+/// A GatewayClass.
+pub type GatewayClass = Object<GatewayClassSpec>;
+
+/// The spec of a GatewayClass.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GatewayClassSpec {
+    /// Which controller serves Gateways of the class, such as `forwarder.dev/tcp`.
+    pub controller_name: String,
+    /// Configuration of the controller: none is supported.
+    pub parameters_ref: Option<ParametersRef>,
+}
+
+/// A reference to a controller's own configuration.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct ParametersRef {
+    /// API group.
+    pub group: String,
+    /// Kind.
+    pub kind: String,
+    /// Name.
+    pub name: String,
+}
+
+/// A Gateway.
+pub type Gateway = Object<GatewaySpec>;
+
+/// The spec of a Gateway.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GatewaySpec {
+    /// The name of its GatewayClass.
+    pub gateway_class_name: String,
+    /// The addresses to listen on; none means all of the node.
+    pub addresses: Vec<GatewayAddress>,
+    /// The listeners.
+    pub listeners: Vec<Listener>,
+    /// Settings of the infrastructure: only its parametersRef is looked at, and refused.
+    pub infrastructure: Option<GatewayInfrastructure>,
+}
+
+/// `Gateway.spec.infrastructure`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GatewayInfrastructure {
+    /// Configuration of the controller: none is supported.
+    pub parameters_ref: Option<ParametersRef>,
+}
+
+/// An address that a Gateway asks for.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct GatewayAddress {
+    /// `IPAddress` (the default), `Hostname`, or a domain-prefixed type.
+    #[serde(rename = "type")]
+    pub type_: Option<String>,
+    /// The address; may be absent from Gateway API 1.3 on, and then means any.
+    pub value: Option<String>,
+}
+
+/// A listener of a Gateway.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Listener {
+    /// Its name, unique in the Gateway: what a parentRef's sectionName names.
+    pub name: String,
+    /// Its port; 1 to 65535.
+    pub port: i64,
+    /// `TCP` is served; `HTTP`, `HTTPS`, `TLS`, `UDP` and others are not.
+    pub protocol: String,
+    /// A hostname: not allowed on a TCP listener.
+    pub hostname: Option<String>,
+    /// TLS settings: not allowed on a TCP listener.
+    pub tls: Option<serde_json::Value>,
+    /// Which routes may attach.
+    pub allowed_routes: Option<AllowedRoutes>,
+}
+
+/// Which routes may attach to a listener.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct AllowedRoutes {
+    /// From which namespaces; absent means the Gateway's own.
+    pub namespaces: Option<RouteNamespaces>,
+    /// Of which kinds; none means the protocol's default, which is TCPRoute for TCP.
+    pub kinds: Vec<RouteGroupKind>,
+}
+
+/// Namespaces that routes may come from.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct RouteNamespaces {
+    /// `Same` (the default), `All`, `Selector` or, for ListenerSets, `None`.
+    pub from: Option<String>,
+    /// The selector, for `Selector`.
+    pub selector: Option<LabelSelector>,
+}
+
+/// A `metav1.LabelSelector`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LabelSelector {
+    /// Labels that must be equal.
+    pub match_labels: BTreeMap<String, String>,
+    /// Requirements that must all hold.
+    pub match_expressions: Vec<LabelSelectorRequirement>,
+}
+
+/// One requirement of a [`LabelSelector`].
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct LabelSelectorRequirement {
+    /// The label.
+    pub key: String,
+    /// `In`, `NotIn`, `Exists` or `DoesNotExist`.
+    pub operator: String,
+    /// The values, for `In` and `NotIn`.
+    pub values: Vec<String>,
+}
+
+/// A group and kind of routes.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct RouteGroupKind {
+    /// The group; absent means that of the Gateway API.
+    pub group: Option<String>,
+    /// The kind.
+    pub kind: String,
+}
+
+/// A TCPRoute.
+pub type TcpRoute = Object<TcpRouteSpec>;
+
+/// The spec of a TCPRoute.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct TcpRouteSpec {
+    /// The listeners that it wants to attach to.
+    pub parent_refs: Vec<ParentRef>,
+    /// The rules: one in v1, up to 16 in v1alpha2, of which only the first can carry traffic.
+    pub rules: Vec<TcpRouteRule>,
+}
+
+/// A reference to a Gateway, or to one or some of its listeners.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ParentRef {
+    /// The group; absent means that of the Gateway API.
+    pub group: Option<String>,
+    /// The kind; absent means Gateway.
+    pub kind: Option<String>,
+    /// The namespace; absent means the route's own.
+    pub namespace: Option<String>,
+    /// The name.
+    pub name: String,
+    /// Only the listener of this name.
+    pub section_name: Option<String>,
+    /// Only the listeners on this port.
+    pub port: Option<i64>,
+}
+
+/// One rule of a TCPRoute.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct TcpRouteRule {
+    /// Its name.
+    pub name: Option<String>,
+    /// Where connections go.
+    pub backend_refs: Vec<BackendRef>,
+}
+
+/// One weighted destination.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct BackendRef {
+    /// The group; absent or empty means core.
+    pub group: Option<String>,
+    /// The kind; absent means Service.
+    pub kind: Option<String>,
+    /// The namespace; absent means the route's own.
+    pub namespace: Option<String>,
+    /// The name.
+    pub name: String,
+    /// The Service's port (not the target port).
+    pub port: Option<i64>,
+    /// Its share of new connections over the sum of weights, 0 to 1,000,000; absent means 1.
+    pub weight: Option<i64>,
+}
+
+/// A ReferenceGrant.
+pub type ReferenceGrant = Object<ReferenceGrantSpec>;
+
+/// The spec of a ReferenceGrant: any `from` may refer to any `to` in the grant's own namespace.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct ReferenceGrantSpec {
+    /// Who may refer.
+    pub from: Vec<ReferenceGrantFrom>,
+    /// To what.
+    pub to: Vec<ReferenceGrantTo>,
+}
+
+/// Who may refer.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct ReferenceGrantFrom {
+    /// The group of the referrer.
+    pub group: String,
+    /// The kind of the referrer.
+    pub kind: String,
+    /// The namespace of the referrer.
+    pub namespace: String,
+}
+
+/// To what may be referred.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct ReferenceGrantTo {
+    /// The group; empty means core.
+    pub group: String,
+    /// The kind.
+    pub kind: String,
+    /// The name; absent means all of the kind.
+    pub name: Option<String>,
+}

@@ -1,0 +1,229 @@
+//! What the agent forwards: listeners, their route, its weighted backends, and the endpoints of these.
+//!
+//! Plain values, made by [`crate::resolve`], compared and ordered by [`crate::plan`].
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU16;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Serialize, Serializer};
+
+use crate::manifests::NamespacedName;
+use crate::problem::Reason;
+
+/// The address that a listener is bound to.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum BindAddress {
+    /// Every address of the node, IPv4 and IPv6.
+    Any,
+    /// One address.
+    Ip(IpAddr),
+}
+
+impl BindAddress {
+    /// Whether a socket on `self` and one on `other` with the same port exclude each other.
+    pub fn overlaps(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Any, _) | (_, Self::Any) => true,
+            (Self::Ip(a), Self::Ip(b)) => a == b,
+        }
+    }
+}
+
+impl fmt::Display for BindAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("*"),
+            Self::Ip(IpAddr::V4(address)) => write!(f, "{address}"),
+            Self::Ip(IpAddr::V6(address)) => write!(f, "[{address}]"),
+        }
+    }
+}
+
+/// The key of everything: the address and port of a listener. Never the backend's port and never the route's name.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct ListenerKey {
+    /// The address that it is bound to.
+    pub address: BindAddress,
+    /// Its port.
+    pub port: NonZeroU16,
+}
+
+impl ListenerKey {
+    /// The address to bind: the unspecified IPv6 address for [`BindAddress::Any`].
+    pub fn socket_address(self) -> SocketAddr {
+        let ip = match self.address {
+            BindAddress::Any => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            BindAddress::Ip(ip) => ip,
+        };
+        SocketAddr::new(ip, self.port.get())
+    }
+}
+
+impl fmt::Display for ListenerKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.address, self.port)
+    }
+}
+
+impl Serialize for ListenerKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// The name of a Gateway's listener.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct ListenerName {
+    /// The Gateway.
+    pub gateway: NamespacedName,
+    /// The listener in it.
+    pub section: String,
+}
+
+impl fmt::Display for ListenerName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.gateway, self.section)
+    }
+}
+
+/// How a connection's bytes are moved once both sides are connected.
+#[derive(
+    Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Datapath {
+    /// The fastest tier that works here.
+    #[default]
+    Auto,
+    /// `splice(2)` for bulk data, read and write for the rest.
+    Splice,
+    /// Read and write only.
+    Copy,
+}
+
+impl Datapath {
+    /// Its name on the command line and in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Splice => "splice",
+            Self::Copy => "copy",
+        }
+    }
+}
+
+impl fmt::Display for Datapath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Settings of the connections that a listener accepts. `None` for a time-out means off.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ListenerSettings {
+    /// How bytes are moved.
+    pub datapath: Datapath,
+    /// After how long without a byte in either direction a connection is reset.
+    #[serde(serialize_with = "duration_text")]
+    pub idle_timeout: Option<Duration>,
+    /// The same for a connection of which one direction has ended.
+    #[serde(serialize_with = "duration_text")]
+    pub half_closed_timeout: Option<Duration>,
+    /// How long one attempt to connect to an endpoint may take.
+    #[serde(serialize_with = "duration_text_always")]
+    pub connect_timeout: Duration,
+}
+
+fn duration_text<S: Serializer>(value: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&humantime::format_duration(value.unwrap_or_default()))
+}
+
+fn duration_text_always<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&humantime::format_duration(*value))
+}
+
+/// One listener that is to be bound.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Listener {
+    /// The Gateway's listener that asked for it.
+    pub name: ListenerName,
+    /// Settings of its connections.
+    pub settings: ListenerSettings,
+    /// The route that serves it; without one, connections are accepted and reset.
+    pub route: Option<Route>,
+}
+
+/// The route that serves a listener: its first rule, which carries all traffic.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Route {
+    /// The TCPRoute.
+    pub name: NamespacedName,
+    /// Its backends, in the order of the rule. Weights may all be zero: then connections are reset.
+    pub backends: Vec<Backend>,
+}
+
+/// One weighted backend of a route.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Backend {
+    /// Its share of new connections over the sum of weights; 0 to 1,000,000.
+    pub weight: u32,
+    /// Where the share goes.
+    pub target: Target,
+}
+
+/// Where a backend's share of connections goes.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Target {
+    /// To the endpoints of a Service's port.
+    Service(BackendKey),
+    /// Nowhere: the share is reset, as the Gateway API demands.
+    Invalid {
+        /// The reference as it was written, such as `db/mysql:3306`.
+        reference: String,
+        /// Why it is invalid.
+        reason: Reason,
+        /// The sentence of the problem.
+        message: String,
+    },
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Service(key) => write!(f, "{key}"),
+            Self::Invalid { reference, .. } => f.write_str(reference),
+        }
+    }
+}
+
+/// A port of a Service.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct BackendKey {
+    /// The Service.
+    pub service: NamespacedName,
+    /// The Service's port (not the target port).
+    pub port: NonZeroU16,
+}
+
+impl fmt::Display for BackendKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.service, self.port)
+    }
+}
+
+/// The endpoints of a backend that take new connections: sorted and without duplicates.
+pub type Endpoints = Arc<[SocketAddr]>;
+
+/// Everything that is to be forwarded.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct RouteTable {
+    /// The listeners.
+    pub listeners: BTreeMap<ListenerKey, Listener>,
+    /// The endpoints of every Service port that a listener's route refers to; an entry may be empty.
+    pub backends: BTreeMap<BackendKey, Endpoints>,
+}

@@ -1,0 +1,3 @@
+//! The eBPF programs of forwarder.
+#![no_std]
+#![no_main]
