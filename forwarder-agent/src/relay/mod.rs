@@ -313,3 +313,30 @@ impl Direction {
         moved.fallback = Some(reason);
     }
 }
+
+/// Tries `splice(2)` from a TCP socket through a pipe to another one, on loopback; says what a pipe holds.
+///
+/// # Errors
+/// What failed, and what the kernel said.
+pub fn probe_splice() -> io::Result<String> {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    fn pair() -> io::Result<(TcpStream, TcpStream)> {
+        let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
+        let near = TcpStream::connect(listener.local_addr()?)?;
+        Ok((near, listener.accept()?.0))
+    }
+    let ((mut client, downstream), (upstream, mut server)) = (pair()?, pair()?);
+    server.set_read_timeout(Some(std::time::Duration::from_secs(1)))?;
+    client.write_all(b"probe")?;
+    let capacity = pipe::probe(&downstream, &upstream, 5)
+        .map_err(|error| io::Error::new(error.kind(), format!("splice(2) failed: {error}")))?;
+    let mut arrived = [0; 5];
+    server.read_exact(&mut arrived)?;
+    if &arrived == b"probe" {
+        Ok(format!("splice(2) through pipes of {} KiB", capacity >> 10))
+    } else {
+        Err(io::Error::other("splice(2) changed the bytes"))
+    }
+}

@@ -113,3 +113,16 @@ impl PipePool {
         }
     }
 }
+
+/// Moves `length` bytes from one blocking socket to another through a pipe; returns the pipe's capacity.
+pub(super) fn probe(
+    source: &std::net::TcpStream,
+    destination: &std::net::TcpStream,
+    length: usize,
+) -> io::Result<usize> {
+    let pipe = LoadedPipe::open(Rc::default())
+        .map_err(|_| io::Error::other("no pipe of a useful size could be made (limit on open files or pipe memory)"))?;
+    let filled = splice(source, None, &pipe.write, None, length, SpliceFlags::MOVE)?;
+    splice(&pipe.read, None, destination, None, filled, SpliceFlags::MOVE)?;
+    Ok(pipe.capacity)
+}
