@@ -8,5 +8,6 @@
 pub mod datapath;
 pub mod manifests;
 pub mod model;
+pub mod plan;
 pub mod problem;
 pub mod status;
