@@ -10,4 +10,5 @@ pub mod manifests;
 pub mod model;
 pub mod plan;
 pub mod problem;
+pub mod resolve;
 pub mod status;
