@@ -1,5 +1,6 @@
 //! The agent: wires source, resolver, reconciler, workers, datapath and admin endpoint, and ends them in order.
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -9,14 +10,17 @@ use tokio::sync::watch;
 
 use crate::admin::{self, AdminError};
 use crate::counters::{ListenerCounters, PerWorker, WorkerCounters};
+use crate::datapath::Datapath;
 use crate::datapath::bpf::{Bpf, BpfOptions};
-use crate::model::{ListenerKey, ListenerSettings};
-use crate::problem::{Problem, Reason};
+use crate::datapath::interfaces::{self, Interface};
+use crate::manifests::{Kind, ObjectRef};
+use crate::model::ListenerSettings;
+use crate::problem::{Problem, Reason, Severity};
 use crate::reconciler::{InForce, Reconciler, SocketState};
 use crate::resolve::{self, ResolveSettings, Resolved};
 use crate::settings::Settings;
 use crate::source::{self, FileSource, Loaded};
-use crate::status::{self, Statuses};
+use crate::status::{self, BindFailure, Statuses};
 use crate::upstream::ConnectSettings;
 use crate::view;
 use crate::worker::{WorkerSettings, Workers};
@@ -193,11 +197,10 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         max_connections: max_connections(raise_file_limit()),
     };
     let workers = Workers::start(settings.workers, worker_settings)?;
-    let (bpf, datapath) = load_datapath(&settings);
-    let interfaces = bpf.then(crate::datapath::interfaces::watch);
+    let kernel = Kernel::load(&settings).await;
     let shared = Arc::new(Shared {
-        in_force: Arc::new(Mutex::new(InForce::new(datapath.0))),
-        report: Mutex::new(Report { datapath: datapath.1, ..Report::default() }),
+        in_force: Arc::new(Mutex::new(InForce::new(kernel.datapath))),
+        report: Mutex::new(Report { datapath: kernel.view, ..Report::default() }),
         worker_counters: Arc::clone(&workers.counters),
     });
     let reconciler = Reconciler::new(workers, settings.keepalive, Arc::clone(&shared.in_force));
@@ -206,7 +209,6 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
     }
     let (updates, loaded) = watch::channel(Arc::default());
     tokio::spawn(source::watch(FileSource::new(&settings.manifests), updates));
-    let resolver = Resolver::new(settings.controller_name, settings.listener_defaults);
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         manifests = %settings.manifests.display(),
@@ -214,10 +216,223 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         admin = settings.admin.map(tracing::field::display),
         "agent started"
     );
+    let mut control = Control {
+        reconciler,
+        shared: Arc::clone(&shared),
+        resolver: Resolver::new(settings.controller_name, settings.listener_defaults),
+        resolved: Resolved::default(),
+    };
     tokio::select! {
-        () = control(&reconciler, &shared, &resolver, loaded, interfaces) => {}
+        () = control.follow(loaded, kernel.interfaces) => {}
         () = signals.next() => {}
     }
-    end(&mut signals, reconciler, &shared, settings.drain_timeout).await;
+    end(&mut signals, control.reconciler, &shared, settings.drain_timeout).await;
     Ok(())
+}
+
+/// The kernel's part, where it can be had.
+struct Kernel {
+    datapath: Option<Box<dyn Datapath>>,
+    interfaces: Option<watch::Receiver<Vec<Interface>>>,
+    view: view::DatapathView,
+}
+
+impl Kernel {
+    /// Loads the classifier; without it, the agent says why, once, and forwards all the same.
+    async fn load(settings: &Settings) -> Self {
+        let options = BpfOptions {
+            pin_dir: settings.pin_dir.clone(),
+            trace: tracing::enabled!(target: "forwarder", tracing::Level::TRACE),
+        };
+        let mut bpf = match Bpf::load(&options) {
+            Ok(bpf) => bpf,
+            Err(error) => return Self::without(&error),
+        };
+        let interfaces = match interfaces::watch().await {
+            Ok((interfaces, follow)) => {
+                tokio::spawn(async move {
+                    if let Err(error) = follow.await {
+                        tracing::error!(%error, "interfaces are no longer followed: the classifier stays where it is");
+                    }
+                });
+                interfaces
+            }
+            Err(error) => return Self::without(&error),
+        };
+        match bpf.take_log() {
+            Ok(Some(log)) if options.trace => drop(tokio::spawn(log)),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "the classifier's log cannot be read"),
+        }
+        tracing::info!(pins = %bpf.pin_directory().display(), attach = bpf.attach_kind().as_str(), "classifier loaded");
+        Self {
+            datapath: Some(Box::new(bpf)),
+            interfaces: Some(interfaces),
+            view: view::DatapathView { classifier: true, ..view::DatapathView::default() },
+        }
+    }
+
+    fn without(error: &dyn std::error::Error) -> Self {
+        let error = error.to_string();
+        tracing::warn!(reason = %error, "no classifier: forwarding works, the kernel's counters and maps are missing");
+        Self {
+            datapath: None,
+            interfaces: None,
+            view: view::DatapathView { error: Some(error), ..view::DatapathView::default() },
+        }
+    }
+}
+
+/// What follows the input.
+struct Control {
+    reconciler: Reconciler,
+    shared: Arc<Shared>,
+    resolver: Resolver,
+    resolved: Resolved,
+}
+
+impl Control {
+    /// Puts into force what the source loads, keeps the classifier where listeners are, and tries again what failed.
+    async fn follow(
+        &mut self,
+        mut loaded: watch::Receiver<Arc<Loaded>>,
+        mut interfaces: Option<watch::Receiver<Vec<Interface>>>,
+    ) {
+        let mut retry = tokio::time::interval(BIND_RETRY);
+        loop {
+            tokio::select! {
+                Ok(()) = loaded.changed() => {
+                    let loaded = Arc::clone(&loaded.borrow_and_update());
+                    self.put_into_force(loaded).await;
+                }
+                () = changed(interfaces.as_mut()) => drop(self.reconciler.retry()),
+                _ = retry.tick() => {
+                    if !self.reconciler.retry() {
+                        continue;
+                    }
+                }
+            }
+            if let Some(interfaces) = &mut interfaces {
+                let interfaces = interfaces.borrow_and_update().clone();
+                self.attach(&interfaces);
+            }
+            self.report();
+        }
+    }
+
+    async fn put_into_force(&mut self, loaded: Arc<Loaded>) {
+        let started = std::time::Instant::now();
+        let resolver = self.resolver.clone();
+        // Thousands of routes take a while: health checks are answered meanwhile.
+        match tokio::task::spawn_blocking(move || resolver.resolve(&loaded)).await {
+            Ok(Resolution(resolved)) => self.resolved = resolved,
+            Err(error) => {
+                tracing::error!(%error, "resolving the manifests failed; the former state stays in force");
+                return;
+            }
+        }
+        self.reconciler.apply(&self.resolved.table).await;
+        self.shared.report().loads += 1;
+        tracing::info!(
+            listeners = self.resolved.table.listeners.len(),
+            backends = self.resolved.table.backends.len(),
+            problems = self.resolved.problems.len(),
+            duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "manifests in force"
+        );
+    }
+
+    /// Attaches the classifier to the interfaces that hold addresses of listeners.
+    fn attach(&self, interfaces: &[Interface]) {
+        let mut in_force = self.shared.in_force();
+        let bound = in_force.table.listeners.keys().map(|key| key.address).collect();
+        let Some(datapath) = &mut in_force.datapath else { return };
+        for problem in datapath.attach(interfaces, &bound) {
+            tracing::warn!(%problem, "packets of this interface are not counted");
+        }
+        let attachments = datapath.attachments();
+        drop(in_force);
+        self.shared.report().datapath.interfaces = attachments
+            .into_iter()
+            .map(|one| view::InterfaceView { name: one.interface, attachment: one.kind.as_str().to_owned() })
+            .collect();
+    }
+
+    /// Publishes statuses and problems, and logs the problems that are new.
+    fn report(&self) {
+        let failures = self.shared.in_force().bind_failures();
+        let mut statuses = self.resolved.statuses.clone();
+        status::apply_bind_failures(&mut statuses, &failures);
+        let mut problems = self.resolved.problems.clone();
+        problems.extend(failures.iter().map(|failure| bind_problem(failure, &statuses)));
+        let mut report = self.shared.report();
+        let known: HashSet<_> = report.problems.iter().collect();
+        for problem in problems.iter().filter(|problem| !known.contains(problem)) {
+            match problem.severity {
+                Severity::Error => tracing::error!(reason = problem.reason.as_str(), "{problem}"),
+                Severity::Warning => tracing::warn!(reason = problem.reason.as_str(), "{problem}"),
+            }
+        }
+        report.problems = problems;
+        report.statuses = statuses;
+    }
+}
+
+/// Waits for a change; for ever where there is nothing to follow.
+async fn changed<T>(receiver: Option<&mut watch::Receiver<T>>) {
+    match receiver {
+        Some(receiver) if receiver.changed().await.is_ok() => {}
+        Some(_) | None => std::future::pending().await,
+    }
+}
+
+fn bind_problem(failure: &BindFailure, statuses: &Statuses) -> Problem {
+    let gateway = &failure.listener.gateway;
+    let listeners = statuses.gateways.get(gateway).map(|status| status.listeners.as_slice()).unwrap_or_default();
+    let index = listeners.iter().position(|listener| listener.name == failure.listener.section);
+    let (reason, field) = if failure.address_missing {
+        (Reason::AddressNotUsable, "spec.addresses".to_owned())
+    } else {
+        let field = index.map(|index| format!("spec.listeners[{index}].port"));
+        (Reason::PortUnavailable, field.unwrap_or_default())
+    };
+    Problem::error(reason, ObjectRef::new(Kind::Gateway, gateway), field, failure.message.clone())
+}
+
+/// The signals that end an agent.
+struct Signals {
+    term: Signal,
+    int: Signal,
+}
+
+impl Signals {
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
+}
+
+/// Drains the workers, or ends them at once at the next signal.
+async fn end(signals: &mut Signals, reconciler: Reconciler, shared: &Shared, window: Duration) {
+    shared.report().draining = true;
+    tracing::info!(window = %humantime::format_duration(window), "draining: no new connections; a second signal ends at once");
+    tokio::select! {
+        () = reconciler.drain(window) => tracing::info!("drained"),
+        () = signals.next() => tracing::warn!("ending at once: open connections are reset"),
+    }
+    reconciler.into_workers().stop();
+    // Detaches the classifier and removes the pins: nothing is left behind.
+    shared.in_force().datapath = None;
+}
+
+/// Raises the limit on open files as far as this process may, and returns it.
+fn raise_file_limit() -> u64 {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(errno) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%errno, "cannot raise the limit on open files");
+    }
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }

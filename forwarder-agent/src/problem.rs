@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::manifests::ObjectRef;
 
 /// How much a [`Problem`] takes away.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// Something that was asked for is not served.
@@ -23,7 +23,7 @@ pub enum Severity {
 /// The kind of a [`Problem`]: a bounded set, used as a metric label and to tell problems apart by program.
 ///
 /// Where the Gateway API has a condition reason for the case, the name is that reason.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Reason {
     /// A file or folder could not be read.
     Unreadable,
@@ -111,7 +111,7 @@ impl fmt::Display for Reason {
 }
 
 /// A place in a manifest file.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct Location {
     /// The file, as it was named or found.
     pub file: Arc<PathBuf>,
@@ -129,7 +129,7 @@ impl fmt::Display for Location {
 }
 
 /// One thing that is wrong.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct Problem {
     /// How much it takes away.
     pub severity: Severity,

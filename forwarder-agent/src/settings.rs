@@ -8,6 +8,7 @@ use clap::Args;
 use serde::Deserialize;
 
 use crate::model::{Datapath, ListenerSettings};
+use crate::resolve::CONTROLLER_NAME;
 
 /// Where settings come from; everything is optional, and what nobody sets has the default that its description names.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
@@ -267,9 +268,6 @@ impl Options {
         })
     }
 }
-
-/// The controller whose GatewayClasses are served by default.
-pub const CONTROLLER_NAME: &str = "forwarder.dev/tcp";
 
 /// Where the admin endpoint is by default.
 pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9902);

@@ -13,7 +13,8 @@ use hyper_util::rt::TokioIo;
 
 use super::validate::{load, print_problems};
 use super::{Output, print_json, table};
-use crate::settings::{ADMIN, CONTROLLER_NAME};
+use crate::resolve::CONTROLLER_NAME;
+use crate::settings::ADMIN;
 use crate::view::{ListenerView, State};
 
 /// How long an agent may take to answer.

@@ -7,7 +7,8 @@ use clap::Args;
 
 use super::{Output, print_json};
 use crate::agent::Resolver;
-use crate::settings::{CONTROLLER_NAME, Options};
+use crate::resolve::CONTROLLER_NAME;
+use crate::settings::Options;
 use crate::source::FileSource;
 use crate::view::{ProblemView, State};
 
