@@ -2,7 +2,7 @@
 //!
 //! Plain values, made by [`crate::resolve`], compared and ordered by [`crate::plan`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
@@ -192,6 +192,16 @@ pub enum Target {
     },
 }
 
+impl Target {
+    /// The Service's port, if the target is one.
+    pub fn service(&self) -> Option<&BackendKey> {
+        match self {
+            Self::Service(key) => Some(key),
+            Self::Invalid { .. } => None,
+        }
+    }
+}
+
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -226,4 +236,18 @@ pub struct RouteTable {
     pub listeners: BTreeMap<ListenerKey, Listener>,
     /// The endpoints of every Service port that a listener's route refers to; an entry may be empty.
     pub backends: BTreeMap<BackendKey, Endpoints>,
+}
+
+impl RouteTable {
+    /// The backends that the listeners' routes refer to.
+    pub fn needed_backends(&self) -> BTreeSet<&BackendKey> {
+        let routes = self
+            .listeners
+            .values()
+            .filter_map(|listener| listener.route.as_ref());
+        let targets = routes
+            .flat_map(|route| &route.backends)
+            .map(|backend| &backend.target);
+        targets.filter_map(Target::service).collect()
+    }
 }

@@ -184,7 +184,8 @@ mod tests {
                 listeners,
                 ..RouteTable::default()
             };
-            for key in needed(&table) {
+            let needed: Vec<BackendKey> = table.needed_backends().into_iter().cloned().collect();
+            for key in needed {
                 let addresses = endpoints.get(&key).into_iter().flatten();
                 let socket =
                     |(last, number): &(u8, u16)| SocketAddr::from((Ipv4Addr::new(10, 1, 0, *last), *number));
@@ -192,20 +193,6 @@ mod tests {
             }
             table
         })
-    }
-
-    fn needed(table: &RouteTable) -> Vec<BackendKey> {
-        let routes = table
-            .listeners
-            .values()
-            .filter_map(|listener| listener.route.as_ref());
-        let keys = routes
-            .flat_map(|route| &route.backends)
-            .filter_map(|backend| match &backend.target {
-                Target::Service(key) => Some(key.clone()),
-                Target::Invalid { .. } => None,
-            });
-        keys.collect()
     }
 
     fn step(op: &Op) -> u8 {
@@ -264,8 +251,8 @@ mod tests {
             let mut table = have.clone();
             for op in plan(&want, &have) {
                 apply(&mut table, op);
-                for key in needed(&table) {
-                    prop_assert!(table.backends.contains_key(&key), "{} is missing", key);
+                for key in table.needed_backends() {
+                    prop_assert!(table.backends.contains_key(key), "{} is missing", key);
                 }
             }
         }

@@ -10,12 +10,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forwarder_agent::manifests::{EndpointSlice, Manifests, Metadata, NamespacedName};
+use forwarder_agent::manifests::{EndpointSlice, Gateway, Manifests, Metadata, NamespacedName, TcpRoute};
 use forwarder_agent::model::{
     BackendKey, Datapath, ListenerKey, ListenerName, ListenerSettings, RouteTable, Target,
 };
 use forwarder_agent::resolve::{self, ResolveSettings, Resolved, resolve};
 use forwarder_agent::status::{Condition, Statuses};
+use proptest::collection::vec;
+use proptest::prelude::*;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -70,21 +72,8 @@ fn render(yaml: &str) -> String {
 /// What holds for whatever is resolved.
 fn check_invariants(manifests: &Manifests, resolved: &Resolved) {
     let Resolved { table, statuses, .. } = resolved;
-    let routes = table
-        .listeners
-        .values()
-        .filter_map(|listener| listener.route.as_ref());
-    let needed = routes
-        .flat_map(|route| &route.backends)
-        .filter_map(|backend| match &backend.target {
-            Target::Service(key) => Some(key),
-            Target::Invalid { .. } => None,
-        });
     assert!(
-        needed
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .eq(table.backends.keys()),
+        table.needed_backends().into_iter().eq(table.backends.keys()),
         "backends are not closed"
     );
 
@@ -300,6 +289,97 @@ fn endpoints_of_one_backend_are_those_of_the_table() {
     };
     let (none, problems) = resolve::backends::endpoints(&manifests, &unknown);
     assert_eq!((none.len(), problems), (0, vec![]));
+}
+
+fn texts(choices: &[&'static str]) -> impl Strategy<Value = &'static str> + use<> {
+    proptest::sample::select(choices.to_vec())
+}
+
+/// A creation time or none: of the latter kind are objects in files.
+fn any_metadata(names: &[&'static str]) -> impl Strategy<Value = Value> + use<> {
+    let created = proptest::option::of(texts(&["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"]));
+    let annotation = texts(&["", "1m", "a=1m", "x=0", "0, b=2s", ",", "=", "a=b=c"]);
+    (texts(names), texts(&["app", "db"]), created, annotation).prop_map(|(name, namespace, created, text)| {
+        let annotations = json!({"forwarder.dev/idle-timeout": text});
+        json!({
+            "name": name, "namespace": namespace, "creationTimestamp": created, "generation": 1,
+            "annotations": annotations,
+        })
+    })
+}
+
+fn any_gateway() -> impl Strategy<Value = Value> {
+    let port = proptest::sample::select(vec![-1_i64, 0, 1, 2, 3, 70_000]);
+    let protocol = texts(&["TCP", "TCP", "TCP", "TCP", "UDP", "HTTP", ""]);
+    let allowed = proptest::sample::select(vec![
+        Value::Null,
+        json!({"namespaces": {"from": "All"}}),
+        json!({"namespaces": {"from": "Selector", "selector": {"matchLabels": {"a": "b"}}}}),
+        json!({"kinds": [{"kind": "UDPRoute"}]}),
+    ]);
+    let listener = (texts(&["a", "b", "c"]), port, protocol, allowed).prop_map(|(name, port, protocol, allowed)| {
+        json!({"name": name, "port": port, "protocol": protocol, "allowedRoutes": allowed})
+    });
+    let addresses = vec(texts(&["10.0.0.1", "10.0.0.2", "::", "", "x"]), 0..3);
+    let listeners = vec(listener, 0..4);
+    (any_metadata(&["g1", "g2", "g3", "g4"]), addresses, listeners).prop_map(
+        |(metadata, addresses, listeners)| {
+            let addresses: Vec<Value> = addresses
+                .into_iter()
+                .map(|value| json!({"value": value}))
+                .collect();
+            let spec = json!({"gatewayClassName": "tcp", "addresses": addresses, "listeners": listeners});
+            json!({"metadata": metadata, "spec": spec})
+        },
+    )
+}
+
+fn any_route() -> impl Strategy<Value = Value> {
+    let section = proptest::option::of(texts(&["a", "b", "x"]));
+    let port = proptest::option::of(0..4_i64);
+    let namespace = || proptest::option::of(texts(&["app", "db"]));
+    let parent = (texts(&["g1", "g2", "g3", "g4", "g5"]), namespace(), section, port).prop_map(
+        |(name, namespace, section, port)| {
+            json!({"name": name, "namespace": namespace, "sectionName": section, "port": port})
+        },
+    );
+    let weight = proptest::option::of(proptest::sample::select(vec![-1, 0, 7, i64::MAX]));
+    let port = proptest::option::of(proptest::sample::select(vec![0_i64, 1, 2, 70_000]));
+    let backend = (texts(&["s1", "s2", "s3"]), namespace(), port, weight).prop_map(
+        |(name, namespace, port, weight)| {
+            json!({"name": name, "namespace": namespace, "port": port, "weight": weight})
+        },
+    );
+    let rules = vec(vec(backend, 0..3), 0..3);
+    (
+        any_metadata(&["r1", "r2", "r3", "r4", "r5"]),
+        vec(parent, 0..4),
+        rules,
+    )
+        .prop_map(|(metadata, parents, rules)| {
+            let rules: Vec<Value> = rules
+                .into_iter()
+                .map(|backends| json!({"backendRefs": backends}))
+                .collect();
+            json!({"metadata": metadata, "spec": {"parentRefs": parents, "rules": rules}})
+        })
+}
+
+proptest! {
+    /// Whatever comes, well-formed or not, resolving ends, and what it says of itself is consistent.
+    #[test]
+    fn anything_resolves_consistently(gateways in vec(any_gateway(), 0..6), routes in vec(any_route(), 0..8)) {
+        let mut manifests = load(include_str!("resolve/anything.yaml"));
+        for gateway in gateways {
+            let gateway: Arc<Gateway> = parse(gateway);
+            manifests.gateways.insert(gateway.metadata.namespaced_name(), gateway);
+        }
+        for route in routes {
+            let route: Arc<TcpRoute> = parse(route);
+            manifests.tcp_routes.insert(route.metadata.namespaced_name(), route);
+        }
+        check_invariants(&manifests, &resolve(&manifests, &settings()));
+    }
 }
 
 /// 1,000 Gateways of 4 listeners, 10,000 routes of which half crowd on one Gateway, 1,000 Services of 100 endpoints.

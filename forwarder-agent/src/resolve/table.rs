@@ -1,9 +1,7 @@
 //! The table: what is left to be forwarded once everything has been judged.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use crate::manifests::Manifests;
-use crate::model::{BackendKey, Listener, ListenerKey, Route, RouteTable, Target};
+use crate::model::{BackendKey, Listener, ListenerKey, Route, RouteTable};
 use crate::problem::Problem;
 
 use super::attach::JudgedRoute;
@@ -34,14 +32,12 @@ pub(super) fn build(
             }
         }
     }
-    table.backends = needed_backends(&table.listeners)
-        .into_iter()
-        .map(|key| {
-            let (endpoints, found) = backends::endpoints(manifests, key);
-            problems.extend(found);
-            (key.clone(), endpoints)
-        })
-        .collect();
+    let with_endpoints = |key: &BackendKey| {
+        let (endpoints, found) = backends::endpoints(manifests, key);
+        problems.extend(found);
+        (key.clone(), endpoints)
+    };
+    table.backends = table.needed_backends().into_iter().map(with_endpoints).collect();
     table
 }
 
@@ -57,19 +53,4 @@ fn serving_route(
         name: route.name.clone(),
         backends: destinations.get(index)?.backends.clone(),
     })
-}
-
-fn needed_backends(listeners: &BTreeMap<ListenerKey, Listener>) -> BTreeSet<&BackendKey> {
-    let routes = listeners.values().filter_map(|listener| listener.route.as_ref());
-    routes
-        .flat_map(|route| &route.backends)
-        .filter_map(|backend| service_of(&backend.target))
-        .collect()
-}
-
-fn service_of(target: &Target) -> Option<&BackendKey> {
-    match target {
-        Target::Service(key) => Some(key),
-        Target::Invalid { .. } => None,
-    }
 }
