@@ -1,2 +1,99 @@
-//! Sets up, builds, runs and tests forwarder.
-fn main() {}
+//! Sets up, builds, runs and tests forwarder: `cargo xtask <command>`.
+
+mod ci;
+mod demo;
+mod ebpf;
+mod linker;
+mod packages;
+mod process;
+mod run;
+mod setup;
+mod test;
+mod tidy;
+mod toolchain;
+mod workspace;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::setup::{Mode, Need};
+use crate::workspace::Profile;
+
+/// Sets up, builds, runs and tests forwarder.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing for building, running or testing.
+    Setup {
+        /// What to prepare for.
+        #[arg(long = "for", value_enum, default_value_t = Need::Run)]
+        need: Need,
+        /// Only report what is missing; fails when something is.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Build the eBPF programs.
+    BuildEbpf,
+    /// Lint the eBPF programs, for their own target.
+    ClippyEbpf,
+    /// Build the eBPF programs and the agent that embeds them.
+    Build {
+        /// With optimisations.
+        #[arg(long)]
+        release: bool,
+    },
+    /// Run the agent on examples/quickstart, with two demonstration backends.
+    Run {
+        /// Passed on to `forwarder agent`.
+        #[arg(last = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Run the unit and integration tests.
+    Test {
+        /// Only the tests of one package.
+        #[arg(long, short)]
+        package: Option<String>,
+        /// Substrings of test names, and libtest's options.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        filters: Vec<OsString>,
+    },
+    /// Run every check that a change must pass, then the tests.
+    Ci,
+    /// Check the rules of the source tree that no compiler knows.
+    Tidy,
+}
+
+fn main() -> ExitCode {
+    match perform(Arguments::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(task: Task) -> Result<()> {
+    match task {
+        Task::Setup { need, check } => setup::setup(need, if check { Mode::Check } else { Mode::Install }),
+        Task::BuildEbpf => ebpf::build().map(drop),
+        Task::ClippyEbpf => ebpf::clippy(),
+        Task::Build { release } => {
+            let profile = if release { Profile::Release } else { Profile::Dev };
+            ebpf::build_agent(profile, Some(&ebpf::build()?)).map(drop)
+        }
+        Task::Run { arguments } => run::run(&arguments),
+        Task::Test { package, filters } => test::test(package.as_deref(), &filters),
+        Task::Ci => ci::ci(),
+        Task::Tidy => tidy::tidy(),
+    }
+}

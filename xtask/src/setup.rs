@@ -1,0 +1,331 @@
+//! Finding and installing what building, running and testing take.
+//!
+//! Everything is a [`Part`] that can be found or installed. What cannot be installed says what to do, in one line.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+
+use crate::{linker, packages, process, toolchain, workspace};
+
+/// What to prepare for; each includes the ones before.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, ValueEnum)]
+pub(crate) enum Need {
+    /// Building and running the agent.
+    Run,
+    /// The tests.
+    Test,
+    /// Every check.
+    Ci,
+}
+
+/// Whether to change the system.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Mode {
+    Check,
+    Install,
+}
+
+/// How bad it is to go without a part.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Weight {
+    Required,
+    /// What needs it tells so itself.
+    Advised,
+}
+
+struct Part {
+    name: &'static str,
+    weight: Weight,
+    /// Says where the part is, or what is missing.
+    find: fn() -> Result<String>,
+    install: fn() -> Result<()>,
+}
+
+const FOR_RUN: [Part; 2] = [
+    Part {
+        name: "eBPF toolchain",
+        weight: Weight::Required,
+        find: find_toolchain,
+        install: install_toolchain,
+    },
+    Part {
+        name: "bpffs",
+        weight: Weight::Advised,
+        find: find_bpffs,
+        install: mount_bpffs,
+    },
+];
+
+const FOR_TEST: [Part; 1] = [Part {
+    name: "programs for tests",
+    weight: Weight::Required,
+    find: find_programs,
+    install: install_programs,
+}];
+
+const FOR_CI: [Part; 3] = [
+    Part {
+        name: "rustfmt and clippy",
+        weight: Weight::Required,
+        find: find_components,
+        install: || rustup(&["rustfmt", "clippy"]),
+    },
+    Part {
+        name: "clippy for eBPF",
+        weight: Weight::Advised,
+        find: find_ebpf_clippy,
+        install: install_ebpf_clippy,
+    },
+    Part {
+        name: "cargo-deny",
+        weight: Weight::Required,
+        find: || cargo_deny().map(|path| path.display().to_string()),
+        install: install_cargo_deny,
+    },
+];
+
+/// Programs that the tests start or read, and the packages of Debian with them.
+const PROGRAMS: [(&str, &str); 15] = [
+    ("bpftool", "bpftool"),
+    ("haproxy", "haproxy"),
+    ("ip", "iproute2"),
+    ("iperf3", "iperf3"),
+    ("iptables", "iptables"),
+    ("mariadb", "mariadb-client"),
+    ("mariadb-dump", "mariadb-client"),
+    ("mariadbd", "mariadb-server-core"),
+    ("nft", "nftables"),
+    ("postgres", "postgresql"),
+    ("psql", "postgresql-client"),
+    ("redis-benchmark", "redis-tools"),
+    ("redis-server", "redis-server"),
+    ("socat", "socat"),
+    ("tcpdump", "tcpdump"),
+];
+
+const CARGO_DENY_VERSION: &str = "0.20.2";
+
+/// Finds every part, and installs the missing ones if `mode` says so.
+pub(crate) fn setup(need: Need, mode: Mode) -> Result<()> {
+    let mut missing = Vec::new();
+    let parts = FOR_RUN
+        .iter()
+        .chain(FOR_TEST.iter().filter(|_| need >= Need::Test))
+        .chain(FOR_CI.iter().filter(|_| need >= Need::Ci));
+    for part in parts {
+        let mut found = (part.find)();
+        if let (Err(error), Mode::Install) = (&found, mode) {
+            eprintln!("{} missing: {error:#}", part.name);
+            found = (part.install)().and_then(|()| (part.find)());
+        }
+        match (found, mode, part.weight) {
+            (Ok(place), _, _) => eprintln!("{}: {place}", part.name),
+            (Err(error), Mode::Install, Weight::Advised) => eprintln!("warning: {}: {error:#}", part.name),
+            (Err(error), Mode::Check, Weight::Advised) => eprintln!("{} missing: {error:#}", part.name),
+            (Err(error), _, Weight::Required) => missing.push(format!("{}: {error:#}", part.name)),
+        }
+    }
+    if !missing.is_empty() {
+        bail!("missing {}", missing.join("\nmissing "));
+    }
+    Ok(())
+}
+
+/// Where cargo-deny is: our own, or the one on the search path.
+pub(crate) fn cargo_deny() -> Result<PathBuf> {
+    let own = workspace::tools_directory().join("bin/cargo-deny");
+    Some(own)
+        .filter(|path| path.is_file())
+        .or_else(|| process::find("cargo-deny"))
+        .context("not installed")
+}
+
+fn find_toolchain() -> Result<String> {
+    let (compiler, linker) = toolchain::find()?;
+    Ok(format!(
+        "{} (LLVM {}), {}",
+        compiler.rustc.display(),
+        compiler.version.llvm,
+        linker.display()
+    ))
+}
+
+fn install_toolchain() -> Result<()> {
+    if toolchain::candidates().0.is_empty()
+        && let Err(error) = rustup(&["rust-src"])
+    {
+        eprintln!("{error:#}");
+    }
+    let llvm_to_link = || {
+        let (compilers, _) = toolchain::candidates();
+        compilers
+            .iter()
+            .map(|compiler| compiler.version.llvm)
+            .find(|&llvm| {
+                linker::llvm_prefix(llvm).is_some() || packages::is_available(&format!("llvm-{llvm}-dev"))
+            })
+    };
+    let llvm = llvm_to_link().map_or_else(
+        || {
+            // A distribution's compiler comes with its sources, and with the LLVM that it was built with.
+            packages::install(&["rustc-web".to_owned(), "rust-web-src".to_owned()])
+                .context("run `rustup component add rust-src` and put a released bpf-linker on PATH, or")?;
+            llvm_to_link().context("put a bpf-linker on PATH that reads the LLVM of your compiler")
+        },
+        Ok,
+    )?;
+    if linker::find(llvm).is_some() {
+        return Ok(());
+    }
+    let wanted = packages::missing(linker::build_packages(llvm));
+    let can_install = process::is_root() && process::find("apt-get").is_some();
+    if !wanted.is_empty() && (can_install || linker::llvm_prefix(llvm).is_none()) {
+        packages::install(&wanted).context("put a released bpf-linker on PATH, or")?;
+    }
+    let prefix = linker::llvm_prefix(llvm)
+        .with_context(|| format!("LLVM_PREFIX names no development files of LLVM {llvm}"))?;
+    linker::install(llvm, &prefix).map(drop)
+}
+
+/// Adds components to the current toolchain.
+fn rustup(components: &[&str]) -> Result<()> {
+    let mut command = Command::new("rustup");
+    command.args(["component", "add"]).args(components);
+    if process::find("rustup").is_none() {
+        bail!(
+            "no rustup here: run `{}`, or install them otherwise",
+            process::line(&command)
+        );
+    }
+    process::run_within(&mut command, Duration::from_mins(5)).context("check the network")
+}
+
+fn find_bpffs() -> Result<String> {
+    let mounts = fs::read_to_string("/proc/mounts").context("reading /proc/mounts")?;
+    if !is_bpffs_mounted(&mounts) {
+        bail!("not mounted on /sys/fs/bpf");
+    }
+    Ok("/sys/fs/bpf".to_owned())
+}
+
+fn is_bpffs_mounted(mounts: &str) -> bool {
+    mounts.lines().any(|mount| {
+        let mut fields = mount.split(' ').skip(1);
+        fields.next() == Some("/sys/fs/bpf") && fields.next() == Some("bpf")
+    })
+}
+
+fn mount_bpffs() -> Result<()> {
+    if !process::is_root() {
+        bail!("not root: run `sudo mount -t bpf bpf /sys/fs/bpf`");
+    }
+    process::run(Command::new("mount").args(["-t", "bpf", "bpf", "/sys/fs/bpf"]))
+}
+
+fn find_programs() -> Result<String> {
+    let missing: Vec<&str> = PROGRAMS
+        .iter()
+        .map(|&(program, _)| program)
+        .filter(|program| !is_program(program))
+        .collect();
+    if !missing.is_empty() {
+        bail!("{}", missing.join(", "));
+    }
+    Ok("all there".to_owned())
+}
+
+fn install_programs() -> Result<()> {
+    let mut wanted: Vec<String> = PROGRAMS
+        .iter()
+        .filter(|(program, _)| !is_program(program))
+        .map(|&(_, package)| package.to_owned())
+        .collect();
+    wanted.dedup();
+    packages::install(&wanted)
+}
+
+fn is_program(program: &str) -> bool {
+    process::find(program).is_some() || (program == "postgres" && has_versioned_postgres())
+}
+
+/// Debian keeps each version's servers in a directory of its own.
+fn has_versioned_postgres() -> bool {
+    fs::read_dir("/usr/lib/postgresql").is_ok_and(|versions| {
+        versions
+            .flatten()
+            .any(|version| version.path().join("bin/postgres").is_file())
+    })
+}
+
+fn find_components() -> Result<String> {
+    for component in ["fmt", "clippy"] {
+        process::read(Command::new(workspace::cargo()).args([component, "--version"]))?;
+    }
+    Ok("all there".to_owned())
+}
+
+fn find_ebpf_clippy() -> Result<String> {
+    let (compiler, _) = toolchain::find()?;
+    let driver = compiler
+        .sibling("clippy-driver")
+        .with_context(|| format!("{} has no clippy", compiler.rustc.display()))?;
+    Ok(driver.display().to_string())
+}
+
+fn install_ebpf_clippy() -> Result<()> {
+    let (compiler, _) = toolchain::find()?;
+    if compiler.rustc.starts_with("/usr/bin") {
+        packages::install(&["rust-web-clippy".to_owned()])
+    } else {
+        let toolchain = compiler
+            .rustc
+            .ancestors()
+            .nth(2)
+            .and_then(Path::file_name)
+            .unwrap_or_default();
+        let mut command = Command::new("rustup");
+        command
+            .args(["component", "add", "clippy", "--toolchain"])
+            .arg(toolchain);
+        process::run_within(&mut command, Duration::from_mins(5))
+    }
+}
+
+fn install_cargo_deny() -> Result<()> {
+    let mut command = Command::new(workspace::cargo());
+    // Optimising it takes minutes more than running it.
+    command
+        .args([
+            "install",
+            "cargo-deny",
+            "--version",
+            CARGO_DENY_VERSION,
+            "--locked",
+            "--debug",
+        ])
+        .args(["--no-default-features", "--root"])
+        .arg(workspace::tools_directory())
+        .current_dir(Path::new("/"));
+    process::run_within(&mut command, Duration::from_mins(15))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bpffs_is_found_among_the_mounts() {
+        assert!(is_bpffs_mounted(
+            "proc /proc proc rw 0 0\nbpf /sys/fs/bpf bpf rw,relatime 0 0\n"
+        ));
+        assert!(!is_bpffs_mounted(
+            "bpf /run/bpf bpf rw 0 0\ntmpfs /sys/fs/bpf tmpfs rw 0 0\n"
+        ));
+        assert!(!is_bpffs_mounted(""));
+    }
+}

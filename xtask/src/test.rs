@@ -1,0 +1,37 @@
+//! The tests: unit tests, and the integration tests with the real binary in network namespaces.
+
+use std::env;
+use std::ffi::OsString;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::setup::{Mode, Need, setup};
+use crate::workspace::{self, Profile};
+use crate::{ebpf, process};
+
+/// Installs what tests need, builds everything, and runs the tests that match.
+pub(crate) fn test(package: Option<&str>, filters: &[OsString]) -> Result<()> {
+    setup(Need::Test, Mode::Install)?;
+    let object = ebpf::build()?;
+    // Integration tests put load on the agent: it is the one that users run.
+    let agent = ebpf::build_agent(Profile::Release, Some(&object))?;
+
+    let mut command = Command::new(workspace::cargo());
+    command.arg("test").current_dir(workspace::root());
+    match package {
+        Some(package) => command.args(["--package", package]),
+        None => command.args(["--workspace", "--exclude", "forwarder-ebpf"]),
+    };
+    if !filters.is_empty() {
+        command.arg("--").args(filters);
+    }
+    command
+        .env("FORWARDER_BIN", agent)
+        .env(ebpf::OBJECT_VARIABLE, object);
+    if process::is_root() || env::var_os("CI").is_some() {
+        // Who can make network namespaces does not skip what needs them.
+        command.env("REQUIRE_NETNS", "1");
+    }
+    process::run(&mut command)
+}

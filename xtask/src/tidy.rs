@@ -1,0 +1,224 @@
+//! The rules of the source tree that no compiler knows.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::workspace;
+
+/// The modules that compute and do nothing else.
+const PURE: [&str; 6] = ["balancer", "model", "plan", "problem", "resolve", "status"];
+/// What they must not name.
+const IMPURE: [&str; 8] = [
+    "aya::",
+    "aya_log::",
+    "aya_obj::",
+    "tokio::",
+    "kube::",
+    "std::fs",
+    "TcpListener",
+    "TcpStream",
+];
+/// The files below the agent's sources that may name aya.
+const KNOW_AYA: [&str; 2] = ["datapath/", "cli/probe.rs"];
+
+const MAX_LINES: usize = 500;
+const AGENT: &str = "forwarder-agent/src/";
+
+/// Checks every file of the tree.
+pub(crate) fn tidy() -> Result<()> {
+    let mut findings = Vec::new();
+    visit(&workspace::root(), "", &mut findings)?;
+    if !findings.is_empty() {
+        bail!("the tree is not tidy:\n{}", findings.join("\n"));
+    }
+    Ok(())
+}
+
+fn visit(directory: &Path, prefix: &str, findings: &mut Vec<String>) -> Result<()> {
+    let context = || format!("reading {}", directory.display());
+    let mut entries = fs::read_dir(directory)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .with_context(context)?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+        let kind = entry.file_type().with_context(context)?;
+        if kind.is_dir() && name != ".git" && name != "target" {
+            visit(&entry.path(), &format!("{name}/"), findings)?;
+        } else if kind.is_file() {
+            let bytes = fs::read(entry.path()).with_context(|| format!("reading {name}"))?;
+            // What is not text has no lines to look at.
+            if let Ok(text) = std::str::from_utf8(&bytes) {
+                check_file(&name, text, findings);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Checks one file, named from the top of the workspace.
+fn check_file(name: &str, text: &str, findings: &mut Vec<String>) {
+    let mut find = |line: usize, what: &str| findings.push(format!("{name}:{}: {what}", line + 1));
+    let is_rust = Path::new(name)
+        .extension()
+        .is_some_and(|extension| extension == "rs");
+    let length = if is_rust && !is_test_module(name) {
+        code_length(text)
+    } else {
+        0
+    };
+    if length > MAX_LINES {
+        find(
+            MAX_LINES,
+            &format!("{length} lines of code: split the file at {MAX_LINES}"),
+        );
+    }
+    for (number, line) in text.lines().enumerate() {
+        // Licence texts are kept to the letter.
+        if line.ends_with([' ', '\t']) && !name.contains("LICENSE") {
+            find(number, "trailing white space");
+        }
+        if is_rust && is_ignored_test(line) {
+            find(
+                number,
+                "no test is ignored: assert what holds today, with a FIXME",
+            );
+        }
+        let code = line.split("//").next().unwrap_or_default();
+        if number < length
+            && let Some(path) = name.strip_prefix(AGENT)
+        {
+            if let Some(word) = IMPURE.iter().find(|word| is_pure(path) && names(code, word)) {
+                find(number, &format!("a pure module must not name {word}"));
+            }
+            let knows_aya = KNOW_AYA.iter().any(|prefix| path.starts_with(prefix));
+            if !knows_aya
+                && ["aya::", "aya_log::", "aya_obj::"]
+                    .iter()
+                    .any(|word| names(code, word))
+            {
+                find(number, "only datapath/ and cli/probe.rs may name aya");
+            }
+        }
+    }
+}
+
+fn is_pure(path: &str) -> bool {
+    let module = path.split('/').next().unwrap_or_default();
+    PURE.contains(&module.trim_end_matches(".rs"))
+}
+
+fn is_test_module(name: &str) -> bool {
+    name.ends_with("/tests.rs") || name.contains("/src/tests/")
+}
+
+/// The number of lines before the test module that ends a file.
+fn code_length(text: &str) -> usize {
+    let lines: Vec<&str> = text.lines().collect();
+    lines
+        .windows(2)
+        .position(|pair| matches!(pair, [attribute, module] if *attribute == "#[cfg(test)]" && module.starts_with("mod ")))
+        .unwrap_or(lines.len())
+}
+
+fn is_ignored_test(line: &str) -> bool {
+    let line = line.trim_start();
+    line.starts_with("#[ignore") || (line.starts_with("#[cfg_attr(") && line.contains(", ignore"))
+}
+
+/// Whether the code names `word` as a whole; a path of our own that ends alike, such as `source::kube::`, is another word.
+fn names(code: &str, word: &str) -> bool {
+    let is_name = |c: char| c.is_alphanumeric() || c == '_';
+    let ends_inside = |before: &str| match before.strip_suffix("::") {
+        Some(path) => word.ends_with("::") && path.ends_with(is_name),
+        None => before.ends_with(is_name),
+    };
+    code.match_indices(word)
+        .any(|(index, _)| code.get(..index).is_some_and(|before| !ends_inside(before)))
+        || word
+            .strip_suffix("::")
+            .is_some_and(|name| code.trim_start().starts_with(&format!("use {name};")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(name: &str, text: &str, expected: &[&str]) {
+        let mut findings = Vec::new();
+        check_file(name, text, &mut findings);
+        assert_eq!(findings, expected);
+    }
+
+    #[test]
+    fn pure_modules_do_no_io() {
+        let name = "forwarder-agent/src/plan.rs";
+        check(
+            name,
+            "use std::net::SocketAddr;\nuse std::fmt; // not std::fs\n",
+            &[],
+        );
+        check(
+            name,
+            "use std::fs;\n",
+            &["forwarder-agent/src/plan.rs:1: a pure module must not name std::fs"],
+        );
+        let finding = "forwarder-agent/src/resolve/mod.rs:2: a pure module must not name TcpStream";
+        check(
+            "forwarder-agent/src/resolve/mod.rs",
+            "\nuse std::net::{IpAddr, TcpStream};\n",
+            &[finding],
+        );
+        check(
+            name,
+            "fn f() {}\n\n#[cfg(test)]\nmod tests {\n    use std::fs;\n}\n",
+            &[],
+        );
+        check("forwarder-agent/src/source/file.rs", "use std::fs;\n", &[]);
+    }
+
+    #[test]
+    fn only_the_datapath_knows_aya() {
+        let finding = "forwarder-agent/src/listener.rs:1: only datapath/ and cli/probe.rs may name aya";
+        check("forwarder-agent/src/listener.rs", "use aya::Ebpf;\n", &[finding]);
+        check("forwarder-agent/src/listener.rs", "use aya;\n", &[finding]);
+        check("forwarder-agent/src/listener.rs", "use malaya::Ebpf;\n", &[]);
+        check("forwarder-agent/src/datapath/bpf.rs", "use aya::Ebpf;\n", &[]);
+        check("forwarder-agent/src/cli/probe.rs", "use aya::Ebpf;\n", &[]);
+        check("forwarder-common/src/lib.rs", "use aya::Pod;\n", &[]);
+    }
+
+    #[test]
+    fn modules_of_our_own_are_not_crates() {
+        check(
+            "forwarder-agent/src/plan.rs",
+            "use crate::source::kube::Source;\n",
+            &[],
+        );
+    }
+
+    #[test]
+    fn long_files_are_split() {
+        let code = "fn f() {}\n".repeat(MAX_LINES);
+        let tests = format!("{code}#[cfg(test)]\nmod tests {{\n{code}}}\n");
+        check("a/src/a.rs", &tests, &[]);
+        check(
+            "a/src/a.rs",
+            &format!("{code}\n"),
+            &["a/src/a.rs:501: 501 lines of code: split the file at 500"],
+        );
+        check("a/src/b/tests.rs", &format!("{code}\n"), &[]);
+        check("a/b.yaml", &"a\n".repeat(MAX_LINES + 1), &[]);
+    }
+
+    #[test]
+    fn no_test_is_ignored_and_no_line_ends_in_white_space() {
+        let finding = "a.rs:2: no test is ignored: assert what holds today, with a FIXME";
+        check("a.rs", "#[test]\n#[ignore = \"slow\"]\n", &[finding]);
+        check("a.rs", "#[test]\n    #[cfg_attr(miri, ignore)]\n", &[finding]);
+        check("README.md", "a\nb \n", &["README.md:2: trailing white space"]);
+        check("LICENSE-GPL2", "a \n", &[]);
+    }
+}
