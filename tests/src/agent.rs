@@ -303,6 +303,5 @@ fn mount_bpffs() -> Result<()> {
     }
     let mut command = Command::new("mount");
     command.args(["-t", "bpf", "bpf", BPFFS]);
-    let output = command.output().context("run mount")?;
-    crate::netns::stdout_of(&command, output).map(drop)
+    crate::process::stdout(&mut command).map(drop)
 }

@@ -5,6 +5,8 @@
 
 pub mod agent;
 pub mod client;
+pub mod database;
+pub mod fixture;
 pub mod http;
 pub mod manifests;
 pub mod metrics;
@@ -12,9 +14,11 @@ pub mod netns;
 pub mod peer;
 pub mod process;
 pub mod random;
+pub mod swarm;
 pub mod wait;
 
 pub use agent::{Agent, AgentCommand};
+pub use fixture::Forwarding;
 pub use manifests::{BackendRef, Manifests};
 pub use netns::{NetNs, Topology, require_root};
 pub use wait::{wait_for, wait_until};

@@ -9,10 +9,12 @@ use std::process::{Child, Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Once};
 use std::time::Duration;
-use std::{env, process, thread};
+use std::{env, thread};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::process;
 
 /// Where `ip netns` keeps its namespaces.
 const NETNS_DIR: &str = "/run/netns";
@@ -58,7 +60,11 @@ impl NetNs {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         static STALE: Once = Once::new();
         STALE.call_once(remove_stale);
-        let name = format!("fwd-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "fwd-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
         ip(&["netns", "add", &name])?;
         let path = Path::new(NETNS_DIR).join(&name);
         let handle = File::open(&path).with_context(|| format!("open {}", path.display()))?;
@@ -101,8 +107,7 @@ impl NetNs {
 
     /// Runs `command` in the namespace and returns what it printed; fails if it failed.
     pub fn stdout(&self, command: &mut Command) -> Result<String> {
-        let output = self.output(command).with_context(|| format!("run {command:?}"))?;
-        stdout_of(command, output)
+        self.run(|| process::stdout(command))
     }
 
     /// Listens on `address` in the namespace.
@@ -147,17 +152,7 @@ impl NetNs {
 fn ip(arguments: &[&str]) -> Result<()> {
     let mut command = Command::new("ip");
     command.args(arguments);
-    let output = command.output().context("run ip")?;
-    stdout_of(&command, output).map(drop)
-}
-
-/// What a command printed, if it succeeded.
-pub(crate) fn stdout_of(command: &Command, output: Output) -> Result<String> {
-    if !output.status.success() {
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        bail!("{command:?}: {}: {}", output.status, stderr.trim());
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    process::stdout(&mut command).map(drop)
 }
 
 /// Removes the namespaces of processes that ended without doing so.
