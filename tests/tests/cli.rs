@@ -52,9 +52,8 @@ fn assert_reports(folder: &Path, words: &[&str]) {
     }
     let output = forwarder(&["validate", "--output", "json"], Some(folder));
     assert_ne!(output.status.code(), Some(0));
-    let json = serde_json::from_slice::<Value>(&output.stdout);
-    let json = json
-        .unwrap_or_else(|error| panic!("{error}: {}", text(&output)))
+    let json = serde_json::from_slice::<Value>(&output.stdout)
+        .expect("a report in JSON")
         .to_string();
     for word in words {
         assert!(json.contains(word), "no {word:?} in: {json}");

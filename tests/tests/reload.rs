@@ -28,7 +28,7 @@ impl Pair {
         let topology = Topology::new().expect("a network");
         let (first, second) = (topology.backend1_address(5000), topology.backend2_address(5000));
         let one = Server::start(&topology.backend1, first, peer::identify("one")).expect("a server");
-        let pair = Server::start(&topology.backend2, second, peer::identify("two")).expect("a server");
+        let two = Server::start(&topology.backend2, second, peer::identify("two")).expect("a server");
         let manifests = Manifests::new().expect("a folder");
         manifests.gateway(&[("a", 9001), ("b", 9002)]).expect("a gateway");
         for (name, server) in [("a", &one), ("b", &two)] {
@@ -139,7 +139,7 @@ fn a_removed_endpoint_keeps_its_connections_and_gets_no_new_ones() {
         return;
     }
     let pair = Pair::start();
-    let both = [pair.one.address(), pair.pair.address()];
+    let both = [pair.one.address(), pair.two.address()];
     pair.manifests.service("a", &both).unwrap();
     pair.agent.wait_endpoints(ONE, &both);
     pair.wait_identity(9001, "two");
