@@ -13,6 +13,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::netns::NetNs;
 use crate::wait::wait_for;
 
+/// How much of a log is shown when a test fails.
+const SHOWN_LINES: usize = 100;
+
 /// Runs `command` and returns what it printed; fails if it failed.
 pub fn stdout(command: &mut Command) -> Result<String> {
     let output = command
@@ -95,7 +98,17 @@ impl Drop for Process {
         let _ = self.child.kill();
         let status = self.child.wait();
         if thread::panicking() {
-            eprintln!("---- {} {status:?}\n{}----", self.name, self.log());
+            let log = self.log();
+            let lines: Vec<&str> = log.lines().collect();
+            let last = lines
+                .get(lines.len().saturating_sub(SHOWN_LINES)..)
+                .unwrap_or_default()
+                .join("\n");
+            eprintln!(
+                "---- {} ended: {status:?}; the last of {} lines:\n{last}\n----",
+                self.name,
+                lines.len()
+            );
         }
     }
 }

@@ -224,11 +224,11 @@ fn wait_for_error(stream: &TcpStream) -> bool {
 
 #[test]
 fn two_thousand_half_closed_connections_leave_nothing_behind() {
+    const AT_ONCE: usize = 250;
+    const ROUNDS: usize = 8;
     if !require_root() {
         return;
     }
-    const AT_ONCE: usize = 250;
-    const ROUNDS: usize = 8;
     for datapath in DATAPATHS {
         let forwarding = Forwarding::start(&["--datapath", datapath], peer::digest).unwrap();
         let agent = &forwarding.agent;

@@ -195,7 +195,7 @@ fn a_routes_new_backend_affects_new_connections_of_its_listener_only() {
     // Without its route the listener stays, and rejects.
     pair.manifests.remove("route-a").unwrap();
     wait_until("new connections are reset", DEADLINE, || {
-        client::end_of_new(&pair.topology.client, pair.address(9001), DEADLINE)
+        client::end_of_new(&pair.topology.client, pair.address(9001), peer::QUIET)
             .is_ok_and(|end| end == End::Reset)
     });
     client::ping(&first, b"still here").unwrap();
