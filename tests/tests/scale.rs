@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
+use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER, LISTENER_PORT};
 use forwarder_tests::swarm::{Swarm, raise_descriptor_limit};
 use forwarder_tests::{
     Agent, AgentCommand, Manifests, Topology, client, require_root, serialise, wait_until,
@@ -156,7 +156,20 @@ fn clients_held_without_descriptors_do_not_burn_the_processor() {
     }
     let ticks = processor_ticks(agent.id()) - before;
     assert!(ticks < 60, "{ticks} hundredths of a second in two seconds");
+
+    // A change that cannot be read now must not look like a folder without listeners.
+    let before = topology.node.listening_inodes(LISTENER_PORT);
+    assert!(!before.is_empty());
+    manifests
+        .service("a", &[endpoint, topology.backend2_address(ENDPOINT_PORT)])
+        .unwrap();
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(1) {
+        assert_eq!(topology.node.listening_inodes(LISTENER_PORT), before);
+        thread::park_timeout(Duration::from_millis(50));
+    }
     drop(streams);
+    agent.wait_endpoints(LISTENER, &[endpoint, topology.backend2_address(ENDPOINT_PORT)]);
 }
 
 /// The processor time of a process, in hundredths of a second (`USER_HZ`).
