@@ -5,8 +5,18 @@
 //! [`reconciler`] applies these to the listeners and to the [`datapath`]'s maps; [`worker`]s accept connections, connect
 //! an endpoint and [`relay`] bytes. ARCHITECTURE.md states the invariants.
 
+pub mod balancer;
+mod connection;
+pub mod counters;
 pub mod datapath;
+pub mod listener;
 pub mod manifests;
 pub mod model;
+pub mod plan;
 pub mod problem;
+pub mod relay;
+pub mod resolve;
+pub mod settings;
 pub mod status;
+pub mod upstream;
+pub mod worker;

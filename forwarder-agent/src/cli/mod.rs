@@ -1,0 +1,113 @@
+//! The command line.
+
+mod completions;
+mod explain;
+mod probe;
+mod validate;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::agent;
+use crate::settings::Options;
+use crate::telemetry::{self, LogFormat};
+
+/// Forwards TCP connections as Gateway API TCPRoutes say.
+#[derive(Debug, Parser)]
+#[command(name = "forwarder", version, about, max_term_width = 110)]
+pub struct Cli {
+    /// What to log: a level, or levels by target such as `info,access=debug` (one line for each connection)
+    #[arg(long, env = "FORWARDER_LOG", global = true, default_value = "info", value_name = "FILTER")]
+    log: String,
+
+    /// How log lines look
+    #[arg(long, env = "FORWARDER_LOG_FORMAT", global = true, value_enum, default_value = "text")]
+    log_format: LogFormat,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent: listen, forward, follow changes
+    Agent(AgentArgs),
+    /// Check manifests and report every problem; exit code 1 if anything asked for would not be served
+    Validate(validate::ValidateArgs),
+    /// Show which listener leads to which endpoints, and why something is not served
+    Explain(explain::ExplainArgs),
+    /// Show what this kernel and these privileges allow, with the reason for each no
+    Probe(probe::ProbeArgs),
+    /// Print a completion script for a shell
+    Completions(completions::CompletionsArgs),
+}
+
+#[derive(Args, Debug)]
+struct AgentArgs {
+    /// Settings file (YAML); flags and environment variables take precedence over it
+    #[arg(long, env = "FORWARDER_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    #[command(flatten)]
+    options: Options,
+}
+
+/// How a command prints its answer.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+pub(crate) enum Output {
+    /// A table for people.
+    #[default]
+    Table,
+    /// JSON for programs.
+    Json,
+}
+
+/// Runs the command line; errors have been printed when it returns.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = telemetry::init(&cli.log, cli.log_format) {
+        eprintln!("error: {error}");
+        return ExitCode::from(2);
+    }
+    let outcome = match cli.command {
+        Command::Agent(args) => run_agent(args).map(|()| ExitCode::SUCCESS),
+        Command::Validate(args) => validate::run(&args),
+        Command::Explain(args) => explain::run(&args),
+        Command::Probe(args) => probe::run(&args),
+        Command::Completions(args) => {
+            completions::run(&args);
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::from(2)
+    })
+}
+
+fn run_agent(args: AgentArgs) -> anyhow::Result<()> {
+    let file = match &args.config {
+        Some(path) => Options::from_file(path)?,
+        None => Options::default(),
+    };
+    agent::run(args.options.or(file).validate()?)?;
+    Ok(())
+}
+
+/// Prints JSON for programs.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// An empty table in the style of all commands.
+fn table(header: &[&str]) -> comfy_table::Table {
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::NOTHING).set_header(header.iter().copied());
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 3));
+    }
+    table
+}

@@ -1,0 +1,98 @@
+//! `forwarder probe`: what this kernel and these privileges allow, with the reason for each no.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use rustix::process::{Resource, getrlimit};
+use rustix::thread::{CapabilitySet, capabilities};
+use serde::Serialize;
+
+use super::{Output, print_json, table};
+use crate::relay;
+
+#[derive(Args, Debug)]
+pub(crate) struct ProbeArgs {
+    /// Folder on a BPF file system in which maps would be pinned
+    #[arg(long, env = "FORWARDER_PIN_DIR", default_value = "/sys/fs/bpf/forwarder", value_name = "DIR")]
+    pin_dir: PathBuf,
+
+    /// How to print the answer
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+struct Finding {
+    feature: &'static str,
+    available: bool,
+    detail: String,
+}
+
+impl Finding {
+    fn new(feature: &'static str, result: Result<String, String>) -> Self {
+        let (available, detail) = match result {
+            Ok(detail) => (true, detail),
+            Err(reason) => (false, reason),
+        };
+        Self { feature, available, detail }
+    }
+}
+
+pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
+    let findings = [
+        Finding::new("tier copy", Ok("read(2) and write(2): always".to_owned())),
+        Finding::new("tier splice", relay::probe_splice().map_err(|error| error.to_string())),
+        Finding::new("classifier", classifier(&args.pin_dir)),
+        Finding::new("low ports", low_ports()),
+        Finding::new("open files", Ok(open_files())),
+        Finding::new("kernel", Ok(kernel())),
+    ];
+    match args.output {
+        Output::Json => print_json(&findings)?,
+        Output::Table => {
+            let mut rows = table(&["FEATURE", "AVAILABLE", "DETAIL"]);
+            for finding in &findings {
+                let available = if finding.available { "yes" } else { "no" };
+                rows.add_row([finding.feature, available, &finding.detail]);
+            }
+            println!("{rows}");
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn classifier(pin_dir: &std::path::Path) -> Result<String, String> {
+    crate::datapath::probe(pin_dir).map_err(|error| error.to_string())
+}
+
+fn low_ports() -> Result<String, String> {
+    let first = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+        .ok()
+        .and_then(|text| text.trim().parse::<u32>().ok())
+        .unwrap_or(1024);
+    if first <= 1 {
+        return Ok("every port is open to everyone".to_owned());
+    }
+    match capabilities(None) {
+        Ok(sets) if sets.effective.contains(CapabilitySet::NET_BIND_SERVICE) => {
+            Ok("ports from 1 on (CAP_NET_BIND_SERVICE)".to_owned())
+        }
+        Ok(_) => Err(format!("ports below {first} need CAP_NET_BIND_SERVICE")),
+        Err(errno) => Err(format!("cannot read this process's capabilities: {errno}")),
+    }
+}
+
+fn open_files() -> String {
+    let limit = getrlimit(Resource::Nofile);
+    match limit.maximum.or(limit.current) {
+        Some(files) => format!("up to {files}: some {} connections", crate::agent::max_connections(files)),
+        None => "without limit".to_owned(),
+    }
+}
+
+fn kernel() -> String {
+    let name = rustix::system::uname();
+    format!("{} {}", name.release().to_string_lossy(), name.machine().to_string_lossy())
+}

@@ -1,0 +1,150 @@
+//! Binding a listener's sockets, and what its workers share.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use rustix::io::Errno;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::balancer::Balancer;
+use crate::counters::{ListenerCounters, PerWorker};
+use crate::datapath::ListenerId;
+use crate::model::{BindAddress, Listener, ListenerKey};
+use crate::upstream::{Upstream, keepalive};
+
+/// The backlog that is asked for; the kernel clips it to `net.core.somaxconn`.
+const BACKLOG: i32 = 65_535;
+
+/// A listener that is bound: shared by the workers that accept on it and by its connections, which outlive it.
+#[derive(Debug)]
+pub struct BoundListener {
+    /// Its number in the maps.
+    pub id: ListenerId,
+    /// Where it is bound.
+    pub key: ListenerKey,
+    /// What serves new connections; replaced when the route changes, which touches no connection.
+    pub serving: ArcSwap<Serving>,
+    /// What was counted.
+    pub counters: PerWorker<ListenerCounters>,
+    /// The turn of the next connection, for the [`Balancer`].
+    pub turn: AtomicU64,
+}
+
+/// What serves the new connections of a listener.
+#[derive(Debug)]
+pub struct Serving {
+    /// The listener and its route.
+    pub listener: Listener,
+    /// The choice among the route's backends.
+    pub balancer: Balancer,
+    /// For each backend of the route: where it leads, or `None` where it is invalid.
+    pub upstreams: Vec<Option<Arc<Upstream>>>,
+}
+
+/// Binds one socket for each worker (`SO_REUSEPORT`), and starts listening.
+///
+/// The options that connections need are set here: on Linux an accepted socket inherits them.
+///
+/// # Errors
+/// What the kernel said, such as `EADDRINUSE` where another process holds the port, even one that set `SO_REUSEPORT`
+/// itself, or `EADDRNOTAVAIL` where this node does not have the address.
+pub fn bind(
+    key: ListenerKey,
+    workers: usize,
+    keepalive_idle: Option<Duration>,
+) -> io::Result<Vec<std::net::TcpListener>> {
+    let (address, first) = match bind_first(key.socket_address(), key.address) {
+        // A node without IPv6.
+        Err(error)
+            if key.address == BindAddress::Any
+                && Errno::from_io_error(&error) == Some(Errno::AFNOSUPPORT) =>
+        {
+            let address = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), key.port.get());
+            (address, bind_first(address, key.address)?)
+        }
+        result => (key.socket_address(), result?),
+    };
+    let mut sockets = vec![first];
+    for _ in 1..workers {
+        let socket = open(address, key.address)?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&address.into())?;
+        sockets.push(socket);
+    }
+    for socket in &sockets {
+        socket.set_tcp_nodelay(true)?;
+        if let Some(idle) = keepalive_idle {
+            socket.set_tcp_keepalive(&keepalive(idle))?;
+        }
+        socket.listen(BACKLOG)?;
+    }
+    Ok(sockets.into_iter().map(Into::into).collect())
+}
+
+/// Binds the first socket without `SO_REUSEPORT`, so that the port is refused while anyone else holds it, and sets the
+/// option afterwards, for the sockets of the other workers.
+fn bind_first(address: SocketAddr, scope: BindAddress) -> io::Result<Socket> {
+    let socket = open(address, scope)?;
+    socket.bind(&address.into())?;
+    socket.set_reuse_port(true)?;
+    Ok(socket)
+}
+
+fn open(address: SocketAddr, scope: BindAddress) -> io::Result<Socket> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
+    // Connections of a former agent in TIME_WAIT must not keep the port.
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(scope != BindAddress::Any)?;
+    }
+    Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, TcpListener};
+    use std::num::NonZeroU16;
+
+    use super::*;
+
+    fn free_port() -> NonZeroU16 {
+        let probe = TcpListener::bind("127.0.0.1:0").unwrap();
+        NonZeroU16::new(probe.local_addr().unwrap().port()).unwrap()
+    }
+
+    #[test]
+    fn a_port_of_another_process_is_refused_though_it_shares_it() {
+        let port = free_port();
+        let key = ListenerKey { address: BindAddress::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)), port };
+        let other = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        other.set_reuse_port(true).unwrap();
+        other.bind(&key.socket_address().into()).unwrap();
+        other.listen(1).unwrap();
+        let error = bind(key, 2, None).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        drop(other);
+        assert_eq!(bind(key, 3, None).unwrap().len(), 3);
+    }
+
+    #[test]
+    fn two_agents_do_not_share_a_port() {
+        let key = ListenerKey { address: BindAddress::Any, port: free_port() };
+        let _first = bind(key, 2, None).unwrap();
+        assert_eq!(bind(key, 2, None).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn any_address_takes_both_families() {
+        let key = ListenerKey { address: BindAddress::Any, port: free_port() };
+        let _sockets = bind(key, 1, None).unwrap();
+        for ip in ["127.0.0.1", "::1"] {
+            let address = SocketAddr::new(ip.parse().unwrap(), key.port.get());
+            std::net::TcpStream::connect_timeout(&address, Duration::from_secs(5)).unwrap();
+        }
+    }
+}

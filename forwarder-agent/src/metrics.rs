@@ -1,0 +1,332 @@
+//! The metrics of an agent, in the OpenMetrics text format: read from live counters at each scrape.
+
+use std::fmt;
+use std::sync::{Arc, PoisonError};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
+use crate::agent::Shared;
+use crate::counters::{BackendCounters, ConnectFailure, Counter, End, ListenerCounters, PerWorker};
+use crate::reconciler::{InForce, SocketState};
+use crate::relay::{Fallback, Tier};
+
+/// A registry that yields all metrics of an agent.
+pub fn registry(shared: Arc<Shared>) -> Registry {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(AgentCollector(shared)));
+    registry
+}
+
+struct AgentCollector(Arc<Shared>);
+
+impl fmt::Debug for AgentCollector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("AgentCollector")
+    }
+}
+
+type Labels<'a, const N: usize> = [(&'static str, &'a str); N];
+
+fn counter<const N: usize>(
+    encoder: &mut MetricEncoder<'_>,
+    labels: Labels<'_, N>,
+    value: u64,
+) -> fmt::Result {
+    encoder.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)
+}
+
+fn gauge<const N: usize>(encoder: &mut MetricEncoder<'_>, labels: Labels<'_, N>, value: u64) -> fmt::Result {
+    encoder.encode_family(&labels)?.encode_gauge(&value)
+}
+
+impl Collector for AgentCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        let shared = &self.0;
+        let mut info = encoder.encode_descriptor(
+            "forwarder_build",
+            "The version of the agent",
+            None,
+            MetricType::Info,
+        )?;
+        info.encode_info(&[("version", env!("CARGO_PKG_VERSION"))])?;
+
+        let in_force = shared.in_force.lock().unwrap_or_else(PoisonError::into_inner);
+        let listeners = Listeners::of(&in_force);
+        listeners.encode(&mut encoder)?;
+        listeners.encode_kernel(&mut encoder, &in_force)?;
+        encode_backends(&mut encoder, &in_force)?;
+        drop(in_force);
+        encode_workers(&mut encoder, shared)?;
+        encode_control(&mut encoder, shared)
+    }
+}
+
+/// One listener, with the text of its labels.
+struct Row<'a> {
+    name: String,
+    address: String,
+    route: String,
+    socket: &'a SocketState,
+}
+
+struct Listeners<'a>(Vec<Row<'a>>);
+
+impl<'a> Listeners<'a> {
+    fn of(in_force: &'a InForce) -> Self {
+        Self(
+            in_force
+                .table
+                .listeners
+                .iter()
+                .filter_map(|(key, listener)| {
+                    Some(Row {
+                        name: listener.name.to_string(),
+                        address: key.to_string(),
+                        route: listener
+                            .route
+                            .as_ref()
+                            .map(|route| route.name.to_string())
+                            .unwrap_or_default(),
+                        socket: in_force.sockets.get(key)?,
+                    })
+                })
+                .collect(),
+        )
+    }
+
+    fn bound(&self) -> impl Iterator<Item = (Labels<'_, 2>, &'a PerWorker<ListenerCounters>)> {
+        self.0.iter().filter_map(|row| match row.socket {
+            SocketState::Bound(bound) => {
+                Some(([("listener", row.name.as_str()), ("address", &row.address)], &bound.counters))
+            }
+            SocketState::Failed(_) => None,
+        })
+    }
+
+    fn encode(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let mut up = encoder.encode_descriptor(
+            "forwarder_listener_up",
+            "Whether the listener's port is open",
+            None,
+            MetricType::Gauge,
+        )?;
+        for row in &self.0 {
+            let labels = [("listener", row.name.as_str()), ("address", &row.address), ("route", &row.route)];
+            gauge(&mut up, labels, u64::from(matches!(row.socket, SocketState::Bound(_))))?;
+        }
+        let mut accepted = encoder.encode_descriptor(
+            "forwarder_connections",
+            "Connections accepted",
+            None,
+            MetricType::Counter,
+        )?;
+        for (labels, counters) in self.bound() {
+            counter(&mut accepted, labels, counters.sum(|own| own.accepted.get()))?;
+        }
+        let mut active = encoder.encode_descriptor(
+            "forwarder_connections_active",
+            "Connections that are open",
+            None,
+            MetricType::Gauge,
+        )?;
+        for (labels, counters) in self.bound() {
+            gauge(&mut active, labels, active_connections(counters))?;
+        }
+        let mut ended = encoder.encode_descriptor(
+            "forwarder_connections_ended",
+            "Connections that ended, by how: what is neither finished nor reset by a peer was reset by the agent",
+            None,
+            MetricType::Counter,
+        )?;
+        for ([listener, address], counters) in self.bound() {
+            for end in End::ALL {
+                let value = counters.sum(|own| own.ended[end as usize].get());
+                counter(&mut ended, [listener, address, ("end", end.as_str())], value)?;
+            }
+        }
+        self.encode_bytes(
+            encoder,
+            "forwarder_received_bytes",
+            "Bytes passed on from clients to endpoints, by the tier that moved them",
+            |counters| &counters.received_bytes,
+        )?;
+        self.encode_bytes(
+            encoder,
+            "forwarder_sent_bytes",
+            "Bytes passed on from endpoints to clients, by the tier that moved them",
+            |counters| &counters.sent_bytes,
+        )
+    }
+
+    fn encode_bytes(
+        &self,
+        encoder: &mut DescriptorEncoder<'_>,
+        name: &str,
+        help: &str,
+        field: impl Fn(&ListenerCounters) -> &[Counter; Tier::ALL.len()],
+    ) -> fmt::Result {
+        let mut bytes = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for ([listener, address], counters) in self.bound() {
+            for tier in Tier::ALL {
+                let value = counters.sum(|own| field(own)[tier as usize].get());
+                counter(&mut bytes, [listener, address, ("tier", tier.as_str())], value)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the classifier counted.
+    fn encode_kernel(&self, encoder: &mut DescriptorEncoder<'_>, in_force: &InForce) -> fmt::Result {
+        let Some(datapath) = &in_force.datapath else { return Ok(()) };
+        let counted: Vec<_> = self
+            .0
+            .iter()
+            .filter_map(|row| match row.socket {
+                SocketState::Bound(bound) => {
+                    let labels = [("listener", row.name.as_str()), ("address", &row.address)];
+                    Some((labels, datapath.counters(bound.id).ok()?))
+                }
+                SocketState::Failed(_) => None,
+            })
+            .collect();
+        for (name, help, field) in [
+            ("forwarder_ingress_syns", "Connection attempts that arrived, retransmitted ones included", 0),
+            ("forwarder_ingress_packets", "TCP packets that arrived; a GRO super-packet counts once", 1),
+            ("forwarder_ingress_bytes", "Bytes of these packets from the IP header on", 2),
+        ] {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for (labels, counters) in &counted {
+                let value = match field {
+                    0 => counters.syns,
+                    1 => counters.packets,
+                    _ => counters.bytes,
+                };
+                counter(&mut metric, *labels, value)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How many connections of a listener are open.
+pub fn active_connections(counters: &PerWorker<ListenerCounters>) -> u64 {
+    // Ends are read first: one that comes in between makes the difference too large, never negative.
+    let ended = counters.sum(ListenerCounters::all_ended);
+    counters.sum(|own| own.accepted.get()).saturating_sub(ended)
+}
+
+fn encode_backends(encoder: &mut DescriptorEncoder<'_>, in_force: &InForce) -> fmt::Result {
+    let backends: Vec<_> = in_force
+        .upstreams
+        .values()
+        .map(|upstream| {
+            (upstream.key.to_string(), upstream.endpoints.load().len() as u64, &upstream.counters)
+        })
+        .collect();
+    let mut endpoints = encoder.encode_descriptor(
+        "forwarder_backend_endpoints",
+        "Endpoints that take new connections",
+        None,
+        MetricType::Gauge,
+    )?;
+    for (name, count, _) in &backends {
+        gauge(&mut endpoints, [("backend", name)], *count)?;
+    }
+    let mut active = encoder.encode_descriptor(
+        "forwarder_backend_connections_active",
+        "Connections to endpoints that are open",
+        None,
+        MetricType::Gauge,
+    )?;
+    for (name, _, counters) in &backends {
+        let ended = counters.sum(|own| own.ended.get());
+        let connected = counters.sum(|own| own.connected.get());
+        gauge(&mut active, [("backend", name)], connected.saturating_sub(ended))?;
+    }
+    let fields: [(_, _, fn(&BackendCounters) -> u64); 3] = [
+        ("forwarder_backend_connections", "Connections established to endpoints", |own| own.connected.get()),
+        ("forwarder_backend_received_bytes", "Bytes passed on to endpoints", |own| own.received_bytes.get()),
+        ("forwarder_backend_sent_bytes", "Bytes passed on from endpoints", |own| own.sent_bytes.get()),
+    ];
+    for (name, help, field) in fields {
+        let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (backend, _, counters) in &backends {
+            counter(&mut metric, [("backend", backend)], counters.sum(field))?;
+        }
+    }
+    let mut failures = encoder.encode_descriptor(
+        "forwarder_backend_connect_failures",
+        "Attempts to connect to an endpoint that failed; another endpoint may have served the client",
+        None,
+        MetricType::Counter,
+    )?;
+    for (name, _, counters) in &backends {
+        for failure in ConnectFailure::ALL {
+            let value = counters.sum(|own| own.failures[failure as usize].get());
+            counter(&mut failures, [("backend", name), ("reason", failure.as_str())], value)?;
+        }
+    }
+    Ok(())
+}
+
+fn encode_workers(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::Result {
+    let counters = &shared.worker_counters;
+    let mut fallbacks = encoder.encode_descriptor(
+        "forwarder_tier_fallbacks",
+        "Times that bytes were copied although they could have been spliced",
+        None,
+        MetricType::Counter,
+    )?;
+    for fallback in Fallback::ALL {
+        let value = counters.sum(|own| own.fallbacks[fallback as usize].get());
+        counter(&mut fallbacks, [("reason", fallback.as_str())], value)?;
+    }
+    let mut pauses = encoder.encode_descriptor(
+        "forwarder_accept_pauses",
+        "Times that accepting paused for lack of file descriptors or memory",
+        None,
+        MetricType::Counter,
+    )?;
+    counter(&mut pauses, [], counters.sum(|own| own.accept_pauses.get()))?;
+    let mut handed_over = encoder.encode_descriptor(
+        "forwarder_connections_handed_over",
+        "Connections that a worker handed to a less busy one",
+        None,
+        MetricType::Counter,
+    )?;
+    counter(&mut handed_over, [], counters.sum(|own| own.handed_over.get()))
+}
+
+fn encode_control(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::Result {
+    let report = shared.report.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut problems = encoder.encode_descriptor(
+        "forwarder_problems",
+        "Problems in the input at present, by reason",
+        None,
+        MetricType::Gauge,
+    )?;
+    let mut by_reason = std::collections::BTreeMap::new();
+    for problem in &report.problems {
+        *by_reason.entry(problem.reason).or_insert(0) += 1;
+    }
+    for (reason, count) in by_reason {
+        gauge(&mut problems, [("reason", reason.as_str())], count)?;
+    }
+    let mut loads = encoder.encode_descriptor(
+        "forwarder_manifest_loads",
+        "Times that manifests were read and put into force",
+        None,
+        MetricType::Counter,
+    )?;
+    counter(&mut loads, [], report.loads)?;
+    let mut classifier = encoder.encode_descriptor(
+        "forwarder_classifier_up",
+        "Whether the BPF classifier is loaded",
+        None,
+        MetricType::Gauge,
+    )?;
+    gauge(&mut classifier, [], u64::from(report.datapath.classifier))
+}

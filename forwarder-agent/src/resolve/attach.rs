@@ -1,0 +1,329 @@
+//! Routes to listeners: parentRefs, allowedRoutes, and which of several routes serves a listener.
+
+use std::collections::HashMap;
+
+use crate::manifests::{GATEWAY_GROUP, Kind, Manifests, NamespacedName, ObjectRef, ParentRef, TcpRoute};
+use crate::problem::{Problem, Reason};
+use crate::status::list;
+
+use super::ResolveSettings;
+use super::gateways::{JudgedGateway, Refusal};
+use super::listeners::{AllowedNamespaces, JudgedListener};
+use super::selector;
+
+/// A route with a parent among our Gateways.
+pub(super) struct JudgedRoute<'a> {
+    pub(super) name: &'a NamespacedName,
+    pub(super) route: &'a TcpRoute,
+    /// One for each parentRef to a Gateway of ours.
+    pub(super) parents: Vec<Parent>,
+}
+
+/// What became of one parentRef.
+pub(super) struct Parent {
+    /// Its index in the spec.
+    pub(super) index: usize,
+    /// The index of the Gateway.
+    pub(super) gateway: usize,
+    /// Whether a listener takes the route: then what the listeners do with it, as a sentence.
+    pub(super) accepted: Result<String, Refusal>,
+}
+
+/// Attaches the routes to listeners, and returns those that have a parent among `gateways`, oldest first.
+///
+/// The first route that is attached to a listener serves it: it is the oldest. The others are accepted all the same.
+pub(super) fn attach<'a>(
+    manifests: &'a Manifests,
+    settings: &ResolveSettings,
+    gateways: &mut [JudgedGateway<'a>],
+    problems: &mut Vec<Problem>,
+) -> Vec<JudgedRoute<'a>> {
+    let index_of = gateways
+        .iter()
+        .enumerate()
+        .map(|(index, gateway)| (gateway.name, index))
+        .collect();
+    let mut oldest_first: Vec<(&NamespacedName, &TcpRoute)> = manifests
+        .tcp_routes
+        .iter()
+        .map(|(name, route)| (name, &**route))
+        .collect();
+    oldest_first.sort_by_cached_key(|(_, route)| route.metadata.age_key());
+
+    let mut attacher = Attacher {
+        manifests,
+        settings,
+        gateways,
+        index_of,
+        routes: Vec::new(),
+        problems,
+    };
+    for (name, route) in oldest_first {
+        attacher.attach_route(name, route);
+    }
+    attacher.routes
+}
+
+/// The state of [`attach`].
+struct Attacher<'a, 's> {
+    manifests: &'a Manifests,
+    settings: &'s ResolveSettings,
+    gateways: &'s mut [JudgedGateway<'a>],
+    index_of: HashMap<&'a NamespacedName, usize>,
+    routes: Vec<JudgedRoute<'a>>,
+    problems: &'s mut Vec<Problem>,
+}
+
+/// What the listeners that take a route do with it: names of listeners.
+#[derive(Default)]
+struct Outcome {
+    serve: Vec<String>,
+    /// With the route that serves the listener.
+    superseded: Vec<(String, NamespacedName)>,
+    /// As superseded, but not attached by an earlier parentRef of the route already.
+    newly_superseded: Vec<(String, NamespacedName)>,
+    not_served: Vec<String>,
+}
+
+impl<'a> Attacher<'a, '_> {
+    fn attach_route(&mut self, name: &'a NamespacedName, route: &'a TcpRoute) {
+        let mut parents = Vec::new();
+        for (index, parent_ref) in route.spec.parent_refs.iter().enumerate() {
+            let Some(gateway) = self.gateway(name, index, parent_ref) else {
+                continue;
+            };
+            let accepted = self.attach_to_gateway(name, index, parent_ref, gateway);
+            parents.push(Parent {
+                index,
+                gateway,
+                accepted,
+            });
+        }
+        if !parents.is_empty() {
+            self.routes.push(JudgedRoute { name, route, parents });
+        }
+    }
+
+    /// The index of the Gateway that a parentRef names, if it is one of ours.
+    fn gateway(&mut self, route: &NamespacedName, index: usize, parent_ref: &ParentRef) -> Option<usize> {
+        let group = parent_ref.group.as_deref().unwrap_or(GATEWAY_GROUP);
+        let kind = parent_ref.kind.as_deref().unwrap_or(Kind::Gateway.as_str());
+        let object = || ObjectRef::new(Kind::TcpRoute, route);
+        if (group, kind) != (GATEWAY_GROUP, Kind::Gateway.as_str()) {
+            let message = format!("a parent of kind {kind} is not the forwarder's: the reference is ignored");
+            let field = format!("spec.parentRefs[{index}].kind");
+            self.problems.push(Problem::warning(
+                Reason::UnsupportedKind,
+                object(),
+                field,
+                message,
+            ));
+            return None;
+        }
+        let namespace = parent_ref.namespace.as_deref().unwrap_or(&route.namespace);
+        let name = NamespacedName::new(namespace, &parent_ref.name);
+        if !self.manifests.gateways.contains_key(&name) {
+            let message = format!(
+                "there is no Gateway {name}: the route is not served there; create it, or name another"
+            );
+            let field = format!("spec.parentRefs[{index}].name");
+            self.problems
+                .push(Problem::error(Reason::NoMatchingParent, object(), field, message));
+        }
+        self.index_of.get(&name).copied()
+    }
+
+    fn attach_to_gateway(
+        &mut self,
+        route: &NamespacedName,
+        index: usize,
+        parent_ref: &ParentRef,
+        gateway_index: usize,
+    ) -> Result<String, Refusal> {
+        let refuse = |problems: &mut Vec<Problem>, reason, field: &str, message: String| {
+            let object = ObjectRef::new(Kind::TcpRoute, route);
+            let field = format!("spec.parentRefs[{index}]{field}");
+            problems.push(Problem::error(reason, object, field, message.as_str()));
+            Err(Refusal { reason, message })
+        };
+        let Some(gateway) = self.gateways.get(gateway_index) else {
+            return Ok(String::new());
+        };
+        let matching = matching_listeners(gateway, parent_ref);
+        if matching.is_empty() {
+            let (field, message) = no_match(gateway, parent_ref);
+            return refuse(self.problems, Reason::NoMatchingParent, field, message);
+        }
+        let mut allowing = Vec::new();
+        let mut refusing = Vec::new();
+        for listener_index in matching {
+            let Some(listener) = gateway.listeners.get(listener_index) else {
+                continue;
+            };
+            match self.refusal(gateway.name, listener, route) {
+                None => allowing.push(listener_index),
+                Some(why) => refusing.push(format!("{} ({why})", listener.spec.name)),
+            }
+        }
+        if allowing.is_empty() {
+            let message = format!(
+                "no listener of Gateway {} takes the route: {}; change allowedRoutes there, or refer to another",
+                gateway.name,
+                list(&refusing)
+            );
+            return refuse(self.problems, Reason::NotAllowedByListeners, "", message);
+        }
+        let outcome = self.attach_to_listeners(route, gateway_index, &allowing);
+        self.report_superseded(route, index, &outcome);
+        Ok(outcome.sentence())
+    }
+
+    /// Why a listener does not take a route.
+    fn refusal(
+        &self,
+        gateway: &NamespacedName,
+        listener: &JudgedListener<'_>,
+        route: &NamespacedName,
+    ) -> Option<String> {
+        if !listener.is_tcp() {
+            return Some(format!("its protocol is {:?}", listener.spec.protocol));
+        }
+        if !listener.kinds.tcp_route {
+            return Some("its kinds do not include TCPRoute".to_owned());
+        }
+        let namespace = route.namespace.as_str();
+        match listener.namespaces {
+            AllowedNamespaces::All => None,
+            AllowedNamespaces::Same if namespace == gateway.namespace => None,
+            AllowedNamespaces::Same => Some(format!("only from namespace {}", gateway.namespace)),
+            AllowedNamespaces::None => Some("from no namespace".to_owned()),
+            AllowedNamespaces::Selector(selector) => {
+                let selected = selector::selects(selector, namespace, self.manifests, self.settings);
+                (!selected).then(|| format!("its selector does not match namespace {namespace}"))
+            }
+        }
+    }
+
+    fn attach_to_listeners(
+        &mut self,
+        route: &NamespacedName,
+        gateway_index: usize,
+        allowing: &[usize],
+    ) -> Outcome {
+        let mut outcome = Outcome::default();
+        let this = self.routes.len();
+        let Some(gateway) = self.gateways.get_mut(gateway_index) else {
+            return outcome;
+        };
+        let servable = gateway.is_servable();
+
+        for &listener_index in allowing {
+            let Some(listener) = gateway.listeners.get_mut(listener_index) else {
+                continue;
+            };
+            let newly = listener.routes.last() != Some(&this);
+            if newly {
+                listener.routes.push(this);
+            }
+            let section = listener.spec.name.clone();
+            let winner = listener.routes.first().and_then(|first| self.routes.get(*first));
+            match winner.map(|winner| winner.name) {
+                _ if !servable || !listener.is_servable() => outcome.not_served.push(section),
+                Some(winner) if winner != route => {
+                    if newly {
+                        outcome.newly_superseded.push((section.clone(), winner.clone()));
+                    }
+                    outcome.superseded.push((section, winner.clone()));
+                }
+                // The winner is the route itself, which is not in the list yet.
+                Some(_) | None => outcome.serve.push(section),
+            }
+        }
+        outcome
+    }
+
+    fn report_superseded(&mut self, route: &NamespacedName, index: usize, outcome: &Outcome) {
+        if outcome.newly_superseded.is_empty() {
+            return;
+        }
+        let message = format!(
+            "{}: the oldest route, or the first by name, gets every connection; remove one of them, or give this one \
+             a listener of its own",
+            superseded(&outcome.newly_superseded)
+        );
+        let object = ObjectRef::new(Kind::TcpRoute, route);
+        let field = format!("spec.parentRefs[{index}]");
+        self.problems
+            .push(Problem::warning(Reason::Superseded, object, field, message));
+    }
+}
+
+impl Outcome {
+    fn sentence(&self) -> String {
+        let mut parts = Vec::new();
+        if !self.superseded.is_empty() {
+            parts.push(superseded(&self.superseded));
+        }
+        if !self.not_served.is_empty() {
+            parts.push(format!(
+                "attached to {}, which the Gateway does not serve",
+                list(&self.not_served)
+            ));
+        }
+        if !self.serve.is_empty() {
+            parts.insert(0, format!("serves {}", list(&self.serve)));
+        }
+        parts.join("; ")
+    }
+}
+
+fn superseded(listeners: &[(String, NamespacedName)]) -> String {
+    let shown: Vec<String> = listeners
+        .iter()
+        .map(|(section, winner)| format!("on {section} by {winner}"))
+        .collect();
+    format!("superseded {}", list(&shown))
+}
+
+/// The listeners that a parentRef means: all, or those with its sectionName, its port, or both.
+fn matching_listeners(gateway: &JudgedGateway<'_>, parent_ref: &ParentRef) -> Vec<usize> {
+    let of_section = |section: &str| gateway.by_section.get(section).cloned().unwrap_or_default();
+    let of_port = |port: i64| gateway.by_port.get(&port).cloned().unwrap_or_default();
+    match (parent_ref.section_name.as_deref(), parent_ref.port) {
+        (None, None) => (0..gateway.listeners.len()).collect(),
+        (Some(section), None) => of_section(section),
+        (None, Some(port)) => of_port(port),
+        (Some(section), Some(port)) => {
+            let has_port = |index: &usize| gateway.listeners.get(*index).is_some_and(|l| l.spec.port == port);
+            of_section(section).into_iter().filter(has_port).collect()
+        }
+    }
+}
+
+/// The field and the message where a parentRef means no listener.
+fn no_match(gateway: &JudgedGateway<'_>, parent_ref: &ParentRef) -> (&'static str, String) {
+    let (field, wanted) = match (parent_ref.section_name.as_deref(), parent_ref.port) {
+        (None, None) => ("", "no listener".to_owned()),
+
+        (None, Some(port)) => (".port", format!("no listener on port {port}")),
+        (Some(section), Some(port)) if gateway.by_section.contains_key(section) => {
+            (".port", format!("no listener {section:?} on port {port}"))
+        }
+        (Some(section), _) => (".sectionName", format!("no listener {section:?}")),
+    };
+    let there: Vec<String> = gateway
+        .listeners
+        .iter()
+        .map(|l| format!("{} (port {})", l.spec.name, l.spec.port))
+        .collect();
+    let there = if there.is_empty() {
+        "none".to_owned()
+    } else {
+        list(&there)
+    };
+    let message = format!(
+        "Gateway {} has {wanted}: the route is not served there; its listeners are: {there}",
+        gateway.name
+    );
+    (field, message)
+}

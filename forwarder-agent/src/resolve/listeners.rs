@@ -1,0 +1,253 @@
+//! Listeners, judged within their Gateway: protocol, port, allowed routes, conflicts among each other.
+
+use std::collections::HashMap;
+use std::num::NonZeroU16;
+
+use crate::manifests::{
+    GATEWAY_GROUP, Kind, LabelSelector, Listener, NamespacedName, ObjectRef, RouteGroupKind, RouteNamespaces,
+};
+use crate::model::{ListenerName, ListenerSettings};
+use crate::problem::{Problem, Reason};
+
+use super::gateways::Refusal;
+use super::{conflicts, selector};
+
+/// A listener of a Gateway of ours.
+pub(super) struct JudgedListener<'a> {
+    pub(super) spec: &'a Listener,
+    pub(super) name: ListenerName,
+    /// Its port; `None` where the spec's is out of range, which is a reason to refuse it.
+    pub(super) port: Option<NonZeroU16>,
+    /// Why it is not accepted.
+    pub(super) refusal: Option<Refusal>,
+    /// Which listeners of the Gateway it cannot share its port with, as a sentence.
+    pub(super) conflict: Option<String>,
+    pub(super) kinds: RouteKinds,
+    pub(super) namespaces: AllowedNamespaces<'a>,
+    pub(super) settings: ListenerSettings,
+    /// The attached routes, oldest first: indices into the list of routes.
+    pub(super) routes: Vec<usize>,
+}
+
+/// Which kinds of routes a listener takes.
+pub(super) struct RouteKinds {
+    /// Whether TCPRoute is among them: no other kind can be.
+    pub(super) tcp_route: bool,
+    /// Kinds that were named and cannot be served, as a sentence.
+    pub(super) invalid: Option<String>,
+}
+
+/// From which namespaces a listener takes routes.
+#[derive(Clone, Copy)]
+pub(super) enum AllowedNamespaces<'a> {
+    Same,
+    All,
+    None,
+    Selector(&'a LabelSelector),
+}
+
+impl JudgedListener<'_> {
+    pub(super) fn is_tcp(&self) -> bool {
+        self.spec.protocol == "TCP"
+    }
+
+    /// Whether it is to be bound, as far as it depends on the listener. One that no kind of route can attach to is
+    /// not: it could only reset connections.
+    pub(super) fn is_servable(&self) -> bool {
+        self.refusal.is_none() && self.conflict.is_none() && self.kinds.tcp_route
+    }
+}
+
+/// Judges the listeners of one Gateway.
+pub(super) fn judge<'a>(
+    gateway: &NamespacedName,
+    specs: &'a [Listener],
+    settings: Vec<ListenerSettings>,
+    by_section: &HashMap<&str, Vec<usize>>,
+    by_port: &HashMap<i64, Vec<usize>>,
+    problems: &mut Vec<Problem>,
+) -> Vec<JudgedListener<'a>> {
+    let object = ObjectRef::new(Kind::Gateway, gateway);
+    let judge_one = |(index, (spec, settings)): (usize, (&'a Listener, ListenerSettings))| {
+        let place = Place {
+            object: &object,
+            field: format!("spec.listeners[{index}]"),
+        };
+        let first = by_section
+            .get(spec.name.as_str())
+            .and_then(|all| all.first().copied());
+        judge_listener(gateway, spec, settings, place, first == Some(index), problems)
+    };
+    let mut listeners: Vec<_> = specs.iter().zip(settings).enumerate().map(judge_one).collect();
+    conflicts::within_gateway(&object, &mut listeners, by_port, problems);
+    listeners
+}
+
+/// Where a listener stands.
+struct Place<'a> {
+    object: &'a ObjectRef,
+    field: String,
+}
+
+impl Place<'_> {
+    fn error(&self, reason: Reason, field: &str, message: &str) -> Problem {
+        Problem::error(
+            reason,
+            self.object.clone(),
+            format!("{}.{field}", self.field),
+            message,
+        )
+    }
+}
+
+fn judge_listener<'a>(
+    gateway: &NamespacedName,
+    spec: &'a Listener,
+    settings: ListenerSettings,
+    place: Place<'_>,
+    first_of_name: bool,
+    problems: &mut Vec<Problem>,
+) -> JudgedListener<'a> {
+    let mut refusals = Vec::new();
+    if spec.protocol != "TCP" {
+        refusals.push((
+            Reason::UnsupportedProtocol,
+            "protocol".to_owned(),
+            unsupported_protocol(spec),
+        ));
+    }
+    let port = u16::try_from(spec.port).ok().and_then(NonZeroU16::new);
+    if port.is_none() {
+        let message = format!(
+            "port {} is not one of 1 to 65535: the listener is not served",
+            spec.port
+        );
+        refusals.push((Reason::Invalid, "port".to_owned(), message));
+    }
+    if !first_of_name {
+        let message = format!(
+            "another listener has the name {:?}: only the first is served; rename this one",
+            spec.name
+        );
+        refusals.push((Reason::Invalid, "name".to_owned(), message));
+    }
+    if spec.protocol == "TCP" && spec.tls.is_some() {
+        let message = "TLS is asked for on a TCP listener: it is not served, for connections would pass without \
+                       being decrypted; remove tls to forward the bytes as they are";
+        refusals.push((Reason::UnsupportedValue, "tls".to_owned(), message.to_owned()));
+    }
+    let namespaces = allowed_namespaces(spec).unwrap_or_else(|(field, message)| {
+        refusals.push((
+            Reason::UnsupportedValue,
+            format!("allowedRoutes.namespaces.{field}"),
+            message,
+        ));
+        AllowedNamespaces::None
+    });
+    for (reason, field, message) in &refusals {
+        problems.push(place.error(*reason, field, message));
+    }
+    if spec.protocol == "TCP" && spec.hostname.is_some() {
+        let field = format!("{}.hostname", place.field);
+        let message = "a TCP listener has no hostname to match: it is ignored; remove it";
+        problems.push(Problem::warning(
+            Reason::UnsupportedValue,
+            place.object.clone(),
+            field,
+            message,
+        ));
+    }
+    JudgedListener {
+        spec,
+        name: ListenerName {
+            gateway: gateway.clone(),
+            section: spec.name.clone(),
+        },
+        port,
+        refusal: refusals
+            .into_iter()
+            .next()
+            .map(|(reason, _, message)| Refusal { reason, message }),
+        conflict: None,
+        kinds: route_kinds(spec, &place, problems),
+        namespaces,
+        settings,
+        routes: Vec::new(),
+    }
+}
+
+fn unsupported_protocol(spec: &Listener) -> String {
+    let advice = match spec.protocol.as_str() {
+        "HTTP" | "HTTPS" | "TLS" => "; use TCP to forward its bytes as they are",
+        _ => "",
+    };
+    format!(
+        "protocol {:?} is not supported: the listener is not served{advice}",
+        spec.protocol
+    )
+}
+
+/// Which kinds of routes the listener takes: those of `allowedRoutes.kinds` that it can serve, or else TCPRoute.
+fn route_kinds(spec: &Listener, place: &Place<'_>, problems: &mut Vec<Problem>) -> RouteKinds {
+    let named = spec
+        .allowed_routes
+        .as_ref()
+        .map_or(&[][..], |allowed| &allowed.kinds);
+    let is_tcp = spec.protocol == "TCP";
+    let is_served = |kind: &RouteGroupKind| {
+        is_tcp && kind.kind == Kind::TcpRoute.as_str() && group_of(kind) == GATEWAY_GROUP
+    };
+    let mut invalid = Vec::new();
+    for (index, kind) in named.iter().enumerate().filter(|(_, kind)| !is_served(kind)) {
+        let message = format!(
+            "routes of kind {} ({}) cannot attach to it",
+            kind.kind,
+            group_of(kind)
+        );
+        if is_tcp {
+            // On a listener of another protocol, that problem is enough.
+            let message = format!("{message}: a TCP listener serves TCPRoutes only; remove the kind");
+            let field = format!("allowedRoutes.kinds[{index}].kind");
+            problems.push(place.error(Reason::InvalidRouteKinds, &field, &message));
+        }
+        invalid.push(message);
+    }
+    RouteKinds {
+        tcp_route: is_tcp && (named.is_empty() || named.iter().any(is_served)),
+        invalid: (!invalid.is_empty()).then(|| invalid.join("; ")),
+    }
+}
+
+fn group_of(kind: &RouteGroupKind) -> &str {
+    kind.group.as_deref().unwrap_or(GATEWAY_GROUP)
+}
+
+/// The namespaces of `allowedRoutes`, or the field below `namespaces` that cannot be honoured and why.
+fn allowed_namespaces(spec: &Listener) -> Result<AllowedNamespaces<'_>, (String, String)> {
+    let Some(namespaces) = spec
+        .allowed_routes
+        .as_ref()
+        .and_then(|allowed| allowed.namespaces.as_ref())
+    else {
+        return Ok(AllowedNamespaces::Same);
+    };
+    let RouteNamespaces { from, selector } = namespaces;
+    match (from.as_deref(), selector) {
+        (None | Some("Same"), _) => Ok(AllowedNamespaces::Same),
+        (Some("All"), _) => Ok(AllowedNamespaces::All),
+        (Some("None"), _) => Ok(AllowedNamespaces::None),
+        (Some("Selector"), Some(selector)) => match selector::check(selector) {
+            Ok(()) => Ok(AllowedNamespaces::Selector(selector)),
+            Err((field, message)) => Err((format!("selector.{field}"), message)),
+        },
+        (Some("Selector"), None) => {
+            let message = "from is Selector and there is no selector: the listener is not served; add one";
+            Err(("selector".to_owned(), message.to_owned()))
+        }
+        (Some(other), _) => {
+            let message =
+                format!("{other:?} is none of Same, All, Selector and None: the listener is not served");
+            Err(("from".to_owned(), message))
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Manifests to the table of what is to be forwarded, the statuses and the problems: pure, and never failing.
+//!
+//! The rules are those of the Gateway API 1.6, which this module follows to the letter where it is clear; where it is
+//! silent, an existing thing keeps working (the oldest Gateway keeps a port, the oldest route a listener) and what is
+//! not served is said in a condition and in a [`Problem`], never left out silently.
+//!
+//! The flow: `classes` finds every GatewayClass of ours; `gateways` and `listeners` judge each Gateway by itself;
+//! `conflicts` gives each port to one of them; `attach` brings the routes to listeners; `destinations` resolves their
+//! backendRefs; `table` and `conditions` write down the result. Work is proportional to the number of objects and
+//! attachments: whatever is looked up by name has a map.
+
+mod addresses;
+mod attach;
+pub mod backends;
+mod classes;
+mod conditions;
+mod conflicts;
+mod destinations;
+mod gateways;
+mod grants;
+mod listeners;
+mod selector;
+mod settings;
+mod table;
+
+use crate::manifests::Manifests;
+use crate::model::{ListenerSettings, RouteTable};
+use crate::problem::Problem;
+use crate::status::Statuses;
+
+/// The controller name that stands in a GatewayClass of the forwarder unless it is told another.
+pub const CONTROLLER_NAME: &str = "forwarder.dev/tcp";
+
+/// What resolving depends on besides the manifests.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ResolveSettings {
+    /// The `spec.controllerName` of every GatewayClass that is ours.
+    pub controller_name: String,
+    /// The settings of a listener whose Gateway does not say otherwise.
+    pub listener_defaults: ListenerSettings,
+    /// Whether a namespace that is not among the manifests exists all the same, without labels: so in files. In a
+    /// cluster, it is one that the agent has not seen yet, and no selector matches it.
+    pub implicit_namespaces: bool,
+    /// The release of the Gateway API that the manifests were validated by.
+    pub api_release: ApiRelease,
+}
+
+impl ResolveSettings {
+    /// The settings for manifests from files.
+    pub fn for_files(listener_defaults: ListenerSettings) -> Self {
+        Self {
+            controller_name: CONTROLLER_NAME.to_owned(),
+            listener_defaults,
+            implicit_namespaces: true,
+            api_release: ApiRelease::NotInstalled,
+        }
+    }
+}
+
+/// Which release of the Gateway API's CRDs a cluster has.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum ApiRelease {
+    /// There is no cluster: the manifests come from files.
+    NotInstalled,
+    /// The CRDs do not tell.
+    Unknown,
+    /// The annotation `gateway.networking.k8s.io/bundle-version` of the CRDs, such as `v1.6.1`.
+    Installed(String),
+}
+
+/// What the manifests amount to.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Resolved {
+    /// What is to be forwarded.
+    pub table: RouteTable,
+    /// The statuses, on the assumption that every listener of the table can be bound:
+    /// [`crate::status::apply_bind_failures`] corrects them.
+    pub statuses: Statuses,
+    /// What is wrong: sorted by object and field, each problem once.
+    pub problems: Vec<Problem>,
+}
+
+/// Resolves manifests.
+pub fn resolve(manifests: &Manifests, settings: &ResolveSettings) -> Resolved {
+    let mut problems = Vec::new();
+    let classes = classes::judge(manifests, settings, &mut problems);
+    let mut gateways = gateways::judge(manifests, settings, &classes, &mut problems);
+    conflicts::between_gateways(&mut gateways, &mut problems);
+    let routes = attach::attach(manifests, settings, &mut gateways, &mut problems);
+    let grants = grants::Grants::new(manifests);
+    let destinations = destinations::resolve(manifests, &grants, &routes, &mut problems);
+    let table = table::build(manifests, &gateways, &routes, &destinations, &mut problems);
+    let statuses = conditions::statuses(&classes, &gateways, &routes, &destinations, settings);
+    sort(&mut problems);
+    Resolved {
+        table,
+        statuses,
+        problems,
+    }
+}
+
+/// Sorts problems by object and field, so that the order does not depend on the order of evaluation, and drops those
+/// that were found by two ways.
+fn sort(problems: &mut Vec<Problem>) {
+    problems.sort_by(|a, b| {
+        let key = |p: &Problem| (p.severity, p.reason);
+        (&a.object, &a.field, key(a), &a.message).cmp(&(&b.object, &b.field, key(b), &b.message))
+    });
+    problems.dedup();
+}

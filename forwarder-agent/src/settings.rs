@@ -1,0 +1,329 @@
+//! Settings of the agent: from flags, the environment and one YAML file, in this order of precedence.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use serde::Deserialize;
+
+use crate::model::{Datapath, ListenerSettings};
+
+/// Where settings come from; everything is optional, and what nobody sets has the default that its description names.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Options {
+    /// File or folder of manifests (YAML or JSON): GatewayClass, Gateway, TCPRoute, ReferenceGrant, Namespace, Service,
+    /// EndpointSlice. Changes are followed.
+    #[arg(long, env = "FORWARDER_MANIFESTS", value_name = "PATH")]
+    pub manifests: Option<PathBuf>,
+
+    /// Address of the admin endpoint (/healthz, /readyz, /metrics, /v1/state), or `off` [default: 127.0.0.1:9902]
+    #[arg(long, env = "FORWARDER_ADMIN", value_name = "ADDR:PORT")]
+    pub admin: Option<AdminAddress>,
+
+    /// Serve Gateways whose GatewayClass names this controller [default: forwarder.dev/tcp]
+    #[arg(long, env = "FORWARDER_CONTROLLER_NAME", value_name = "NAME")]
+    pub controller_name: Option<String>,
+
+    /// How bytes are moved, where a Gateway's annotation says nothing else [default: auto]
+    #[arg(long, env = "FORWARDER_DATAPATH", value_enum)]
+    pub datapath: Option<Datapath>,
+
+    /// Folder on a BPF file system in which maps are pinned [default: /sys/fs/bpf/forwarder]
+    #[arg(long, env = "FORWARDER_PIN_DIR", value_name = "DIR")]
+    pub pin_dir: Option<PathBuf>,
+
+    /// Worker threads [default: one for each core]
+    #[arg(long, env = "FORWARDER_WORKERS", value_name = "N")]
+    pub workers: Option<usize>,
+
+    /// Reset a connection after this long without a byte in either direction; 0 is off [default: 0]
+    #[arg(long, env = "FORWARDER_IDLE_TIMEOUT", value_name = "DURATION")]
+    pub idle_timeout: Option<DurationText>,
+
+    /// The same for a connection of which one direction has ended; 0 is off [default: 15m]
+    #[arg(long, env = "FORWARDER_HALF_CLOSED_TIMEOUT", value_name = "DURATION")]
+    pub half_closed_timeout: Option<DurationText>,
+
+    /// How long one attempt to connect to an endpoint may take [default: 3s]
+    #[arg(long, env = "FORWARDER_CONNECT_TIMEOUT", value_name = "DURATION")]
+    pub connect_timeout: Option<DurationText>,
+
+    /// Idle time before TCP keepalive probes, on both sides; 0 is off [default: 1m]
+    #[arg(long, env = "FORWARDER_KEEPALIVE", value_name = "DURATION")]
+    pub keepalive: Option<DurationText>,
+
+    /// How long connections may go on after SIGTERM; what is left is reset, spread over the last quarter [default: 30s]
+    #[arg(long, env = "FORWARDER_DRAIN_TIMEOUT", value_name = "DURATION")]
+    pub drain_timeout: Option<DurationText>,
+
+    /// Local addresses to connect to endpoints from, in turn: each adds some 28,000 connections per endpoint
+    #[arg(long, env = "FORWARDER_SOURCE_ADDRESSES", value_name = "ADDR", value_delimiter = ',')]
+    #[serde(default)]
+    pub source_addresses: Vec<IpAddr>,
+}
+
+/// The address of the admin endpoint, or none.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct AdminAddress(pub Option<SocketAddr>);
+
+impl std::str::FromStr for AdminAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "off" {
+            return Ok(Self(None));
+        }
+        text.parse()
+            .map(|address| Self(Some(address)))
+            .map_err(|_| format!("`{text}` is neither an address with a port, such as 127.0.0.1:9902, nor `off`"))
+    }
+}
+
+impl<'de> Deserialize<'de> for AdminAddress {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// A duration as people write it: `90s`, `1h 30m`, or `0`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct DurationText(pub Duration);
+
+impl std::str::FromStr for DurationText {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "0" {
+            return Ok(Self(Duration::ZERO));
+        }
+        humantime::parse_duration(text)
+            .map(Self)
+            .map_err(|error| format!("`{text}` is not a duration such as `90s`, `1h 30m` or `0`: {error}"))
+    }
+}
+
+impl<'de> Deserialize<'de> for DurationText {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// The settings of an agent, complete and valid.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where the manifests are.
+    pub manifests: PathBuf,
+    /// Where the admin endpoint listens; `None` is nowhere.
+    pub admin: Option<SocketAddr>,
+    /// Whose GatewayClasses are served.
+    pub controller_name: String,
+    /// Where maps are pinned.
+    pub pin_dir: PathBuf,
+    /// How many workers.
+    pub workers: usize,
+    /// What listeners have where their Gateway says nothing else.
+    pub listener_defaults: ListenerSettings,
+    /// TCP keepalive of both sides; `None` is off.
+    pub keepalive: Option<Duration>,
+    /// How long a drain may take.
+    pub drain_timeout: Duration,
+    /// Where upstream connections come from; empty leaves the choice to the kernel.
+    pub source_addresses: Vec<IpAddr>,
+}
+
+/// Settings that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The settings file could not be read.
+    #[error("cannot read settings file {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The settings file is not YAML, or has a wrong or unknown key.
+    #[error("settings file {path} is not valid: {message}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Which line, key and value, and what was expected.
+        message: String,
+    },
+    /// A setting has a value that cannot be used.
+    #[error("setting {setting} cannot be {value}: {remedy}")]
+    Value {
+        /// The setting.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// What to set instead.
+        remedy: &'static str,
+    },
+    /// A setting that has no default is missing.
+    #[error("no manifests given: set --manifests PATH, FORWARDER_MANIFESTS or `manifests:` in the settings file")]
+    NoManifests,
+}
+
+impl Options {
+    /// Reads a settings file.
+    ///
+    /// # Errors
+    /// It cannot be read, or is not valid; unknown keys are refused.
+    pub fn from_file(path: &Path) -> Result<Self, SettingsError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| SettingsError::Read { path: path.to_owned(), source })?;
+        if text.trim().is_empty() {
+            return Ok(Self::default());
+        }
+        serde_saphyr::from_str(&text)
+            .map_err(|error| SettingsError::Parse { path: path.to_owned(), message: error.to_string() })
+    }
+
+    /// What `self` sets, and what `other` sets where `self` does not.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            manifests: self.manifests.or(other.manifests),
+            admin: self.admin.or(other.admin),
+            controller_name: self.controller_name.or(other.controller_name),
+            datapath: self.datapath.or(other.datapath),
+            pin_dir: self.pin_dir.or(other.pin_dir),
+            workers: self.workers.or(other.workers),
+            idle_timeout: self.idle_timeout.or(other.idle_timeout),
+            half_closed_timeout: self.half_closed_timeout.or(other.half_closed_timeout),
+            connect_timeout: self.connect_timeout.or(other.connect_timeout),
+            keepalive: self.keepalive.or(other.keepalive),
+            drain_timeout: self.drain_timeout.or(other.drain_timeout),
+            source_addresses: if self.source_addresses.is_empty() {
+                other.source_addresses
+            } else {
+                self.source_addresses
+            },
+        }
+    }
+
+    /// The settings of listeners where their Gateway says nothing else.
+    ///
+    /// # Errors
+    /// A value that cannot be used.
+    pub fn listener_defaults(&self) -> Result<ListenerSettings, SettingsError> {
+        let connect_timeout = or_default(self.connect_timeout, Duration::from_secs(3));
+        if connect_timeout.is_zero() {
+            return Err(SettingsError::Value {
+                setting: "connect-timeout",
+                value: "0".to_owned(),
+                remedy: "set how long an attempt may take, such as 3s",
+            });
+        }
+        Ok(ListenerSettings {
+            datapath: self.datapath.unwrap_or_default(),
+            idle_timeout: off_if_zero(or_default(self.idle_timeout, Duration::ZERO)),
+            half_closed_timeout: off_if_zero(or_default(
+                self.half_closed_timeout,
+                Duration::from_secs(15 * 60),
+            )),
+            connect_timeout,
+        })
+    }
+
+    /// The settings, with defaults for what is not set.
+    ///
+    /// # Errors
+    /// A value that cannot be used, or no manifests.
+    pub fn validate(self) -> Result<Settings, SettingsError> {
+        let listener_defaults = self.listener_defaults()?;
+        let workers = self
+            .workers
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get));
+        if !(1..=1024).contains(&workers) {
+            return Err(SettingsError::Value {
+                setting: "workers",
+                value: workers.to_string(),
+                remedy: "set 1 to 1024",
+            });
+        }
+        let controller_name = self.controller_name.unwrap_or_else(|| CONTROLLER_NAME.to_owned());
+        if !controller_name.contains('/') {
+            return Err(SettingsError::Value {
+                setting: "controller-name",
+                value: format!("`{controller_name}`"),
+                remedy: "set a domain and a path, such as forwarder.dev/tcp",
+            });
+        }
+        Ok(Settings {
+            manifests: self.manifests.ok_or(SettingsError::NoManifests)?,
+            admin: self.admin.map_or(Some(ADMIN), |admin| admin.0),
+            controller_name,
+            pin_dir: self.pin_dir.unwrap_or_else(|| PathBuf::from("/sys/fs/bpf/forwarder")),
+            workers,
+            listener_defaults,
+            keepalive: off_if_zero(or_default(self.keepalive, Duration::from_secs(60))),
+            drain_timeout: or_default(self.drain_timeout, Duration::from_secs(30)),
+            source_addresses: self.source_addresses,
+        })
+    }
+}
+
+/// The controller whose GatewayClasses are served by default.
+pub const CONTROLLER_NAME: &str = "forwarder.dev/tcp";
+
+/// Where the admin endpoint is by default.
+pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9902);
+
+fn or_default(value: Option<DurationText>, default: Duration) -> Duration {
+    value.map_or(default, |text| text.0)
+}
+
+fn off_if_zero(duration: Duration) -> Option<Duration> {
+    Some(duration).filter(|duration| !duration.is_zero())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from_text(text: &str) -> Result<Options, String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        Options::from_file(file.path()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file() {
+        let file = from_text("workers: 7\nidleTimeout: 1h\nadmin: off\n").unwrap();
+        let flags = Options { workers: Some(2), manifests: Some("m".into()), ..Options::default() };
+        let settings = flags.or(file).validate().unwrap();
+        assert_eq!(settings.workers, 2);
+        assert_eq!(settings.listener_defaults.idle_timeout, Some(Duration::from_secs(3600)));
+        assert_eq!(settings.admin, None);
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let message = from_text("wrokers: 7\n").unwrap_err();
+        assert!(message.contains("wrokers"), "{message}");
+    }
+
+    #[test]
+    fn a_bad_duration_names_the_value() {
+        let message = from_text("idleTimeout: soon\n").unwrap_err();
+        assert!(message.contains("`soon`"), "{message}");
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused() {
+        let base = || Options { manifests: Some("m".into()), ..Options::default() };
+        for options in [
+            Options { workers: Some(0), ..base() },
+            Options { connect_timeout: Some(DurationText(Duration::ZERO)), ..base() },
+            Options { controller_name: Some("forwarder".into()), ..base() },
+            Options::default(),
+        ] {
+            assert!(options.clone().validate().is_err(), "{options:?}");
+        }
+    }
+}

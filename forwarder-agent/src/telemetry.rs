@@ -1,0 +1,41 @@
+//! Logging: structured fields, to standard error, as text or JSON.
+
+use std::io::IsTerminal;
+
+use clap::ValueEnum;
+use tracing_subscriber::EnvFilter;
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line, for programs.
+    Json,
+}
+
+/// A log filter that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("`{filter}` is not a log filter: {source}; use a level such as `debug`, or `info,access=debug`")]
+pub struct FilterError {
+    filter: String,
+    #[source]
+    source: tracing_subscriber::filter::ParseError,
+}
+
+/// Starts logging.
+///
+/// # Errors
+/// The filter cannot be parsed.
+pub fn init(filter: &str, format: LogFormat) -> Result<(), FilterError> {
+    let filter = EnvFilter::builder()
+        .parse(filter)
+        .map_err(|source| FilterError { filter: filter.to_owned(), source })?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+    }
+    Ok(())
+}

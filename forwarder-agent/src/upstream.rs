@@ -1,0 +1,176 @@
+//! Connecting an endpoint of a backend, and another one when that fails.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use rustix::io::Errno;
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::counters::{BackendCounters, ConnectFailure, PerWorker};
+use crate::model::{BackendKey, Endpoints};
+
+/// How many endpoints are tried for one connection.
+const ATTEMPTS: usize = 3;
+/// How long to wait for a local port to become free before the next attempt.
+const LOCAL_PORT_BACKOFF: Duration = Duration::from_millis(50);
+
+/// A backend in use: its endpoints of the moment, whose turn it is, and its counters. Shared by every listener whose
+/// route refers to it; it lives on while connections use it.
+#[derive(Debug)]
+pub struct Upstream {
+    /// Which Service port.
+    pub key: BackendKey,
+    /// The endpoints that take new connections.
+    pub endpoints: ArcSwap<Vec<SocketAddr>>,
+    /// What was counted.
+    pub counters: PerWorker<BackendCounters>,
+    turn: AtomicUsize,
+}
+
+impl Upstream {
+    /// A backend that nothing was counted for yet.
+    pub fn new(key: BackendKey, endpoints: &Endpoints, workers: usize) -> Self {
+        Self {
+            key,
+            endpoints: ArcSwap::from_pointee(endpoints.to_vec()),
+            counters: PerWorker::new(workers),
+            turn: AtomicUsize::new(0),
+        }
+    }
+
+    /// Replaces the endpoints; connections to former ones live on.
+    pub fn set_endpoints(&self, endpoints: &Endpoints) {
+        self.endpoints.store(Arc::new(endpoints.to_vec()));
+    }
+}
+
+/// How endpoints are connected: settings of the agent.
+#[derive(Clone, Debug, Default)]
+pub struct ConnectSettings {
+    /// Local addresses to connect from, in turn, so that more connections to one endpoint fit than there are local
+    /// ports (some 28,000 by default); none leaves the choice to the kernel.
+    pub source_addresses: Vec<IpAddr>,
+    /// Keepalive of both sides; `None` is off.
+    pub keepalive: Option<Duration>,
+}
+
+/// TCP keepalive that finds a dead peer in about twice `idle`.
+pub fn keepalive(idle: Duration) -> TcpKeepalive {
+    TcpKeepalive::new().with_time(idle).with_interval((idle / 6).max(Duration::from_secs(1))).with_retries(6)
+}
+
+/// Connects an endpoint of `backend`: the one whose turn it is, or the next ones when that fails, each within
+/// `connect_timeout`.
+///
+/// # Errors
+/// The last failure, where no endpoint could be connected; `None` where there is no endpoint.
+pub async fn connect(
+    backend: &Upstream,
+    settings: &ConnectSettings,
+    connect_timeout: Duration,
+    worker: usize,
+) -> Result<(TcpStream, SocketAddr), Option<ConnectFailure>> {
+    let endpoints = backend.endpoints.load_full();
+    let turn = backend.turn.fetch_add(1, Ordering::Relaxed);
+    let mut last = None;
+    for attempt in 0..ATTEMPTS.min(endpoints.len().max(2)) {
+        let Some(endpoint) = endpoints.get(turn.wrapping_add(attempt) % endpoints.len().max(1)) else {
+            return Err(None);
+        };
+        match connect_patiently(*endpoint, settings, turn, connect_timeout).await {
+            Ok(stream) => return Ok((stream, *endpoint)),
+            Err(error) => {
+                let failure = classify(&error);
+                backend.counters.of(worker).failures[failure as usize].add(1);
+                tracing::debug!(
+                    backend = %backend.key,
+                    endpoint = %endpoint,
+                    attempt = attempt + 1,
+                    error = %error,
+                    "cannot connect to endpoint"
+                );
+                last = Some(failure);
+                // The only endpoint is tried again once where it refused: it may just be restarting its listener.
+                if endpoints.len() == 1 && failure != ConnectFailure::Refused {
+                    break;
+                }
+            }
+        }
+    }
+    Err(last)
+}
+
+/// One attempt; waits for a local port for as long as `connect_timeout` where none is free.
+async fn connect_patiently(
+    endpoint: SocketAddr,
+    settings: &ConnectSettings,
+    turn: usize,
+    connect_timeout: Duration,
+) -> io::Result<TcpStream> {
+    let deadline = Instant::now() + connect_timeout;
+    loop {
+        let attempt = connect_once(endpoint, settings, turn);
+        match timeout(connect_timeout, attempt).await.unwrap_or(Err(io::ErrorKind::TimedOut.into())) {
+            Err(error) if is_no_local_port(&error) && Instant::now() + LOCAL_PORT_BACKOFF < deadline => {
+                sleep(LOCAL_PORT_BACKOFF).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+async fn connect_once(
+    endpoint: SocketAddr,
+    settings: &ConnectSettings,
+    turn: usize,
+) -> io::Result<TcpStream> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(endpoint), kind, Some(Protocol::TCP))?;
+    socket.set_tcp_nodelay(true)?;
+    if let Some(idle) = settings.keepalive {
+        socket.set_tcp_keepalive(&keepalive(idle))?;
+    }
+    let sources = settings.source_addresses.iter().filter(|source| source.is_ipv4() == endpoint.is_ipv4());
+    let count = sources.clone().count();
+    if let Some(source) = sources.cycle().nth(turn % count.max(1)) {
+        // The port is chosen at connect, by the whole 4-tuple, instead of being taken for every destination at bind.
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::new(*source, 0).into())?;
+    }
+    match socket.connect(&endpoint.into()) {
+        Ok(()) => {}
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::INPROGRESS) => {}
+        Err(error) => return Err(error),
+    }
+    let stream = TcpStream::from_std(socket.into())?;
+    stream.writable().await?;
+    match stream.take_error()? {
+        Some(error) => Err(error),
+        None => Ok(stream),
+    }
+}
+
+fn is_no_local_port(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::ADDRNOTAVAIL)
+}
+
+fn classify(error: &io::Error) -> ConnectFailure {
+    if error.kind() == io::ErrorKind::TimedOut {
+        return ConnectFailure::TimedOut;
+    }
+    match Errno::from_io_error(error) {
+        Some(Errno::CONNREFUSED | Errno::CONNRESET) => ConnectFailure::Refused,
+        Some(Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::NETDOWN | Errno::HOSTDOWN) => {
+            ConnectFailure::Unreachable
+        }
+        Some(Errno::ADDRNOTAVAIL) => ConnectFailure::NoLocalPort,
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => ConnectFailure::NoResources,
+        _ => ConnectFailure::Other,
+    }
+}

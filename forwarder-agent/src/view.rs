@@ -1,0 +1,182 @@
+//! What the agent shows of itself: the JSON of `/v1/state`, which `forwarder explain` prints as a table.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::model::{Listener, ListenerKey, RouteTable, Target};
+use crate::problem::Problem;
+use crate::status::Statuses;
+
+/// The state of an agent, or what the state would be for a folder of manifests.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct State {
+    /// The version of the agent.
+    pub version: String,
+    /// Its listeners.
+    pub listeners: Vec<ListenerView>,
+    /// What is wrong with its input.
+    pub problems: Vec<ProblemView>,
+    /// What the kernel does for it; absent for a folder of manifests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub datapath: Option<DatapathView>,
+    /// The statuses that a Kubernetes API server would be told, by kind and name.
+    pub statuses: Value,
+}
+
+/// One listener.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ListenerView {
+    /// Namespace, Gateway and listener.
+    pub listener: String,
+    /// Address and port.
+    pub address: String,
+    /// Its number in the BPF maps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<u32>,
+    /// Whether its port is open; absent for a folder of manifests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bound: Option<bool>,
+    /// Why it is not.
+    pub error: Option<String>,
+    /// How bytes are moved.
+    pub datapath: String,
+    /// The route that serves it.
+    pub route: Option<String>,
+    /// The route's backends.
+    pub backends: Vec<BackendView>,
+    /// Connections accepted so far.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connections: Option<u64>,
+    /// Connections that are open.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub active: Option<u64>,
+    /// Bytes passed on from clients.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub received_bytes: Option<u64>,
+    /// Bytes passed on to clients.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sent_bytes: Option<u64>,
+}
+
+/// One backend of a route.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct BackendView {
+    /// Namespace, Service and port.
+    pub backend: String,
+    /// Its weight.
+    pub weight: u32,
+    /// Its endpoints.
+    pub endpoints: Vec<String>,
+    /// Why its share of connections is rejected.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rejected: Option<String>,
+}
+
+/// One problem.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct ProblemView {
+    /// `error` or `warning`.
+    pub severity: String,
+    /// The kind of problem.
+    pub reason: String,
+    /// File and line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub location: Option<String>,
+    /// Kind, namespace and name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub object: Option<String>,
+    /// The field.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub field: String,
+    /// What is wrong and what to do.
+    pub message: String,
+}
+
+/// What the kernel does for the agent.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DatapathView {
+    /// Whether the classifier is loaded.
+    pub classifier: bool,
+    /// Why not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// The interfaces that it is attached to, and how.
+    pub interfaces: Vec<InterfaceView>,
+}
+
+/// An interface that the classifier is attached to.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct InterfaceView {
+    /// Its name.
+    pub name: String,
+    /// `tcx` or `clsact`.
+    pub attachment: String,
+}
+
+impl From<&Problem> for ProblemView {
+    fn from(problem: &Problem) -> Self {
+        Self {
+            severity: match problem.severity {
+                crate::problem::Severity::Error => "error".to_owned(),
+                crate::problem::Severity::Warning => "warning".to_owned(),
+            },
+            reason: problem.reason.as_str().to_owned(),
+            location: problem.location.as_ref().map(ToString::to_string),
+            object: problem.object.as_ref().map(ToString::to_string),
+            field: problem.field.clone(),
+            message: problem.message.clone(),
+        }
+    }
+}
+
+/// The view of one listener of a table, without anything live.
+pub fn listener(key: ListenerKey, listener: &Listener, table: &RouteTable) -> ListenerView {
+    let backends = listener.route.iter().flat_map(|route| &route.backends);
+    ListenerView {
+        listener: listener.name.to_string(),
+        address: key.to_string(),
+        datapath: listener.settings.datapath.to_string(),
+        route: listener.route.as_ref().map(|route| route.name.to_string()),
+        backends: backends
+            .map(|backend| {
+                let (endpoints, rejected) = match &backend.target {
+                    Target::Invalid { message, reason, .. } => {
+                        (Vec::new(), Some(format!("{message} ({reason})")))
+                    }
+                    Target::Service(key) => {
+                        let endpoints = table.backends.get(key).map(|endpoints| endpoints.to_vec());
+                        let endpoints = endpoints.unwrap_or_default();
+                        let rejected =
+                            endpoints.is_empty().then(|| "no endpoint takes connections".to_owned());
+                        (endpoints.iter().map(ToString::to_string).collect(), rejected)
+                    }
+                };
+                BackendView {
+                    backend: backend.target.to_string(),
+                    weight: backend.weight,
+                    endpoints,
+                    rejected,
+                }
+            })
+            .collect(),
+        ..ListenerView::default()
+    }
+}
+
+/// The statuses by kind and name.
+pub fn statuses(statuses: &Statuses) -> Value {
+    fn by_name<K: ToString, S: Serialize>(entries: &std::collections::BTreeMap<K, S>) -> Value {
+        entries.iter().map(|(name, status)| (name.to_string(), json!(status))).collect::<Map<_, _>>().into()
+    }
+    json!({
+        "gatewayClasses": by_name(&statuses.gateway_classes),
+        "gateways": by_name(&statuses.gateways),
+        "tcpRoutes": by_name(&statuses.tcp_routes),
+    })
+}

@@ -1,0 +1,412 @@
+//! A worker: one thread, one event loop, its share of every listener's connections.
+//!
+//! Each worker accepts on sockets of its own (`SO_REUSEPORT`) and relays what it accepted without crossing to another
+//! core. Only where the kernel's spreading left it with more connections than its neighbours does it hand a new one over.
+
+use std::cell::{Cell, RefCell, RefMut};
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_utils::CachePadded;
+use rustix::io::Errno;
+use slab::Slab;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep};
+
+use crate::connection::{self, Connection, Order};
+use crate::counters::{End, PerWorker, WorkerCounters};
+use crate::datapath::ListenerId;
+use crate::listener::BoundListener;
+use crate::relay::Shared;
+use crate::upstream::ConnectSettings;
+
+/// How often a worker looks for connections that have timed out.
+const SWEEP_PERIOD: Duration = Duration::from_millis(250);
+/// How often while it drains, so that closings are spread finely.
+const DRAIN_SWEEP_PERIOD: Duration = Duration::from_millis(20);
+/// Which part of the drain window is left for closing what has not ended by itself.
+const DRAIN_CLOSING_SHARE: f64 = 0.25;
+/// How many connections a worker accepts before it lets the ones that it has run.
+const ACCEPT_BATCH: usize = 32;
+/// The first and the longest pause of accepting when descriptors have run out.
+const ACCEPT_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
+
+/// How often the event loop turns at the very end, so that connections see their last order.
+const ORDERS_TO_RUN: usize = 64;
+
+/// Settings that all workers share.
+#[derive(Clone, Debug)]
+pub struct WorkerSettings {
+    /// How endpoints are connected.
+    pub connect: ConnectSettings,
+    /// How many connections all workers together may hold: beyond it they wait in the backlog.
+    pub max_connections: usize,
+}
+
+/// Something for a worker to do.
+#[derive(Debug)]
+enum Command {
+    Listen { socket: std::net::TcpListener, listener: Arc<BoundListener> },
+    Unlisten { id: ListenerId, done: oneshot::Sender<()> },
+    Adopt { socket: std::net::TcpStream, peer: SocketAddr, listener: Arc<BoundListener> },
+    Drain { window: Duration, done: oneshot::Sender<()> },
+}
+
+/// The workers of an agent.
+#[derive(Debug)]
+pub struct Workers {
+    commands: Vec<mpsc::UnboundedSender<Command>>,
+    threads: Vec<JoinHandle<()>>,
+    /// What they counted.
+    pub counters: Arc<PerWorker<WorkerCounters>>,
+}
+
+impl Workers {
+    /// Starts `count` workers.
+    ///
+    /// # Errors
+    /// A thread or an event loop could not be made.
+    pub fn start(count: usize, settings: WorkerSettings) -> io::Result<Self> {
+        let (commands, receivers): (Vec<_>, Vec<_>) =
+            (0..count).map(|_| mpsc::unbounded_channel::<Command>()).unzip();
+        let loads: Arc<[_]> = (0..count).map(|_| CachePadded::new(AtomicUsize::new(0))).collect();
+        let counters = Arc::new(PerWorker::new(count));
+        let mut threads = Vec::new();
+        for (index, receiver) in receivers.into_iter().enumerate() {
+            let (settings, loads) = (settings.clone(), Arc::clone(&loads));
+            // Weak, so that the workers end when the agent drops its senders.
+            let peers = commands.iter().map(mpsc::UnboundedSender::downgrade).collect();
+            let counters = Arc::clone(&counters);
+            let (started, start) = std::sync::mpsc::channel();
+            let body = move || {
+                // An event loop stays on the thread that made it.
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .build_local(tokio::runtime::LocalOptions::default());
+                let runtime = match runtime {
+                    Ok(runtime) => runtime,
+                    Err(error) => return drop(started.send(Err(error))),
+                };
+                let _ = started.send(Ok(()));
+                let worker = Rc::new(Worker {
+                    index,
+                    settings,
+                    loads,
+                    peers,
+                    counters,
+                    shared: RefCell::default(),
+                    connections: RefCell::default(),
+                    sweep: Cell::new(0),
+                });
+                runtime.block_on(command_loop(worker, receiver));
+            };
+            threads.push(std::thread::Builder::new().name(format!("worker-{index}")).spawn(body)?);
+            start.recv().map_err(io::Error::other)??;
+        }
+        Ok(Self { commands, threads, counters })
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.commands.len()
+    }
+
+    /// Starts to accept on `sockets`, one for each worker.
+    pub fn listen(&self, sockets: Vec<std::net::TcpListener>, listener: &Arc<BoundListener>) {
+        for (worker, socket) in self.commands.iter().zip(sockets) {
+            // A worker ends only after its command channel has been closed.
+            let _ = worker.send(Command::Listen { socket, listener: Arc::clone(listener) });
+        }
+    }
+
+    /// Stops accepting on a listener, once what waits in its backlog has been accepted; its connections live on. Returns
+    /// when the port is free.
+    pub async fn unlisten(&self, id: ListenerId) {
+        self.everywhere(|done| Command::Unlisten { id, done }).await;
+    }
+
+    /// Stops accepting, lets connections end for most of `window`, and resets the remainder spread over its last part.
+    pub async fn drain(&self, window: Duration) {
+        self.everywhere(|done| Command::Drain { window, done }).await;
+    }
+
+    /// Has every worker carry out a command, and waits until all have.
+    async fn everywhere(&self, command: impl Fn(oneshot::Sender<()>) -> Command) {
+        let mut waiting = Vec::new();
+        for worker in &self.commands {
+            let (done, finished) = oneshot::channel();
+            let _ = worker.send(command(done));
+            waiting.push(finished);
+        }
+        for finished in waiting {
+            // A worker that has ended has nothing left to do.
+            let _ = finished.await;
+        }
+    }
+
+    /// Ends the workers at once; connections that are left are reset.
+    pub fn stop(self) {
+        drop(self.commands);
+        for thread in self.threads {
+            // A panic of a worker has been printed by its thread.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The state of one worker, shared by the tasks on its thread.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    index: usize,
+    settings: WorkerSettings,
+    loads: Arc<[CachePadded<AtomicUsize>]>,
+    peers: Vec<mpsc::WeakUnboundedSender<Command>>,
+    counters: Arc<PerWorker<WorkerCounters>>,
+    shared: RefCell<Shared>,
+    connections: RefCell<Slab<Rc<Connection>>>,
+    sweep: Cell<u32>,
+}
+
+impl Worker {
+    pub(crate) fn settings(&self) -> &WorkerSettings {
+        &self.settings
+    }
+
+    pub(crate) fn counters(&self) -> &WorkerCounters {
+        self.counters.of(self.index)
+    }
+
+    pub(crate) fn shared(&self) -> RefMut<'_, Shared> {
+        self.shared.borrow_mut()
+    }
+
+    /// The number of the present sweep: a clock as coarse as time-outs need.
+    pub(crate) fn sweep(&self) -> u32 {
+        self.sweep.get()
+    }
+
+    fn load(&self) -> &AtomicUsize {
+        self.loads.get(self.index).expect("a load for each worker")
+    }
+
+    fn is_full(&self) -> bool {
+        self.loads.iter().map(|load| load.load(Ordering::Relaxed)).sum::<usize>()
+            >= self.settings.max_connections
+    }
+
+    /// The least busy other worker, where this one has clearly more connections.
+    fn relief(&self) -> Option<usize> {
+        let mine = self.load().load(Ordering::Relaxed);
+        let (index, least) = self
+            .loads
+            .iter()
+            .map(|load| load.load(Ordering::Relaxed))
+            .enumerate()
+            .min_by_key(|(_, load)| *load)?;
+        (mine > least + least / 4).then_some(index)
+    }
+
+    /// Takes a connection that was accepted: serves it here, or hands it to the least busy worker.
+    fn take(self: &Rc<Self>, downstream: TcpStream, peer: SocketAddr, listener: &Arc<BoundListener>) {
+        if let Some(other) = self.relief()
+            && let Some(sender) = self.peers.get(other).and_then(mpsc::WeakUnboundedSender::upgrade)
+        {
+            let Ok(socket) = downstream.into_std() else { return };
+            let command = Command::Adopt { socket, peer, listener: Arc::clone(listener) };
+            // Counted here, so that the next choice sees it.
+            self.loads.get(other).expect("a load for each worker").fetch_add(1, Ordering::Relaxed);
+            self.counters().handed_over.add(1);
+            // A worker ends only when the agent does: the socket then closes with the command.
+            let _ = sender.send(command);
+        } else {
+            self.load().fetch_add(1, Ordering::Relaxed);
+            self.serve(downstream, peer, listener);
+        }
+    }
+
+    /// Serves a connection that is counted in this worker's load.
+    fn serve(self: &Rc<Self>, downstream: TcpStream, peer: SocketAddr, listener: &Arc<BoundListener>) {
+        let connection =
+            Rc::new(Connection::new(Arc::clone(listener), peer, self.index, self.sweep.get()));
+        let slot = self.connections.borrow_mut().insert(Rc::clone(&connection));
+        let worker = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            connection::serve(Rc::clone(&worker), downstream, connection).await;
+            worker.connections.borrow_mut().remove(slot);
+            worker.load().fetch_sub(1, Ordering::Relaxed);
+        });
+    }
+
+    /// Gives every connection what is due to it.
+    fn sweep_connections(&self) {
+        self.sweep.set(self.sweep.get().wrapping_add(1));
+        for (_, connection) in self.connections.borrow().iter() {
+            if let Some(order) = connection.due(self.sweep.get(), SWEEP_PERIOD) {
+                connection.order(order);
+            }
+        }
+    }
+}
+
+async fn command_loop(worker: Rc<Worker>, mut commands: mpsc::UnboundedReceiver<Command>) {
+    let mut accepting: HashMap<ListenerId, oneshot::Sender<oneshot::Sender<()>>> = HashMap::new();
+    tokio::task::spawn_local(sweep_for_ever(Rc::clone(&worker)));
+    while let Some(command) = commands.recv().await {
+        match command {
+            Command::Listen { socket, listener } => match TcpListener::from_std(socket) {
+                Ok(socket) => {
+                    let (stop, stopped) = oneshot::channel();
+                    accepting.insert(listener.id, stop);
+                    tokio::task::spawn_local(accept(Rc::clone(&worker), socket, listener, stopped));
+                }
+                Err(error) => {
+                    tracing::error!(listener = %listener.key, %error, "cannot watch the listener's socket; a worker does not accept on it");
+                }
+            },
+            Command::Unlisten { id, done } => {
+                if let Some(stop) = accepting.remove(&id) {
+                    let _ = stop.send(done);
+                }
+            }
+            Command::Adopt { socket, peer, listener } => match TcpStream::from_std(socket) {
+                Ok(downstream) => worker.serve(downstream, peer, &listener),
+                Err(error) => {
+                    tracing::error!(%error, "cannot watch a connection that was handed over; it is closed");
+                    worker.load().fetch_sub(1, Ordering::Relaxed);
+                }
+            },
+            Command::Drain { window, done } => {
+                accepting.clear();
+                tokio::task::spawn_local(drain(Rc::clone(&worker), window, done));
+            }
+        }
+    }
+    // The agent ends: what is left is reset, for a plain close would look like the end of the stream.
+    accepting.clear();
+    for (_, connection) in worker.connections.borrow().iter() {
+        connection.order(Order::End(End::Drained));
+    }
+    for _ in 0..ORDERS_TO_RUN {
+        tokio::task::yield_now().await;
+    }
+}
+
+async fn sweep_for_ever(worker: Rc<Worker>) {
+    loop {
+        sleep(SWEEP_PERIOD).await;
+        worker.sweep_connections();
+    }
+}
+
+/// Waits for connections to end, and ends the remainder one after the other in the last part of the window.
+async fn drain(worker: Rc<Worker>, window: Duration, done: oneshot::Sender<()>) {
+    let start = Instant::now();
+    let grace = window.mul_f64(1.0 - DRAIN_CLOSING_SHARE);
+    let mut remaining = None;
+    loop {
+        sleep(DRAIN_SWEEP_PERIOD.min(window)).await;
+        let connections = worker.connections.borrow();
+        if connections.is_empty() {
+            break;
+        }
+        let elapsed = start.elapsed();
+        if elapsed < grace {
+            continue;
+        }
+        let total = *remaining.get_or_insert(connections.len());
+        // How many should be left by now: all of them at the end of the grace, none at the end of the window.
+        let left = window.saturating_sub(elapsed).as_secs_f64()
+            / window.saturating_sub(grace).as_secs_f64().max(f64::MIN_POSITIVE);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_precision_loss,
+            clippy::cast_sign_loss,
+            reason = "a share of a count of connections"
+        )]
+        let keep = (total as f64 * left) as usize;
+        let surplus = connections.len().saturating_sub(keep);
+        for (_, connection) in connections.iter().take(surplus) {
+            connection.order(Order::End(End::Drained));
+        }
+    }
+    // The agent may have stopped waiting.
+    let _ = done.send(());
+}
+
+/// Accepts on one listener until told to stop, and then what is left in the backlog.
+async fn accept(
+    worker: Rc<Worker>,
+    socket: TcpListener,
+    listener: Arc<BoundListener>,
+    mut stopped: oneshot::Receiver<oneshot::Sender<()>>,
+) {
+    let mut pause = ACCEPT_PAUSE.0;
+    let mut batch = 0;
+    let done = loop {
+        let accepted = if worker.is_full() {
+            Err(io::Error::other(format!("{} connections are open", worker.settings.max_connections)))
+        } else {
+            tokio::select! {
+                biased;
+                done = &mut stopped => break done,
+                accepted = socket.accept() => accepted,
+            }
+        };
+        match accepted {
+            Ok((downstream, peer)) => {
+                pause = ACCEPT_PAUSE.0;
+                worker.take(downstream, peer, &listener);
+                batch += 1;
+                if batch == ACCEPT_BATCH {
+                    batch = 0;
+                    tokio::task::yield_now().await;
+                }
+            }
+            // The client gave up, or the network reported an earlier error of this one connection (accept(2)).
+            Err(error) if !worker.is_full() && !is_exhaustion(&error) => {}
+            Err(error) => {
+                worker.counters().accept_pauses.add(1);
+                if pause == ACCEPT_PAUSE.0 {
+                    tracing::warn!(
+                        listener = %listener.key,
+                        reason = %error,
+                        "accepting pauses: new connections wait in the backlog; raise the limit on open files"
+                    );
+                }
+                tokio::select! {
+                    done = &mut stopped => break done,
+                    () = sleep(pause) => {}
+                }
+                pause = (pause * 2).min(ACCEPT_PAUSE.1);
+            }
+        }
+    };
+    // Clients whose handshake is done must not be reset by the close of the socket.
+    let Ok(socket) = socket.into_std() else { return };
+    while let Ok((downstream, peer)) = socket.accept() {
+        let accepted = downstream.set_nonblocking(true).and_then(|()| TcpStream::from_std(downstream));
+        match accepted {
+            Ok(downstream) => worker.take(downstream, peer, &listener),
+            Err(error) => tracing::error!(%error, "cannot watch an accepted connection; it is closed"),
+        }
+    }
+    drop(socket);
+    // On a drain nobody waits.
+    if let Ok(done) = done {
+        let _ = done.send(());
+    }
+}
+
+fn is_exhaustion(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
+    )
+}

@@ -1,0 +1,369 @@
+//! Golden tests of `resolve`: every `tests/resolve/NAME.in.yaml` gives `NAME.out`. `UPDATE_EXPECT=1` rewrites them.
+//!
+//! A comment `# cluster` in the first line resolves as in a cluster, where a namespace that is not declared is unknown.
+
+#![expect(clippy::panic, clippy::unwrap_used, reason = "helpers of tests are tests")]
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forwarder_agent::manifests::{EndpointSlice, Manifests, Metadata, NamespacedName};
+use forwarder_agent::model::{
+    BackendKey, Datapath, ListenerKey, ListenerName, ListenerSettings, RouteTable, Target,
+};
+use forwarder_agent::resolve::{self, ResolveSettings, Resolved, resolve};
+use forwarder_agent::status::{Condition, Statuses};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+fn settings() -> ResolveSettings {
+    ResolveSettings::for_files(ListenerSettings {
+        datapath: Datapath::Auto,
+        idle_timeout: Some(Duration::from_hours(1)),
+        half_closed_timeout: Some(Duration::from_mins(10)),
+        connect_timeout: Duration::from_secs(5),
+    })
+}
+
+#[test]
+fn golden_files() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/resolve");
+    let mut inputs: Vec<PathBuf> = std::fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.to_string_lossy().ends_with(".in.yaml"))
+        .collect();
+    inputs.sort();
+    assert!(
+        inputs.len() >= 35,
+        "only {} cases in {}",
+        inputs.len(),
+        folder.display()
+    );
+    for input in inputs {
+        let yaml = std::fs::read_to_string(&input).unwrap();
+        let expected = input.to_string_lossy().replace(".in.yaml", ".out");
+        let rendered = render(&yaml);
+        expect_test::expect_file![PathBuf::from(expected)].assert_eq(&rendered);
+    }
+}
+
+fn render(yaml: &str) -> String {
+    let mut settings = settings();
+    settings.implicit_namespaces = !yaml.starts_with("# cluster");
+    let manifests = load(yaml);
+    let resolved = resolve(&manifests, &settings);
+    check_invariants(&manifests, &resolved);
+    let mut out = String::new();
+    render_table(&mut out, &resolved.table, &settings.listener_defaults);
+    render_statuses(&mut out, &resolved.statuses);
+    for problem in &resolved.problems {
+        let severity = format!("{:?}", problem.severity).to_lowercase();
+        writeln!(out, "{severity}: {problem}").unwrap();
+    }
+    out
+}
+
+/// What holds for whatever is resolved.
+fn check_invariants(manifests: &Manifests, resolved: &Resolved) {
+    let Resolved { table, statuses, .. } = resolved;
+    let routes = table
+        .listeners
+        .values()
+        .filter_map(|listener| listener.route.as_ref());
+    let needed = routes
+        .flat_map(|route| &route.backends)
+        .filter_map(|backend| match &backend.target {
+            Target::Service(key) => Some(key),
+            Target::Invalid { .. } => None,
+        });
+    assert!(
+        needed
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .eq(table.backends.keys()),
+        "backends are not closed"
+    );
+
+    let keys: Vec<_> = table.listeners.keys().collect();
+    for (index, a) in keys.iter().enumerate() {
+        let overlaps = |b: &&&ListenerKey| a.port == b.port && a.address.overlaps(b.address);
+        assert!(
+            !keys[index + 1..].iter().any(|b| overlaps(&b)),
+            "{a} overlaps another listener"
+        );
+    }
+
+    let bound: BTreeSet<_> = table
+        .listeners
+        .values()
+        .map(|listener| listener.name.clone())
+        .collect();
+    for (gateway, status) in &statuses.gateways {
+        let object = &manifests.gateways[gateway];
+        assert_eq!(status.listeners.len(), object.spec.listeners.len(), "{gateway}");
+        for listener in status
+            .listeners
+            .iter()
+            .filter(|l| l.condition_holds("Programmed"))
+        {
+            let name = ListenerName {
+                gateway: gateway.clone(),
+                section: listener.name.clone(),
+            };
+            assert!(bound.contains(&name), "{name} is programmed and not in the table");
+        }
+        let listener_conditions = status.listeners.iter().flat_map(|listener| &listener.conditions);
+        let mut conditions = status.conditions.iter().chain(listener_conditions);
+        assert!(
+            conditions.all(|c| c.observed_generation == object.metadata.generation),
+            "{gateway}"
+        );
+    }
+    let programmed = statuses.gateways.values().flat_map(|status| &status.listeners);
+    let programmed = programmed
+        .filter(|listener| listener.condition_holds("Programmed"))
+        .count();
+    assert_eq!(programmed, bound.len(), "a listener is bound and not programmed");
+}
+
+fn render_table(out: &mut String, table: &RouteTable, defaults: &ListenerSettings) {
+    out.push_str("listeners:\n");
+    for (key, listener) in &table.listeners {
+        writeln!(
+            out,
+            "  {key} ({}){}",
+            listener.name,
+            setting_changes(&listener.settings, defaults)
+        )
+        .unwrap();
+        let Some(route) = &listener.route else {
+            out.push_str("    no route\n");
+            continue;
+        };
+        writeln!(out, "    {}", route.name).unwrap();
+        for backend in &route.backends {
+            let (weight, target) = (backend.weight, &backend.target);
+            match target {
+                Target::Service(_) => writeln!(out, "      {weight} to {target}").unwrap(),
+                Target::Invalid { reason, .. } => {
+                    writeln!(out, "      {weight} reset, for {target} is invalid ({reason})").unwrap();
+                }
+            }
+        }
+    }
+    out.push_str("backends:\n");
+    for (backend, endpoints) in &table.backends {
+        writeln!(out, "  {backend}").unwrap();
+        for endpoint in endpoints.iter() {
+            writeln!(out, "    {endpoint}").unwrap();
+        }
+    }
+}
+
+fn setting_changes(settings: &ListenerSettings, defaults: &ListenerSettings) -> String {
+    let as_json = |settings| serde_json::to_value(settings).unwrap();
+    let (Value::Object(settings), Value::Object(defaults)) = (as_json(settings), as_json(defaults)) else {
+        panic!("settings are no object");
+    };
+    let changed = settings
+        .iter()
+        .filter(|(name, value)| defaults.get(*name) != Some(value));
+    changed.fold(String::new(), |all, (name, value)| {
+        format!("{all} {name}={}", value.as_str().unwrap())
+    })
+}
+
+fn render_statuses(out: &mut String, statuses: &Statuses) {
+    for (name, status) in &statuses.gateway_classes {
+        writeln!(out, "GatewayClass {name}:").unwrap();
+        render_conditions(out, "  ", &status.conditions);
+    }
+    for (name, status) in &statuses.gateways {
+        writeln!(out, "Gateway {name}:").unwrap();
+        for address in &status.addresses {
+            writeln!(out, "  address {} {}", address.type_, address.value).unwrap();
+        }
+        render_conditions(out, "  ", &status.conditions);
+        for listener in &status.listeners {
+            let kinds: Vec<&str> = listener.supported_kinds.iter().map(|kind| kind.kind).collect();
+            let (name, attached) = (&listener.name, listener.attached_routes);
+            writeln!(out, "  listener {name}: kinds {kinds:?}, {attached} attached").unwrap();
+            render_conditions(out, "    ", &listener.conditions);
+        }
+    }
+    for (name, status) in &statuses.tcp_routes {
+        writeln!(out, "TCPRoute {name}:").unwrap();
+        for parent in &status.parents {
+            let section = parent.section_name.iter().map(|name| format!(" section {name}"));
+            let port = parent.port.iter().map(|port| format!(" port {port}"));
+            let which: String = section.chain(port).collect();
+            writeln!(
+                out,
+                "  parentRefs[{}] {}{which}:",
+                parent.parent_ref, parent.gateway
+            )
+            .unwrap();
+            render_conditions(out, "    ", &parent.conditions);
+        }
+    }
+}
+
+fn render_conditions(out: &mut String, indent: &str, conditions: &[Condition]) {
+    for condition in conditions {
+        let Condition {
+            type_,
+            status,
+            reason,
+            message,
+            observed_generation,
+        } = condition;
+        write!(out, "{indent}{type_} {status:?} {reason}").unwrap();
+        if *observed_generation != 0 {
+            write!(out, " @{observed_generation}").unwrap();
+        }
+        if !message.is_empty() {
+            write!(out, ": {message}").unwrap();
+        }
+        out.push('\n');
+    }
+}
+
+/// Reads manifests, strictly enough for tests: whatever cannot be read panics.
+fn load(yaml: &str) -> Manifests {
+    let mut manifests = Manifests::default();
+    for mut document in serde_saphyr::from_multiple::<Value>(yaml).unwrap() {
+        let kind = document["kind"].as_str().unwrap().to_owned();
+        let is_namespaced = !matches!(kind.as_str(), "GatewayClass" | "Namespace");
+        if is_namespaced && document["metadata"]["namespace"].is_null() {
+            document["metadata"]["namespace"] = "default".into();
+        }
+        add(&mut manifests, &kind, document);
+    }
+    manifests
+}
+
+fn add(manifests: &mut Manifests, kind: &str, document: Value) {
+    let metadata: Metadata = parse(document["metadata"].clone());
+    let (name, namespaced) = (metadata.name.clone(), metadata.namespaced_name());
+    let is_new = match kind {
+        "GatewayClass" => manifests.gateway_classes.insert(name, parse(document)).is_none(),
+        "Namespace" => manifests.namespaces.insert(name, parse(document)).is_none(),
+        "Gateway" => manifests.gateways.insert(namespaced, parse(document)).is_none(),
+        "TCPRoute" => manifests.tcp_routes.insert(namespaced, parse(document)).is_none(),
+        "ReferenceGrant" => manifests
+            .reference_grants
+            .insert(namespaced, parse(document))
+            .is_none(),
+        "Service" => manifests.services.insert(namespaced, parse(document)).is_none(),
+        "EndpointSlice" => {
+            let slice: Arc<EndpointSlice> = parse(document);
+            let service = &slice.metadata.labels["kubernetes.io/service-name"];
+            let service = NamespacedName::new(&slice.metadata.namespace, service);
+            manifests
+                .endpoint_slices
+                .entry(service)
+                .or_default()
+                .insert(name, slice)
+                .is_none()
+        }
+        other => panic!("kind {other}"),
+    };
+    assert!(
+        is_new,
+        "two objects of kind {kind} have the name {}",
+        metadata.namespaced_name()
+    );
+}
+
+fn parse<T: DeserializeOwned>(value: Value) -> T {
+    serde_json::from_value(value).unwrap()
+}
+
+/// Endpoints of one backend can be had without resolving everything, and are the same.
+#[test]
+fn endpoints_of_one_backend_are_those_of_the_table() {
+    let manifests = load(include_str!("resolve/dual-stack-endpoints.in.yaml"));
+    let table = resolve(&manifests, &settings()).table;
+    assert!(!table.backends.is_empty());
+    for (backend, endpoints) in &table.backends {
+        let (alone, problems) = resolve::backends::endpoints(&manifests, backend);
+        assert_eq!((&alone, problems), (endpoints, vec![]));
+    }
+    let port = 1.try_into().unwrap();
+    let unknown = BackendKey {
+        service: NamespacedName::new("no", "such"),
+        port,
+    };
+    let (none, problems) = resolve::backends::endpoints(&manifests, &unknown);
+    assert_eq!((none.len(), problems), (0, vec![]));
+}
+
+/// 1,000 Gateways of 4 listeners, 10,000 routes of which half crowd on one Gateway, 1,000 Services of 100 endpoints.
+/// The limit is generous, for this is a debug build on any machine: a quadratic step would take minutes.
+#[test]
+fn resolving_many_objects_takes_no_quadratic_time() {
+    let mut manifests = Manifests::default();
+    add(
+        &mut manifests,
+        "GatewayClass",
+        json!({"metadata": {"name": "tcp"}, "spec": {"controllerName": "forwarder.dev/tcp"}}),
+    );
+    for index in 0..1000 {
+        add_gateway_and_service(&mut manifests, index);
+    }
+    for index in 0..10_000 {
+        let gateway = if index % 2 == 0 { index % 1000 } else { 0 };
+        let backend = json!({"name": format!("s-{}", index % 1000), "port": 3306});
+        let spec = json!({
+            "parentRefs": [{"name": format!("gw-{gateway}")}],
+            "rules": [{"backendRefs": [backend]}],
+        });
+        add_spec(&mut manifests, "TCPRoute", &format!("r-{index:05}"), &spec);
+    }
+    let start = Instant::now();
+    let resolved = resolve(&manifests, &settings());
+    let elapsed = start.elapsed();
+    println!("resolved in {elapsed:?}, {} problems", resolved.problems.len());
+    assert_eq!(resolved.table.listeners.len(), 4000);
+    assert_eq!(resolved.statuses.tcp_routes.len(), 10_000);
+    assert!(elapsed < Duration::from_secs(10), "took {elapsed:?}");
+}
+
+fn add_gateway_and_service(manifests: &mut Manifests, index: u32) {
+    let (high, low) = (index / 250, index % 250);
+    let listener = |port| json!({"name": format!("l{port}"), "port": port, "protocol": "TCP"});
+    let listeners: Vec<Value> = (1..=4).map(listener).collect();
+    let addresses = json!([{"value": format!("10.{high}.{low}.1")}]);
+    let spec = json!({"gatewayClassName": "tcp", "addresses": addresses, "listeners": listeners});
+    add_spec(manifests, "Gateway", &format!("gw-{index}"), &spec);
+
+    let service = format!("s-{index}");
+    add_spec(
+        manifests,
+        "Service",
+        &service,
+        &json!({"ports": [{"name": "db", "port": 3306}]}),
+    );
+    let endpoint = |n| json!({"addresses": [format!("10.{}.{low}.{n}", 10 + high)]});
+    let endpoints: Vec<Value> = (0..100).map(endpoint).collect();
+    let labels = json!({"kubernetes.io/service-name": service});
+    let slice = json!({
+        "metadata": {"name": format!("{service}-1"), "namespace": "a", "labels": labels},
+        "addressType": "IPv4",
+        "ports": [{"name": "db", "port": 3306}],
+        "endpoints": endpoints,
+    });
+    add(manifests, "EndpointSlice", slice);
+}
+
+fn add_spec(manifests: &mut Manifests, kind: &str, name: &str, spec: &Value) {
+    add(
+        manifests,
+        kind,
+        json!({"metadata": {"name": name, "namespace": "a"}, "spec": spec}),
+    );
+}
