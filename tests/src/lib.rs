@@ -1,1 +1,33 @@
-//! Integration-test support.
+//! Support of the integration tests: the real binary, real sockets, network namespaces.
+//!
+//! A test lays out a [`Topology`] of its own, writes [`Manifests`], starts an [`Agent`] in the node's namespace and
+//! [`peer`]s in the others. Everything is removed when its owner is dropped. Nothing waits without a deadline.
+
+pub mod agent;
+pub mod client;
+pub mod database;
+pub mod fixture;
+pub mod http;
+pub mod manifests;
+pub mod metrics;
+pub mod netns;
+pub mod peer;
+pub mod process;
+pub mod random;
+pub mod swarm;
+pub mod wait;
+
+pub use agent::{Agent, AgentCommand};
+pub use fixture::Forwarding;
+pub use manifests::{BackendRef, Manifests};
+pub use netns::{NetNs, Topology, require_root};
+pub use wait::{wait_for, wait_until};
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks a mutex that keeps heavy tests of one file from running at the same time.
+///
+/// A failed test poisons it; the others run all the same.
+pub fn serialise(mutex: &'static Mutex<()>) -> MutexGuard<'static, ()> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

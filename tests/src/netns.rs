@@ -1,0 +1,282 @@
+//! Network namespaces, and the small network that most tests use.
+
+use std::fs::{self, File};
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Once};
+use std::time::Duration;
+use std::{env, thread};
+
+use anyhow::{Context as _, Result};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::process;
+
+/// Where `ip netns` keeps its namespaces.
+const NETNS_DIR: &str = "/run/netns";
+/// How long a connection attempt may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Whether the process may create network namespaces. If not, says that the test is skipped, or fails it where
+/// `REQUIRE_NETNS=1` demands that no test is skipped.
+pub fn require_root() -> bool {
+    if rustix::process::geteuid().is_root() {
+        return true;
+    }
+    assert!(
+        env::var_os("REQUIRE_NETNS").is_none_or(|value| value != "1"),
+        "needs root, and REQUIRE_NETNS=1 forbids skipping"
+    );
+    println!("skipped: needs root");
+    false
+}
+
+/// A network namespace, removed when the last clone is dropped.
+#[derive(Clone, Debug)]
+pub struct NetNs {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    name: String,
+    handle: File,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure here; the next run removes what is left.
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).output();
+    }
+}
+
+impl NetNs {
+    /// A new namespace with its loopback interface up.
+    pub fn new() -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        static STALE: Once = Once::new();
+        STALE.call_once(remove_stale);
+        let name = format!(
+            "fwd-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
+        ip(&["netns", "add", &name])?;
+        let path = Path::new(NETNS_DIR).join(&name);
+        let handle = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+        let netns = Self {
+            inner: Arc::new(Inner { name, handle }),
+        };
+        netns.ip(&["link", "set", "lo", "up"])?;
+        Ok(netns)
+    }
+
+    /// Its name, as `ip netns` knows it.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Runs `f` on a thread inside the namespace. Sockets that it makes, and threads and processes that it starts, stay
+    /// in the namespace.
+    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        let result = thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    move_into_link_name_space(self.inner.handle.as_fd(), Some(LinkNameSpaceType::Network))
+                        .expect("enter a network namespace that this process made");
+                    f()
+                })
+                .join()
+        });
+        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// Spawns `command` in the namespace. Only the network namespace differs: file systems stay visible.
+    pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        self.run(|| command.spawn())
+    }
+
+    /// Runs `command` in the namespace and collects its output.
+    pub fn output(&self, command: &mut Command) -> io::Result<Output> {
+        self.run(|| command.output())
+    }
+
+    /// Runs `command` in the namespace and returns what it printed; fails if it failed.
+    pub fn stdout(&self, command: &mut Command) -> Result<String> {
+        self.run(|| process::stdout(command))
+    }
+
+    /// Listens on `address` in the namespace.
+    pub fn bind(&self, address: SocketAddr) -> io::Result<TcpListener> {
+        self.run(|| TcpListener::bind(address))
+    }
+
+    /// Connects to `address` from the namespace.
+    pub fn connect(&self, address: SocketAddr) -> io::Result<TcpStream> {
+        self.run(|| TcpStream::connect_timeout(&address, CONNECT_TIMEOUT))
+    }
+
+    /// Runs `ip` for the namespace.
+    pub fn ip(&self, arguments: &[&str]) -> Result<()> {
+        ip(&[&["-n", self.name()], arguments].concat())
+    }
+
+    /// The inodes of the sockets that listen on `port`, by `/proc/net/tcp` and `tcp6`: the identity of a bound socket.
+    pub fn listening_inodes(&self, port: u16) -> Vec<u64> {
+        const LISTEN: &str = "0A";
+        let tables = self.run(|| {
+            ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"]
+                .map(|path| fs::read_to_string(path).unwrap_or_default())
+        });
+        let mut inodes: Vec<u64> = tables
+            .iter()
+            .flat_map(|table| table.lines().skip(1))
+            .filter_map(|line| {
+                let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+                let (_, local_port) = fields.get(1)?.rsplit_once(':')?;
+                let listens = fields.get(3) == Some(&LISTEN);
+                let matches = listens && u16::from_str_radix(local_port, 16).ok() == Some(port);
+                matches.then(|| fields.get(9)?.parse().ok()).flatten()
+            })
+            .collect();
+        inodes.sort_unstable();
+        inodes
+    }
+}
+
+/// Runs `ip`.
+fn ip(arguments: &[&str]) -> Result<()> {
+    let mut command = Command::new("ip");
+    command.args(arguments);
+    process::stdout(&mut command).map(drop)
+}
+
+/// Removes the namespaces of processes that ended without doing so.
+fn remove_stale() {
+    let Ok(entries) = fs::read_dir(NETNS_DIR) else {
+        return;
+    };
+    for name in entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()) {
+        let owner = name
+            .strip_prefix("fwd-")
+            .and_then(|rest| rest.split_once('-'))
+            .map(|(pid, _)| pid);
+        if owner.is_some_and(|pid| !PathBuf::from("/proc").join(pid).exists()) {
+            let _ = Command::new("ip").args(["netns", "del", &name]).output();
+        }
+    }
+}
+
+/// A client, a node and two hosts of backends, each joined to the node by a veth pair.
+///
+/// | namespace | IPv4 | IPv6 |
+/// |---|---|---|
+/// | client | 10.0.1.2 | `fd00:1::2` |
+/// | node | 10.0.1.1, 10.0.2.1, 10.0.3.1 | `fd00:1::1`, `fd00:2::1`, `fd00:3::1` |
+/// | backend1 | 10.0.2.2 | `fd00:2::2` |
+/// | backend2 | 10.0.3.2 | `fd00:3::2` |
+#[derive(Clone, Debug)]
+pub struct Topology {
+    /// Where clients run.
+    pub client: NetNs,
+    /// Where the agent runs. It also routes between the others.
+    pub node: NetNs,
+    /// Where some endpoints run.
+    pub backend1: NetNs,
+    /// Where other endpoints run.
+    pub backend2: NetNs,
+}
+
+impl Topology {
+    /// Builds the network.
+    pub fn new() -> Result<Self> {
+        let topology = Self {
+            client: NetNs::new()?,
+            node: NetNs::new()?,
+            backend1: NetNs::new()?,
+            backend2: NetNs::new()?,
+        };
+        topology.node.run(|| {
+            fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+            fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")
+        })?;
+        for (index, host) in [&topology.client, &topology.backend1, &topology.backend2]
+            .into_iter()
+            .enumerate()
+        {
+            join(&topology.node, host, index + 1)?;
+        }
+        Ok(topology)
+    }
+
+    /// An address of the node, as seen from the client.
+    pub fn node_address(&self, port: u16) -> SocketAddr {
+        SocketAddr::from(([10, 0, 1, 1], port))
+    }
+
+    /// The same in IPv6.
+    pub fn node_address_v6(&self, port: u16) -> SocketAddr {
+        SocketAddr::from(([0xfd00, 1, 0, 0, 0, 0, 0, 1], port))
+    }
+
+    /// An address of the first host of backends.
+    pub fn backend1_address(&self, port: u16) -> SocketAddr {
+        SocketAddr::from(([10, 0, 2, 2], port))
+    }
+
+    /// The same in IPv6.
+    pub fn backend1_address_v6(&self, port: u16) -> SocketAddr {
+        SocketAddr::from(([0xfd00, 2, 0, 0, 0, 0, 0, 2], port))
+    }
+
+    /// An address of the second host of backends.
+    pub fn backend2_address(&self, port: u16) -> SocketAddr {
+        SocketAddr::from(([10, 0, 3, 2], port))
+    }
+
+    /// The same in IPv6.
+    pub fn backend2_address_v6(&self, port: u16) -> SocketAddr {
+        SocketAddr::from(([0xfd00, 3, 0, 0, 0, 0, 0, 2], port))
+    }
+}
+
+/// Joins `host` to `node` by a veth pair with the addresses of network `index`.
+fn join(node: &NetNs, host: &NetNs, index: usize) -> Result<()> {
+    let near = format!("veth{index}");
+    node.ip(&[
+        "link",
+        "add",
+        &near,
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "eth0",
+        "netns",
+        host.name(),
+    ])?;
+    for (netns, device, last) in [(node, near.as_str(), 1), (host, "eth0", 2)] {
+        netns.ip(&[
+            "address",
+            "add",
+            &format!("10.0.{index}.{last}/24"),
+            "dev",
+            device,
+        ])?;
+        netns.ip(&[
+            "address",
+            "add",
+            &format!("fd00:{index}::{last}/64"),
+            "dev",
+            device,
+            "nodad",
+        ])?;
+        netns.ip(&["link", "set", device, "up"])?;
+    }
+    host.ip(&["route", "add", "default", "via", &format!("10.0.{index}.1")])?;
+    host.ip(&["route", "add", "default", "via", &format!("fd00:{index}::1")])
+}
