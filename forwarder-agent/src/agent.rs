@@ -380,10 +380,12 @@ impl Control {
 
 /// Waits for a change; for ever where there is nothing to follow.
 async fn changed<T>(receiver: Option<&mut watch::Receiver<T>>) {
-    match receiver {
-        Some(receiver) if receiver.changed().await.is_ok() => {}
-        Some(_) | None => std::future::pending().await,
+    if let Some(receiver) = receiver
+        && receiver.changed().await.is_ok()
+    {
+        return;
     }
+    std::future::pending().await
 }
 
 fn bind_problem(failure: &BindFailure, statuses: &Statuses) -> Problem {

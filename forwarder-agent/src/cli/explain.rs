@@ -95,7 +95,7 @@ fn print(state: &State) {
             rows.add_row(row(listener, true, "-", "-", why));
         }
     }
-    println!("{rows}");
+    println!("{}", rows.trim_fmt());
     for listener in &state.listeners {
         if let Some(error) = &listener.error {
             println!("error: listener {}: {error}", listener.listener);
