@@ -9,4 +9,5 @@ pub mod datapath;
 pub mod manifests;
 pub mod model;
 pub mod problem;
+pub mod source;
 pub mod status;
