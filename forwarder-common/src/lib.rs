@@ -4,6 +4,10 @@
 //! What [`layout`] holds is the ABI of pinned state: integers only, explicit padding, sizes asserted. A change of a
 //! layout raises [`ABI_VERSION`], and with it the name of the pin directory.
 #![cfg_attr(not(test), no_std)]
+#![expect(
+    clippy::inline_always,
+    reason = "in the kernel, calls cost more, and older verifiers follow them less well"
+)]
 
 pub mod layout;
 pub mod packet;
@@ -19,5 +23,5 @@ pub const ABI_VERSION: u32 = 1;
 /// the kernel's limit (`BPF_OBJ_NAME_LEN` less the final zero).
 pub const PROGRAM_ETHERNET: &str = "fwd_ingress_eth";
 
-/// The classifier for interfaces whose packets begin with the IP header, such as WireGuard's and tun.
+/// The classifier for interfaces whose packets begin with the IP header, such as those of tun and of wireguard.
 pub const PROGRAM_IP: &str = "fwd_ingress_ip";
