@@ -1,9 +1,16 @@
 //! What the agent writes for the eBPF programs and reads from them: the [`Datapath`] trait, the only seam to the kernel
 //! maps. [`bpf`] is the real one.
 
+mod attach;
+pub mod bpf;
+pub mod interfaces;
+mod load_error;
+mod pins;
+
 use std::net::SocketAddr;
 
 use forwarder_common::ListenerCounters;
+use rustix::io::Errno;
 
 use crate::model::ListenerKey;
 
@@ -63,7 +70,11 @@ pub trait Datapath: Send {
 
 /// An operation on the kernel's maps that failed.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {operation} map {map}{}: {source}", .entry.as_ref().map(|e| format!(", entry {e}")).unwrap_or_default())]
+#[error(
+    "cannot {operation} map {map}{}: {}",
+    .entry.as_ref().map(|e| format!(", entry {e}")).unwrap_or_default(),
+    self.reason()
+)]
 pub struct DatapathError {
     /// What was attempted, such as `write to`.
     pub operation: &'static str,
@@ -74,4 +85,16 @@ pub struct DatapathError {
     /// What the kernel said.
     #[source]
     pub source: aya::maps::MapError,
+}
+
+impl DatapathError {
+    /// Whether the map has no room for the entry.
+    pub fn is_full(&self) -> bool {
+        // What the kernel says of a full hash (`alloc_htab_elem`) or array.
+        load_error::errno_of(&self.source) == Some(Errno::TOOBIG)
+    }
+
+    fn reason(&self) -> String {
+        if self.is_full() { "the map is full".to_owned() } else { load_error::with_causes(&self.source) }
+    }
 }
