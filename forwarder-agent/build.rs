@@ -21,12 +21,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     if let Some(object) = object {
         println!("cargo::rerun-if-changed={}", object.display());
-        fs::copy(&object, &embedded).map_err(|error| {
-            format!(
-                "cannot embed the eBPF programs from {}: {error}",
-                object.display()
-            )
-        })?;
+        fs::copy(&object, &embedded)
+            .map_err(|error| format!("cannot embed the eBPF programs from {}: {error}", object.display()))?;
     } else {
         println!("cargo::warning=no eBPF programs are embedded: run `cargo xtask build-ebpf` first");
         fs::write(&embedded, [])?;

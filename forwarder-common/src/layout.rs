@@ -79,11 +79,7 @@ impl ListenerKey {
     /// A key.
     #[inline(always)]
     pub const fn new(address: AddressBytes, port: u16) -> Self {
-        Self {
-            address,
-            port,
-            pad: 0,
-        }
+        Self { address, port, pad: 0 }
     }
 }
 
@@ -183,15 +179,7 @@ mod tests {
 
     #[test]
     fn addresses_survive_the_round_trip() {
-        for text in [
-            "0.0.0.0",
-            "127.0.0.1",
-            "192.0.2.7",
-            "::",
-            "::1",
-            "2001:db8::7",
-            "fe80::1",
-        ] {
+        for text in ["0.0.0.0", "127.0.0.1", "192.0.2.7", "::", "::1", "2001:db8::7", "fe80::1"] {
             let address: IpAddr = text.parse().unwrap();
             assert_eq!(address_of(address_bytes(address)), address);
         }
@@ -211,10 +199,7 @@ mod tests {
 
     #[test]
     fn names_fit_the_kernel() {
-        for name in PINNED_MAPS
-            .into_iter()
-            .chain([crate::PROGRAM_ETHERNET, crate::PROGRAM_IP])
-        {
+        for name in PINNED_MAPS.into_iter().chain([crate::PROGRAM_ETHERNET, crate::PROGRAM_IP]) {
             assert!(name.len() <= 15, "{name}");
         }
     }

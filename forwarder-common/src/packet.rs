@@ -131,10 +131,7 @@ fn parse_ethernet<P: Packet + ?Sized>(packet: &P) -> Result<(IpVersion, usize), 
         return Ok((version_of(ether_type)?, EthHdr::LEN));
     }
     let tag: VlanHdr = packet.read(EthHdr::LEN).ok_or(Verdict::Truncated)?;
-    Ok((
-        version_of(u16::from_be(tag.ether_type))?,
-        EthHdr::LEN + VlanHdr::LEN,
-    ))
+    Ok((version_of(u16::from_be(tag.ether_type))?, EthHdr::LEN + VlanHdr::LEN))
 }
 
 #[inline(always)]
@@ -170,10 +167,7 @@ fn parse_ipv4<P: Packet + ?Sized>(packet: &P, ip_offset: usize) -> Result<Segmen
     if u16::from_be_bytes(ip.frags) & IPV4_FRAGMENT_OFFSET != 0 {
         return Err(Verdict::Fragment);
     }
-    let addresses = Addresses {
-        source: mapped_v4(ip.src_addr),
-        destination: mapped_v4(ip.dst_addr),
-    };
+    let addresses = Addresses { source: mapped_v4(ip.src_addr), destination: mapped_v4(ip.dst_addr) };
     parse_tcp(packet, ip_offset, ip_offset + header_length, addresses)
 }
 
@@ -183,10 +177,7 @@ fn parse_ipv6<P: Packet + ?Sized>(packet: &P, ip_offset: usize) -> Result<Segmen
     if ip.vcf[0] >> 4 != 6 {
         return Err(Verdict::NotIp);
     }
-    let addresses = Addresses {
-        source: ip.src_addr,
-        destination: ip.dst_addr,
-    };
+    let addresses = Addresses { source: ip.src_addr, destination: ip.dst_addr };
     let mut protocol = ip.next_hdr;
     let mut offset = ip_offset + Ipv6Hdr::LEN;
     // One turn more than there are headers: the last one only looks at the protocol.
@@ -232,11 +223,7 @@ fn parse_extension<P: Packet + ?Sized>(
         return Ok(Some((next, 8)));
     }
     let announced = usize::from(announced);
-    let length = if is_authentication {
-        (announced + 2) * 4
-    } else {
-        (announced + 1) * 8
-    };
+    let length = if is_authentication { (announced + 2) * 4 } else { (announced + 1) * 8 };
     Ok(Some((next, length)))
 }
 

@@ -58,7 +58,9 @@ fn ask(admin: SocketAddr) -> anyhow::Result<State> {
         .map_err(anyhow::Error::from)
         .flatten()
         .with_context(|| {
-            format!("cannot ask the agent at {admin}; is it running? (else give a PATH, or --admin ADDR:PORT)")
+            format!(
+                "cannot ask the agent at {admin}; is it running? (else give a PATH, or --admin ADDR:PORT)"
+            )
         })
 }
 

@@ -110,11 +110,7 @@ struct Attached {
 
 impl Attachments {
     pub(super) fn new(kind: AttachKind) -> Self {
-        Self {
-            kind,
-            links: BTreeMap::new(),
-            is_swept: false,
-        }
+        Self { kind, links: BTreeMap::new(), is_swept: false }
     }
 
     pub(super) fn kind(&self) -> AttachKind {
@@ -122,10 +118,9 @@ impl Attachments {
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = Attachment> {
-        self.links.values().map(|attached| Attachment {
-            interface: attached.interface.clone(),
-            kind: self.kind,
-        })
+        self.links
+            .values()
+            .map(|attached| Attachment { interface: attached.interface.clone(), kind: self.kind })
     }
 
     /// Detaches from all interfaces but `wanted` and attaches to those of them where it is not yet. `present` are all
@@ -142,13 +137,11 @@ impl Attachments {
             }
             self.is_swept = true;
         }
-        let kept: BTreeSet<_> = wanted
-            .iter()
-            .map(|interface| (interface.index, interface.name.as_str()))
-            .collect();
-        let gone = self.links.extract_if(.., |index, attached| {
-            !kept.contains(&(*index, attached.interface.as_str()))
-        });
+        let kept: BTreeSet<_> =
+            wanted.iter().map(|interface| (interface.index, interface.name.as_str())).collect();
+        let gone = self
+            .links
+            .extract_if(.., |index, attached| !kept.contains(&(*index, attached.interface.as_str())));
         for (_, Attached { interface, link }) in gone {
             // It fails where the interface is gone, and the classifier with it.
             if let Err(error) = link.detach() {
@@ -164,13 +157,7 @@ impl Attachments {
                 Ok(link) => {
                     tracing::info!(interface = interface.name, kind = self.kind.as_str(), "attached");
                     let interface_name = interface.name.clone();
-                    self.links.insert(
-                        interface.index,
-                        Attached {
-                            interface: interface_name,
-                            link,
-                        },
-                    );
+                    self.links.insert(interface.index, Attached { interface: interface_name, link });
                 }
                 Err(problem) => problems.push(problem),
             }
@@ -183,16 +170,10 @@ impl Attachments {
             (Some(LinkLayer::Ethernet), _) => PROGRAM_ETHERNET,
             (Some(LinkLayer::Ip), _) => PROGRAM_IP,
             (None, InterfaceKind::Unsupported(arphrd)) => {
-                return Err(AttachProblem::Unsupported {
-                    interface: interface.name.clone(),
-                    arphrd,
-                });
+                return Err(AttachProblem::Unsupported { interface: interface.name.clone(), arphrd });
             }
             (None, _) => {
-                return Err(AttachProblem::Unsupported {
-                    interface: interface.name.clone(),
-                    arphrd: 0,
-                });
+                return Err(AttachProblem::Unsupported { interface: interface.name.clone(), arphrd: 0 });
             }
         };
         attach(ebpf, program, &interface.name, self.kind).map_err(|error| AttachProblem::Refused {
@@ -210,10 +191,8 @@ fn attach(
     interface: &str,
     kind: AttachKind,
 ) -> Result<SchedClassifierLink, ProgramError> {
-    let program: &mut SchedClassifier = ebpf
-        .program_mut(program)
-        .ok_or(ProgramError::NotLoaded)?
-        .try_into()?;
+    let program: &mut SchedClassifier =
+        ebpf.program_mut(program).ok_or(ProgramError::NotLoaded)?.try_into()?;
     let options = match kind {
         AttachKind::Tcx => TcAttachOptions::TcxOrder(LinkOrder::first()),
         AttachKind::Clsact => {

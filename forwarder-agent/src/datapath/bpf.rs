@@ -115,17 +115,9 @@ impl Bpf {
             attachments: Attachments::new(AttachKind::of_kernel()),
             listeners: table(&mut ebpf, layout::LISTENERS)?,
             backends: table(&mut ebpf, layout::BACKENDS)?,
-            counters: typed(
-                layout::COUNTERS,
-                ebpf.take_map(layout::COUNTERS),
-                PerCpuHashMap::try_from,
-            )?,
+            counters: typed(layout::COUNTERS, ebpf.take_map(layout::COUNTERS), PerCpuHashMap::try_from)?,
             local_addresses: table(&mut ebpf, layout::LOCAL_ADDRESSES)?,
-            verdicts: typed(
-                layout::VERDICTS,
-                ebpf.take_map(layout::VERDICTS),
-                PerCpuArray::try_from,
-            )?,
+            verdicts: typed(layout::VERDICTS, ebpf.take_map(layout::VERDICTS), PerCpuArray::try_from)?,
             pins,
             known_listeners: HashMap::new(),
             known_counters: BTreeSet::new(),
@@ -161,11 +153,7 @@ impl Bpf {
     pub fn attach(&mut self, interfaces: &[Interface], bound: &BTreeSet<BindAddress>) -> Vec<AttachProblem> {
         let wanted = wanted(interfaces, bound);
         let mut problems = self.attachments.update(&mut self.ebpf, interfaces, &wanted);
-        problems.extend(
-            self.set_local_addresses(interfaces)
-                .into_iter()
-                .map(AttachProblem::from),
-        );
+        problems.extend(self.set_local_addresses(interfaces).into_iter().map(AttachProblem::from));
         let before = std::mem::take(&mut self.told);
         problems.retain(|problem| {
             let message = problem.to_string();
@@ -218,23 +206,13 @@ impl Bpf {
     fn set_local_addresses(&mut self, interfaces: &[Interface]) -> Vec<DatapathError> {
         let want: BTreeMap<AddressBytes, u32> = interfaces
             .iter()
-            .flat_map(|interface| {
-                interface
-                    .addresses
-                    .iter()
-                    .map(|a| (address_bytes(*a), interface.index))
-            })
+            .flat_map(|interface| interface.addresses.iter().map(|a| (address_bytes(*a), interface.index)))
             .collect();
         let mut errors = Vec::new();
         let describe = |address: &AddressBytes| address_of(*address).to_string();
-        for (address, _) in self
-            .known_addresses
-            .extract_if(.., |address, _| !want.contains_key(address))
-        {
+        for (address, _) in self.known_addresses.extract_if(.., |address, _| !want.contains_key(address)) {
             let removed = self.local_addresses.remove(&address);
-            errors.extend(removed_error(layout::LOCAL_ADDRESSES, removed, || {
-                describe(&address)
-            }));
+            errors.extend(removed_error(layout::LOCAL_ADDRESSES, removed, || describe(&address)));
         }
         for (address, index) in want {
             if self.known_addresses.get(&address) == Some(&index) {
@@ -274,6 +252,18 @@ impl Bpf {
 }
 
 impl Datapath for Bpf {
+    fn attach(&mut self, interfaces: &[Interface], bound: &BTreeSet<BindAddress>) -> Vec<AttachProblem> {
+        Bpf::attach(self, interfaces, bound)
+    }
+
+    fn attachments(&self) -> Vec<Attachment> {
+        Bpf::attachments(self)
+    }
+
+    fn verdicts(&self) -> Result<Vec<(Verdict, u64)>, DatapathError> {
+        Bpf::verdicts(self)
+    }
+
     fn set_listener(
         &mut self,
         key: ListenerKey,
@@ -288,14 +278,7 @@ impl Datapath for Bpf {
             ListenerState::Draining => STATE_DRAINING,
         };
         let map_key = map_key(key);
-        match self.listeners.insert(
-            map_key,
-            ListenerValue {
-                listener_id: id.0,
-                state,
-            },
-            0,
-        ) {
+        match self.listeners.insert(map_key, ListenerValue { listener_id: id.0, state }, 0) {
             Ok(()) => {
                 self.known_listeners.insert(map_key, id);
                 Ok(())
@@ -316,10 +299,7 @@ impl Datapath for Bpf {
         while known.len() > backends.len() {
             known.pop();
             let slot = slot(known.len());
-            let removed = self.backends.remove(&BackendKey {
-                listener_id: id.0,
-                slot,
-            });
+            let removed = self.backends.remove(&BackendKey { listener_id: id.0, slot });
             if let Some(error) = removed_error(layout::BACKENDS, removed, || describe(slot)) {
                 return Err(error);
             }
@@ -330,14 +310,7 @@ impl Datapath for Bpf {
             }
             let slot = slot(index);
             self.backends
-                .insert(
-                    BackendKey {
-                        listener_id: id.0,
-                        slot,
-                    },
-                    backend_value(backend),
-                    0,
-                )
+                .insert(BackendKey { listener_id: id.0, slot }, backend_value(backend), 0)
                 .map_err(|source| write_error(layout::BACKENDS, describe(slot), source))?;
             match known.get_mut(index) {
                 Some(known) => *known = backend,
@@ -369,13 +342,11 @@ impl Datapath for Bpf {
             Err(MapError::KeyNotFound) => return Ok(ListenerCounters::default()),
             Err(source) => return Err(read_error(layout::COUNTERS, format!("listener {}", id.0), source)),
         };
-        Ok(values
-            .iter()
-            .fold(ListenerCounters::default(), |sum, cpu| ListenerCounters {
-                syns: sum.syns.wrapping_add(cpu.syns),
-                packets: sum.packets.wrapping_add(cpu.packets),
-                bytes: sum.bytes.wrapping_add(cpu.bytes),
-            }))
+        Ok(values.iter().fold(ListenerCounters::default(), |sum, cpu| ListenerCounters {
+            syns: sum.syns.wrapping_add(cpu.syns),
+            packets: sum.packets.wrapping_add(cpu.packets),
+            bytes: sum.bytes.wrapping_add(cpu.bytes),
+        }))
     }
 }
 
@@ -385,21 +356,15 @@ fn load(log_level: u8) -> Result<Ebpf, LoadError> {
         return Err(LoadError::NoPrograms);
     }
     // Before 5.11 maps count as locked memory. Where raising the limit fails, so may creating the maps, with a reason.
-    let _ = setrlimit(
-        Resource::Memlock,
-        Rlimit {
-            current: None,
-            maximum: None,
-        },
-    );
+    let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
     let mut ebpf = EbpfLoader::new()
         .override_global(aya_log::LEVEL, &log_level, true)
         .load(OBJECT)
         .map_err(|error| LoadError::new("create the BPF maps".to_owned(), "", error))?;
     for name in [PROGRAM_ETHERNET, PROGRAM_IP] {
-        let program = ebpf.program_mut(name).ok_or_else(|| LoadError::Object {
-            reason: format!("they have no program {name}"),
-        })?;
+        let program = ebpf
+            .program_mut(name)
+            .ok_or_else(|| LoadError::Object { reason: format!("they have no program {name}") })?;
         <&mut SchedClassifier>::try_from(program)
             .and_then(SchedClassifier::load)
             .map_err(|error| LoadError::new(format!("load program {name}"), name, EbpfError::from(error)))?;
@@ -408,9 +373,7 @@ fn load(log_level: u8) -> Result<Ebpf, LoadError> {
 }
 
 fn no_map(name: &str) -> LoadError {
-    LoadError::Object {
-        reason: format!("they have no map {name}"),
-    }
+    LoadError::Object { reason: format!("they have no map {name}") }
 }
 
 fn table<K: Pod, V: Pod>(ebpf: &mut Ebpf, name: &str) -> Result<Table<K, V>, LoadError> {
@@ -423,9 +386,7 @@ fn typed<T>(
     convert: impl FnOnce(aya::maps::Map) -> Result<T, MapError>,
 ) -> Result<T, LoadError> {
     let map = map.ok_or_else(|| no_map(name))?;
-    convert(map).map_err(|error| LoadError::Object {
-        reason: format!("map {name}: {error}"),
-    })
+    convert(map).map_err(|error| LoadError::Object { reason: format!("map {name}: {error}") })
 }
 
 fn map_key(key: ListenerKey) -> layout::ListenerKey {
@@ -438,12 +399,7 @@ fn map_key(key: ListenerKey) -> layout::ListenerKey {
 
 fn backend_value(backend: BackendEntry) -> BackendValue {
     let ip: IpAddr = backend.address.ip();
-    BackendValue {
-        address: address_bytes(ip),
-        weight: backend.weight,
-        port: backend.address.port(),
-        pad: 0,
-    }
+    BackendValue { address: address_bytes(ip), weight: backend.weight, port: backend.address.port(), pad: 0 }
 }
 
 /// The map holds fewer endpoints than a `u32` counts, so the list does not get longer.
@@ -452,21 +408,11 @@ fn slot(index: usize) -> u32 {
 }
 
 fn write_error(map: &'static str, entry: String, source: MapError) -> DatapathError {
-    DatapathError {
-        operation: "write to",
-        map,
-        entry: Some(entry),
-        source,
-    }
+    DatapathError { operation: "write to", map, entry: Some(entry), source }
 }
 
 fn read_error(map: &'static str, entry: String, source: MapError) -> DatapathError {
-    DatapathError {
-        operation: "read",
-        map,
-        entry: Some(entry),
-        source,
-    }
+    DatapathError { operation: "read", map, entry: Some(entry), source }
 }
 
 /// The error of removing an entry; that it was not there is none.
@@ -478,12 +424,7 @@ fn removed_error(
     match removed {
         Ok(()) | Err(MapError::KeyNotFound) => None,
         Err(source) if errno_of(&source) == Some(Errno::NOENT) => None,
-        Err(source) => Some(DatapathError {
-            operation: "remove from",
-            map,
-            entry: Some(entry()),
-            source,
-        }),
+        Err(source) => Some(DatapathError { operation: "remove from", map, entry: Some(entry()), source }),
     }
 }
 

@@ -75,11 +75,7 @@ pub fn wanted<'a>(interfaces: &'a [Interface], bound: &BTreeSet<BindAddress>) ->
     let holds = |interface: &Interface| interface.addresses.iter().any(|address| is_bound(&address));
     let is_reached_through_others = |interface: &Interface| {
         matches!(interface.kind, InterfaceKind::Loopback | InterfaceKind::Dummy)
-            && interface
-                .addresses
-                .iter()
-                .filter(is_bound)
-                .any(|address| !address.is_loopback())
+            && interface.addresses.iter().filter(is_bound).any(|address| !address.is_loopback())
     };
     if any || interfaces.iter().any(is_reached_through_others) {
         return interfaces.iter().collect();
@@ -121,17 +117,10 @@ pub enum InterfacesError {
 /// # Errors
 /// The first list cannot be made.
 pub async fn watch() -> Result<
-    (
-        watch::Receiver<Vec<Interface>>,
-        impl Future<Output = Result<(), InterfacesError>> + Send + 'static,
-    ),
+    (watch::Receiver<Vec<Interface>>, impl Future<Output = Result<(), InterfacesError>> + Send + 'static),
     InterfacesError,
 > {
-    let groups = [
-        MulticastGroup::Link,
-        MulticastGroup::Ipv4Ifaddr,
-        MulticastGroup::Ipv6Ifaddr,
-    ];
+    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
     let (connection, handle, mut changes) =
         new_multicast_connection(&groups).map_err(|source| InterfacesError::Socket { source })?;
     // It ends when the handle is dropped.
@@ -172,21 +161,14 @@ async fn list(handle: &Handle) -> Result<Vec<Interface>, InterfacesError> {
         .execute()
         .try_collect()
         .await
-        .map_err(|source| InterfacesError::List {
-            what: "network interfaces",
-            source,
-        })?;
-    let addresses: Vec<AddressMessage> =
-        handle
-            .address()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|source| InterfacesError::List {
-                what: "addresses of the node",
-                source,
-            })?;
+        .map_err(|source| InterfacesError::List { what: "network interfaces", source })?;
+    let addresses: Vec<AddressMessage> = handle
+        .address()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(|source| InterfacesError::List { what: "addresses of the node", source })?;
     Ok(assemble(&links, &addresses))
 }
 
@@ -207,12 +189,7 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
                 LinkAttribute::IfName(name) => Some(name.clone()),
                 _ => None,
             })?;
-            Some(Interface {
-                index,
-                name,
-                kind: kind(link),
-                addresses,
-            })
+            Some(Interface { index, name, kind: kind(link), addresses })
         })
         .collect();
     interfaces.sort_by_key(|interface| interface.index);
@@ -235,9 +212,9 @@ fn own_address(message: &AddressMessage) -> Option<IpAddr> {
 
 fn kind(link: &LinkMessage) -> InterfaceKind {
     let is_dummy = link.attributes.iter().any(|attribute| match attribute {
-        LinkAttribute::LinkInfo(infos) => infos
-            .iter()
-            .any(|info| matches!(info, LinkInfo::Kind(InfoKind::Dummy))),
+        LinkAttribute::LinkInfo(infos) => {
+            infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Dummy)))
+        }
         _ => false,
     });
     match link.header.link_layer_type {
@@ -263,12 +240,7 @@ mod tests {
 
     fn interface(index: u32, kind: InterfaceKind, address: &str) -> Interface {
         let addresses = vec![address.parse().unwrap()];
-        Interface {
-            index,
-            name: format!("if{index}"),
-            kind,
-            addresses,
-        }
+        Interface { index, name: format!("if{index}"), kind, addresses }
     }
 
     fn check(bound: &[BindAddress], expected: &[u32]) {
@@ -281,10 +253,7 @@ mod tests {
             interface(4, InterfaceKind::Dummy, "203.0.113.1"),
         ];
         let bound = bound.iter().copied().collect();
-        let indices: Vec<_> = wanted(&interfaces, &bound)
-            .iter()
-            .map(|interface| interface.index)
-            .collect();
+        let indices: Vec<_> = wanted(&interfaces, &bound).iter().map(|interface| interface.index).collect();
         assert_eq!(indices, expected, "{bound:?}");
     }
 
@@ -323,14 +292,8 @@ mod tests {
         let (receiver, _follow) = watch().await.unwrap();
         // Where the tests run in an empty namespace, `lo` may be down and then is not listed.
         let listed = receiver.borrow().clone();
-        for interface in listed
-            .iter()
-            .filter(|interface| interface.kind == InterfaceKind::Loopback)
-        {
-            assert!(
-                interface.addresses.iter().any(IpAddr::is_loopback),
-                "{interface:?}"
-            );
+        for interface in listed.iter().filter(|interface| interface.kind == InterfaceKind::Loopback) {
+            assert!(interface.addresses.iter().any(IpAddr::is_loopback), "{interface:?}");
         }
     }
 }

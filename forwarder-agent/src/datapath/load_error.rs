@@ -130,17 +130,10 @@ impl LoadError {
         };
         // The verifier too says EPERM of what it wants a capability for, but then its log says more.
         if errno == Some(Errno::PERM) && verifier_log.is_empty() {
-            return Self::NotPermitted {
-                operation,
-                source: Box::new(error),
-            };
+            return Self::NotPermitted { operation, source: Box::new(error) };
         }
         if is_too_old() {
-            return Self::KernelTooOld {
-                operation,
-                release: kernel_release(),
-                source: Box::new(error),
-            };
+            return Self::KernelTooOld { operation, release: kernel_release(), source: Box::new(error) };
         }
         let source = Box::new(error);
         match source.as_ref() {
@@ -150,29 +143,19 @@ impl LoadError {
                 log: tail(&verifier_log, VERIFIER_LOG_TAIL),
                 source,
             },
-            EbpfError::MapError(MapError::CreateError { name, io_error }) => Self::Map {
-                map: name.clone(),
-                reason: io_error.to_string(),
-                source,
-            },
-            EbpfError::ParseError(error) => Self::Object {
-                reason: error.to_string(),
-            },
-            error => Self::Other {
-                operation,
-                reason: with_causes(error),
-                source,
-            },
+            EbpfError::MapError(MapError::CreateError { name, io_error }) => {
+                Self::Map { map: name.clone(), reason: io_error.to_string(), source }
+            }
+            EbpfError::ParseError(error) => Self::Object { reason: error.to_string() },
+            error => Self::Other { operation, reason: with_causes(error), source },
         }
     }
 }
 
 /// The kernel's release, such as `6.1.0-30-amd64`.
 pub(super) fn kernel_release() -> String {
-    fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(
-        |_| "of unknown release".to_owned(),
-        |release| release.trim().to_owned(),
-    )
+    fs::read_to_string("/proc/sys/kernel/osrelease")
+        .map_or_else(|_| "of unknown release".to_owned(), |release| release.trim().to_owned())
 }
 
 fn is_too_old() -> bool {
@@ -234,10 +217,7 @@ mod tests {
     #[test]
     fn missing_capability_is_told_from_the_errno() {
         let io_error = io::Error::from_raw_os_error(Errno::PERM.raw_os_error());
-        let error = EbpfError::MapError(MapError::CreateError {
-            name: "listeners".to_owned(),
-            io_error,
-        });
+        let error = EbpfError::MapError(MapError::CreateError { name: "listeners".to_owned(), io_error });
         let error = LoadError::new("create the maps".to_owned(), "", error);
         assert!(matches!(error, LoadError::NotPermitted { .. }), "{error:?}");
         assert!(error.to_string().contains("CAP_BPF"), "{error}");
@@ -246,15 +226,10 @@ mod tests {
     #[test]
     fn a_map_that_cannot_be_created_is_named() {
         let io_error = io::Error::from_raw_os_error(Errno::NOMEM.raw_os_error());
-        let error = EbpfError::MapError(MapError::CreateError {
-            name: "listeners".to_owned(),
-            io_error,
-        });
+        let error = EbpfError::MapError(MapError::CreateError { name: "listeners".to_owned(), io_error });
         let error = LoadError::new("create the maps".to_owned(), "", error);
         assert!(
-            error
-                .to_string()
-                .starts_with("cannot create map listeners: Cannot allocate memory"),
+            error.to_string().starts_with("cannot create map listeners: Cannot allocate memory"),
             "{error}"
         );
     }

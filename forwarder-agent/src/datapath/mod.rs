@@ -1,18 +1,21 @@
 //! What the agent writes for the eBPF programs and reads from them: the [`Datapath`] trait, the only seam to the kernel
 //! maps. [`bpf`] is the real one.
 
-mod attach;
+pub mod attach;
 pub mod bpf;
 pub mod interfaces;
 mod load_error;
 mod pins;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use forwarder_common::ListenerCounters;
+use forwarder_common::{ListenerCounters, Verdict};
 use rustix::io::Errno;
 
-use crate::model::ListenerKey;
+use self::attach::{AttachProblem, Attachment};
+use self::interfaces::Interface;
+use crate::model::{BindAddress, ListenerKey};
 
 /// The number by which the maps know a listener. Given by the reconciler, never reused while an agent runs.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -66,6 +69,20 @@ pub trait Datapath: Send {
     /// # Errors
     /// The kernel refuses.
     fn counters(&self, id: ListenerId) -> Result<ListenerCounters, DatapathError>;
+
+    /// Counts packets on the interfaces that hold an address in `bound`, and on no others.
+    ///
+    /// Yields what failed, by interface; each failure once.
+    fn attach(&mut self, interfaces: &[Interface], bound: &BTreeSet<BindAddress>) -> Vec<AttachProblem>;
+
+    /// The interfaces on which packets are counted.
+    fn attachments(&self) -> Vec<Attachment>;
+
+    /// How many packets met with each verdict.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn verdicts(&self) -> Result<Vec<(Verdict, u64)>, DatapathError>;
 }
 
 /// An operation on the kernel's maps that failed.

@@ -36,18 +36,12 @@ impl Pins {
     /// It is not on a BPF file system, another running agent has it, or the kernel refuses.
     pub(super) fn acquire(parent: &Path) -> Result<Self, LoadError> {
         if !is_on_bpffs(parent)? {
-            return Err(LoadError::NotBpffs {
-                path: parent.to_owned(),
-            });
+            return Err(LoadError::NotBpffs { path: parent.to_owned() });
         }
         let lock = lock(parent)?;
         let directory = parent.join(format!("v{ABI_VERSION}"));
         create(&directory)?;
-        let pins = Self {
-            parent: parent.to_owned(),
-            directory,
-            _lock: lock,
-        };
+        let pins = Self { parent: parent.to_owned(), directory, _lock: lock };
         pins.clear().map_err(|source| LoadError::PinDir {
             operation: "remove what a former agent left in",
             path: pins.directory.clone(),
@@ -98,10 +92,7 @@ fn is_on_bpffs(path: &Path) -> Result<bool, LoadError> {
     for ancestor in path.ancestors() {
         match statfs(ancestor) {
             // The type of `f_type` differs between architectures.
-            #[expect(
-                clippy::allow_attributes,
-                reason = "the cast is needed on some architectures only"
-            )]
+            #[expect(clippy::allow_attributes, reason = "the cast is needed on some architectures only")]
             #[allow(clippy::unnecessary_cast, clippy::cast_lossless, reason = "as above")]
             Ok(found) => return Ok(found.f_type as i64 & 0xffff_ffff == BPF_FS_MAGIC),
             Err(Errno::NOENT) => {}
@@ -127,11 +118,7 @@ fn create(path: &Path) -> Result<(), LoadError> {
 
 /// Creates and locks the directory.
 fn lock(path: &Path) -> Result<File, LoadError> {
-    let failed = |source| LoadError::PinDir {
-        operation: "lock",
-        path: path.to_owned(),
-        source,
-    };
+    let failed = |source| LoadError::PinDir { operation: "lock", path: path.to_owned(), source };
     for _ in 0..ATTEMPTS {
         create(path)?;
         let flags = OFlags::DIRECTORY.bits().cast_signed();
@@ -143,9 +130,7 @@ fn lock(path: &Path) -> Result<File, LoadError> {
         match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {
-                return Err(LoadError::InUse {
-                    path: path.to_owned(),
-                });
+                return Err(LoadError::InUse { path: path.to_owned() });
             }
             Err(error) => return Err(failed(error.into())),
         }
@@ -158,7 +143,5 @@ fn lock(path: &Path) -> Result<File, LoadError> {
             Err(error) => return Err(failed(error)),
         }
     }
-    Err(LoadError::InUse {
-        path: path.to_owned(),
-    })
+    Err(LoadError::InUse { path: path.to_owned() })
 }

@@ -41,10 +41,7 @@ impl Check {
             namespace: metadata.namespace.clone(),
             name: metadata.name.clone(),
         };
-        let mut check = Self {
-            object,
-            problems: Vec::new(),
-        };
+        let mut check = Self { object, problems: Vec::new() };
         match rule {
             NameRule::Label => check.label("metadata.name", &metadata.name),
             NameRule::Subdomain => check.subdomain("metadata.name", &metadata.name),
@@ -62,21 +59,11 @@ impl Check {
     }
 
     fn invalid(&mut self, field: impl Into<String>, message: impl Into<String>) {
-        self.problems.push(Problem::error(
-            Reason::Invalid,
-            self.object.clone(),
-            field,
-            message,
-        ));
+        self.problems.push(Problem::error(Reason::Invalid, self.object.clone(), field, message));
     }
 
     fn warning(&mut self, field: impl Into<String>, message: impl Into<String>) {
-        self.problems.push(Problem::warning(
-            Reason::Invalid,
-            self.object.clone(),
-            field,
-            message,
-        ));
+        self.problems.push(Problem::warning(Reason::Invalid, self.object.clone(), field, message));
     }
 
     /// A required DNS-1123 label.
@@ -100,10 +87,7 @@ impl Check {
         } else if value.chars().count() > longest {
             self.invalid(
                 field,
-                format!(
-                    "{} characters are too many: use at most {longest}",
-                    value.chars().count()
-                ),
+                format!("{} characters are too many: use at most {longest}", value.chars().count()),
             );
         }
     }
@@ -126,11 +110,7 @@ impl Check {
         if !range.contains(&value) {
             self.invalid(
                 field,
-                format!(
-                    "{what} {value} is out of range: use {} to {}",
-                    range.start(),
-                    range.end()
-                ),
+                format!("{what} {value} is out of range: use {} to {}", range.start(), range.end()),
             );
         }
     }
@@ -150,10 +130,7 @@ impl Check {
 
     fn one_of(&mut self, field: impl Into<String>, value: &str, allowed: &[&str]) {
         if !allowed.contains(&value) {
-            self.invalid(
-                field,
-                format!("{} is not one of {}", syntax::quote(value), allowed.join(", ")),
-            );
+            self.invalid(field, format!("{} is not one of {}", syntax::quote(value), allowed.join(", ")));
         }
     }
 

@@ -87,11 +87,7 @@ pub struct EndpointSlice {
 impl EndpointSlice {
     /// The name of the Service that the slice belongs to, from its label.
     pub fn service_name(&self) -> Option<&str> {
-        self.metadata
-            .labels
-            .get(SERVICE_NAME_LABEL)
-            .map(String::as_str)
-            .filter(|name| !name.is_empty())
+        self.metadata.labels.get(SERVICE_NAME_LABEL).map(String::as_str).filter(|name| !name.is_empty())
     }
 }
 

@@ -69,10 +69,7 @@ pub struct NamespacedName {
 impl NamespacedName {
     /// The name `namespace/name`.
     pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
-        Self {
-            namespace: namespace.into(),
-            name: name.into(),
-        }
+        Self { namespace: namespace.into(), name: name.into() }
     }
 }
 
@@ -97,20 +94,12 @@ pub struct ObjectRef {
 impl ObjectRef {
     /// A reference to a namespaced object.
     pub fn new(kind: Kind, name: &NamespacedName) -> Self {
-        Self {
-            kind: kind.as_str().to_owned(),
-            namespace: name.namespace.clone(),
-            name: name.name.clone(),
-        }
+        Self { kind: kind.as_str().to_owned(), namespace: name.namespace.clone(), name: name.name.clone() }
     }
 
     /// A reference to a cluster-scoped object.
     pub fn cluster(kind: Kind, name: impl Into<String>) -> Self {
-        Self {
-            kind: kind.as_str().to_owned(),
-            namespace: String::new(),
-            name: name.into(),
-        }
+        Self { kind: kind.as_str().to_owned(), namespace: String::new(), name: name.into() }
     }
 }
 
@@ -150,11 +139,7 @@ impl Metadata {
     /// The key by which the oldest object comes first: creation time, then namespace and name. An object without a
     /// creation time counts as younger than all that have one.
     pub fn age_key(&self) -> (bool, Option<Timestamp>, NamespacedName) {
-        (
-            self.creation_timestamp.is_none(),
-            self.creation_timestamp,
-            self.namespaced_name(),
-        )
+        (self.creation_timestamp.is_none(), self.creation_timestamp, self.namespaced_name())
     }
 }
 

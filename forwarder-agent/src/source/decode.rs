@@ -39,10 +39,9 @@ impl Node<'_> {
         let mut node = self;
         for step in error.steps.iter().rev() {
             let next = match (step, node) {
-                (Step::Key(key), Node::Map(entries)) => entries
-                    .iter_mut()
-                    .find(|entry| entry.key == *key)
-                    .map(|entry| &mut entry.value),
+                (Step::Key(key), Node::Map(entries)) => {
+                    entries.iter_mut().find(|entry| entry.key == *key).map(|entry| &mut entry.value)
+                }
                 (Step::Index(index), Node::List(items)) => items.get_mut(*index).map(|item| &mut item.value),
                 (Step::Key(_) | Step::Index(_), _) => None,
             };
@@ -78,16 +77,13 @@ impl TypeError {
 
     /// The path of the field, such as `spec.listeners[0].port`.
     pub(super) fn field(&self) -> String {
-        self.steps
-            .iter()
-            .rev()
-            .fold(String::new(), |field, step| match step {
-                Step::Index(index) => format!("{field}[{index}]"),
-                // Keys of labels and annotations have dots, which would read as further steps.
-                Step::Key(key) if key.contains(['.', '[', '/']) => format!("{field}[{key}]"),
-                Step::Key(key) if field.is_empty() => key.clone(),
-                Step::Key(key) => format!("{field}.{key}"),
-            })
+        self.steps.iter().rev().fold(String::new(), |field, step| match step {
+            Step::Index(index) => format!("{field}[{index}]"),
+            // Keys of labels and annotations have dots, which would read as further steps.
+            Step::Key(key) if key.contains(['.', '[', '/']) => format!("{field}[{key}]"),
+            Step::Key(key) if field.is_empty() => key.clone(),
+            Step::Key(key) => format!("{field}.{key}"),
+        })
     }
 
     fn within(mut self, step: Step) -> Self {
@@ -106,18 +102,11 @@ impl std::error::Error for TypeError {}
 
 impl de::Error for TypeError {
     fn custom<T: fmt::Display>(message: T) -> Self {
-        Self {
-            message: message.to_string(),
-            steps: Vec::new(),
-        }
+        Self { message: message.to_string(), steps: Vec::new() }
     }
 
     fn invalid_type(unexpected: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
-        Self::custom(format_args!(
-            "expected {}, found {}",
-            wanted(expected),
-            found(unexpected)
-        ))
+        Self::custom(format_args!("expected {}, found {}", wanted(expected), found(unexpected)))
     }
 
     fn invalid_value(unexpected: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
@@ -162,14 +151,10 @@ impl<'de> Deserializer<'de> for &'de Node<'_> {
             Node::Unsigned(value) => visitor.visit_u64(*value),
             Node::Float(value) => visitor.visit_f64(*value),
             Node::Text(value) => visitor.visit_borrowed_str(value),
-            Node::List(items) => visitor.visit_seq(Items {
-                items: items.iter().enumerate(),
-                len: items.len(),
-            }),
-            Node::Map(entries) => visitor.visit_map(Fields {
-                entries: entries.iter(),
-                value: None,
-            }),
+            Node::List(items) => {
+                visitor.visit_seq(Items { items: items.iter().enumerate(), len: items.len() })
+            }
+            Node::Map(entries) => visitor.visit_map(Fields { entries: entries.iter(), value: None }),
         }
     }
 
@@ -237,9 +222,7 @@ impl<'de> SeqAccess<'de> for Items<'de, '_> {
         let Some((index, item)) = self.items.next() else {
             return Ok(None);
         };
-        seed.deserialize(&item.value)
-            .map(Some)
-            .map_err(|error| error.within(Step::Index(index)))
+        seed.deserialize(&item.value).map(Some).map_err(|error| error.within(Step::Index(index)))
     }
 
     fn size_hint(&self) -> Option<usize> {
@@ -261,8 +244,7 @@ impl<'de> MapAccess<'de> for Fields<'de, '_> {
             return Ok(None);
         };
         self.value = Some(entry);
-        seed.deserialize(de::value::BorrowedStrDeserializer::new(&entry.key))
-            .map(Some)
+        seed.deserialize(de::value::BorrowedStrDeserializer::new(&entry.key)).map(Some)
     }
 
     fn next_value_seed<V: de::DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, TypeError> {

@@ -55,26 +55,16 @@ pub(super) enum Manifest {
 
 /// Reads a file's text.
 pub(super) fn read(text: &str, file: &Arc<PathBuf>) -> Contents {
-    let mut reader = Reader {
-        file,
-        contents: Contents::default(),
-    };
+    let mut reader = Reader { file, contents: Contents::default() };
     for document in yaml::documents(text) {
         match yaml::parse(document) {
             Ok(Node::Null) => {}
             Ok(node) => {
-                let line = node
-                    .entries()
-                    .first()
-                    .map_or(document.lines_before + 1, |entry| entry.line);
+                let line = node.entries().first().map_or(document.lines_before + 1, |entry| entry.line);
                 reader.document(node, line, None);
             }
             Err(error) => {
-                let line = if error.line == 0 {
-                    document.lines_before + 1
-                } else {
-                    error.line
-                };
+                let line = if error.line == 0 { document.lines_before + 1 } else { error.line };
                 reader.malformed(line, "", format!("the document is not YAML: {}", error.message));
             }
         }
@@ -110,11 +100,7 @@ impl Reader<'_> {
         let api_version = head("apiVersion", item_type.map(|it| &it.api_version));
         let kind = head("kind", item_type.map(|it| &it.kind));
         let (Some(api_version), Some(kind)) = (&api_version, &kind) else {
-            let key = if api_version.is_none() {
-                "apiVersion"
-            } else {
-                "kind"
-            };
+            let key = if api_version.is_none() { "apiVersion" } else { "kind" };
             return self.malformed(
                 line,
                 key,
@@ -124,10 +110,8 @@ impl Reader<'_> {
         if let Some(item_kind) = kind.strip_suffix("List")
             && let Some(items) = node.take("items")
         {
-            let item_type = (!item_kind.is_empty()).then(|| ItemType {
-                api_version: api_version.clone(),
-                kind: item_kind.to_owned(),
-            });
+            let item_type = (!item_kind.is_empty())
+                .then(|| ItemType { api_version: api_version.clone(), kind: item_kind.to_owned() });
             return self.list(items, line, item_type.as_ref());
         }
         self.object(node, line, api_version, kind);
@@ -148,17 +132,10 @@ impl Reader<'_> {
         let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
         let metadata = node.get("metadata");
         let text = |key: &str| {
-            metadata
-                .and_then(|it| it.get(key))
-                .and_then(Node::text)
-                .unwrap_or_default()
-                .to_owned()
+            metadata.and_then(|it| it.get(key)).and_then(Node::text).unwrap_or_default().to_owned()
         };
-        let mut id = ObjectRef {
-            kind: excerpt(kind).into_owned(),
-            namespace: text("namespace"),
-            name: text("name"),
-        };
+        let mut id =
+            ObjectRef { kind: excerpt(kind).into_owned(), namespace: text("namespace"), name: text("name") };
         let Some((kind, versions)) = known(group, kind) else {
             let of_group = if group.is_empty() { "core" } else { group };
             let message = match group {
@@ -196,11 +173,7 @@ impl Reader<'_> {
             let message = format!(
                 "version {:?} of {kind} is not read: use {}",
                 excerpt(version),
-                versions
-                    .iter()
-                    .map(|version| join(group, version))
-                    .collect::<Vec<_>>()
-                    .join(" or ")
+                versions.iter().map(|version| join(group, version)).collect::<Vec<_>>().join(" or ")
             );
             let lines = Lines::of(&node, line, usize::MAX);
             let problem = Problem::error(Reason::UnsupportedKind, id.clone(), "apiVersion", message);
@@ -212,44 +185,22 @@ impl Reader<'_> {
     fn known_object(&mut self, node: Node<'_>, line: u32, version: &str, kind: Kind, id: ObjectRef) {
         let namespace = &id.namespace;
         let (manifest, problems) = match kind {
-            Kind::GatewayClass => build(
-                &node,
-                &id,
-                namespace,
-                check::gateway_class,
-                Manifest::GatewayClass,
-            ),
+            Kind::GatewayClass => build(&node, &id, namespace, check::gateway_class, Manifest::GatewayClass),
             Kind::Gateway => build(&node, &id, namespace, check::gateway, Manifest::Gateway),
-            Kind::TcpRoute => build(
-                &node,
-                &id,
-                namespace,
-                |it| check::tcp_route(it, version),
-                Manifest::TcpRoute,
-            ),
-            Kind::ReferenceGrant => build(
-                &node,
-                &id,
-                namespace,
-                check::reference_grant,
-                Manifest::ReferenceGrant,
-            ),
+            Kind::TcpRoute => {
+                build(&node, &id, namespace, |it| check::tcp_route(it, version), Manifest::TcpRoute)
+            }
+            Kind::ReferenceGrant => {
+                build(&node, &id, namespace, check::reference_grant, Manifest::ReferenceGrant)
+            }
             Kind::Namespace => build(&node, &id, namespace, check::namespace, Manifest::Namespace),
             Kind::Service => build(&node, &id, namespace, check::service, Manifest::Service),
-            Kind::EndpointSlice => build(
-                &node,
-                &id,
-                namespace,
-                check::endpoint_slice,
-                Manifest::EndpointSlice,
-            ),
+            Kind::EndpointSlice => {
+                build(&node, &id, namespace, check::endpoint_slice, Manifest::EndpointSlice)
+            }
         };
         // The lines of each endpoint's fields would take more memory than the endpoints.
-        let depth = if kind == Kind::EndpointSlice && problems.is_empty() {
-            3
-        } else {
-            usize::MAX
-        };
+        let depth = if kind == Kind::EndpointSlice && problems.is_empty() { 3 } else { usize::MAX };
         let lines = Lines::of(&node, line, depth);
         self.entry(id, lines, manifest, problems);
     }
@@ -258,16 +209,8 @@ impl Reader<'_> {
         for problem in &mut problems {
             problem.location = Some(self.at(lines.find(&problem.field)));
         }
-        let place = Arc::new(Place {
-            file: Arc::clone(self.file),
-            lines,
-        });
-        self.contents.objects.push(Entry {
-            id,
-            place,
-            manifest,
-            problems,
-        });
+        let place = Arc::new(Place { file: Arc::clone(self.file), lines });
+        self.contents.objects.push(Entry { id, place, manifest, problems });
     }
 
     fn malformed(&mut self, line: u32, field: &str, message: String) {
@@ -283,10 +226,7 @@ impl Reader<'_> {
     }
 
     fn at(&self, line: u32) -> Location {
-        Location {
-            file: Arc::clone(self.file),
-            line,
-        }
+        Location { file: Arc::clone(self.file), line }
     }
 }
 
@@ -305,11 +245,7 @@ fn known(group: &str, kind: &str) -> Option<(Kind, &'static [&'static str])> {
 }
 
 fn join(group: &str, version: &str) -> String {
-    if group.is_empty() {
-        version.to_owned()
-    } else {
-        format!("{group}/{version}")
-    }
+    if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") }
 }
 
 /// Decodes and checks an object. One field of a wrong type does not hide the problems of the others.
@@ -327,10 +263,8 @@ fn build<T: DeserializeOwned + HasMetadata>(
         match pruned.as_ref().unwrap_or(node).decode::<T>() {
             Ok(mut object) => {
                 namespace.clone_into(&mut object.metadata_mut().namespace);
-                let found = check(&object)
-                    .into_iter()
-                    .filter(|it| !concerns_any(it, &problems))
-                    .collect::<Vec<_>>();
+                let found =
+                    check(&object).into_iter().filter(|it| !concerns_any(it, &problems)).collect::<Vec<_>>();
                 problems.extend(found);
                 let is_refused = problems.iter().any(|problem| problem.severity == Severity::Error);
                 return ((!is_refused).then(|| wrap(Arc::new(object))), problems);
@@ -339,12 +273,7 @@ fn build<T: DeserializeOwned + HasMetadata>(
                 let field = error.field();
                 // The same again is about what the field was replaced by.
                 if !problems.iter().any(|problem| problem.field == field) {
-                    problems.push(Problem::error(
-                        Reason::Invalid,
-                        id.clone(),
-                        field,
-                        error.message(),
-                    ));
+                    problems.push(Problem::error(Reason::Invalid, id.clone(), field, error.message()));
                 }
                 pruned.get_or_insert_with(|| node.clone()).forget(&error);
             }
@@ -356,13 +285,9 @@ fn build<T: DeserializeOwned + HasMetadata>(
 /// Whether a problem only follows from a field that could not be decoded.
 fn concerns_any(problem: &Problem, undecoded: &[Problem]) -> bool {
     let is_within = |inner: &str, outer: &str| {
-        inner
-            .strip_prefix(outer)
-            .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+        inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
     };
-    undecoded
-        .iter()
-        .any(|it| is_within(&problem.field, &it.field) || is_within(&it.field, &problem.field))
+    undecoded.iter().any(|it| is_within(&problem.field, &it.field) || is_within(&it.field, &problem.field))
 }
 
 trait HasMetadata {

@@ -63,11 +63,7 @@ impl FileSource {
     ///
     /// A folder stands for the `*.yaml`, `*.yml` and `*.json` files in it and in its subfolders.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self {
-            path: path.into(),
-            held: BTreeMap::new(),
-            files: BTreeMap::new(),
-        }
+        Self { path: path.into(), held: BTreeMap::new(), files: BTreeMap::new() }
     }
 
     /// The file or folder.
@@ -98,10 +94,7 @@ impl FileSource {
     }
 
     fn load_files(&mut self, scan: &Scan) -> Vec<Problem> {
-        let mut merge = Merge {
-            problems: scan.problems.clone(),
-            ..Merge::default()
-        };
+        let mut merge = Merge { problems: scan.problems.clone(), ..Merge::default() };
         let mut before = std::mem::take(&mut self.files);
         let mut paths = scan.files.iter().chain(&scan.unknown).collect::<Vec<_>>();
         paths.sort();
@@ -109,11 +102,7 @@ impl FileSource {
             if scan.unknown.contains(path) {
                 let count = self.keep(&mut merge, path);
                 let is_about = |it: &&mut Problem| it.location.as_ref().is_some_and(|it| *it.file == *path);
-                merge
-                    .problems
-                    .iter_mut()
-                    .filter(is_about)
-                    .for_each(|it| it.message.push_str(&kept(count)));
+                merge.problems.iter_mut().filter(is_about).for_each(|it| it.message.push_str(&kept(count)));
                 continue;
             }
             match scan::read(path) {
@@ -156,14 +145,12 @@ impl FileSource {
                 Some(_) => "; the version before stays in force",
                 None => "; the object is refused",
             };
-            merge
-                .problems
-                .extend(entry.problems.iter().cloned().map(|mut problem| {
-                    if problem.severity == Severity::Error {
-                        problem.message.push_str(consequence);
-                    }
-                    problem
-                }));
+            merge.problems.extend(entry.problems.iter().cloned().map(|mut problem| {
+                if problem.severity == Severity::Error {
+                    problem.message.push_str(consequence);
+                }
+                problem
+            }));
             // Unchanged objects stay the same allocation. The lines are those that the file has now in any case.
             let manifest = match (&entry.manifest, last_good.map(|last| &last.manifest)) {
                 (Some(manifest), Some(last)) if last != manifest => Some(manifest),
@@ -171,32 +158,20 @@ impl FileSource {
                 (manifest, None) => manifest.as_ref(),
             };
             if let Some(manifest) = manifest.cloned() {
-                merge.held.insert(
-                    entry.id.clone(),
-                    Held {
-                        manifest,
-                        place: Arc::clone(place),
-                    },
-                );
+                merge.held.insert(entry.id.clone(), Held { manifest, place: Arc::clone(place) });
             }
         }
         if parsed.contents.is_broken {
             let count = self.keep(merge, &parsed.file);
             if count > 0 {
-                let location = Some(Location {
-                    file: Arc::clone(&parsed.file),
-                    line: 0,
-                });
+                let location = Some(Location { file: Arc::clone(&parsed.file), line: 0 });
                 merge.problems.push(Problem {
                     severity: Severity::Warning,
                     reason: Reason::Malformed,
                     location,
                     object: None,
                     field: String::new(),
-                    message: format!(
-                        "a document has no name, so that nothing is taken away{}",
-                        kept(count)
-                    ),
+                    message: format!("a document has no name, so that nothing is taken away{}", kept(count)),
                 });
             }
         }
@@ -205,11 +180,7 @@ impl FileSource {
     /// Keeps all objects that came from a path and that no file before it names; returns their number.
     fn keep(&self, merge: &mut Merge, path: &Path) -> usize {
         let mut count = 0;
-        for (id, held) in self
-            .held
-            .iter()
-            .filter(|(_, held)| held.place.file.starts_with(path))
-        {
+        for (id, held) in self.held.iter().filter(|(_, held)| held.place.file.starts_with(path)) {
             if !merge.named.contains_key(id) {
                 merge.named.insert(id.clone(), held.place.start());
                 merge.held.insert(id.clone(), held.clone());
@@ -220,10 +191,7 @@ impl FileSource {
     }
 
     fn loaded(&self, problems: Vec<Problem>) -> Loaded {
-        let mut loaded = Loaded {
-            problems,
-            ..Loaded::default()
-        };
+        let mut loaded = Loaded { problems, ..Loaded::default() };
         for (id, held) in &self.held {
             loaded.locations.insert(id.clone(), Arc::clone(&held.place));
             insert(&mut loaded.manifests, id, &held.manifest);
@@ -241,11 +209,7 @@ fn parse(path: &Path, text: &str, before: Option<Parsed>) -> Parsed {
         _ => {
             let file = Arc::new(path.to_owned());
             let contents = document::read(text, &file);
-            Parsed {
-                file,
-                digest,
-                contents,
-            }
+            Parsed { file, digest, contents }
         }
     }
 }
@@ -262,9 +226,7 @@ fn insert(manifests: &mut Manifests, id: &ObjectRef, manifest: &Manifest) {
     let name = || NamespacedName::new(&id.namespace, &id.name);
     match manifest {
         Manifest::GatewayClass(object) => {
-            manifests
-                .gateway_classes
-                .insert(id.name.clone(), Arc::clone(object));
+            manifests.gateway_classes.insert(id.name.clone(), Arc::clone(object));
         }
         Manifest::Gateway(object) => {
             manifests.gateways.insert(name(), Arc::clone(object));

@@ -42,10 +42,7 @@ impl Locations {
     /// In an EndpointSlice an endpoint is the smallest thing that is told apart.
     pub fn lookup(&self, object: &ObjectRef, field: &str) -> Option<Location> {
         let place = self.objects.get(object)?;
-        Some(Location {
-            file: Arc::clone(&place.file),
-            line: place.lines.find(field),
-        })
+        Some(Location { file: Arc::clone(&place.file), line: place.lines.find(field) })
     }
 
     /// Gives a problem without a location that of its object and field.
@@ -65,10 +62,7 @@ impl Locations {
 impl Place {
     /// Where the object starts.
     pub(super) fn start(&self) -> Location {
-        Location {
-            file: Arc::clone(&self.file),
-            line: self.lines.line,
-        }
+        Location { file: Arc::clone(&self.file), line: self.lines.line }
     }
 }
 
@@ -76,27 +70,16 @@ impl Lines {
     /// The lines of an object that starts at `line`, down to `depth` steps into it.
     pub(super) fn of(node: &Node<'_>, line: u32, depth: usize) -> Self {
         let Some(depth) = depth.checked_sub(1) else {
-            return Self {
-                line,
-                children: Children::None,
-            };
+            return Self { line, children: Children::None };
         };
         let children = match node {
-            Node::List(items) => Children::List(
-                items
-                    .iter()
-                    .map(|item| Self::of(&item.value, item.line, depth))
-                    .collect(),
-            ),
+            Node::List(items) => {
+                Children::List(items.iter().map(|item| Self::of(&item.value, item.line, depth)).collect())
+            }
             Node::Map(entries) => Children::Map(
                 entries
                     .iter()
-                    .map(|entry| {
-                        (
-                            entry.key.as_ref().into(),
-                            Self::of(&entry.value, entry.line, depth),
-                        )
-                    })
+                    .map(|entry| (entry.key.as_ref().into(), Self::of(&entry.value, entry.line, depth)))
                     .collect(),
             ),
             Node::Null
@@ -143,7 +126,5 @@ fn after_key<'p>(field: &'p str, key: &str) -> Option<&'p str> {
         };
         return rest.strip_prefix(key)?.strip_prefix(quote)?.strip_prefix(']');
     }
-    field
-        .strip_prefix(key)
-        .filter(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+    field.strip_prefix(key).filter(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
 }

@@ -157,10 +157,7 @@ impl<'de> Visitor<'de> for NodeVisitor {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
         let mut items = Vec::new();
         while let Some(item) = seq.next_element::<Spanned<Node<'de>>>()? {
-            items.push(Item {
-                line: line(&item.referenced),
-                value: item.value,
-            });
+            items.push(Item { line: line(&item.referenced), value: item.value });
         }
         Ok(Node::List(items.into_boxed_slice()))
     }
@@ -168,11 +165,7 @@ impl<'de> Visitor<'de> for NodeVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut entries = Vec::new();
         while let Some(key) = map.next_key::<Spanned<Text<'de>>>()? {
-            entries.push(Entry {
-                line: line(&key.referenced),
-                key: key.value.0,
-                value: map.next_value()?,
-            });
+            entries.push(Entry { line: line(&key.referenced), key: key.value.0, value: map.next_value()? });
         }
         Ok(Node::Map(entries.into_boxed_slice()))
     }

@@ -81,9 +81,8 @@ pub(super) fn scan(path: &Path) -> Result<Scan, Box<Problem>> {
 impl Scan {
     fn folder(&mut self, path: &Path, metadata: &Metadata, above: &mut Vec<(u64, u64)>) -> io::Result<()> {
         // One that vanishes while it is listed counts as unreadable, for an entry might be missed.
-        let entries = fs::read_dir(path)?
-            .map(|entry| Ok(entry?.file_name()))
-            .collect::<io::Result<BTreeSet<_>>>()?;
+        let entries =
+            fs::read_dir(path)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<BTreeSet<_>>>()?;
         self.fingerprint.push((path.to_owned(), Stamp::of(metadata)));
         self.folders.push(path.to_owned());
         above.push((metadata.dev(), metadata.ino()));
@@ -130,10 +129,7 @@ impl Scan {
     }
 
     fn problem(&mut self, severity: Severity, path: &Path, message: String) {
-        self.problems.push(Problem {
-            severity,
-            ..unreadable(path, message)
-        });
+        self.problems.push(Problem { severity, ..unreadable(path, message) });
     }
 }
 
@@ -143,26 +139,15 @@ pub(super) fn read(path: &Path) -> Result<String, Box<Problem>> {
     String::from_utf8(text).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
         let bytes = error.as_bytes();
-        let lines = bytes
-            .get(..valid)
-            .unwrap_or_default()
-            .split(|byte| *byte == b'\n')
-            .count();
+        let lines = bytes.get(..valid).unwrap_or_default().split(|byte| *byte == b'\n').count();
         let line = u32::try_from(lines).unwrap_or(u32::MAX);
         let message = if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
             "the file is UTF-16: save it as UTF-8".to_owned()
         } else {
             format!("the file is not UTF-8: invalid byte at offset {valid}")
         };
-        let location = Some(Location {
-            file: Arc::new(path.to_owned()),
-            line,
-        });
-        Box::new(Problem {
-            location,
-            reason: Reason::Malformed,
-            ..unreadable(path, message)
-        })
+        let location = Some(Location { file: Arc::new(path.to_owned()), line });
+        Box::new(Problem { location, reason: Reason::Malformed, ..unreadable(path, message) })
     })
 }
 
@@ -170,11 +155,7 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>, String> {
     // Opening a device may do something: look before.
     refuse(&fs::metadata(path).map_err(|error| cannot("read", &error))?)?;
     // It may have become a pipe by now, the opening of which would block.
-    let flags = OFlags::NONBLOCK
-        .union(OFlags::CLOEXEC)
-        .union(OFlags::NOCTTY)
-        .bits()
-        .cast_signed();
+    let flags = OFlags::NONBLOCK.union(OFlags::CLOEXEC).union(OFlags::NOCTTY).bits().cast_signed();
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(flags)
@@ -198,9 +179,7 @@ fn refuse(metadata: &Metadata) -> Result<(), String> {
 fn read_up_to(file: &File, size: u64) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::with_capacity(usize::try_from(size.min(LARGEST_FILE)).unwrap_or(0));
     // The size may be untrue, as it is in /proc, or out of date.
-    file.take(LARGEST_FILE + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|error| cannot("read", &error))?;
+    file.take(LARGEST_FILE + 1).read_to_end(&mut bytes).map_err(|error| cannot("read", &error))?;
     if bytes.len() as u64 > LARGEST_FILE {
         return Err(too_large("more than it said"));
     }
@@ -208,16 +187,11 @@ fn read_up_to(file: &File, size: u64) -> Result<Vec<u8>, String> {
 }
 
 fn too_large(size: &str) -> String {
-    format!(
-        "the file is too large ({size}): at most {} MiB are read",
-        LARGEST_FILE >> 20
-    )
+    format!("the file is too large ({size}): at most {} MiB are read", LARGEST_FILE >> 20)
 }
 
 fn is_manifest(path: &Path) -> bool {
-    path.extension()
-        .and_then(OsStr::to_str)
-        .is_some_and(|it| matches!(it, "yaml" | "yml" | "json"))
+    path.extension().and_then(OsStr::to_str).is_some_and(|it| matches!(it, "yaml" | "yml" | "json"))
 }
 
 fn cannot(what: &str, error: &io::Error) -> String {
@@ -228,10 +202,7 @@ fn unreadable(path: &Path, message: String) -> Problem {
     Problem {
         severity: Severity::Error,
         reason: Reason::Unreadable,
-        location: Some(Location {
-            file: Arc::new(path.to_owned()),
-            line: 0,
-        }),
+        location: Some(Location { file: Arc::new(path.to_owned()), line: 0 }),
         object: None,
         field: String::new(),
         message,

@@ -142,10 +142,7 @@ async fn changed(pace: Pace, path: &Path, before: Option<&Fingerprint>, notices:
         }
     }
     let latest = Instant::now() + pace.patience;
-    while timeout_at(latest.min(Instant::now() + pace.quiet), notices.recv())
-        .await
-        .is_ok()
-    {}
+    while timeout_at(latest.min(Instant::now() + pace.quiet), notices.recv()).await.is_ok() {}
 }
 
 fn fingerprint(scan: Result<scan::Scan, Box<Problem>>) -> Option<Fingerprint> {

@@ -32,10 +32,7 @@ pub(super) fn documents(text: &str) -> Vec<Document<'_>> {
     let mut has_content = false;
     let mut finish = |start: usize, end: usize, first_line: u32, has_content: bool| {
         if has_content && let Some(text) = text.get(start..end) {
-            documents.push(Document {
-                lines_before: first_line,
-                text: strip_bom(text),
-            });
+            documents.push(Document { lines_before: first_line, text: strip_bom(text) });
         }
     };
     for line in text.split_inclusive('\n') {
@@ -63,16 +60,9 @@ pub(super) fn documents(text: &str) -> Vec<Document<'_>> {
 pub(super) fn parse<'a>(document: Document<'a>) -> Result<Node<'a>, SyntaxError> {
     let mut node =
         serde_saphyr::from_str_with_options::<Node<'a>>(document.text, options()).map_err(|error| {
-            let line = error
-                .location()
-                .and_then(|location| u32::try_from(location.line()).ok())
-                .unwrap_or(0);
+            let line = error.location().and_then(|location| u32::try_from(location.line()).ok()).unwrap_or(0);
             SyntaxError {
-                line: if line == 0 {
-                    0
-                } else {
-                    line + document.lines_before
-                },
+                line: if line == 0 { 0 } else { line + document.lines_before },
                 message: one_line(&UserMessageFormatter.format_message(error.without_snippet())),
             }
         })?;
@@ -121,10 +111,7 @@ fn marker(line: &str) -> Option<Marker> {
     } else {
         (Marker::End, line.strip_prefix("...")?)
     };
-    rest.chars()
-        .next()
-        .is_none_or(char::is_whitespace)
-        .then_some(kind)
+    rest.chars().next().is_none_or(char::is_whitespace).then_some(kind)
 }
 
 fn is_content(line: &str) -> bool {

@@ -44,11 +44,7 @@ pub(crate) fn tcp(port: u16, flags: u8) -> Vec<u8> {
 pub(crate) fn ipv4(to: Ipv4Addr, protocol: u8, options: &[u8], fragment: u16, payload: &[u8]) -> Vec<u8> {
     let header_length = 20 + options.len();
     let mut packet = vec![0x40 | u8::try_from(header_length / 4).unwrap(), 0];
-    packet.extend(
-        u16::try_from(header_length + payload.len())
-            .unwrap()
-            .to_be_bytes(),
-    );
+    packet.extend(u16::try_from(header_length + payload.len()).unwrap().to_be_bytes());
     packet.extend([0, 1]);
     packet.extend(fragment.to_be_bytes());
     packet.extend([64, protocol, 0, 0]);

@@ -34,10 +34,7 @@ struct Bpffs(tempfile::TempDir);
 
 impl Bpffs {
     fn options(&self) -> BpfOptions {
-        BpfOptions {
-            pin_dir: self.0.path().join("forwarder"),
-            trace: false,
-        }
+        BpfOptions { pin_dir: self.0.path().join("forwarder"), trace: false }
     }
 }
 
@@ -58,29 +55,18 @@ fn bpffs() -> Option<Bpffs> {
         mount("bpf", directory.path(), "bpf", MountFlags::empty(), None).unwrap();
         return Some(Bpffs(directory));
     };
-    assert!(
-        std::env::var("REQUIRE_NETNS").as_deref() != Ok("1"),
-        "needs {missing}"
-    );
+    assert!(std::env::var("REQUIRE_NETNS").as_deref() != Ok("1"), "needs {missing}");
     eprintln!("skipped: needs {missing}");
     None
 }
 
 fn key(address: BindAddress, port: u16) -> ListenerKey {
-    ListenerKey {
-        address,
-        port: NonZeroU16::new(port).unwrap(),
-    }
+    ListenerKey { address, port: NonZeroU16::new(port).unwrap() }
 }
 
 fn interface(addresses: &[IpAddr]) -> Interface {
     let kind = super::super::interfaces::InterfaceKind::Ethernet;
-    Interface {
-        index: 1,
-        name: "test0".to_owned(),
-        kind,
-        addresses: addresses.to_vec(),
-    }
+    Interface { index: 1, name: "test0".to_owned(), kind, addresses: addresses.to_vec() }
 }
 
 /// Loaded, with a listener on `V4`, one on `V6`, and one on every address, of which `V4` is local.
@@ -91,31 +77,20 @@ fn loaded(bpffs: &Bpffs) -> Bpf {
         (BindAddress::Ip(V6.into()), EXACT, EXACT_V6_ID),
         (BindAddress::Any, WILDCARD, WILDCARD_ID),
     ] {
-        bpf.set_listener(key(address, port), id, ListenerState::Ready)
-            .unwrap();
+        bpf.set_listener(key(address, port), id, ListenerState::Ready).unwrap();
     }
-    assert!(
-        bpf.attach(&[interface(&[V4.into()])], &BTreeSet::new())
-            .is_empty()
-    );
+    assert!(bpf.attach(&[interface(&[V4.into()])], &BTreeSet::new()).is_empty());
     bpf
 }
 
 fn verdicts(bpf: &Bpf) -> BTreeMap<Verdict, u64> {
-    bpf.verdicts()
-        .unwrap()
-        .into_iter()
-        .filter(|(_, count)| *count > 0)
-        .collect()
+    bpf.verdicts().unwrap().into_iter().filter(|(_, count)| *count > 0).collect()
 }
 
 /// Runs a program once over `packet`; `None` where the kernel does not make a packet of it.
 fn run(bpf: &Bpf, program: &str, packet: &[u8]) {
     let program: &SchedClassifier = bpf.ebpf.program(program).unwrap().try_into().unwrap();
-    let options = TestRunOptions {
-        data_in: Some(packet),
-        ..TestRunOptions::default()
-    };
+    let options = TestRunOptions { data_in: Some(packet), ..TestRunOptions::default() };
     let result = program.test_run(options).unwrap();
     // TC_ACT_UNSPEC: the next program decides.
     assert_eq!(result.return_value.cast_signed(), -1);
@@ -130,11 +105,7 @@ fn check(frame: &[u8], verdict: Verdict, listener: ListenerId, syns: u64, bytes:
     assert_eq!(verdicts(&bpf), BTreeMap::from([(verdict, 1)]));
     for id in [EXACT_ID, EXACT_V6_ID, WILDCARD_ID] {
         let expected = if id == listener && verdict == Verdict::Counted {
-            ListenerCounters {
-                syns,
-                packets: 1,
-                bytes: u64::try_from(bytes).unwrap(),
-            }
+            ListenerCounters { syns, packets: 1, bytes: u64::try_from(bytes).unwrap() }
         } else {
             ListenerCounters::default()
         };
@@ -150,13 +121,7 @@ fn check_passed(frame: &[u8], verdict: Verdict) {
 #[test]
 fn ipv4_is_counted() {
     let counted = |flags, syns| {
-        check(
-            &framed(&ipv4(V4, TCP, &[], 0, &tcp(EXACT, flags))),
-            Verdict::Counted,
-            EXACT_ID,
-            syns,
-            40,
-        );
+        check(&framed(&ipv4(V4, TCP, &[], 0, &tcp(EXACT, flags))), Verdict::Counted, EXACT_ID, syns, 40);
     };
     counted(SYN, 1);
     counted(ACK, 0);
@@ -165,86 +130,36 @@ fn ipv4_is_counted() {
 
 #[test]
 fn ipv4_with_options_is_counted() {
-    check(
-        &framed(&ipv4(V4, TCP, &[1; 4], 0, &tcp(EXACT, SYN))),
-        Verdict::Counted,
-        EXACT_ID,
-        1,
-        44,
-    );
-    check(
-        &framed(&ipv4(V4, TCP, &[1; 40], 0, &tcp(EXACT, SYN))),
-        Verdict::Counted,
-        EXACT_ID,
-        1,
-        80,
-    );
+    check(&framed(&ipv4(V4, TCP, &[1; 4], 0, &tcp(EXACT, SYN))), Verdict::Counted, EXACT_ID, 1, 44);
+    check(&framed(&ipv4(V4, TCP, &[1; 40], 0, &tcp(EXACT, SYN))), Verdict::Counted, EXACT_ID, 1, 80);
 }
 
 #[test]
 fn ipv6_is_counted() {
-    check(
-        &framed(&ipv6(V6, TCP, &tcp(EXACT, SYN))),
-        Verdict::Counted,
-        EXACT_V6_ID,
-        1,
-        60,
-    );
+    check(&framed(&ipv6(V6, TCP, &tcp(EXACT, SYN))), Verdict::Counted, EXACT_V6_ID, 1, 60);
     let behind_two = extension(60, 0, &extension(TCP, 1, &tcp(EXACT, SYN)));
-    check(
-        &framed(&ipv6(V6, 0, &behind_two)),
-        Verdict::Counted,
-        EXACT_V6_ID,
-        1,
-        84,
-    );
+    check(&framed(&ipv6(V6, 0, &behind_two)), Verdict::Counted, EXACT_V6_ID, 1, 84);
     let first_fragment = fragment_header(TCP, 0, &tcp(EXACT, SYN));
-    check(
-        &framed(&ipv6(V6, 44, &first_fragment)),
-        Verdict::Counted,
-        EXACT_V6_ID,
-        1,
-        68,
-    );
+    check(&framed(&ipv6(V6, 44, &first_fragment)), Verdict::Counted, EXACT_V6_ID, 1, 68);
 }
 
 #[test]
 fn the_walk_of_extension_headers_ends() {
-    let long = (0..9).fold((TCP, tcp(EXACT, SYN)), |(next, payload), _| {
-        (60, extension(next, 0, &payload))
-    });
+    let long = (0..9).fold((TCP, tcp(EXACT, SYN)), |(next, payload), _| (60, extension(next, 0, &payload)));
     check_passed(&framed(&ipv6(V6, long.0, &long.1)), Verdict::TooManyHeaders);
 }
 
 #[test]
 fn a_vlan_tag_in_the_frame_is_skipped() {
     let packet = ipv4(V4, TCP, &[], 0, &tcp(EXACT, SYN));
-    check(
-        &ethernet(0x0800, &[0x8100], &packet),
-        Verdict::Counted,
-        EXACT_ID,
-        1,
-        40,
-    );
+    check(&ethernet(0x0800, &[0x8100], &packet), Verdict::Counted, EXACT_ID, 1, 40);
 }
 
 #[test]
 fn fragments_are_told() {
-    check(
-        &framed(&ipv4(V4, TCP, &[], 0x2000, &tcp(EXACT, SYN))),
-        Verdict::Counted,
-        EXACT_ID,
-        1,
-        40,
-    );
-    check_passed(
-        &framed(&ipv4(V4, TCP, &[], 2, &tcp(EXACT, SYN))),
-        Verdict::Fragment,
-    );
-    check_passed(
-        &framed(&ipv6(V6, 44, &fragment_header(TCP, 2, &tcp(EXACT, SYN)))),
-        Verdict::Fragment,
-    );
+    check(&framed(&ipv4(V4, TCP, &[], 0x2000, &tcp(EXACT, SYN))), Verdict::Counted, EXACT_ID, 1, 40);
+    check_passed(&framed(&ipv4(V4, TCP, &[], 2, &tcp(EXACT, SYN))), Verdict::Fragment);
+    check_passed(&framed(&ipv6(V6, 44, &fragment_header(TCP, 2, &tcp(EXACT, SYN)))), Verdict::Fragment);
 }
 
 #[test]
@@ -266,14 +181,8 @@ fn what_is_not_tcp_is_told() {
 
 #[test]
 fn what_is_for_no_listener_is_told() {
-    check_passed(
-        &framed(&ipv4(V4, TCP, &[], 0, &tcp(80, SYN))),
-        Verdict::NoListener,
-    );
-    check_passed(
-        &framed(&ipv4(OTHER_V4, TCP, &[], 0, &tcp(EXACT, SYN))),
-        Verdict::NoListener,
-    );
+    check_passed(&framed(&ipv4(V4, TCP, &[], 0, &tcp(80, SYN))), Verdict::NoListener);
+    check_passed(&framed(&ipv4(OTHER_V4, TCP, &[], 0, &tcp(EXACT, SYN))), Verdict::NoListener);
     let mut for_other_host = framed(&ipv4(V4, TCP, &[], 0, &tcp(EXACT, SYN)));
     for_other_host[0] = 2;
     check_passed(&for_other_host, Verdict::NotForInterface);
@@ -281,17 +190,8 @@ fn what_is_for_no_listener_is_told() {
 
 #[test]
 fn a_wildcard_counts_what_is_for_a_local_address() {
-    check(
-        &framed(&ipv4(V4, TCP, &[], 0, &tcp(WILDCARD, SYN))),
-        Verdict::Counted,
-        WILDCARD_ID,
-        1,
-        40,
-    );
-    check_passed(
-        &framed(&ipv4(OTHER_V4, TCP, &[], 0, &tcp(WILDCARD, SYN))),
-        Verdict::NotLocal,
-    );
+    check(&framed(&ipv4(V4, TCP, &[], 0, &tcp(WILDCARD, SYN))), Verdict::Counted, WILDCARD_ID, 1, 40);
+    check_passed(&framed(&ipv4(OTHER_V4, TCP, &[], 0, &tcp(WILDCARD, SYN))), Verdict::NotLocal);
     check_passed(&framed(&ipv6(V6, TCP, &tcp(WILDCARD, SYN))), Verdict::NotLocal);
 }
 
@@ -306,10 +206,7 @@ fn a_link_without_a_header_is_read_from_the_ip_header_on() {
     frame[9] = UDP;
     run(&bpf, PROGRAM_IP, &frame);
     // Both are for another host by their Ethernet address, unless it is that of `lo`.
-    assert_eq!(
-        verdicts(&bpf),
-        BTreeMap::from([(Verdict::NotIp, 1), (Verdict::NotForInterface, 1)])
-    );
+    assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::NotIp, 1), (Verdict::NotForInterface, 1)]));
 }
 
 #[test]
@@ -319,15 +216,13 @@ fn counters_of_a_listener_begin_and_end_with_it() {
     let frame = framed(&ipv4(V4, TCP, &[], 0, &tcp(EXACT, SYN)));
     run(&bpf, PROGRAM_ETHERNET, &frame);
     let listener = key(BindAddress::Ip(V4.into()), EXACT);
-    bpf.set_listener(listener, EXACT_ID, ListenerState::Draining)
-        .unwrap();
+    bpf.set_listener(listener, EXACT_ID, ListenerState::Draining).unwrap();
     run(&bpf, PROGRAM_ETHERNET, &frame);
     assert_eq!(bpf.counters(EXACT_ID).unwrap().syns, 2);
 
     // A successor on the same key is not touched by the removal of the former.
     let successor = ListenerId(9);
-    bpf.set_listener(listener, successor, ListenerState::Ready)
-        .unwrap();
+    bpf.set_listener(listener, successor, ListenerState::Ready).unwrap();
     bpf.remove_listener(listener, EXACT_ID).unwrap();
     assert_eq!(bpf.counters(EXACT_ID).unwrap(), ListenerCounters::default());
     run(&bpf, PROGRAM_ETHERNET, &frame);
@@ -357,13 +252,7 @@ fn backends_are_replaced() {
             .iter()
             .map(|entry| entry.unwrap())
             .map(|(key, value)| {
-                (
-                    key.listener_id,
-                    key.slot,
-                    address_of(value.address),
-                    value.port,
-                    value.weight,
-                )
+                (key.listener_id, key.slot, address_of(value.address), value.port, value.weight)
             })
             .collect();
         stored.sort();
@@ -384,12 +273,7 @@ fn backends_are_replaced() {
     }
     // What has not changed is not written.
     bpf.set_backends(id, vec![entry(1, 1)]).unwrap();
-    bpf.backends
-        .remove(&BackendKey {
-            listener_id: 7,
-            slot: 0,
-        })
-        .unwrap();
+    bpf.backends.remove(&BackendKey { listener_id: 7, slot: 0 }).unwrap();
     bpf.set_backends(id, vec![entry(1, 1), entry(2, 1)]).unwrap();
     assert_eq!(stored(&bpf).len(), 1);
 }
@@ -403,16 +287,10 @@ fn a_full_map_is_named_with_the_entry() {
         .collect();
     let problems = bpf.attach(&[interface(&addresses)], &BTreeSet::new());
     let messages: Vec<_> = problems.iter().map(ToString::to_string).collect();
-    assert_eq!(
-        messages,
-        ["cannot write to map local_addresses, entry 10.0.16.0: the map is full"]
-    );
+    assert_eq!(messages, ["cannot write to map local_addresses, entry 10.0.16.0: the map is full"]);
     // It lasts, and is not told again.
     assert!(bpf.attach(&[interface(&addresses)], &BTreeSet::new()).is_empty());
-    assert!(
-        bpf.attach(&[interface(&addresses[1..])], &BTreeSet::new())
-            .is_empty()
-    );
+    assert!(bpf.attach(&[interface(&addresses[1..])], &BTreeSet::new()).is_empty());
 }
 
 #[test]
@@ -425,10 +303,7 @@ fn pins_are_ours_alone_and_vanish_with_us() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
-    assert_eq!(
-        names,
-        ["backends", "counters", "listeners", "local_addresses", "verdicts"]
-    );
+    assert_eq!(names, ["backends", "counters", "listeners", "local_addresses", "verdicts"]);
     match Bpf::load(&options) {
         Err(error @ LoadError::InUse { .. }) => {
             assert!(error.to_string().contains("another agent"), "{error}")
@@ -448,16 +323,8 @@ fn stale_pins_are_replaced() {
     fs::create_dir_all(&directory).unwrap();
     let stale = load(LOG_OFF).unwrap();
     // What a map of another layout under our name would be, and one that there is no longer.
-    stale
-        .map(layout::VERDICTS)
-        .unwrap()
-        .pin(directory.join(layout::LISTENERS))
-        .unwrap();
-    stale
-        .map(layout::VERDICTS)
-        .unwrap()
-        .pin(directory.join("former"))
-        .unwrap();
+    stale.map(layout::VERDICTS).unwrap().pin(directory.join(layout::LISTENERS)).unwrap();
+    stale.map(layout::VERDICTS).unwrap().pin(directory.join("former")).unwrap();
     let bpf = Bpf::load(&options).unwrap();
     let listeners = MapData::from_pin(bpf.pin_directory().join(layout::LISTENERS)).unwrap();
     assert_eq!(listeners.info().unwrap().key_size(), 20);
@@ -468,16 +335,10 @@ fn stale_pins_are_replaced() {
 fn another_file_system_is_refused() {
     let Some(_bpffs) = bpffs() else { return };
     let directory = tempfile::tempdir().unwrap();
-    let options = BpfOptions {
-        pin_dir: directory.path().join("forwarder"),
-        trace: false,
-    };
+    let options = BpfOptions { pin_dir: directory.path().join("forwarder"), trace: false };
     match Bpf::load(&options) {
         Err(error @ LoadError::NotBpffs { .. }) => {
-            assert!(
-                error.to_string().contains("mount -t bpf bpf /sys/fs/bpf"),
-                "{error}"
-            );
+            assert!(error.to_string().contains("mount -t bpf bpf /sys/fs/bpf"), "{error}");
         }
         Err(error) => panic!("{error}"),
         Ok(_) => panic!("pinned to another file system"),
@@ -493,18 +354,10 @@ fn the_probe_leaves_nothing() {
 /// Runs `body` in a network namespace of its own, in which `lo` is up.
 fn in_namespace(body: impl FnOnce(&str) + Send) {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!(
-        "fwd-bpf-{}-{}",
-        std::process::id(),
-        COUNT.fetch_add(1, Ordering::Relaxed)
-    );
+    let name = format!("fwd-bpf-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let ip = |arguments: &[&str]| {
         let output = Command::new("ip").args(arguments).output().unwrap();
-        assert!(
-            output.status.success(),
-            "ip {arguments:?}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        assert!(output.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     };
     ip(&["netns", "add", &name]);
     ip(&["-n", &name, "link", "set", "lo", "up"]);
@@ -523,30 +376,21 @@ fn in_namespace(body: impl FnOnce(&str) + Send) {
 fn filters(namespace: &str, interface: &str) -> usize {
     let arguments = ["-n", namespace, "filter", "show", "dev", interface, "ingress"];
     let output = Command::new("tc").args(arguments).output().unwrap();
-    String::from_utf8_lossy(&output.stdout)
-        .matches(PROGRAM_ETHERNET)
-        .count()
+    String::from_utf8_lossy(&output.stdout).matches(PROGRAM_ETHERNET).count()
 }
 
 /// Connects through an interface that classifiers hang on, and expects what they count.
 fn counts_a_connection(kind: AttachKind) {
     let Some(bpffs) = bpffs() else { return };
     in_namespace(|namespace| {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let interfaces = runtime.block_on(async { watch().await.unwrap().0.borrow().clone() });
         assert_eq!(interfaces.len(), 1, "{interfaces:?}");
         if kind == AttachKind::Clsact {
             // What an agent leaves that is killed: the filter.
             let mut dead = load(LOG_OFF).unwrap();
             let mut attachments = Attachments::new(kind);
-            assert!(
-                attachments
-                    .update(&mut dead, &interfaces, &[&interfaces[0]])
-                    .is_empty()
-            );
+            assert!(attachments.update(&mut dead, &interfaces, &[&interfaces[0]]).is_empty());
             std::mem::forget(attachments);
             assert_eq!(filters(namespace, "lo"), 1);
         }
@@ -556,18 +400,11 @@ fn counts_a_connection(kind: AttachKind) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let id = ListenerId(1);
-        bpf.set_listener(key(BindAddress::Any, address.port()), id, ListenerState::Ready)
-            .unwrap();
+        bpf.set_listener(key(BindAddress::Any, address.port()), id, ListenerState::Ready).unwrap();
         let bound = BTreeSet::from([BindAddress::Any]);
         assert!(bpf.attach(&interfaces, &bound).is_empty());
         assert!(bpf.attach(&interfaces, &bound).is_empty());
-        assert_eq!(
-            bpf.attachments(),
-            [Attachment {
-                interface: "lo".to_owned(),
-                kind
-            }]
-        );
+        assert_eq!(bpf.attachments(), [Attachment { interface: "lo".to_owned(), kind }]);
 
         drop(TcpStream::connect(address).unwrap());
         let counters = bpf.counters(id).unwrap();
@@ -586,21 +423,10 @@ fn counts_a_connection(kind: AttachKind) {
         // One that fails does not concern the other, and is told once.
         let mut with_missing = interfaces.clone();
         let gone = interface(&[V4.into()]);
-        with_missing.insert(
-            0,
-            Interface {
-                index: 99,
-                name: "gone0".to_owned(),
-                ..gone
-            },
-        );
+        with_missing.insert(0, Interface { index: 99, name: "gone0".to_owned(), ..gone });
         let problems = bpf.attach(&with_missing, &bound);
         assert_eq!(problems.len(), 1, "{problems:?}");
-        assert!(
-            problems[0].to_string().contains("interface gone0"),
-            "{}",
-            problems[0]
-        );
+        assert!(problems[0].to_string().contains("interface gone0"), "{}", problems[0]);
         assert!(bpf.attach(&with_missing, &bound).is_empty());
         assert_eq!(bpf.attachments().len(), 1);
 

@@ -19,17 +19,10 @@ pub fn namespace(object: &Namespace) -> Vec<Problem> {
 pub fn service(object: &Service) -> Vec<Problem> {
     let mut check = Check::metadata(Kind::Service, &object.metadata, NameRule::Label);
     let spec = &object.spec;
-    check.one_of(
-        "spec.type",
-        spec.type_(),
-        &["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"],
-    );
+    check.one_of("spec.type", spec.type_(), &["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"]);
     let may_have_no_port = spec.type_() == "ExternalName" || spec.is_headless();
     if spec.ports.is_empty() && !may_have_no_port {
-        check.invalid(
-            "spec.ports",
-            "a Service needs at least one port, unless its clusterIP is None",
-        );
+        check.invalid("spec.ports", "a Service needs at least one port, unless its clusterIP is None");
     }
     let mut names = BTreeSet::new();
     let mut ports = BTreeSet::new();
@@ -37,10 +30,7 @@ pub fn service(object: &Service) -> Vec<Problem> {
         let field = format!("spec.ports[{index}]");
         match port.name() {
             "" if spec.ports.len() > 1 => {
-                check.invalid(
-                    format!("{field}.name"),
-                    "is required where a Service has several ports",
-                );
+                check.invalid(format!("{field}.name"), "is required where a Service has several ports");
             }
             "" => {}
             name => {
@@ -133,15 +123,10 @@ fn check_address(address_type: &str, address: &str) -> Result<(), &'static str> 
             "the IPv4 address of an endpoint",
         ),
         "IPv6" => (
-            address
-                .parse::<Ipv6Addr>()
-                .is_ok_and(|ip| !ip.is_unspecified() && !ip.is_multicast()),
+            address.parse::<Ipv6Addr>().is_ok_and(|ip| !ip.is_unspecified() && !ip.is_multicast()),
             "the IPv6 address of an endpoint",
         ),
-        "FQDN" => (
-            syntax::is_subdomain(address.strip_suffix('.').unwrap_or(address)),
-            syntax::SUBDOMAIN,
-        ),
+        "FQDN" => (syntax::is_subdomain(address.strip_suffix('.').unwrap_or(address)), syntax::SUBDOMAIN),
         // The address type has its own problem.
         _ => (true, ""),
     };

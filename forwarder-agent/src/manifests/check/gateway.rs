@@ -19,10 +19,7 @@ pub fn gateway_class(object: &GatewayClass) -> Vec<Problem> {
     let mut check = Check::metadata(Kind::GatewayClass, &object.metadata, NameRule::Subdomain);
     let controller = &object.spec.controller_name;
     if !syntax::is_domain_path(controller) {
-        check.invalid(
-            "spec.controllerName",
-            syntax::refuse(controller, syntax::DOMAIN_PATH),
-        );
+        check.invalid("spec.controllerName", syntax::refuse(controller, syntax::DOMAIN_PATH));
     }
     if let Some(reference) = &object.spec.parameters_ref {
         parameters_ref(&mut check, "spec.parametersRef", reference);
@@ -56,18 +53,11 @@ pub fn gateway(object: &Gateway) -> Vec<Problem> {
         if !item.name.is_empty() && !names.insert(&item.name) {
             check.invalid(
                 format!("{field}.name"),
-                format!(
-                    "another listener has the name {} as well",
-                    syntax::quote(&item.name)
-                ),
+                format!("another listener has the name {} as well", syntax::quote(&item.name)),
             );
         }
     }
-    if let Some(reference) = spec
-        .infrastructure
-        .as_ref()
-        .and_then(|it| it.parameters_ref.as_ref())
-    {
+    if let Some(reference) = spec.infrastructure.as_ref().and_then(|it| it.parameters_ref.as_ref()) {
         parameters_ref(&mut check, "spec.infrastructure.parametersRef", reference);
     }
     check.problems
@@ -81,11 +71,7 @@ pub fn tcp_route(object: &TcpRoute, version: &str) -> Vec<Problem> {
     for (index, reference) in spec.parent_refs.iter().enumerate() {
         let field = format!("spec.parentRefs[{index}]");
         parent_ref(&mut check, &field, reference);
-        let earlier = spec
-            .parent_refs
-            .iter()
-            .take(index)
-            .position(|other| !are_distinct(other, reference));
+        let earlier = spec.parent_refs.iter().take(index).position(|other| !are_distinct(other, reference));
         if let Some(other) = earlier {
             check.invalid(
                 field,
@@ -97,12 +83,7 @@ pub fn tcp_route(object: &TcpRoute, version: &str) -> Vec<Problem> {
         }
     }
     let is_v1 = version == "v1";
-    check.count(
-        "spec.rules",
-        "rules",
-        spec.rules.len(),
-        if is_v1 { 1..=1 } else { 1..=16 },
-    );
+    check.count("spec.rules", "rules", spec.rules.len(), if is_v1 { 1..=1 } else { 1..=16 });
     let mut names = BTreeSet::new();
     for (index, rule) in spec.rules.iter().enumerate() {
         let field = format!("spec.rules[{index}]");
@@ -116,12 +97,7 @@ pub fn tcp_route(object: &TcpRoute, version: &str) -> Vec<Problem> {
             }
         }
         let field = format!("{field}.backendRefs");
-        check.count(
-            field.as_str(),
-            "backendRefs",
-            rule.backend_refs.len(),
-            usize::from(is_v1)..=16,
-        );
+        check.count(field.as_str(), "backendRefs", rule.backend_refs.len(), usize::from(is_v1)..=16);
         for (index, reference) in rule.backend_refs.iter().enumerate() {
             backend_ref(&mut check, &format!("{field}[{index}]"), reference);
         }
@@ -180,11 +156,7 @@ fn gateway_address(check: &mut Check, field: &str, address: &GatewayAddress) {
             if !syntax::is_domain_path(other) {
                 check.invalid(
                     format!("{field}.type"),
-                    format!(
-                        "{} is not IPAddress, Hostname or {}",
-                        syntax::quote(other),
-                        syntax::DOMAIN_PATH
-                    ),
+                    format!("{} is not IPAddress, Hostname or {}", syntax::quote(other), syntax::DOMAIN_PATH),
                 );
             }
             check.text(format!("{field}.value"), value, LONGEST_NAME);
@@ -197,25 +169,15 @@ fn listener(check: &mut Check, field: &str, listener: &Listener) {
     check.subdomain(format!("{field}.name"), &listener.name);
     check.range(format!("{field}.port"), "port", listener.port, PORTS);
     if !syntax::is_protocol(protocol) {
-        check.invalid(
-            format!("{field}.protocol"),
-            syntax::refuse(protocol, syntax::PROTOCOL),
-        );
+        check.invalid(format!("{field}.protocol"), syntax::refuse(protocol, syntax::PROTOCOL));
     }
-    if let Some(hostname) = listener
-        .hostname
-        .as_deref()
-        .filter(|hostname| !hostname.is_empty())
-    {
+    if let Some(hostname) = listener.hostname.as_deref().filter(|hostname| !hostname.is_empty()) {
         if matches!(protocol, "TCP" | "UDP") {
             let what =
                 format!("is not allowed for the protocol {protocol}, which carries no hostname: remove it");
             check.invalid(format!("{field}.hostname"), what);
         } else if !syntax::is_hostname(hostname) {
-            check.invalid(
-                format!("{field}.hostname"),
-                syntax::refuse(hostname, syntax::HOSTNAME),
-            );
+            check.invalid(format!("{field}.hostname"), syntax::refuse(hostname, syntax::HOSTNAME));
         }
     }
     if listener.tls.is_some() && matches!(protocol, "TCP" | "UDP" | "HTTP") {
@@ -232,11 +194,7 @@ fn listener(check: &mut Check, field: &str, listener: &Listener) {
 fn allowed_routes(check: &mut Check, field: &str, allowed: &AllowedRoutes) {
     if let Some(namespaces) = &allowed.namespaces {
         let field = format!("{field}.namespaces");
-        check.one_of(
-            format!("{field}.from"),
-            namespaces.from(),
-            &["All", "Same", "Selector", "None"],
-        );
+        check.one_of(format!("{field}.from"), namespaces.from(), &["All", "Same", "Selector", "None"]);
         match &namespaces.selector {
             Some(selector) => label_selector(check, &format!("{field}.selector"), selector),
             None if namespaces.from() == "Selector" => {
@@ -259,11 +217,7 @@ fn label_selector(check: &mut Check, field: &str, selector: &LabelSelector) {
         let field = format!("{field}.matchExpressions[{index}]");
         check.label_key(format!("{field}.key"), &requirement.key);
         let operator = requirement.operator.as_str();
-        check.one_of(
-            format!("{field}.operator"),
-            operator,
-            &["In", "NotIn", "Exists", "DoesNotExist"],
-        );
+        check.one_of(format!("{field}.operator"), operator, &["In", "NotIn", "Exists", "DoesNotExist"]);
         match operator {
             "In" | "NotIn" if requirement.values.is_empty() => {
                 check.invalid(
@@ -272,10 +226,7 @@ fn label_selector(check: &mut Check, field: &str, selector: &LabelSelector) {
                 );
             }
             "Exists" | "DoesNotExist" if !requirement.values.is_empty() => {
-                check.invalid(
-                    format!("{field}.values"),
-                    format!("the operator {operator} takes no values"),
-                );
+                check.invalid(format!("{field}.values"), format!("the operator {operator} takes no values"));
             }
             _ => {}
         }
@@ -288,19 +239,11 @@ fn label_selector(check: &mut Check, field: &str, selector: &LabelSelector) {
 fn parent_ref(check: &mut Check, field: &str, reference: &ParentRef) {
     check.group(format!("{field}.group"), reference.group());
     check.kind(format!("{field}.kind"), reference.kind());
-    if let Some(namespace) = reference
-        .namespace
-        .as_deref()
-        .filter(|namespace| !namespace.is_empty())
-    {
+    if let Some(namespace) = reference.namespace.as_deref().filter(|namespace| !namespace.is_empty()) {
         check.label(format!("{field}.namespace"), namespace);
     }
     check.text(format!("{field}.name"), &reference.name, LONGEST_NAME);
-    if let Some(section) = reference
-        .section_name
-        .as_deref()
-        .filter(|section| !section.is_empty())
-    {
+    if let Some(section) = reference.section_name.as_deref().filter(|section| !section.is_empty()) {
         check.subdomain(format!("{field}.sectionName"), section);
     }
     if let Some(port) = reference.port {
@@ -316,10 +259,7 @@ fn are_distinct(a: &ParentRef, b: &ParentRef) -> bool {
         (reference.group(), reference.kind(), namespace, &reference.name)
     }
     fn part(reference: &ParentRef) -> (&str, Option<i64>) {
-        (
-            reference.section_name.as_deref().unwrap_or_default(),
-            reference.port,
-        )
+        (reference.section_name.as_deref().unwrap_or_default(), reference.port)
     }
     let (a_part, b_part) = (part(a), part(b));
     let have_the_same =
@@ -330,11 +270,7 @@ fn are_distinct(a: &ParentRef, b: &ParentRef) -> bool {
 fn backend_ref(check: &mut Check, field: &str, reference: &BackendRef) {
     check.group(format!("{field}.group"), reference.group());
     check.kind(format!("{field}.kind"), reference.kind());
-    if let Some(namespace) = reference
-        .namespace
-        .as_deref()
-        .filter(|namespace| !namespace.is_empty())
-    {
+    if let Some(namespace) = reference.namespace.as_deref().filter(|namespace| !namespace.is_empty()) {
         check.label(format!("{field}.namespace"), namespace);
     }
     check.text(format!("{field}.name"), &reference.name, LONGEST_NAME);
@@ -343,10 +279,5 @@ fn backend_ref(check: &mut Check, field: &str, reference: &BackendRef) {
         None if reference.is_service() => check.invalid(format!("{field}.port"), "is required for a Service"),
         None => {}
     }
-    check.range(
-        format!("{field}.weight"),
-        "weight",
-        reference.weight(),
-        0..=1_000_000,
-    );
+    check.range(format!("{field}.weight"), "weight", reference.weight(), 0..=1_000_000);
 }

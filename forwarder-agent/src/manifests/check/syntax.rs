@@ -79,7 +79,6 @@ fn is_dns_part(value: &str) -> bool {
 /// Letters, digits and what `inner` allows, starting and ending with a letter or digit.
 fn is_name(value: &str, inner: impl Fn(u8) -> bool) -> bool {
     let ends = [value.bytes().next(), value.bytes().next_back()];
-    ends.iter()
-        .all(|end| end.is_some_and(|b| b.is_ascii_alphanumeric()))
+    ends.iter().all(|end| end.is_some_and(|b| b.is_ascii_alphanumeric()))
         && value.bytes().all(|b| b.is_ascii_alphanumeric() || inner(b))
 }

@@ -8,9 +8,7 @@ use crate::manifests::{Endpoint, EndpointSlice};
 
 fn check<T: DeserializeOwned>(yaml: &str, problems: impl Fn(&T) -> Vec<Problem>, expected: Expect) {
     let object = serde_saphyr::from_str::<T>(yaml).expect("the test's YAML is of the type");
-    let lines = problems(&object)
-        .into_iter()
-        .map(|problem| format!("{:?} {problem}\n", problem.severity));
+    let lines = problems(&object).into_iter().map(|problem| format!("{:?} {problem}\n", problem.severity));
     expected.assert_eq(&lines.collect::<String>());
 }
 
@@ -45,11 +43,7 @@ fn names_and_labels() {
 
 #[test]
 fn valid_objects_have_no_problem() {
-    check(
-        "{metadata: {name: c}, spec: {controllerName: forwarder.dev/tcp}}",
-        gateway_class,
-        expect![[""]],
-    );
+    check("{metadata: {name: c}, spec: {controllerName: forwarder.dev/tcp}}", gateway_class, expect![[""]]);
     check(
         "
         metadata: {name: g, namespace: n}
@@ -85,16 +79,8 @@ fn valid_objects_have_no_problem() {
         reference_grant,
         expect![[""]],
     );
-    check(
-        "{metadata: {name: s, namespace: n}, spec: {clusterIP: None}}",
-        service,
-        expect![[""]],
-    );
-    check(
-        "{metadata: {name: s, namespace: n}, spec: {type: ExternalName}}",
-        service,
-        expect![[""]],
-    );
+    check("{metadata: {name: s, namespace: n}, spec: {clusterIP: None}}", service, expect![[""]]);
+    check("{metadata: {name: s, namespace: n}, spec: {type: ExternalName}}", service, expect![[""]]);
     check(
         "
         metadata: {name: s, namespace: n}
@@ -203,10 +189,8 @@ fn gateways() {
             Error Gateway n/g: spec.infrastructure.parametersRef.name: is required (Invalid)
         "#]],
     );
-    let listeners = (0..65)
-        .map(|n| format!("{{name: l{n}, port: 1, protocol: TCP}}"))
-        .collect::<Vec<_>>()
-        .join(",");
+    let listeners =
+        (0..65).map(|n| format!("{{name: l{n}, port: 1, protocol: TCP}}")).collect::<Vec<_>>().join(",");
     let many = format!(
         "{{metadata: {{name: g, namespace: n}}, spec: {{gatewayClassName: c, addresses: [{}], listeners: [{listeners}]}}}}",
         "{},".repeat(17)
@@ -298,10 +282,7 @@ fn tcp_routes() {
     );
     let many = format!(
         "{{metadata: {{name: r, namespace: n}}, spec: {{parentRefs: [{}], rules: [{{backendRefs: [{}]}}]}}}}",
-        (0..33)
-            .map(|n| format!("{{name: g{n}}}"))
-            .collect::<Vec<_>>()
-            .join(","),
+        (0..33).map(|n| format!("{{name: g{n}}}")).collect::<Vec<_>>().join(","),
         "{name: s, port: 1},".repeat(17)
     );
     check(
@@ -390,10 +371,7 @@ fn endpoint_slices() {
         let object = EndpointSlice {
             metadata: serde_saphyr::from_str("{name: s, labels: {kubernetes.io/service-name: s}}").unwrap(),
             address_type: address_type.to_owned(),
-            endpoints: vec![Endpoint {
-                addresses: vec![address.to_owned()],
-                ..Endpoint::default()
-            }],
+            endpoints: vec![Endpoint { addresses: vec![address.to_owned()], ..Endpoint::default() }],
             ports: Vec::new(),
         };
         let problems = endpoint_slice(&object);

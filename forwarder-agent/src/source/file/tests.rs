@@ -44,8 +44,7 @@ impl Fixture {
         for problem in &loaded.problems {
             writeln!(out, "{:?} {problem}", problem.severity).unwrap();
         }
-        out.replace(&folder, "")
-            .replace(folder.trim_end_matches('/'), "FOLDER")
+        out.replace(&folder, "").replace(folder.trim_end_matches('/'), "FOLDER")
     }
 
     fn check(&mut self, expected: Expect) {
@@ -121,12 +120,7 @@ ports: [{{name: '', port: 8080}}]
     "#]]);
     let manifests = fixture.source.load().manifests;
     assert!(manifests.namespaces["other"].metadata.namespace.is_empty());
-    assert_eq!(
-        manifests.gateways[&NamespacedName::new("default", "g")]
-            .metadata
-            .namespace,
-        "default"
-    );
+    assert_eq!(manifests.gateways[&NamespacedName::new("default", "g")].metadata.namespace, "default");
     let slices = &manifests.endpoint_slices[&NamespacedName::new("default", "s")];
     assert_eq!(slices["s-1"].endpoints[0].addresses, ["10.0.0.1"]);
 }
@@ -472,10 +466,7 @@ fn an_invalid_document_keeps_the_last_good_version() {
     let mut fixture = Fixture::new();
     fixture.write("a.yaml", service("s", "1"));
     let before = fixture.source.load();
-    fixture.write(
-        "a.yaml",
-        format!("# moved\n{}{}", service("s", "70000"), service("t", "eighty")),
-    );
+    fixture.write("a.yaml", format!("# moved\n{}{}", service("s", "70000"), service("t", "eighty")));
     fixture.check(expect![[r#"
         Service default/s at a.yaml:3
         Error a.yaml:9: Service default/s: spec.ports[0].port: port 70000 is out of range: use 1 to 65535; the version before stays in force (Invalid)
@@ -483,10 +474,7 @@ fn an_invalid_document_keeps_the_last_good_version() {
     "#]]);
     let after = fixture.source.load();
     let name = NamespacedName::new("default", "s");
-    assert!(Arc::ptr_eq(
-        &before.manifests.services[&name],
-        &after.manifests.services[&name]
-    ));
+    assert!(Arc::ptr_eq(&before.manifests.services[&name], &after.manifests.services[&name]));
 
     fixture.write("a.yaml", service("s", "1").replace("v1", "v9"));
     fixture.check(expect![[r#"
@@ -497,10 +485,7 @@ fn an_invalid_document_keeps_the_last_good_version() {
     fixture.check(expect![[r#"
         Service default/s at a.yaml:2
     "#]]);
-    assert_eq!(
-        fixture.source.load().manifests.services[&name].spec.ports[0].port,
-        2
-    );
+    assert_eq!(fixture.source.load().manifests.services[&name].spec.ports[0].port, 2);
     fixture.write("a.yaml", "");
     fixture.check(expect![[""]]);
 }
@@ -516,14 +501,8 @@ fn a_broken_file_takes_nothing_away() {
         Service default/u at b.yaml:2
     "#]]);
     // The document of `t` is broken, so that it is not known whether `t` was removed.
-    fixture.write(
-        "a.yaml",
-        format!(
-            "{}{}",
-            service("s", "1"),
-            service("t", "1").replace("kind:", "kind: [")
-        ),
-    );
+    fixture
+        .write("a.yaml", format!("{}{}", service("s", "1"), service("t", "1").replace("kind:", "kind: [")));
     fs::remove_file(fixture.path("b.yaml")).unwrap();
     fixture.check(expect![[r#"
         Service default/s at a.yaml:2
@@ -575,23 +554,11 @@ fn unchanged_objects_are_shared() {
     fixture.write("a.yaml", format!("{}{}", service("s", "1"), service("t", "1")));
     let before = fixture.source.load();
     assert_eq!(before, fixture.source.load());
-    fixture.write(
-        "a.yaml",
-        format!("# comment\n{}{}", service("s", "1"), service("t", "2")),
-    );
+    fixture.write("a.yaml", format!("# comment\n{}{}", service("s", "1"), service("t", "2")));
     let after = fixture.source.load();
-    let (s, t) = (
-        NamespacedName::new("default", "s"),
-        NamespacedName::new("default", "t"),
-    );
-    assert!(Arc::ptr_eq(
-        &before.manifests.services[&s],
-        &after.manifests.services[&s]
-    ));
-    assert!(!Arc::ptr_eq(
-        &before.manifests.services[&t],
-        &after.manifests.services[&t]
-    ));
+    let (s, t) = (NamespacedName::new("default", "s"), NamespacedName::new("default", "t"));
+    assert!(Arc::ptr_eq(&before.manifests.services[&s], &after.manifests.services[&s]));
+    assert!(!Arc::ptr_eq(&before.manifests.services[&t], &after.manifests.services[&t]));
     assert_ne!(before.locations, after.locations);
 }
 
@@ -618,10 +585,7 @@ spec:
     );
     let loaded = fixture.source.load();
     assert_eq!(loaded.problems, []);
-    let object = ObjectRef::new(
-        crate::manifests::Kind::Service,
-        &NamespacedName::new("default", "s"),
-    );
+    let object = ObjectRef::new(crate::manifests::Kind::Service, &NamespacedName::new("default", "s"));
     for (field, line) in [
         ("", 2),
         ("spec", 9),
@@ -642,12 +606,8 @@ spec:
         loaded.locations.locate(&mut problem);
         assert_eq!(problem.location.unwrap().line, line, "{field}");
     }
-    let mut elsewhere = Problem::error(
-        Reason::Invalid,
-        ObjectRef::cluster(crate::manifests::Kind::Namespace, "x"),
-        "",
-        "",
-    );
+    let mut elsewhere =
+        Problem::error(Reason::Invalid, ObjectRef::cluster(crate::manifests::Kind::Namespace, "x"), "", "");
     loaded.locations.locate(&mut elsewhere);
     assert_eq!(elsewhere.location, None);
 }

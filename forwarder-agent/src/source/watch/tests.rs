@@ -42,10 +42,7 @@ async fn events_are_followed() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("conf");
     let mut receiver = start(EVENTS, &path);
-    wait_for(&mut receiver, "a missing folder is a problem", |it| {
-        it.problems.len() == 1
-    })
-    .await;
+    wait_for(&mut receiver, "a missing folder is a problem", |it| it.problems.len() == 1).await;
     fs::create_dir(&path).unwrap();
     wait_for(&mut receiver, "the folder is created", |it| {
         it.problems.iter().all(|it| it.message.contains("holds no"))
@@ -55,26 +52,17 @@ async fn events_are_followed() {
     wait_for(&mut receiver, "a file is created", has("a")).await;
     fs::write(path.join(".new"), namespace("b")).unwrap();
     fs::rename(path.join(".new"), path.join("a.yaml")).unwrap();
-    wait_for(&mut receiver, "a file is replaced", |it| {
-        has("b")(it) && !has("a")(it)
-    })
-    .await;
+    wait_for(&mut receiver, "a file is replaced", |it| has("b")(it) && !has("a")(it)).await;
     fs::create_dir(path.join("sub")).unwrap();
     fs::write(path.join("sub/c.yaml"), namespace("c")).unwrap();
     wait_for(&mut receiver, "a subfolder is created", has("c")).await;
     fs::write(path.join("sub/c.yaml"), namespace("d")).unwrap();
     wait_for(&mut receiver, "a file in a subfolder is changed", has("d")).await;
     fs::remove_dir_all(&path).unwrap();
-    wait_for(&mut receiver, "the folder is removed", |it| {
-        !it.problems.is_empty()
-    })
-    .await;
+    wait_for(&mut receiver, "the folder is removed", |it| !it.problems.is_empty()).await;
     fs::create_dir(&path).unwrap();
     fs::write(path.join("e.yaml"), namespace("e")).unwrap();
-    wait_for(&mut receiver, "the folder is created again", |it| {
-        has("e")(it) && it.problems.is_empty()
-    })
-    .await;
+    wait_for(&mut receiver, "the folder is created again", |it| has("e")(it) && it.problems.is_empty()).await;
 }
 
 #[tokio::test]
@@ -103,10 +91,7 @@ async fn without_events_the_poll_notices() {
     // The target of a link is not watched.
     fs::write(target.path().join("t"), namespace("a")).unwrap();
     symlink(target.path().join("t"), folder.path().join("x.yaml")).unwrap();
-    let pace = Pace {
-        poll: Duration::from_millis(20),
-        ..EVENTS
-    };
+    let pace = Pace { poll: Duration::from_millis(20), ..EVENTS };
     let mut receiver = start(pace, folder.path());
     wait_for(&mut receiver, "the first version", has("a")).await;
     fs::write(target.path().join("t"), namespace("other")).unwrap();
@@ -122,11 +107,7 @@ async fn nothing_new_is_not_published() {
     receiver.mark_unchanged();
     fs::write(folder.path().join("a.yaml"), namespace("a")).unwrap();
     fs::write(folder.path().join("b.txt"), "").unwrap();
-    assert!(
-        timeout(Duration::from_millis(300), receiver.changed())
-            .await
-            .is_err()
-    );
+    assert!(timeout(Duration::from_millis(300), receiver.changed()).await.is_err());
 }
 
 #[tokio::test]

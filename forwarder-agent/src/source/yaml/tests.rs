@@ -96,16 +96,9 @@ fn documents_split_at_markers() {
 
 #[test]
 fn empty_files_have_no_documents() {
-    for text in [
-        "",
-        "\n",
-        "# c\n",
-        "---\n",
-        "---\n---\n...\n",
-        "\u{feff}",
-        "\u{feff}---\n",
-        "%YAML 1.2\n---\n",
-    ] {
+    for text in
+        ["", "\n", "# c\n", "---\n", "---\n---\n...\n", "\u{feff}", "\u{feff}---\n", "%YAML 1.2\n---\n"]
+    {
         assert_eq!(documents(text), [], "{text:?}");
     }
 }
