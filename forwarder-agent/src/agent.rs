@@ -305,7 +305,10 @@ impl Control {
             tokio::select! {
                 Ok(()) = loaded.changed() => {
                     let loaded = Arc::clone(&loaded.borrow_and_update());
-                    self.put_into_force(loaded).await;
+                    self.resolve(loaded).await;
+                    // Before ports open, so that the first SYN is counted.
+                    self.attach(interfaces.as_mut());
+                    self.put_into_force().await;
                 }
                 () = changed(interfaces.as_mut()) => drop(self.reconciler.retry()),
                 _ = retry.tick() => {
@@ -314,25 +317,24 @@ impl Control {
                     }
                 }
             }
-            if let Some(interfaces) = &mut interfaces {
-                let interfaces = interfaces.borrow_and_update().clone();
-                self.attach(&interfaces);
-            }
+            self.attach(interfaces.as_mut());
             self.report();
         }
     }
 
-    async fn put_into_force(&mut self, loaded: Arc<Loaded>) {
-        let started = std::time::Instant::now();
+    async fn resolve(&mut self, loaded: Arc<Loaded>) {
         let resolver = self.resolver.clone();
         // Thousands of routes take a while: health checks are answered meanwhile.
         match tokio::task::spawn_blocking(move || resolver.resolve(&loaded)).await {
             Ok(Resolution(resolved)) => self.resolved = resolved,
             Err(error) => {
                 tracing::error!(%error, "resolving the manifests failed; the former state stays in force");
-                return;
             }
         }
+    }
+
+    async fn put_into_force(&self) {
+        let started = std::time::Instant::now();
         self.reconciler.apply(&self.resolved.table).await;
         self.shared.report().loads += 1;
         tracing::info!(
@@ -345,11 +347,13 @@ impl Control {
     }
 
     /// Attaches the classifier to the interfaces that hold addresses of listeners.
-    fn attach(&self, interfaces: &[Interface]) {
+    fn attach(&self, interfaces: Option<&mut watch::Receiver<Vec<Interface>>>) {
+        let Some(interfaces) = interfaces else { return };
+        let interfaces = interfaces.borrow_and_update().clone();
+        let bound = self.resolved.table.listeners.keys().map(|key| key.address).collect();
         let mut in_force = self.shared.in_force();
-        let bound = in_force.table.listeners.keys().map(|key| key.address).collect();
         let Some(datapath) = &mut in_force.datapath else { return };
-        for problem in datapath.attach(interfaces, &bound) {
+        for problem in datapath.attach(&interfaces, &bound) {
             tracing::warn!(%problem, "packets of this interface are not counted");
         }
         let attachments = datapath.attachments();

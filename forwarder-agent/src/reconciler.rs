@@ -232,10 +232,12 @@ impl Reconciler {
     }
 
     fn bind(&self, in_force: &mut InForce, key: ListenerKey, listener: &Listener) {
+        let id = ListenerId(in_force.next_id);
+        in_force.next_id += 1;
+        // Known to the kernel before the port is open, so that the first SYN is counted.
+        in_force.with_datapath(|datapath| datapath.set_listener(key, id, ListenerState::Ready));
         let state = match listener::bind(key, self.workers.count(), self.keepalive) {
             Ok(sockets) => {
-                let id = ListenerId(in_force.next_id);
-                in_force.next_id += 1;
                 let bound = Arc::new(BoundListener {
                     id,
                     key,
@@ -244,13 +246,16 @@ impl Reconciler {
                     turn: AtomicU64::new(0),
                 });
                 self.workers.listen(sockets, &bound);
-                in_force.with_datapath(|datapath| datapath.set_listener(key, id, ListenerState::Ready));
                 tracing::info!(listener = %listener.name, address = %key, "listening");
                 SocketState::Bound(bound)
             }
             Err(error) => {
-                if !matches!(in_force.sockets.get(&key), Some(SocketState::Failed(former)) if former.raw_os_error() == error.raw_os_error())
-                {
+                in_force.with_datapath(|datapath| datapath.remove_listener(key, id));
+                let told = match in_force.sockets.get(&key) {
+                    Some(SocketState::Failed(former)) => former.raw_os_error() == error.raw_os_error(),
+                    Some(SocketState::Bound(_)) | None => false,
+                };
+                if !told {
                     tracing::error!(
                         listener = %listener.name,
                         address = %key,

@@ -12,6 +12,8 @@ use crate::maps::{COUNTERS, LISTENERS, LOCAL_ADDRESSES, VERDICTS};
 
 /// `__sk_buff::pkt_type` of what is addressed to the interface; TCP takes nothing else (`tcp_v4_rcv`).
 const PACKET_HOST: u32 = 0;
+/// Where the agent's log takes the records for its own, whatever this crate is called.
+const LOG_TARGET: &str = "forwarder_agent::datapath";
 /// The number of the VLAN in `__sk_buff::vlan_tci`.
 const VLAN_ID: u32 = 0x0fff;
 
@@ -64,6 +66,7 @@ fn judge(context: &TcContext, link: LinkLayer) -> Result<(), Verdict> {
         counters.syns += 1;
         trace!(
             context,
+            target: LOG_TARGET,
             "connection attempt: listener {} [{:i}]:{} from [{:i}]:{}",
             listener_id,
             segment.destination,

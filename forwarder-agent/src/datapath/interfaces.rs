@@ -64,7 +64,7 @@ pub struct Interface {
 /// The interfaces through which connections to listeners on `bound` may arrive.
 ///
 /// These are all for a listener on every address, and for one on an address that `lo` or a dummy interface holds (but
-/// for 127.0.0.1 and ::1), which packets reach through any other. For a listener on another address, the interface that
+/// for `127.0.0.1` and `::1`), which packets reach through any other. For a listener on another address, the interface that
 /// holds it, and `lo` for the node's own connections.
 pub fn wanted<'a>(interfaces: &'a [Interface], bound: &BTreeSet<BindAddress>) -> Vec<&'a Interface> {
     let any = bound.iter().any(|bound| match bound {

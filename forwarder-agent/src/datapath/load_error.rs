@@ -10,6 +10,7 @@ use aya::maps::MapError;
 use aya::programs::ProgramError;
 use aya::util::KernelVersion;
 use rustix::io::Errno;
+use rustix::thread::{CapabilitySet, capabilities};
 
 /// The oldest kernel that the programs are written for.
 const OLDEST_KERNEL: (u8, u8) = (5, 10);
@@ -121,6 +122,10 @@ pub enum LoadError {
 }
 
 impl LoadError {
+    pub(super) fn no_map(name: &str) -> Self {
+        Self::Object { reason: format!("they have no map {name}") }
+    }
+
     /// Finds what is behind an error of aya's.
     pub(super) fn new(operation: String, program: &str, error: EbpfError) -> Self {
         let errno = errno_of(&error);
@@ -129,7 +134,9 @@ impl LoadError {
             _ => String::new(),
         };
         // The verifier too says EPERM of what it wants a capability for, but then its log says more.
-        if errno == Some(Errno::PERM) && verifier_log.is_empty() {
+        let is_refused_program = matches!(&error, EbpfError::ProgramError(ProgramError::LoadError { .. }));
+        let is_not_permitted = errno == Some(Errno::PERM) && verifier_log.is_empty();
+        if is_not_permitted || is_refused_program && !may_use_pointers() {
             return Self::NotPermitted { operation, source: Box::new(error) };
         }
         if is_too_old() {
@@ -156,6 +163,13 @@ impl LoadError {
 pub(super) fn kernel_release() -> String {
     fs::read_to_string("/proc/sys/kernel/osrelease")
         .map_or_else(|_| "of unknown release".to_owned(), |release| release.trim().to_owned())
+}
+
+/// Whether the verifier lets this thread's programs compare pointers, as every read from a packet does
+/// (`perfmon_capable`).
+fn may_use_pointers() -> bool {
+    let needed = CapabilitySet::PERFMON | CapabilitySet::SYS_ADMIN;
+    capabilities(None).map_or(true, |held| held.effective.intersects(needed))
 }
 
 fn is_too_old() -> bool {

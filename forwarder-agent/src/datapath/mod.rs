@@ -5,6 +5,7 @@ pub mod attach;
 pub mod bpf;
 pub mod interfaces;
 mod load_error;
+mod maps;
 mod pins;
 
 use std::collections::BTreeSet;
@@ -101,17 +102,21 @@ pub struct DatapathError {
     pub entry: Option<String>,
     /// What the kernel said.
     #[source]
-    pub source: aya::maps::MapError,
+    pub source: Box<aya::maps::MapError>,
 }
 
 impl DatapathError {
     /// Whether the map has no room for the entry.
     pub fn is_full(&self) -> bool {
         // What the kernel says of a full hash (`alloc_htab_elem`) or array.
-        load_error::errno_of(&self.source) == Some(Errno::TOOBIG)
+        load_error::errno_of(self.source.as_ref()) == Some(Errno::TOOBIG)
     }
 
     fn reason(&self) -> String {
-        if self.is_full() { "the map is full".to_owned() } else { load_error::with_causes(&self.source) }
+        if self.is_full() {
+            "the map is full".to_owned()
+        } else {
+            load_error::with_causes(self.source.as_ref())
+        }
     }
 }

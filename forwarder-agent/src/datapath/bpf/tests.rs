@@ -1,13 +1,18 @@
 //! Tests of the loaded programs: they need root, and the object that `cargo xtask build-ebpf` makes.
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::num::NonZeroU16;
+use std::os::fd::AsFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
+use aya::maps::MapData;
 use aya::{TestRun, TestRunOptions};
+use forwarder_common::BackendKey;
+use forwarder_common::layout::{self, address_of};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -87,7 +92,7 @@ fn verdicts(bpf: &Bpf) -> BTreeMap<Verdict, u64> {
     bpf.verdicts().unwrap().into_iter().filter(|(_, count)| *count > 0).collect()
 }
 
-/// Runs a program once over `packet`; `None` where the kernel does not make a packet of it.
+/// Runs a program once over `packet`.
 fn run(bpf: &Bpf, program: &str, packet: &[u8]) {
     let program: &SchedClassifier = bpf.ebpf.program(program).unwrap().try_into().unwrap();
     let options = TestRunOptions { data_in: Some(packet), ..TestRunOptions::default() };
@@ -228,7 +233,7 @@ fn counters_of_a_listener_begin_and_end_with_it() {
     run(&bpf, PROGRAM_ETHERNET, &frame);
     assert_eq!(bpf.counters(successor).unwrap().syns, 1);
 
-    bpf.counters.remove(&successor.0).unwrap();
+    bpf.maps.counters.remove(&successor.0).unwrap();
     run(&bpf, PROGRAM_ETHERNET, &frame);
     assert_eq!(verdicts(&bpf)[&Verdict::CounterMissing], 1);
     bpf.remove_listener(listener, successor).unwrap();
@@ -248,6 +253,7 @@ fn backends_are_replaced() {
     let id = ListenerId(7);
     let stored = |bpf: &Bpf| {
         let mut stored: Vec<_> = bpf
+            .maps
             .backends
             .iter()
             .map(|entry| entry.unwrap())
@@ -273,7 +279,7 @@ fn backends_are_replaced() {
     }
     // What has not changed is not written.
     bpf.set_backends(id, vec![entry(1, 1)]).unwrap();
-    bpf.backends.remove(&BackendKey { listener_id: 7, slot: 0 }).unwrap();
+    bpf.maps.backends.remove(&BackendKey { listener_id: 7, slot: 0 }).unwrap();
     bpf.set_backends(id, vec![entry(1, 1), entry(2, 1)]).unwrap();
     assert_eq!(stored(&bpf).len(), 1);
 }
@@ -306,7 +312,7 @@ fn pins_are_ours_alone_and_vanish_with_us() {
     assert_eq!(names, ["backends", "counters", "listeners", "local_addresses", "verdicts"]);
     match Bpf::load(&options) {
         Err(error @ LoadError::InUse { .. }) => {
-            assert!(error.to_string().contains("another agent"), "{error}")
+            assert!(error.to_string().contains("another agent"), "{error}");
         }
         Err(error) => panic!("{error}"),
         Ok(_) => panic!("two agents have the same pins"),
@@ -345,6 +351,18 @@ fn another_file_system_is_refused() {
     }
 }
 
+#[tokio::test]
+async fn programs_that_log_are_loaded() {
+    let Some(bpffs) = bpffs() else { return };
+    let mut bpf = Bpf::load(&BpfOptions { trace: true, ..bpffs.options() }).unwrap();
+    assert!(bpf.take_log().unwrap().is_some());
+    assert!(bpf.take_log().unwrap().is_none());
+    let syn = framed(&ipv6(V6, TCP, &tcp(EXACT, SYN)));
+    bpf.set_listener(key(BindAddress::Ip(V6.into()), EXACT), EXACT_ID, ListenerState::Ready).unwrap();
+    run(&bpf, PROGRAM_ETHERNET, &syn);
+    assert_eq!(bpf.counters(EXACT_ID).unwrap().syns, 1);
+}
+
 #[test]
 fn the_probe_leaves_nothing() {
     let Some(_bpffs) = bpffs() else { return };
@@ -364,7 +382,7 @@ fn in_namespace(body: impl FnOnce(&str) + Send) {
     let outcome = thread::scope(|scope| {
         let thread = scope.spawn(|| {
             let namespace = fs::File::open(format!("/run/netns/{name}")).unwrap();
-            move_into_link_name_space((&namespace).into(), Some(LinkNameSpaceType::Network)).unwrap();
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
             body(&name);
         });
         thread.join()
@@ -376,7 +394,7 @@ fn in_namespace(body: impl FnOnce(&str) + Send) {
 fn filters(namespace: &str, interface: &str) -> usize {
     let arguments = ["-n", namespace, "filter", "show", "dev", interface, "ingress"];
     let output = Command::new("tc").args(arguments).output().unwrap();
-    String::from_utf8_lossy(&output.stdout).matches(PROGRAM_ETHERNET).count()
+    String::from_utf8_lossy(&output.stdout).lines().filter(|line| line.contains(PROGRAM_ETHERNET)).count()
 }
 
 /// Connects through an interface that classifiers hang on, and expects what they count.
