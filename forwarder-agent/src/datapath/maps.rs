@@ -91,12 +91,10 @@ impl Maps {
         let describe = |slot: u32| format!("listener {} slot {slot}", id.0);
         // First what is superfluous: that makes room.
         while known.len() > backends.len() {
-            known.pop();
-            let slot = slot(known.len());
+            let slot = slot(known.len() - 1);
             let removed = self.backends.remove(&BackendKey { listener_id: id.0, slot });
-            if let Some(error) = removed_error(layout::BACKENDS, removed, || describe(slot)) {
-                return Err(error);
-            }
+            absent(layout::BACKENDS, removed, || describe(slot))?;
+            known.pop();
         }
         for (index, backend) in backends.into_iter().enumerate() {
             if known.get(index) == Some(&backend) {
@@ -115,19 +113,23 @@ impl Maps {
     }
 
     pub(super) fn remove_listener(&mut self, key: ListenerKey, id: ListenerId) -> Result<(), DatapathError> {
-        // The reverse of the order in which they are written. Each part is tried, whatever becomes of the others.
+        // The reverse of the order in which they are written. Each part is tried, whatever becomes of the others, and
+        // forgotten only when it is gone, so that the next call tries the rest again.
         let map_key = map_key(key);
-        let mut first_error = None;
+        let mut listener = Ok(());
         // Another listener may have the key by now.
         if self.known_listeners.get(&map_key) == Some(&id) {
-            self.known_listeners.remove(&map_key);
-            let removed = self.listeners.remove(&map_key);
-            first_error = removed_error(layout::LISTENERS, removed, || key.to_string());
+            listener = absent(layout::LISTENERS, self.listeners.remove(&map_key), || key.to_string());
+            if listener.is_ok() {
+                self.known_listeners.remove(&map_key);
+            }
         }
         let backends = self.set_backends(id, Vec::new());
-        self.known_backends.remove(&id);
+        if backends.is_ok() {
+            self.known_backends.remove(&id);
+        }
         let counters = self.remove_counters(id);
-        first_error.map_or(Ok(()), Err).and(backends).and(counters)
+        listener.and(backends).and(counters)
     }
 
     pub(super) fn counters(&self, id: ListenerId) -> Result<ListenerCounters, DatapathError> {
@@ -163,10 +165,19 @@ impl Maps {
             .collect();
         let mut errors = Vec::new();
         let describe = |address: &AddressBytes| address_of(*address).to_string();
-        for (address, _) in self.known_addresses.extract_if(.., |address, _| !want.contains_key(address)) {
-            let removed = self.local_addresses.remove(&address);
-            errors.extend(removed_error(layout::LOCAL_ADDRESSES, removed, || describe(&address)));
-        }
+        self.known_addresses.retain(|address, _| {
+            if want.contains_key(address) {
+                return true;
+            }
+            let removed = self.local_addresses.remove(address);
+            match absent(layout::LOCAL_ADDRESSES, removed, || describe(address)) {
+                Ok(()) => false,
+                Err(error) => {
+                    errors.push(error);
+                    true
+                }
+            }
+        });
         for (address, index) in want {
             if self.known_addresses.get(&address) == Some(&index) {
                 continue;
@@ -196,11 +207,12 @@ impl Maps {
     }
 
     fn remove_counters(&mut self, id: ListenerId) -> Result<(), DatapathError> {
-        if !self.known_counters.remove(&id) {
-            return Ok(());
+        if self.known_counters.contains(&id) {
+            let removed = self.counters.remove(&id.0);
+            absent(layout::COUNTERS, removed, || format!("listener {}", id.0))?;
+            self.known_counters.remove(&id);
         }
-        let removed = self.counters.remove(&id.0);
-        removed_error(layout::COUNTERS, removed, || format!("listener {}", id.0)).map_or(Ok(()), Err)
+        Ok(())
     }
 }
 
@@ -243,16 +255,16 @@ fn read_error(map: &'static str, entry: String, source: MapError) -> DatapathErr
     DatapathError { operation: "read", map, entry: Some(entry), source: Box::new(source) }
 }
 
-/// The error of removing an entry; that it was not there is none.
-fn removed_error(
+/// Whether an entry is absent after its removal; that it was not there is no error.
+fn absent(
     map: &'static str,
     removed: Result<(), MapError>,
     entry: impl FnOnce() -> String,
-) -> Option<DatapathError> {
+) -> Result<(), DatapathError> {
     match removed {
-        Ok(()) | Err(MapError::KeyNotFound) => None,
-        Err(source) if errno_of(&source) == Some(Errno::NOENT) => None,
-        Err(source) => Some(DatapathError {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(source) if errno_of(&source) == Some(Errno::NOENT) => Ok(()),
+        Err(source) => Err(DatapathError {
             operation: "remove from",
             map,
             entry: Some(entry()),
