@@ -244,7 +244,7 @@ impl Kernel {
     async fn load(settings: &Settings) -> Self {
         let options = BpfOptions {
             pin_dir: settings.pin_dir.clone(),
-            trace: tracing::enabled!(target: "forwarder", tracing::Level::TRACE),
+            trace: tracing::enabled!(target: "forwarder_agent::datapath", tracing::Level::TRACE),
         };
         let mut bpf = match Bpf::load(&options) {
             Ok(bpf) => bpf,
@@ -326,7 +326,7 @@ impl Control {
         let resolver = self.resolver.clone();
         // Thousands of routes take a while: health checks are answered meanwhile.
         match tokio::task::spawn_blocking(move || resolver.resolve(&loaded)).await {
-            Ok(Resolution(resolved)) => self.resolved = resolved,
+            Ok(resolution) => self.resolved = resolution.0,
             Err(error) => {
                 tracing::error!(%error, "resolving the manifests failed; the former state stays in force");
             }
@@ -391,7 +391,7 @@ async fn changed<T>(receiver: Option<&mut watch::Receiver<T>>) {
     {
         return;
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 fn bind_problem(failure: &BindFailure, statuses: &Statuses) -> Problem {

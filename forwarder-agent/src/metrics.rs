@@ -207,6 +207,15 @@ impl<'a> Listeners<'a> {
                 counter(&mut metric, *labels, value)?;
             }
         }
+        let mut verdicts = encoder.encode_descriptor(
+            "forwarder_ingress_verdicts",
+            "Packets that the classifier saw, by what it made of them; all of them go on",
+            None,
+            MetricType::Counter,
+        )?;
+        for (verdict, count) in datapath.verdicts().unwrap_or_default() {
+            counter(&mut verdicts, [("verdict", verdict.as_str())], count)?;
+        }
         Ok(())
     }
 }
@@ -246,17 +255,19 @@ fn encode_backends(encoder: &mut DescriptorEncoder<'_>, in_force: &InForce) -> f
         let connected = counters.sum(|own| own.connected.get());
         gauge(&mut active, [("backend", name)], connected.saturating_sub(ended))?;
     }
-    let fields: [(_, _, fn(&BackendCounters) -> u64); 3] = [
-        ("forwarder_backend_connections", "Connections established to endpoints", |own| own.connected.get()),
-        ("forwarder_backend_received_bytes", "Bytes passed on to endpoints", |own| own.received_bytes.get()),
-        ("forwarder_backend_sent_bytes", "Bytes passed on from endpoints", |own| own.sent_bytes.get()),
-    ];
-    for (name, help, field) in fields {
+    let mut totals = |name: &str, help: &str, field: fn(&BackendCounters) -> u64| {
         let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-        for (backend, _, counters) in &backends {
-            counter(&mut metric, [("backend", backend)], counters.sum(field))?;
-        }
-    }
+        backends.iter().try_for_each(|(backend, _, counters)| {
+            counter(&mut metric, [("backend", backend)], counters.sum(field))
+        })
+    };
+    totals("forwarder_backend_connections", "Connections established to endpoints", |own| {
+        own.connected.get()
+    })?;
+    totals("forwarder_backend_received_bytes", "Bytes passed on to endpoints", |own| {
+        own.received_bytes.get()
+    })?;
+    totals("forwarder_backend_sent_bytes", "Bytes passed on from endpoints", |own| own.sent_bytes.get())?;
     let mut failures = encoder.encode_descriptor(
         "forwarder_backend_connect_failures",
         "Attempts to connect to an endpoint that failed; another endpoint may have served the client",

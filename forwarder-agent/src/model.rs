@@ -150,6 +150,7 @@ pub struct ListenerSettings {
     pub connect_timeout: Duration,
 }
 
+#[expect(clippy::ref_option, reason = "serde passes a reference to the field")]
 fn duration_text<S: Serializer>(value: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&humantime::format_duration(value.unwrap_or_default()))
 }

@@ -225,10 +225,7 @@ impl Options {
         Ok(ListenerSettings {
             datapath: self.datapath.unwrap_or_default(),
             idle_timeout: off_if_zero(or_default(self.idle_timeout, Duration::ZERO)),
-            half_closed_timeout: off_if_zero(or_default(
-                self.half_closed_timeout,
-                Duration::from_secs(15 * 60),
-            )),
+            half_closed_timeout: off_if_zero(or_default(self.half_closed_timeout, Duration::from_mins(15))),
             connect_timeout,
         })
     }
@@ -264,7 +261,7 @@ impl Options {
             pin_dir: self.pin_dir.unwrap_or_else(|| PathBuf::from("/sys/fs/bpf/forwarder")),
             workers,
             listener_defaults,
-            keepalive: off_if_zero(or_default(self.keepalive, Duration::from_secs(60))),
+            keepalive: off_if_zero(or_default(self.keepalive, Duration::from_mins(1))),
             drain_timeout: or_default(self.drain_timeout, Duration::from_secs(30)),
             source_addresses: self.source_addresses,
         })
@@ -298,7 +295,7 @@ mod tests {
         let flags = Options { workers: Some(2), manifests: Some("m".into()), ..Options::default() };
         let settings = flags.or(file).validate().unwrap();
         assert_eq!(settings.workers, 2);
-        assert_eq!(settings.listener_defaults.idle_timeout, Some(Duration::from_secs(3600)));
+        assert_eq!(settings.listener_defaults.idle_timeout, Some(Duration::from_hours(1)));
         assert_eq!(settings.admin, None);
     }
 

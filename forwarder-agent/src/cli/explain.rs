@@ -104,14 +104,13 @@ fn print(state: &State) {
         }
     }
     if let Some(datapath) = &state.datapath {
-        match &datapath.error {
-            Some(error) => println!("\nclassifier: off: {error}"),
-            None => {
-                let interfaces = datapath.interfaces.iter();
-                let interfaces: Vec<_> =
-                    interfaces.map(|one| format!("{} ({})", one.name, one.attachment)).collect();
-                println!("\nclassifier: on {}", interfaces.join(", "));
-            }
+        if let Some(error) = &datapath.error {
+            println!("\nclassifier: off: {error}");
+        } else {
+            let interfaces = datapath.interfaces.iter();
+            let interfaces: Vec<_> =
+                interfaces.map(|one| format!("{} ({})", one.name, one.attachment)).collect();
+            println!("\nclassifier: on {}", interfaces.join(", "));
         }
     }
     if !state.problems.is_empty() {

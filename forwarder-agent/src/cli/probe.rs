@@ -1,6 +1,5 @@
 //! `forwarder probe`: what this kernel and these privileges allow, with the reason for each no.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
@@ -13,10 +12,6 @@ use crate::relay;
 
 #[derive(Args, Debug)]
 pub(crate) struct ProbeArgs {
-    /// Folder on a BPF file system in which maps would be pinned
-    #[arg(long, env = "FORWARDER_PIN_DIR", default_value = "/sys/fs/bpf/forwarder", value_name = "DIR")]
-    pin_dir: PathBuf,
-
     /// How to print the answer
     #[arg(long, short, value_enum, default_value = "table")]
     output: Output,
@@ -44,7 +39,7 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
     let findings = [
         Finding::new("tier copy", Ok("read(2) and write(2): always".to_owned())),
         Finding::new("tier splice", relay::probe_splice().map_err(|error| error.to_string())),
-        Finding::new("classifier", classifier(&args.pin_dir)),
+        Finding::new("classifier", classifier()),
         Finding::new("low ports", low_ports()),
         Finding::new("open files", Ok(open_files())),
         Finding::new("kernel", Ok(kernel())),
@@ -63,7 +58,7 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn classifier(pin_dir: &std::path::Path) -> Result<String, String> {
+fn classifier() -> Result<String, String> {
     crate::datapath::bpf::probe()
         .map(|report| {
             let btf = if report.btf { "BTF" } else { "no BTF: bpftool prints maps without names" };

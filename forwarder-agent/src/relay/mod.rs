@@ -132,7 +132,7 @@ pub struct Direction {
     splicing: bool,
     may_splice: bool,
     small_splices: u8,
-    read_size: u32,
+    read_size: usize,
 }
 
 impl Direction {
@@ -144,7 +144,7 @@ impl Direction {
             splicing: false,
             may_splice: tier == Tier::Splice,
             small_splices: 0,
-            read_size: FIRST_READ as u32,
+            read_size: FIRST_READ,
         }
     }
 
@@ -236,7 +236,7 @@ impl Direction {
         shared: &mut Shared,
         moved: &mut Moved,
     ) -> Result<(), Fault> {
-        let wanted = (self.read_size as usize).min(shared.scratch.len());
+        let wanted = self.read_size.min(shared.scratch.len());
         let buffer = &mut shared.scratch[..wanted];
         let read = match copy::read(source, buffer) {
             Ok(0) => {
@@ -257,9 +257,9 @@ impl Direction {
         if written < read {
             self.pending = Pending::Bytes(Stash::new(&data[written..]));
             // A slow receiver: smaller reads bound what is kept for it.
-            self.read_size = (self.read_size / 2).max(FIRST_READ as u32);
+            self.read_size = (self.read_size / 2).max(FIRST_READ);
         } else if read == wanted {
-            self.read_size = (self.read_size * 2).min(LARGEST_READ as u32);
+            self.read_size = (self.read_size * 2).min(LARGEST_READ);
         }
         self.splicing = self.may_splice && read >= BULK_READ;
         Ok(())
@@ -304,7 +304,7 @@ impl Direction {
 
     fn stop_splicing(&mut self, reason: Fallback, moved: &mut Moved) {
         self.splicing = false;
-        self.read_size = FIRST_READ as u32;
+        self.read_size = FIRST_READ;
         moved.fallback = Some(reason);
     }
 }
