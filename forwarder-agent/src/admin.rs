@@ -36,8 +36,7 @@ pub async fn open(
     address: SocketAddr,
     shared: Arc<Shared>,
 ) -> Result<impl Future<Output = ()> + Send, AdminError> {
-    let listener =
-        TcpListener::bind(address).await.map_err(|source| AdminError { address, source })?;
+    let listener = TcpListener::bind(address).await.map_err(|source| AdminError { address, source })?;
     let registry = metrics::registry(Arc::clone(&shared));
     let router = Router::new()
         .route("/healthz", get(async || "ok\n"))

@@ -149,7 +149,8 @@ impl Resolver {
         }
         let mut problems = loaded.problems.clone();
         problems.append(&mut resolved.problems);
-        problems.sort_by(|a, b| (&a.location, a.severity, &a.field).cmp(&(&b.location, b.severity, &b.field)));
+        problems
+            .sort_by(|a, b| (&a.location, a.severity, &a.field).cmp(&(&b.location, b.severity, &b.field)));
         resolved.problems = problems;
         Resolution(resolved)
     }
@@ -188,7 +189,8 @@ pub fn run(settings: Settings) -> Result<(), AgentError> {
 }
 
 async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
-    let mut signals = Signals { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? };
+    let mut signals =
+        Signals { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? };
     let worker_settings = WorkerSettings {
         connect: ConnectSettings {
             source_addresses: settings.source_addresses.clone(),
@@ -380,15 +382,18 @@ impl Control {
 
 /// Waits for a change; for ever where there is nothing to follow.
 async fn changed<T>(receiver: Option<&mut watch::Receiver<T>>) {
-    match receiver {
-        Some(receiver) if receiver.changed().await.is_ok() => {}
-        Some(_) | None => std::future::pending().await,
+    if let Some(receiver) = receiver
+        && receiver.changed().await.is_ok()
+    {
+        return;
     }
+    std::future::pending().await
 }
 
 fn bind_problem(failure: &BindFailure, statuses: &Statuses) -> Problem {
     let gateway = &failure.listener.gateway;
-    let listeners = statuses.gateways.get(gateway).map(|status| status.listeners.as_slice()).unwrap_or_default();
+    let listeners =
+        statuses.gateways.get(gateway).map(|status| status.listeners.as_slice()).unwrap_or_default();
     let index = listeners.iter().position(|listener| listener.name == failure.listener.section);
     let (reason, field) = if failure.address_missing {
         (Reason::AddressNotUsable, "spec.addresses".to_owned())

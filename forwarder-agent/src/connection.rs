@@ -187,12 +187,8 @@ async fn forward(
     connection: &Connection,
 ) -> End {
     let settings = &connection.serving.listener.settings;
-    let connected = upstream::connect(
-        &backend,
-        &worker.settings().connect,
-        settings.connect_timeout,
-        connection.worker,
-    );
+    let connected =
+        upstream::connect(&backend, &worker.settings().connect, settings.connect_timeout, connection.worker);
     let (upstream, endpoint) = match Box::pin(connected).await {
         Ok(connected) => connected,
         Err(None) => return End::NoEndpoints,
@@ -255,11 +251,13 @@ async fn relay(
         connection.half_closed.set(request.is_done() != response.is_done());
         connection.blind.set(!(request.is_reading() && response.is_reading()));
         match (up, down) {
-            (Poll::Ready(Err(Fault::Source(error))), _) | (_, Poll::Ready(Err(Fault::Destination(error)))) => {
+            (Poll::Ready(Err(Fault::Source(error))), _)
+            | (_, Poll::Ready(Err(Fault::Destination(error)))) => {
                 tracing::trace!(downstream.addr = %connection.downstream, %error, "client side failed");
                 Poll::Ready(End::DownstreamReset)
             }
-            (Poll::Ready(Err(Fault::Destination(error))), _) | (_, Poll::Ready(Err(Fault::Source(error)))) => {
+            (Poll::Ready(Err(Fault::Destination(error))), _)
+            | (_, Poll::Ready(Err(Fault::Source(error)))) => {
                 tracing::trace!(downstream.addr = %connection.downstream, %error, "endpoint side failed");
                 Poll::Ready(End::UpstreamReset)
             }

@@ -143,14 +143,8 @@ pub enum ConnectFailure {
 
 impl ConnectFailure {
     /// Every failure, in the order of its discriminant.
-    pub const ALL: [Self; 6] = [
-        Self::Refused,
-        Self::TimedOut,
-        Self::Unreachable,
-        Self::NoLocalPort,
-        Self::NoResources,
-        Self::Other,
-    ];
+    pub const ALL: [Self; 6] =
+        [Self::Refused, Self::TimedOut, Self::Unreachable, Self::NoLocalPort, Self::NoResources, Self::Other];
 
     /// Its name in metrics and logs.
     pub fn as_str(self) -> &'static str {

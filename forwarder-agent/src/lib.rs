@@ -5,18 +5,26 @@
 //! [`reconciler`] applies these to the listeners and to the [`datapath`]'s maps; [`worker`]s accept connections, connect
 //! an endpoint and [`relay`] bytes. ARCHITECTURE.md states the invariants.
 
+pub mod admin;
+pub mod agent;
 pub mod balancer;
+pub mod cli;
 mod connection;
 pub mod counters;
 pub mod datapath;
 pub mod listener;
 pub mod manifests;
+pub mod metrics;
 pub mod model;
 pub mod plan;
 pub mod problem;
+pub mod reconciler;
 pub mod relay;
 pub mod resolve;
 pub mod settings;
+pub mod source;
 pub mod status;
+pub mod telemetry;
 pub mod upstream;
+pub mod view;
 pub mod worker;

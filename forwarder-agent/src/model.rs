@@ -92,7 +92,18 @@ impl fmt::Display for ListenerName {
 
 /// How a connection's bytes are moved once both sides are connected.
 #[derive(
-    Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize, serde::Deserialize, clap::ValueEnum,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    Eq,
+    Hash,
+    Ord,
+    PartialEq,
+    PartialOrd,
+    Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Datapath {
@@ -241,13 +252,8 @@ pub struct RouteTable {
 impl RouteTable {
     /// The backends that the listeners' routes refer to.
     pub fn needed_backends(&self) -> BTreeSet<&BackendKey> {
-        let routes = self
-            .listeners
-            .values()
-            .filter_map(|listener| listener.route.as_ref());
-        let targets = routes
-            .flat_map(|route| &route.backends)
-            .map(|backend| &backend.target);
+        let routes = self.listeners.values().filter_map(|listener| listener.route.as_ref());
+        let targets = routes.flat_map(|route| &route.backends).map(|backend| &backend.target);
         targets.filter_map(Target::service).collect()
     }
 }

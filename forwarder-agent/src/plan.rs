@@ -40,10 +40,7 @@ pub enum Op {
 /// backends get their endpoints, for listeners need them; then listeners are added and updated; last, backends are
 /// removed that nothing refers to any more. So, no listener ever refers to a backend that is not there.
 pub fn plan(want: &RouteTable, have: &RouteTable) -> Vec<Op> {
-    let gone = have
-        .listeners
-        .keys()
-        .filter(|key| !want.listeners.contains_key(key));
+    let gone = have.listeners.keys().filter(|key| !want.listeners.contains_key(key));
     let remove_listeners = gone.copied().map(Op::RemoveListener);
 
     let changed_endpoints = changed(&want.backends, &have.backends);
@@ -61,17 +58,10 @@ pub fn plan(want: &RouteTable, have: &RouteTable) -> Vec<Op> {
         }
     });
 
-    let unneeded = have
-        .backends
-        .keys()
-        .filter(|backend| !want.backends.contains_key(backend));
+    let unneeded = have.backends.keys().filter(|backend| !want.backends.contains_key(backend));
     let remove_backends = unneeded.cloned().map(Op::RemoveBackend);
 
-    remove_listeners
-        .chain(set_endpoints)
-        .chain(set_listeners)
-        .chain(remove_backends)
-        .collect()
+    remove_listeners.chain(set_endpoints).chain(set_listeners).chain(remove_backends).collect()
 }
 
 /// The entries of `want` that differ in `have` or are not there, with what stands there.
@@ -125,10 +115,7 @@ mod tests {
             Just(BindAddress::Any),
             (1..3_u8).prop_map(|last| BindAddress::Ip(IpAddr::V4(Ipv4Addr::new(10, 0, 0, last)))),
         ];
-        (address, 1..4_u16).prop_map(|(address, number)| ListenerKey {
-            address,
-            port: port(number),
-        })
+        (address, 1..4_u16).prop_map(|(address, number)| ListenerKey { address, port: port(number) })
     }
 
     fn backend_keys() -> impl Strategy<Value = BackendKey> {
@@ -151,10 +138,7 @@ mod tests {
         let backends = vec((0..3_u32, targets()), 0..3);
         let route = (0..3_u8, backends).prop_map(|(name, backends)| Route {
             name: NamespacedName::new("db", format!("route-{name}")),
-            backends: backends
-                .into_iter()
-                .map(|(weight, target)| Backend { weight, target })
-                .collect(),
+            backends: backends.into_iter().map(|(weight, target)| Backend { weight, target }).collect(),
         });
         proptest::option::of(route)
     }
@@ -180,10 +164,7 @@ mod tests {
         let endpoints = vec((1..4_u8, 1..3_u16), 0..3);
         let all_backends = btree_map(backend_keys(), endpoints, 0..6);
         (btree_map(keys(), listeners(), 0..6), all_backends).prop_map(|(listeners, endpoints)| {
-            let mut table = RouteTable {
-                listeners,
-                ..RouteTable::default()
-            };
+            let mut table = RouteTable { listeners, ..RouteTable::default() };
             let needed: Vec<BackendKey> = table.needed_backends().into_iter().cloned().collect();
             for key in needed {
                 let addresses = endpoints.get(&key).into_iter().flatten();
@@ -266,16 +247,9 @@ mod tests {
 
     #[test]
     fn a_change_of_endpoints_touches_no_listener() {
-        let backend = BackendKey {
-            service: NamespacedName::new("db", "mysql"),
-            port: port(3306),
-        };
+        let backend = BackendKey { service: NamespacedName::new("db", "mysql"), port: port(3306) };
         let table = |last| RouteTable {
-            backends: [(
-                backend.clone(),
-                [SocketAddr::from(([10, 1, 0, last], 3306))].into(),
-            )]
-            .into(),
+            backends: [(backend.clone(), [SocketAddr::from(([10, 1, 0, last], 3306))].into())].into(),
             ..RouteTable::default()
         };
         let ops = plan(&table(2), &table(1));

@@ -145,7 +145,10 @@ fn backend_keys(listener: &Listener) -> impl Iterator<Item = &BackendKey> {
 fn bind_message(key: ListenerKey, error: &io::Error) -> String {
     match Errno::from_io_error(error) {
         Some(Errno::ADDRINUSE) => {
-            format!("port {} is held by another process (EADDRINUSE): stop it, or choose another port", key.port)
+            format!(
+                "port {} is held by another process (EADDRINUSE): stop it, or choose another port",
+                key.port
+            )
         }
         Some(Errno::ADDRNOTAVAIL) => {
             format!("this node does not have the address {} (EADDRNOTAVAIL)", key.address)

@@ -76,9 +76,9 @@ impl std::str::FromStr for AdminAddress {
         if text == "off" {
             return Ok(Self(None));
         }
-        text.parse()
-            .map(|address| Self(Some(address)))
-            .map_err(|_| format!("`{text}` is neither an address with a port, such as 127.0.0.1:9902, nor `off`"))
+        text.parse().map(|address| Self(Some(address))).map_err(|_| {
+            format!("`{text}` is neither an address with a port, such as 127.0.0.1:9902, nor `off`")
+        })
     }
 }
 
@@ -165,7 +165,9 @@ pub enum SettingsError {
         remedy: &'static str,
     },
     /// A setting that has no default is missing.
-    #[error("no manifests given: set --manifests PATH, FORWARDER_MANIFESTS or `manifests:` in the settings file")]
+    #[error(
+        "no manifests given: set --manifests PATH, FORWARDER_MANIFESTS or `manifests:` in the settings file"
+    )]
     NoManifests,
 }
 

@@ -46,13 +46,7 @@ impl Condition {
         message: impl Into<String>,
         observed_generation: i64,
     ) -> Self {
-        Self {
-            type_,
-            status: ConditionStatus::True,
-            reason,
-            message: message.into(),
-            observed_generation,
-        }
+        Self { type_, status: ConditionStatus::True, reason, message: message.into(), observed_generation }
     }
 
     /// A condition that does not hold.
@@ -62,10 +56,7 @@ impl Condition {
         message: impl Into<String>,
         observed_generation: i64,
     ) -> Self {
-        Self {
-            status: ConditionStatus::False,
-            ..Self::holds(type_, reason, message, observed_generation)
-        }
+        Self { status: ConditionStatus::False, ..Self::holds(type_, reason, message, observed_generation) }
     }
 }
 
@@ -194,27 +185,13 @@ pub(crate) fn gateway_conditions(
     generation: i64,
 ) -> Vec<Condition> {
     use names::{ACCEPTED, INVALID, LISTENERS_NOT_VALID, PENDING, PROGRAMMED};
-    let invalid: Vec<&str> = listeners
-        .iter()
-        .filter(|l| !l.is_valid())
-        .map(|l| l.name.as_str())
-        .collect();
+    let invalid: Vec<&str> = listeners.iter().filter(|l| !l.is_valid()).map(|l| l.name.as_str()).collect();
     let accepted = if let Some((reason, message)) = verdict.refusal {
         Condition::fails(ACCEPTED, reason, message, generation)
     } else if listeners.is_empty() {
-        Condition::fails(
-            ACCEPTED,
-            LISTENERS_NOT_VALID,
-            "the Gateway has no listener",
-            generation,
-        )
+        Condition::fails(ACCEPTED, LISTENERS_NOT_VALID, "the Gateway has no listener", generation)
     } else if invalid.len() == listeners.len() {
-        Condition::fails(
-            ACCEPTED,
-            LISTENERS_NOT_VALID,
-            "none of the listeners is valid",
-            generation,
-        )
+        Condition::fails(ACCEPTED, LISTENERS_NOT_VALID, "none of the listeners is valid", generation)
     } else if invalid.is_empty() {
         Condition::holds(ACCEPTED, ACCEPTED, "", generation)
     } else {
@@ -248,9 +225,7 @@ pub(crate) fn list<S: AsRef<str>>(items: &[S]) -> String {
 impl ListenerStatus {
     /// Whether the condition of this type is there and true.
     pub fn condition_holds(&self, type_: &str) -> bool {
-        self.conditions
-            .iter()
-            .any(|c| c.type_ == type_ && c.status == ConditionStatus::True)
+        self.conditions.iter().any(|c| c.type_ == type_ && c.status == ConditionStatus::True)
     }
 
     /// Whether it can be served as it stands. One that merely waits for an address is valid.
@@ -291,10 +266,7 @@ pub struct BindFailure {
 pub fn apply_bind_failures(statuses: &mut Statuses, failures: &[BindFailure]) {
     let mut by_gateway: BTreeMap<&NamespacedName, Vec<&BindFailure>> = BTreeMap::new();
     for failure in failures {
-        by_gateway
-            .entry(&failure.listener.gateway)
-            .or_default()
-            .push(failure);
+        by_gateway.entry(&failure.listener.gateway).or_default().push(failure);
     }
     for (name, failures) in by_gateway {
         if let Some(status) = statuses.gateways.get_mut(name) {
@@ -330,12 +302,7 @@ fn apply_to_gateway(status: &mut GatewayStatus, failures: &[&BindFailure]) {
         for failure in missing {
             if let Some(listener) = listeners.get_mut(&failure.listener.section) {
                 let message = "none of the Gateway's addresses is on this node";
-                listener.replace(Condition::fails(
-                    names::PROGRAMMED,
-                    names::PENDING,
-                    message,
-                    generation,
-                ));
+                listener.replace(Condition::fails(names::PROGRAMMED, names::PENDING, message, generation));
             }
         }
     }
@@ -343,18 +310,8 @@ fn apply_to_gateway(status: &mut GatewayStatus, failures: &[&BindFailure]) {
         if let Some(listener) = listeners.get_mut(&failure.listener.section) {
             let message = format!("{}: {}", failure.key, failure.message);
             let reason = Reason::PortUnavailable.as_str();
-            listener.replace(Condition::fails(
-                names::ACCEPTED,
-                reason,
-                message.as_str(),
-                generation,
-            ));
-            listener.replace(Condition::fails(
-                names::PROGRAMMED,
-                names::INVALID,
-                message,
-                generation,
-            ));
+            listener.replace(Condition::fails(names::ACCEPTED, reason, message.as_str(), generation));
+            listener.replace(Condition::fails(names::PROGRAMMED, names::INVALID, message, generation));
         }
     }
     status.conditions = gateway_conditions(verdict, &status.listeners, generation);
@@ -362,11 +319,8 @@ fn apply_to_gateway(status: &mut GatewayStatus, failures: &[&BindFailure]) {
 
 /// Reads back what [`gateway_conditions`] was given.
 fn verdict_of(conditions: &[Condition]) -> GatewayVerdict {
-    let failed = |type_: &str| {
-        conditions
-            .iter()
-            .find(move |c| c.type_ == type_ && c.status == ConditionStatus::False)
-    };
+    let failed =
+        |type_: &str| conditions.iter().find(move |c| c.type_ == type_ && c.status == ConditionStatus::False);
     GatewayVerdict {
         refusal: failed(names::ACCEPTED)
             .filter(|c| c.reason != names::LISTENERS_NOT_VALID)
@@ -408,31 +362,19 @@ mod tests {
     /// A Gateway with these listeners, all programmed, on these addresses.
     fn statuses(listeners: &[&str], addresses: &[&str]) -> Statuses {
         let listeners: Vec<ListenerStatus> = listeners.iter().map(|name| listener(name)).collect();
-        let address = |text: &&str| GatewayAddressStatus {
-            type_: "IPAddress",
-            value: ip(text),
-        };
+        let address = |text: &&str| GatewayAddressStatus { type_: "IPAddress", value: ip(text) };
         let status = GatewayStatus {
             addresses: addresses.iter().map(address).collect(),
             conditions: gateway_conditions(GatewayVerdict::default(), &listeners, 4),
             listeners,
         };
-        Statuses {
-            gateways: [(gateway_name(), status)].into(),
-            ..Statuses::default()
-        }
+        Statuses { gateways: [(gateway_name(), status)].into(), ..Statuses::default() }
     }
 
     fn failure(section: &str, address: BindAddress, message: &str) -> BindFailure {
         BindFailure {
-            listener: ListenerName {
-                gateway: gateway_name(),
-                section: section.to_owned(),
-            },
-            key: ListenerKey {
-                address,
-                port: NonZeroU16::new(3306).unwrap(),
-            },
+            listener: ListenerName { gateway: gateway_name(), section: section.to_owned() },
+            key: ListenerKey { address, port: NonZeroU16::new(3306).unwrap() },
             message: message.to_owned(),
             address_missing: message == MISSING,
         }
@@ -445,18 +387,12 @@ mod tests {
         let mut lines = vec![render("gateway", &status.conditions)];
         lines.extend(status.listeners.iter().map(|l| render(&l.name, &l.conditions)));
         assert_eq!(lines, expected);
-        let all = status
-            .listeners
-            .iter()
-            .flat_map(|l| &l.conditions)
-            .chain(&status.conditions);
+        let all = status.listeners.iter().flat_map(|l| &l.conditions).chain(&status.conditions);
         assert!(all.into_iter().all(|c| c.observed_generation == 4));
     }
 
     fn render(name: &str, conditions: &[Condition]) -> String {
-        let conditions = conditions
-            .iter()
-            .map(|c| format!(" {}={:?}/{}", c.type_, c.status, c.reason));
+        let conditions = conditions.iter().map(|c| format!(" {}={:?}/{}", c.type_, c.status, c.reason));
         format!("{name}:{}", conditions.collect::<String>())
     }
 
@@ -511,11 +447,8 @@ mod tests {
             ],
         );
         apply_bind_failures(&mut statuses, &failures);
-        let left: Vec<IpAddr> = statuses.gateways[&gateway_name()]
-            .addresses
-            .iter()
-            .map(|a| a.value)
-            .collect();
+        let left: Vec<IpAddr> =
+            statuses.gateways[&gateway_name()].addresses.iter().map(|a| a.value).collect();
         assert_eq!(left, [ip("10.0.0.2")]);
     }
 
@@ -523,10 +456,7 @@ mod tests {
     fn a_failure_keeps_what_was_wrong_before() {
         let mut statuses = statuses(&["mysql", "redis"], &["10.0.0.2"]);
         let status = statuses.gateways.get_mut(&gateway_name()).unwrap();
-        let verdict = GatewayVerdict {
-            unusable_addresses: Some("bad".to_owned()),
-            refusal: None,
-        };
+        let verdict = GatewayVerdict { unusable_addresses: Some("bad".to_owned()), refusal: None };
         status.conditions = gateway_conditions(verdict, &status.listeners, 4);
         check(
             statuses,

@@ -233,8 +233,7 @@ impl Worker {
 
     /// Serves a connection that is counted in this worker's load.
     fn serve(self: &Rc<Self>, downstream: TcpStream, peer: SocketAddr, listener: &Arc<BoundListener>) {
-        let connection =
-            Rc::new(Connection::new(Arc::clone(listener), peer, self.index, self.sweep.get()));
+        let connection = Rc::new(Connection::new(Arc::clone(listener), peer, self.index, self.sweep.get()));
         let slot = self.connections.borrow_mut().insert(Rc::clone(&connection));
         let worker = Rc::clone(self);
         tokio::task::spawn_local(async move {
@@ -405,8 +404,5 @@ async fn accept(
 }
 
 fn is_exhaustion(error: &io::Error) -> bool {
-    matches!(
-        Errno::from_io_error(error),
-        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
-    )
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
 }

@@ -39,12 +39,7 @@ fn golden_files() {
         .filter(|path| path.to_string_lossy().ends_with(".in.yaml"))
         .collect();
     inputs.sort();
-    assert!(
-        inputs.len() >= 35,
-        "only {} cases in {}",
-        inputs.len(),
-        folder.display()
-    );
+    assert!(inputs.len() >= 35, "only {} cases in {}", inputs.len(), folder.display());
     for input in inputs {
         let yaml = std::fs::read_to_string(&input).unwrap();
         let expected = input.to_string_lossy().replace(".in.yaml", ".out");
@@ -72,63 +67,36 @@ fn render(yaml: &str) -> String {
 /// What holds for whatever is resolved.
 fn check_invariants(manifests: &Manifests, resolved: &Resolved) {
     let Resolved { table, statuses, .. } = resolved;
-    assert!(
-        table.needed_backends().into_iter().eq(table.backends.keys()),
-        "backends are not closed"
-    );
+    assert!(table.needed_backends().into_iter().eq(table.backends.keys()), "backends are not closed");
 
     let keys: Vec<_> = table.listeners.keys().collect();
     for (index, a) in keys.iter().enumerate() {
         let overlaps = |b: &&&ListenerKey| a.port == b.port && a.address.overlaps(b.address);
-        assert!(
-            !keys[index + 1..].iter().any(|b| overlaps(&b)),
-            "{a} overlaps another listener"
-        );
+        assert!(!keys[index + 1..].iter().any(|b| overlaps(&b)), "{a} overlaps another listener");
     }
 
-    let bound: BTreeSet<_> = table
-        .listeners
-        .values()
-        .map(|listener| listener.name.clone())
-        .collect();
+    let bound: BTreeSet<_> = table.listeners.values().map(|listener| listener.name.clone()).collect();
     for (gateway, status) in &statuses.gateways {
         let object = &manifests.gateways[gateway];
         assert_eq!(status.listeners.len(), object.spec.listeners.len(), "{gateway}");
-        for listener in status
-            .listeners
-            .iter()
-            .filter(|l| l.condition_holds("Programmed"))
-        {
-            let name = ListenerName {
-                gateway: gateway.clone(),
-                section: listener.name.clone(),
-            };
+        for listener in status.listeners.iter().filter(|l| l.condition_holds("Programmed")) {
+            let name = ListenerName { gateway: gateway.clone(), section: listener.name.clone() };
             assert!(bound.contains(&name), "{name} is programmed and not in the table");
         }
         let listener_conditions = status.listeners.iter().flat_map(|listener| &listener.conditions);
         let mut conditions = status.conditions.iter().chain(listener_conditions);
-        assert!(
-            conditions.all(|c| c.observed_generation == object.metadata.generation),
-            "{gateway}"
-        );
+        assert!(conditions.all(|c| c.observed_generation == object.metadata.generation), "{gateway}");
     }
     let programmed = statuses.gateways.values().flat_map(|status| &status.listeners);
-    let programmed = programmed
-        .filter(|listener| listener.condition_holds("Programmed"))
-        .count();
+    let programmed = programmed.filter(|listener| listener.condition_holds("Programmed")).count();
     assert_eq!(programmed, bound.len(), "a listener is bound and not programmed");
 }
 
 fn render_table(out: &mut String, table: &RouteTable, defaults: &ListenerSettings) {
     out.push_str("listeners:\n");
     for (key, listener) in &table.listeners {
-        writeln!(
-            out,
-            "  {key} ({}){}",
-            listener.name,
-            setting_changes(&listener.settings, defaults)
-        )
-        .unwrap();
+        writeln!(out, "  {key} ({}){}", listener.name, setting_changes(&listener.settings, defaults))
+            .unwrap();
         let Some(route) = &listener.route else {
             out.push_str("    no route\n");
             continue;
@@ -158,12 +126,8 @@ fn setting_changes(settings: &ListenerSettings, defaults: &ListenerSettings) -> 
     let (Value::Object(settings), Value::Object(defaults)) = (as_json(settings), as_json(defaults)) else {
         panic!("settings are no object");
     };
-    let changed = settings
-        .iter()
-        .filter(|(name, value)| defaults.get(*name) != Some(value));
-    changed.fold(String::new(), |all, (name, value)| {
-        format!("{all} {name}={}", value.as_str().unwrap())
-    })
+    let changed = settings.iter().filter(|(name, value)| defaults.get(*name) != Some(value));
+    changed.fold(String::new(), |all, (name, value)| format!("{all} {name}={}", value.as_str().unwrap()))
 }
 
 fn render_statuses(out: &mut String, statuses: &Statuses) {
@@ -190,12 +154,7 @@ fn render_statuses(out: &mut String, statuses: &Statuses) {
             let section = parent.section_name.iter().map(|name| format!(" section {name}"));
             let port = parent.port.iter().map(|port| format!(" port {port}"));
             let which: String = section.chain(port).collect();
-            writeln!(
-                out,
-                "  parentRefs[{}] {}{which}:",
-                parent.parent_ref, parent.gateway
-            )
-            .unwrap();
+            writeln!(out, "  parentRefs[{}] {}{which}:", parent.parent_ref, parent.gateway).unwrap();
             render_conditions(out, "    ", &parent.conditions);
         }
     }
@@ -203,13 +162,7 @@ fn render_statuses(out: &mut String, statuses: &Statuses) {
 
 fn render_conditions(out: &mut String, indent: &str, conditions: &[Condition]) {
     for condition in conditions {
-        let Condition {
-            type_,
-            status,
-            reason,
-            message,
-            observed_generation,
-        } = condition;
+        let Condition { type_, status, reason, message, observed_generation } = condition;
         write!(out, "{indent}{type_} {status:?} {reason}").unwrap();
         if *observed_generation != 0 {
             write!(out, " @{observed_generation}").unwrap();
@@ -243,29 +196,17 @@ fn add(manifests: &mut Manifests, kind: &str, document: Value) {
         "Namespace" => manifests.namespaces.insert(name, parse(document)).is_none(),
         "Gateway" => manifests.gateways.insert(namespaced, parse(document)).is_none(),
         "TCPRoute" => manifests.tcp_routes.insert(namespaced, parse(document)).is_none(),
-        "ReferenceGrant" => manifests
-            .reference_grants
-            .insert(namespaced, parse(document))
-            .is_none(),
+        "ReferenceGrant" => manifests.reference_grants.insert(namespaced, parse(document)).is_none(),
         "Service" => manifests.services.insert(namespaced, parse(document)).is_none(),
         "EndpointSlice" => {
             let slice: Arc<EndpointSlice> = parse(document);
             let service = &slice.metadata.labels["kubernetes.io/service-name"];
             let service = NamespacedName::new(&slice.metadata.namespace, service);
-            manifests
-                .endpoint_slices
-                .entry(service)
-                .or_default()
-                .insert(name, slice)
-                .is_none()
+            manifests.endpoint_slices.entry(service).or_default().insert(name, slice).is_none()
         }
         other => panic!("kind {other}"),
     };
-    assert!(
-        is_new,
-        "two objects of kind {kind} have the name {}",
-        metadata.namespaced_name()
-    );
+    assert!(is_new, "two objects of kind {kind} have the name {}", metadata.namespaced_name());
 }
 
 fn parse<T: DeserializeOwned>(value: Value) -> T {
@@ -283,10 +224,7 @@ fn endpoints_of_one_backend_are_those_of_the_table() {
         assert_eq!((&alone, problems), (endpoints, vec![]));
     }
     let port = 1.try_into().unwrap();
-    let unknown = BackendKey {
-        service: NamespacedName::new("no", "such"),
-        port,
-    };
+    let unknown = BackendKey { service: NamespacedName::new("no", "such"), port };
     let (none, problems) = resolve::backends::endpoints(&manifests, &unknown);
     assert_eq!((none.len(), problems), (0, vec![]));
 }
@@ -324,10 +262,7 @@ fn any_gateway() -> impl Strategy<Value = Value> {
     let listeners = vec(listener, 0..4);
     (any_metadata(&["g1", "g2", "g3", "g4"]), addresses, listeners).prop_map(
         |(metadata, addresses, listeners)| {
-            let addresses: Vec<Value> = addresses
-                .into_iter()
-                .map(|value| json!({"value": value}))
-                .collect();
+            let addresses: Vec<Value> = addresses.into_iter().map(|value| json!({"value": value})).collect();
             let spec = json!({"gatewayClassName": "tcp", "addresses": addresses, "listeners": listeners});
             json!({"metadata": metadata, "spec": spec})
         },
@@ -351,18 +286,13 @@ fn any_route() -> impl Strategy<Value = Value> {
         },
     );
     let rules = vec(vec(backend, 0..3), 0..3);
-    (
-        any_metadata(&["r1", "r2", "r3", "r4", "r5"]),
-        vec(parent, 0..4),
-        rules,
-    )
-        .prop_map(|(metadata, parents, rules)| {
-            let rules: Vec<Value> = rules
-                .into_iter()
-                .map(|backends| json!({"backendRefs": backends}))
-                .collect();
+    (any_metadata(&["r1", "r2", "r3", "r4", "r5"]), vec(parent, 0..4), rules).prop_map(
+        |(metadata, parents, rules)| {
+            let rules: Vec<Value> =
+                rules.into_iter().map(|backends| json!({"backendRefs": backends})).collect();
             json!({"metadata": metadata, "spec": {"parentRefs": parents, "rules": rules}})
-        })
+        },
+    )
 }
 
 proptest! {
@@ -422,12 +352,7 @@ fn add_gateway_and_service(manifests: &mut Manifests, index: u32) {
     add_spec(manifests, "Gateway", &format!("gw-{index}"), &spec);
 
     let service = format!("s-{index}");
-    add_spec(
-        manifests,
-        "Service",
-        &service,
-        &json!({"ports": [{"name": "db", "port": 3306}]}),
-    );
+    add_spec(manifests, "Service", &service, &json!({"ports": [{"name": "db", "port": 3306}]}));
     let endpoint = |n| json!({"addresses": [format!("10.{}.{low}.{n}", 10 + high)]});
     let endpoints: Vec<Value> = (0..100).map(endpoint).collect();
     let labels = json!({"kubernetes.io/service-name": service});
@@ -441,9 +366,5 @@ fn add_gateway_and_service(manifests: &mut Manifests, index: u32) {
 }
 
 fn add_spec(manifests: &mut Manifests, kind: &str, name: &str, spec: &Value) {
-    add(
-        manifests,
-        kind,
-        json!({"metadata": {"name": name, "namespace": "a"}, "spec": spec}),
-    );
+    add(manifests, kind, json!({"metadata": {"name": name, "namespace": "a"}, "spec": spec}));
 }

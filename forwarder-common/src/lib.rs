@@ -1,20 +1,27 @@
-//! The layout of the BPF maps, shared by the agent and the eBPF programs.
+//! The layout of the BPF maps, shared by the agent and the eBPF programs, and the arithmetic on packets that both can
+//! run.
 //!
-//! Everything here is the ABI of pinned state: integers only, explicit padding, sizes asserted. A change of a layout
-//! raises [`ABI_VERSION`], and with it the name of the pin directory.
-#![no_std]
+//! What [`layout`] holds is the ABI of pinned state: integers only, explicit padding, sizes asserted. A change of a
+//! layout raises [`ABI_VERSION`], and with it the name of the pin directory.
+#![cfg_attr(not(test), no_std)]
+#![expect(
+    clippy::inline_always,
+    reason = "in the kernel, calls cost more, and older verifiers follow them less well"
+)]
+
+pub mod layout;
+pub mod packet;
+pub mod verdict;
+
+pub use layout::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue};
+pub use verdict::Verdict;
 
 /// The version of every layout in this crate; pinned maps stand under `v{ABI_VERSION}`.
 pub const ABI_VERSION: u32 = 1;
 
-/// What the classifier counts for a listener, on each CPU.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct ListenerCounters {
-    /// Connection attempts seen: segments with SYN and without ACK, retransmitted ones included.
-    pub syns: u64,
-    /// TCP packets seen; a GRO super-packet counts once.
-    pub packets: u64,
-    /// Bytes of these packets from the IP header on.
-    pub bytes: u64,
-}
+/// The classifier for interfaces whose packets begin with an Ethernet header (`lo` among them). At most 15 characters,
+/// the kernel's limit (`BPF_OBJ_NAME_LEN` less the final zero).
+pub const PROGRAM_ETHERNET: &str = "fwd_ingress_eth";
+
+/// The classifier for interfaces whose packets begin with the IP header, such as those of tun and of wireguard.
+pub const PROGRAM_IP: &str = "fwd_ingress_ip";

@@ -1,3 +1,20 @@
 //! The eBPF programs of forwarder.
+//!
+//! [`classify`] counts, at the ingress of each interface, the TCP packets to the listeners. Whatever it finds, it passes
+//! the packet on to the next program as it was.
 #![no_std]
 #![no_main]
+
+mod classify;
+mod maps;
+
+/// What the kernel demands of programs that call its GPL-only helpers.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// Programs have no panicking path: the kernel's verifier would refuse the endless loop.
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

@@ -40,9 +40,7 @@ pub fn binary() -> PathBuf {
         Some((fs::metadata(&path).ok()?.modified().ok()?, path))
     };
     let newest = [built("release"), built("debug")].into_iter().flatten().max();
-    newest
-        .expect("no forwarder binary: run `cargo build -p forwarder-agent` or set FORWARDER_BIN")
-        .1
+    newest.expect("no forwarder binary: run `cargo build -p forwarder-agent` or set FORWARDER_BIN").1
 }
 
 /// How to start an agent.
@@ -59,10 +57,7 @@ pub struct AgentCommand {
 impl AgentCommand {
     /// An agent with further arguments.
     pub fn new(arguments: &[&str]) -> Self {
-        Self {
-            arguments: arguments.iter().map(OsString::from).collect(),
-            ..Self::default()
-        }
+        Self { arguments: arguments.iter().map(OsString::from).collect(), ..Self::default() }
     }
 
     /// Runs the agent through a command that ends in running the one after it.
@@ -89,35 +84,20 @@ impl AgentCommand {
         let mut words = self.wrapper.iter().cloned().chain([binary().into_os_string()]);
         let mut command = Command::new(words.next().context("an empty command")?);
         command.args(words).arg("agent").arg("--manifests").arg(manifests);
-        command
-            .args(["--admin", ADMIN])
-            .arg("--pin-dir")
-            .arg(&pin_dir)
-            .args(&self.arguments);
+        command.args(["--admin", ADMIN]).arg("--pin-dir").arg(&pin_dir).args(&self.arguments);
         command.envs(self.environment.iter().copied());
         let process = Process::start(netns, &mut command, &folder.path().join("log"))?;
-        let mut agent = Agent {
-            process,
-            netns: netns.clone(),
-            pin_dir,
-            _folder: folder,
-        };
+        let mut agent = Agent { process, netns: netns.clone(), pin_dir, _folder: folder };
         let ended = wait_for(DEADLINE, || {
             if let Ok(Some(status)) = agent.process.try_wait() {
                 return Some(Some(status));
             }
-            agent
-                .get("/healthz")
-                .is_ok_and(|response| response.status == 200)
-                .then_some(None)
+            agent.get("/healthz").is_ok_and(|response| response.status == 200).then_some(None)
         });
         match ended {
             Some(None) => Ok(agent),
             Some(Some(status)) => bail!("the agent ended at its start: {status}\n{}", agent.log()),
-            None => bail!(
-                "the agent's /healthz did not answer within {DEADLINE:?}\n{}",
-                agent.log()
-            ),
+            None => bail!("the agent's /healthz did not answer within {DEADLINE:?}\n{}", agent.log()),
         }
     }
 
@@ -146,15 +126,9 @@ impl Agent {
 
     /// Waits until every listener is bound.
     pub fn wait_ready(&self) -> Result<()> {
-        let ready = wait_for(DEADLINE, || {
-            self.ready().ok().filter(|response| response.status == 200)
-        });
+        let ready = wait_for(DEADLINE, || self.ready().ok().filter(|response| response.status == 200));
         if ready.is_none() {
-            bail!(
-                "the agent is not ready after {DEADLINE:?}: {:?}\n{}",
-                self.ready(),
-                self.log()
-            );
+            bail!("the agent is not ready after {DEADLINE:?}: {:?}\n{}", self.ready(), self.log());
         }
         Ok(())
     }
@@ -189,13 +163,8 @@ impl Agent {
     /// The part of its state that is about a listener such as `default/gw/a`.
     pub fn listener(&self, name: &str) -> Result<Option<Value>> {
         let state = self.state()?;
-        let listeners = state["listeners"]
-            .as_array()
-            .context("a state without listeners")?;
-        Ok(listeners
-            .iter()
-            .find(|listener| listener["listener"] == name)
-            .cloned())
+        let listeners = state["listeners"].as_array().context("a state without listeners")?;
+        Ok(listeners.iter().find(|listener| listener["listener"] == name).cloned())
     }
 
     /// The endpoints that a listener such as `default/gw/a` uses, by its state, over all backends.
@@ -216,17 +185,14 @@ impl Agent {
     pub fn wait_endpoints(&self, listener: &str, endpoints: &[SocketAddr]) {
         let mut want = endpoints.to_vec();
         want.sort_unstable();
-        wait_until(&format!("{listener} uses {want:?}"), DEADLINE, || {
-            self.endpoints(listener) == want
-        });
+        wait_until(&format!("{listener} uses {want:?}"), DEADLINE, || self.endpoints(listener) == want);
     }
 
     /// Waits until a listener is bound.
     #[track_caller]
     pub fn wait_bound(&self, listener: &str) {
         wait_until(&format!("{listener} is bound"), DEADLINE, || {
-            self.listener(listener)
-                .is_ok_and(|state| state.is_some_and(|state| state["bound"] == true))
+            self.listener(listener).is_ok_and(|state| state.is_some_and(|state| state["bound"] == true))
         });
     }
 
@@ -248,10 +214,8 @@ impl Agent {
     /// Its resident memory, in KiB.
     pub fn rss_kib(&self) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .context("a process without VmRSS")?;
+        let line =
+            status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("a process without VmRSS")?;
         Ok(line.trim().trim_end_matches(" kB").parse()?)
     }
 
@@ -278,9 +242,7 @@ impl Agent {
     /// Ends it at once, as a crash would.
     pub fn kill(&mut self) -> Result<()> {
         self.process.signal(Signal::KILL)?;
-        self.process
-            .wait(DEADLINE)
-            .context("the agent outlived SIGKILL")?;
+        self.process.wait(DEADLINE).context("the agent outlived SIGKILL")?;
         Ok(())
     }
 }

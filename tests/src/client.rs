@@ -35,14 +35,8 @@ pub fn transfer(stream: &TcpStream, seed: u64, up: u64, down: u64) -> Result<()>
             io::Result::Ok(digest)
         });
         let received = random::receive(&mut reader, down).context("receive the server's data")?;
-        let sent = sender
-            .join()
-            .expect("the sender does not panic")
-            .context("send")?;
-        ensure!(
-            received == random::digest(seed, down),
-            "{down} bytes from the server arrived changed"
-        );
+        let sent = sender.join().expect("the sender does not panic").context("send")?;
+        ensure!(received == random::digest(seed, down), "{down} bytes from the server arrived changed");
         let mut echoed = [0; 32];
         reader.read_exact(&mut echoed).context("receive the digest")?;
         ensure!(echoed == sent, "{up} bytes from the client arrived changed");
@@ -56,11 +50,7 @@ pub fn ping(mut stream: &TcpStream, message: &[u8]) -> io::Result<()> {
     stream.write_all(message)?;
     let mut answer = vec![0; message.len()];
     stream.read_exact(&mut answer)?;
-    if answer == message {
-        Ok(())
-    } else {
-        Err(io::Error::other("the echo differs from the message"))
-    }
+    if answer == message { Ok(()) } else { Err(io::Error::other("the echo differs from the message")) }
 }
 
 /// Reads one line, without its end. Reads no byte beyond it.
@@ -68,11 +58,7 @@ pub fn read_line(stream: &TcpStream) -> io::Result<String> {
     let mut line = String::new();
     // One byte at a time: a larger buffer could swallow what follows the line.
     BufReader::with_capacity(1, stream).read_line(&mut line)?;
-    if line.pop() == Some('\n') {
-        Ok(line)
-    } else {
-        Err(io::ErrorKind::UnexpectedEof.into())
-    }
+    if line.pop() == Some('\n') { Ok(line) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
 /// Which server answers on a new connection to `address`: one of [`peer::identify`].

@@ -20,16 +20,9 @@ const DEADLINE: Duration = Duration::from_mins(1);
 
 /// Whether `program` is installed. If not, says that the test is skipped.
 pub fn require_program(program: &str) -> bool {
-    let found = [
-        "/usr/local/sbin",
-        "/usr/local/bin",
-        "/usr/sbin",
-        "/usr/bin",
-        "/sbin",
-        "/bin",
-    ]
-    .iter()
-    .any(|folder| Path::new(folder).join(program).exists());
+    let found = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
+        .iter()
+        .any(|folder| Path::new(folder).join(program).exists());
     if !found {
         println!("skipped: {program} is not installed");
     }
@@ -67,14 +60,8 @@ impl Database {
         let folder = TempDir::with_prefix("forwarder-mariadb-")?;
         let data = folder.path().join("data");
         let mut install = Command::new("mariadb-install-db");
-        install.args([
-            "--no-defaults",
-            "--user=root",
-            "--auth-root-authentication-method=normal",
-        ]);
-        install
-            .args(["--skip-test-db", "--skip-log-bin"])
-            .arg(flag("--datadir=", &data));
+        install.args(["--no-defaults", "--user=root", "--auth-root-authentication-method=normal"]);
+        install.args(["--skip-test-db", "--skip-log-bin"]).arg(flag("--datadir=", &data));
         stdout(&mut install)?;
         let init = folder.path().join("init.sql");
         fs::write(
@@ -84,32 +71,15 @@ impl Database {
              GRANT ALL ON *.* TO 'test'@'%';\n",
         )?;
         let mut server = Command::new("mariadbd");
-        server.args([
-            "--no-defaults",
-            "--user=root",
-            "--skip-log-bin",
-            "--innodb-flush-log-at-trx-commit=0",
-        ]);
-        server.args([
-            "--skip-name-resolve",
-            "--max-allowed-packet=64M",
-            "--innodb-doublewrite=0",
-        ]);
-        server
-            .arg(format!("--server-id={server_id}"))
-            .arg(format!("--port={}", address.port()));
-        server
-            .arg(format!("--bind-address={}", address.ip()))
-            .arg(flag("--datadir=", &data));
+        server.args(["--no-defaults", "--user=root", "--skip-log-bin", "--innodb-flush-log-at-trx-commit=0"]);
+        server.args(["--skip-name-resolve", "--max-allowed-packet=64M", "--innodb-doublewrite=0"]);
+        server.arg(format!("--server-id={server_id}")).arg(format!("--port={}", address.port()));
+        server.arg(format!("--bind-address={}", address.ip())).arg(flag("--datadir=", &data));
         server.arg(flag("--init-file=", &init));
         server.arg(flag("--socket=", &folder.path().join("socket")));
         server.arg(flag("--pid-file=", &folder.path().join("pid")));
         let process = Process::start(netns, &mut server, &folder.path().join("log"))?;
-        Self {
-            process,
-            _folder: folder,
-        }
-        .wait(netns, address)
+        Self { process, _folder: folder }.wait(netns, address)
     }
 
     /// A PostgreSQL server that trusts everyone.
@@ -123,27 +93,16 @@ impl Database {
         let data = folder.path().join("data");
         let binaries = postgresql_binaries().context("PostgreSQL's server is not installed")?;
         let mut init = unprivileged("postgres", &binaries.join("initdb"));
-        init.args(["--auth=trust", "--username=postgres", "--no-sync", "-D"])
-            .arg(&data);
+        init.args(["--auth=trust", "--username=postgres", "--no-sync", "-D"]).arg(&data);
         init.current_dir(folder.path());
         stdout(&mut init)?;
         fs::write(data.join("pg_hba.conf"), "host all all all trust\n")?;
         let mut server = unprivileged("postgres", &binaries.join("postgres"));
-        server
-            .arg("-D")
-            .arg(&data)
-            .args(["-c", "fsync=off", "-c", "unix_socket_directories="]);
+        server.arg("-D").arg(&data).args(["-c", "fsync=off", "-c", "unix_socket_directories="]);
         server.arg("-c").arg(format!("listen_addresses={}", address.ip()));
-        server
-            .arg("-c")
-            .arg(format!("port={}", address.port()))
-            .current_dir(folder.path());
+        server.arg("-c").arg(format!("port={}", address.port())).current_dir(folder.path());
         let process = Process::start(netns, &mut server, &folder.path().join("log"))?;
-        Self {
-            process,
-            _folder: folder,
-        }
-        .wait(netns, address)
+        Self { process, _folder: folder }.wait(netns, address)
     }
 
     /// A Redis server.
@@ -151,38 +110,23 @@ impl Database {
         let folder = TempDir::with_prefix("forwarder-redis-")?;
         let mut server = Command::new("redis-server");
         server.args(["--save", "", "--appendonly", "no", "--protected-mode", "no"]);
-        server
-            .arg("--bind")
-            .arg(address.ip().to_string())
-            .arg("--port")
-            .arg(address.port().to_string());
+        server.arg("--bind").arg(address.ip().to_string()).arg("--port").arg(address.port().to_string());
         server.arg("--dir").arg(folder.path());
         let process = Process::start(netns, &mut server, &folder.path().join("log"))?;
-        Self {
-            process,
-            _folder: folder,
-        }
-        .wait(netns, address)
+        Self { process, _folder: folder }.wait(netns, address)
     }
 }
 
 /// The folder of the newest PostgreSQL server's programs.
 pub fn postgresql_binaries() -> Option<PathBuf> {
-    let versions = fs::read_dir("/usr/lib/postgresql")
-        .ok()?
-        .flatten()
-        .map(|entry| entry.path().join("bin"));
+    let versions = fs::read_dir("/usr/lib/postgresql").ok()?.flatten().map(|entry| entry.path().join("bin"));
     versions.filter(|folder| folder.join("initdb").exists()).max()
 }
 
 /// A command that runs `program` as `user`.
 fn unprivileged(user: &str, program: &Path) -> Command {
     let mut command = Command::new("setpriv");
-    command
-        .arg(format!("--reuid={user}"))
-        .arg(format!("--regid={user}"))
-        .arg("--init-groups")
-        .arg(program);
+    command.arg(format!("--reuid={user}")).arg(format!("--regid={user}")).arg("--init-groups").arg(program);
     command
 }
 

@@ -50,12 +50,7 @@ impl Forwarding {
         let manifests = Manifests::forward(LISTENER_PORT, &[endpoint])?;
         let server = Server::start(&topology.backend1, endpoint, handle)?;
         let agent = command.start(&topology.node, &manifests.path())?;
-        Ok(Self {
-            agent,
-            server,
-            manifests,
-            topology,
-        })
+        Ok(Self { agent, server, manifests, topology })
     }
 
     /// The address of the listener.

@@ -47,13 +47,7 @@ impl Manifests {
     pub fn forward(port: u16, endpoints: &[SocketAddr]) -> Result<Self> {
         let manifests = Self::new()?;
         manifests.gateway(&[("a", port)])?;
-        manifests.route(
-            "a",
-            &[BackendRef {
-                service: "a",
-                weight: 1,
-            }],
-        )?;
+        manifests.route("a", &[BackendRef { service: "a", weight: 1 }])?;
         manifests.service("a", endpoints)?;
         Ok(manifests)
     }
@@ -123,10 +117,7 @@ impl Manifests {
              spec:\n  parentRefs:\n  - {{name: {gateway}, sectionName: {name}}}\n  rules:\n  - backendRefs:\n"
         );
         for BackendRef { service, weight } in backends {
-            writeln!(
-                text,
-                "    - {{name: {service}, port: {SERVICE_PORT}, weight: {weight}}}"
-            )?;
+            writeln!(text, "    - {{name: {service}, port: {SERVICE_PORT}, weight: {weight}}}")?;
         }
         self.write(&format!("route-{name}"), &text)
     }
@@ -141,10 +132,7 @@ impl Manifests {
         );
         let mut slices: BTreeMap<(bool, u16), Vec<IpAddr>> = BTreeMap::new();
         for endpoint in endpoints {
-            slices
-                .entry((endpoint.is_ipv6(), endpoint.port()))
-                .or_default()
-                .push(endpoint.ip());
+            slices.entry((endpoint.is_ipv6(), endpoint.port())).or_default().push(endpoint.ip());
         }
         for ((v6, port), addresses) in slices {
             let family = if v6 { "IPv6" } else { "IPv4" };
@@ -160,10 +148,7 @@ impl Manifests {
                  endpoints:\n"
             )?;
             for address in addresses {
-                writeln!(
-                    text,
-                    "- {{addresses: [\"{address}\"], conditions: {{ready: true}}}}"
-                )?;
+                writeln!(text, "- {{addresses: [\"{address}\"], conditions: {{ready: true}}}}")?;
             }
         }
         self.write(&format!("service-{name}"), &text)

@@ -23,27 +23,16 @@ pub struct Metrics {
 impl Metrics {
     /// Reads samples; lines that are none are left out.
     pub fn parse(text: &str) -> Self {
-        let samples = text
-            .lines()
-            .filter(|line| !line.starts_with('#'))
-            .filter_map(sample)
-            .collect();
+        let samples = text.lines().filter(|line| !line.starts_with('#')).filter_map(sample).collect();
         Self { samples }
     }
 
     /// The sum of the samples called `name` that have all of `labels`; 0 if there is none.
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> i64 {
         let has = |sample: &&Sample| {
-            labels
-                .iter()
-                .all(|(key, value)| sample.labels.get(*key).is_some_and(|found| found == value))
+            labels.iter().all(|(key, value)| sample.labels.get(*key).is_some_and(|found| found == value))
         };
-        self.samples
-            .iter()
-            .filter(|sample| sample.name == name)
-            .filter(has)
-            .map(|sample| sample.value)
-            .sum()
+        self.samples.iter().filter(|sample| sample.name == name).filter(has).map(|sample| sample.value).sum()
     }
 
     /// Whether there is a sample called `name`.
@@ -60,18 +49,8 @@ fn sample(line: &str) -> Option<Sample> {
         let (name, rest) = line.split_once(' ')?;
         ((name, ""), rest)
     };
-    let value = rest
-        .split_ascii_whitespace()
-        .next()?
-        .split('.')
-        .next()?
-        .parse()
-        .ok()?;
-    Some(Sample {
-        name: series.0.to_owned(),
-        labels: labels(series.1),
-        value,
-    })
+    let value = rest.split_ascii_whitespace().next()?.split('.').next()?.parse().ok()?;
+    Some(Sample { name: series.0.to_owned(), labels: labels(series.1), value })
 }
 
 fn labels(text: &str) -> BTreeMap<String, String> {

@@ -60,17 +60,11 @@ impl NetNs {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         static STALE: Once = Once::new();
         STALE.call_once(remove_stale);
-        let name = format!(
-            "fwd-{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        );
+        let name = format!("fwd-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         ip(&["netns", "add", &name])?;
         let path = Path::new(NETNS_DIR).join(&name);
         let handle = File::open(&path).with_context(|| format!("open {}", path.display()))?;
-        let netns = Self {
-            inner: Arc::new(Inner { name, handle }),
-        };
+        let netns = Self { inner: Arc::new(Inner { name, handle }) };
         netns.ip(&["link", "set", "lo", "up"])?;
         Ok(netns)
     }
@@ -161,10 +155,7 @@ fn remove_stale() {
         return;
     };
     for name in entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()) {
-        let owner = name
-            .strip_prefix("fwd-")
-            .and_then(|rest| rest.split_once('-'))
-            .map(|(pid, _)| pid);
+        let owner = name.strip_prefix("fwd-").and_then(|rest| rest.split_once('-')).map(|(pid, _)| pid);
         if owner.is_some_and(|pid| !PathBuf::from("/proc").join(pid).exists()) {
             let _ = Command::new("ip").args(["netns", "del", &name]).output();
         }
@@ -204,9 +195,8 @@ impl Topology {
             fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
             fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")
         })?;
-        for (index, host) in [&topology.client, &topology.backend1, &topology.backend2]
-            .into_iter()
-            .enumerate()
+        for (index, host) in
+            [&topology.client, &topology.backend1, &topology.backend2].into_iter().enumerate()
         {
             join(&topology.node, host, index + 1)?;
         }
@@ -247,34 +237,10 @@ impl Topology {
 /// Joins `host` to `node` by a veth pair with the addresses of network `index`.
 fn join(node: &NetNs, host: &NetNs, index: usize) -> Result<()> {
     let near = format!("veth{index}");
-    node.ip(&[
-        "link",
-        "add",
-        &near,
-        "type",
-        "veth",
-        "peer",
-        "name",
-        "eth0",
-        "netns",
-        host.name(),
-    ])?;
+    node.ip(&["link", "add", &near, "type", "veth", "peer", "name", "eth0", "netns", host.name()])?;
     for (netns, device, last) in [(node, near.as_str(), 1), (host, "eth0", 2)] {
-        netns.ip(&[
-            "address",
-            "add",
-            &format!("10.0.{index}.{last}/24"),
-            "dev",
-            device,
-        ])?;
-        netns.ip(&[
-            "address",
-            "add",
-            &format!("fd00:{index}::{last}/64"),
-            "dev",
-            device,
-            "nodad",
-        ])?;
+        netns.ip(&["address", "add", &format!("10.0.{index}.{last}/24"), "dev", device])?;
+        netns.ip(&["address", "add", &format!("fd00:{index}::{last}/64"), "dev", device, "nodad"])?;
         netns.ip(&["link", "set", device, "up"])?;
     }
     host.ip(&["route", "add", "default", "via", &format!("10.0.{index}.1")])?;

@@ -15,10 +15,7 @@ use crate::netns::NetNs;
 use crate::random;
 
 /// How soon a stopped server notices.
-const STOP_INTERVAL: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 20_000_000,
-};
+const STOP_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 /// Handlers need little: many of them run at once.
 const STACK: usize = 256 * 1024;
 
@@ -38,9 +35,7 @@ impl Server {
     where
         F: Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static,
     {
-        let listener = netns
-            .bind(address)
-            .with_context(|| format!("listen on {address}"))?;
+        let listener = netns.bind(address).with_context(|| format!("listen on {address}"))?;
         Self::on(listener, handle)
     }
 
@@ -58,12 +53,7 @@ impl Server {
             let stop = Arc::clone(&stop);
             move || accept(&listener, &Arc::new(handle), &accepted, &stop)
         })?;
-        Ok(Self {
-            address,
-            accepted,
-            stop,
-            thread: Some(thread),
-        })
+        Ok(Self { address, accepted, stop, thread: Some(thread) })
     }
 
     /// Where it listens.
@@ -147,10 +137,7 @@ pub fn digest(mut stream: &TcpStream) -> io::Result<()> {
 
 /// Reads nothing, and keeps the connection until the client closes it or the time-out passes.
 pub fn hold(stream: &TcpStream) -> io::Result<()> {
-    let deadline = Timespec {
-        tv_sec: i64::try_from(TIMEOUT.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: 0,
-    };
+    let deadline = Timespec { tv_sec: i64::try_from(TIMEOUT.as_secs()).unwrap_or(i64::MAX), tv_nsec: 0 };
     let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
     poll(&mut fds, Some(&deadline))?;
     Ok(())

@@ -18,16 +18,9 @@ const SHOWN_LINES: usize = 100;
 
 /// Runs `command` and returns what it printed; fails if it failed.
 pub fn stdout(command: &mut Command) -> Result<String> {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("run {command:?}"))?;
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("run {command:?}"))?;
     if !output.status.success() {
-        bail!(
-            "{command:?}: {}: {}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
+        bail!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -45,18 +38,9 @@ impl Process {
     pub fn start(netns: &NetNs, command: &mut Command, log: &Path) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let output = File::create(log).with_context(|| format!("create {}", log.display()))?;
-        command
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output);
-        let child = netns
-            .spawn(command)
-            .with_context(|| format!("start {command:?}"))?;
-        Ok(Self {
-            child,
-            name,
-            log: log.to_owned(),
-        })
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        let child = netns.spawn(command).with_context(|| format!("start {command:?}"))?;
+        Ok(Self { child, name, log: log.to_owned() })
     }
 
     /// Its process id.
@@ -74,10 +58,8 @@ impl Process {
         if self.child.try_wait()?.is_some() {
             return Ok(());
         }
-        let pid = i32::try_from(self.child.id())
-            .ok()
-            .and_then(Pid::from_raw)
-            .expect("a child has a process id");
+        let pid =
+            i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).expect("a child has a process id");
         Ok(kill_process(pid, signal)?)
     }
 
@@ -100,10 +82,7 @@ impl Drop for Process {
         if thread::panicking() {
             let log = self.log();
             let lines: Vec<&str> = log.lines().collect();
-            let last = lines
-                .get(lines.len().saturating_sub(SHOWN_LINES)..)
-                .unwrap_or_default()
-                .join("\n");
+            let last = lines.get(lines.len().saturating_sub(SHOWN_LINES)..).unwrap_or_default().join("\n");
             eprintln!(
                 "---- {} ended: {status:?}; the last of {} lines:\n{last}\n----",
                 self.name,

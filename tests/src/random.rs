@@ -18,9 +18,7 @@ impl Random {
     /// A generator; each seed yields another sequence.
     pub fn new(seed: u64) -> Self {
         // The state must not be zero, and near seeds must not yield near sequences.
-        Self {
-            state: (seed ^ 0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1,
-        }
+        Self { state: (seed ^ 0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1 }
     }
 
     /// The next number.

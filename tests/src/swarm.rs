@@ -15,10 +15,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use crate::netns::NetNs;
 
 /// How soon a stopped server notices.
-const STOP_INTERVAL: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 20_000_000,
-};
+const STOP_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
 /// Echoes small messages on any number of connections. Stopped when dropped.
 #[derive(Debug)]
@@ -30,19 +27,14 @@ pub struct Swarm {
 impl Swarm {
     /// Listens on `address` in `netns`.
     pub fn start(netns: &NetNs, address: SocketAddr) -> Result<Self> {
-        let listener = netns
-            .bind(address)
-            .with_context(|| format!("listen on {address}"))?;
+        let listener = netns.bind(address).with_context(|| format!("listen on {address}"))?;
         listener.set_nonblocking(true)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = thread::Builder::new()
             .name("swarm".to_owned())
             .spawn(move || serve(&listener, &stopped).expect("epoll works"))?;
-        Ok(Self {
-            stop,
-            thread: Some(thread),
-        })
+        Ok(Self { stop, thread: Some(thread) })
     }
 }
 
@@ -59,21 +51,12 @@ impl Drop for Swarm {
 fn serve(listener: &TcpListener, stop: &AtomicBool) -> io::Result<()> {
     const LISTENER: u64 = u64::MAX;
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-    epoll::add(
-        &epoll,
-        listener,
-        epoll::EventData::new_u64(LISTENER),
-        epoll::EventFlags::IN,
-    )?;
+    epoll::add(&epoll, listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
     let mut streams: HashMap<u64, TcpStream> = HashMap::new();
     let mut events = Vec::with_capacity(1024);
     while !stop.load(Ordering::Relaxed) {
         events.clear();
-        epoll::wait(
-            &epoll,
-            rustix::buffer::spare_capacity(&mut events),
-            Some(&STOP_INTERVAL),
-        )?;
+        epoll::wait(&epoll, rustix::buffer::spare_capacity(&mut events), Some(&STOP_INTERVAL))?;
         for event in &events {
             match event.data.u64() {
                 LISTENER => {
@@ -110,22 +93,13 @@ fn echo_once(mut stream: &TcpStream) -> bool {
             false
         }
         Ok(size) => stream.write_all(&buffer[..size]).is_ok(),
-        Err(error) => matches!(
-            error.kind(),
-            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-        ),
+        Err(error) => matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted),
     }
 }
 
 /// Lets this process open as many files as it may; returns how many.
 pub fn raise_descriptor_limit() -> Result<u64> {
     let limit = getrlimit(Resource::Nofile);
-    setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: limit.maximum,
-            maximum: limit.maximum,
-        },
-    )?;
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?;
     Ok(limit.maximum.unwrap_or(u64::MAX))
 }

@@ -61,9 +61,7 @@ fn a_server_that_does_not_read_stops_the_client() {
         let forwarding = Forwarding::start(&["--datapath", datapath], move |mut stream| {
             let waited = gate.lock().expect("one connection only").recv_timeout(WAIT);
             waited.map_err(io::Error::other)?;
-            sender
-                .send(random::receive_to_end(&mut stream)?)
-                .map_err(io::Error::other)
+            sender.send(random::receive_to_end(&mut stream)?).map_err(io::Error::other)
         })
         .unwrap();
         let stream = forwarding.connect().unwrap();
@@ -71,14 +69,7 @@ fn a_server_that_does_not_read_stops_the_client() {
         let written = AtomicU64::new(0);
         thread::scope(|scope| {
             let client = scope.spawn(|| {
-                let digest = random::send(
-                    &mut Counting {
-                        stream: &stream,
-                        written: &written,
-                    },
-                    1,
-                    TOTAL,
-                )?;
+                let digest = random::send(&mut Counting { stream: &stream, written: &written }, 1, TOTAL)?;
                 stream.shutdown(Shutdown::Write)?;
                 io::Result::Ok(digest)
             });
@@ -89,14 +80,8 @@ fn a_server_that_does_not_read_stops_the_client() {
             let (digest, length) = received.recv_timeout(WAIT).unwrap();
             assert_eq!(length, TOTAL, "{datapath}");
             assert_eq!(client.join().unwrap().unwrap(), digest, "{datapath}");
-            assert!(
-                sent < IN_FLIGHT,
-                "{datapath}: {sent} bytes went in while nobody read"
-            );
-            assert!(
-                growth < RSS_GROWTH_KIB,
-                "{datapath}: the agent grew by {growth} KiB"
-            );
+            assert!(sent < IN_FLIGHT, "{datapath}: {sent} bytes went in while nobody read");
+            assert!(growth < RSS_GROWTH_KIB, "{datapath}: the agent grew by {growth} KiB");
         });
     }
 }
@@ -111,14 +96,7 @@ fn a_client_that_does_not_read_stops_the_server() {
         static WRITTEN: AtomicU64 = AtomicU64::new(0);
         WRITTEN.store(0, Ordering::Relaxed);
         let forwarding = Forwarding::start(&["--datapath", datapath], |stream| {
-            random::send(
-                &mut Counting {
-                    stream,
-                    written: &WRITTEN,
-                },
-                2,
-                TOTAL,
-            )?;
+            random::send(&mut Counting { stream, written: &WRITTEN }, 2, TOTAL)?;
             stream.shutdown(Shutdown::Write)
         })
         .unwrap();
@@ -129,14 +107,8 @@ fn a_client_that_does_not_read_stops_the_server() {
         println!("{datapath}: the server stopped after {sent} bytes; the agent grew by {growth} KiB");
         let received = random::receive_to_end(&mut stream).unwrap();
         assert_eq!(received, (random::digest(2, TOTAL), TOTAL), "{datapath}");
-        assert!(
-            sent < IN_FLIGHT,
-            "{datapath}: {sent} bytes went in while nobody read"
-        );
-        assert!(
-            growth < RSS_GROWTH_KIB,
-            "{datapath}: the agent grew by {growth} KiB"
-        );
+        assert!(sent < IN_FLIGHT, "{datapath}: {sent} bytes went in while nobody read");
+        assert!(growth < RSS_GROWTH_KIB, "{datapath}: the agent grew by {growth} KiB");
     }
 }
 
@@ -150,15 +122,7 @@ fn a_stalled_connection_does_not_slow_others() {
     // One worker serves all: nothing but the relay itself can keep them apart.
     let forwarding = Forwarding::start(&["--workers", "1"], |stream| {
         if WRITTEN.load(Ordering::Relaxed) == 0 {
-            return random::send(
-                &mut Counting {
-                    stream,
-                    written: &WRITTEN,
-                },
-                3,
-                TOTAL,
-            )
-            .map(drop);
+            return random::send(&mut Counting { stream, written: &WRITTEN }, 3, TOTAL).map(drop);
         }
         peer::echo(stream)
     })
@@ -170,10 +134,6 @@ fn a_stalled_connection_does_not_slow_others() {
     for _ in 0..100 {
         forwarder_tests::client::ping(&stream, b"through").unwrap();
     }
-    assert!(
-        start.elapsed() < Duration::from_secs(5),
-        "100 messages took {:?}",
-        start.elapsed()
-    );
+    assert!(start.elapsed() < Duration::from_secs(5), "100 messages took {:?}", start.elapsed());
     drop(blocked);
 }

@@ -23,10 +23,7 @@ fn tally(topology: &Topology, address: SocketAddr, connections: usize) -> BTreeM
     };
     let names: Vec<String> = thread::scope(|scope| {
         let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(connect)).collect();
-        threads
-            .into_iter()
-            .flat_map(|thread| thread.join().expect("a client does not panic"))
-            .collect()
+        threads.into_iter().flat_map(|thread| thread.join().expect("a client does not panic")).collect()
     });
     let mut tally = BTreeMap::new();
     for name in names {
@@ -40,10 +37,7 @@ fn tally(topology: &Topology, address: SocketAddr, connections: usize) -> BTreeM
 fn assert_share(tally: &BTreeMap<String, usize>, name: &str, percent: usize) {
     let total: usize = tally.values().sum();
     let count = tally.get(name).copied().unwrap_or_default();
-    let (least, most) = (
-        percent.saturating_sub(5) * total / 100,
-        (percent + 5) * total / 100,
-    );
+    let (least, most) = (percent.saturating_sub(5) * total / 100, (percent + 5) * total / 100);
     assert!(
         (least..=most).contains(&count),
         "{name} has {count} of {total} instead of {percent} %: {tally:?}"
@@ -58,24 +52,10 @@ fn weights_decide_the_shares_and_weight_zero_gets_none() {
     let topology = Topology::new().unwrap();
     let address = topology.node_address(LISTENER_PORT);
     let servers = [
-        Server::start(
-            &topology.backend1,
-            topology.backend1_address(5000),
-            peer::identify("seventy"),
-        )
-        .unwrap(),
-        Server::start(
-            &topology.backend2,
-            topology.backend2_address(5000),
-            peer::identify("thirty"),
-        )
-        .unwrap(),
-        Server::start(
-            &topology.backend2,
-            topology.backend2_address(5001),
-            peer::identify("zero"),
-        )
-        .unwrap(),
+        Server::start(&topology.backend1, topology.backend1_address(5000), peer::identify("seventy"))
+            .unwrap(),
+        Server::start(&topology.backend2, topology.backend2_address(5000), peer::identify("thirty")).unwrap(),
+        Server::start(&topology.backend2, topology.backend2_address(5001), peer::identify("zero")).unwrap(),
     ];
     let manifests = Manifests::forward(LISTENER_PORT, &[]).unwrap();
     for (name, server) in ["seventy", "thirty", "zero"].into_iter().zip(&servers) {
@@ -85,18 +65,9 @@ fn weights_decide_the_shares_and_weight_zero_gets_none() {
         .route(
             "a",
             &[
-                BackendRef {
-                    service: "seventy",
-                    weight: 70,
-                },
-                BackendRef {
-                    service: "thirty",
-                    weight: 30,
-                },
-                BackendRef {
-                    service: "zero",
-                    weight: 0,
-                },
+                BackendRef { service: "seventy", weight: 70 },
+                BackendRef { service: "thirty", weight: 30 },
+                BackendRef { service: "zero", weight: 0 },
             ],
         )
         .unwrap();
@@ -105,11 +76,7 @@ fn weights_decide_the_shares_and_weight_zero_gets_none() {
     assert_share(&tally, "seventy", 70);
     assert_share(&tally, "thirty", 30);
     assert_eq!(servers[2].accepted(), 0);
-    assert_eq!(
-        tally.values().sum::<usize>(),
-        tally["seventy"] + tally["thirty"],
-        "none is reset"
-    );
+    assert_eq!(tally.values().sum::<usize>(), tally["seventy"] + tally["thirty"], "none is reset");
     drop(agent);
 }
 
@@ -122,16 +89,7 @@ fn the_share_of_an_invalid_backend_is_reset() {
     let endpoint = topology.backend1_address(5000);
     let server = Server::start(&topology.backend1, endpoint, peer::identify("valid")).unwrap();
     let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).unwrap();
-    let backends = [
-        BackendRef {
-            service: "missing",
-            weight: 80,
-        },
-        BackendRef {
-            service: "a",
-            weight: 20,
-        },
-    ];
+    let backends = [BackendRef { service: "missing", weight: 80 }, BackendRef { service: "a", weight: 20 }];
     manifests.route("a", &backends).unwrap();
     let agent = Agent::start(&topology.node, &manifests.path(), &[]).unwrap();
     let tally = tally(&topology, topology.node_address(LISTENER_PORT), CONNECTIONS);
@@ -150,16 +108,7 @@ fn the_share_of_a_service_without_endpoints_is_reset() {
     let server = Server::start(&topology.backend1, endpoint, peer::identify("full")).unwrap();
     let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).unwrap();
     manifests.service("empty", &[]).unwrap();
-    let backends = [
-        BackendRef {
-            service: "empty",
-            weight: 1,
-        },
-        BackendRef {
-            service: "a",
-            weight: 1,
-        },
-    ];
+    let backends = [BackendRef { service: "empty", weight: 1 }, BackendRef { service: "a", weight: 1 }];
     manifests.route("a", &backends).unwrap();
     let agent = Agent::start(&topology.node, &manifests.path(), &[]).unwrap();
     let tally = tally(&topology, topology.node_address(LISTENER_PORT), CONNECTIONS);
@@ -175,40 +124,17 @@ fn endpoints_of_a_service_take_turns() {
     }
     let topology = Topology::new().unwrap();
     let servers = [
-        Server::start(
-            &topology.backend1,
-            topology.backend1_address(5000),
-            peer::identify("a"),
-        )
-        .unwrap(),
-        Server::start(
-            &topology.backend1,
-            topology.backend1_address(5001),
-            peer::identify("b"),
-        )
-        .unwrap(),
-        Server::start(
-            &topology.backend2,
-            topology.backend2_address(5000),
-            peer::identify("c"),
-        )
-        .unwrap(),
-        Server::start(
-            &topology.backend2,
-            topology.backend2_address(5001),
-            peer::identify("d"),
-        )
-        .unwrap(),
+        Server::start(&topology.backend1, topology.backend1_address(5000), peer::identify("a")).unwrap(),
+        Server::start(&topology.backend1, topology.backend1_address(5001), peer::identify("b")).unwrap(),
+        Server::start(&topology.backend2, topology.backend2_address(5000), peer::identify("c")).unwrap(),
+        Server::start(&topology.backend2, topology.backend2_address(5001), peer::identify("d")).unwrap(),
     ];
     let endpoints: Vec<SocketAddr> = servers.iter().map(Server::address).collect();
     let manifests = Manifests::forward(LISTENER_PORT, &endpoints).unwrap();
     let agent = Agent::start(&topology.node, &manifests.path(), &[]).unwrap();
     tally(&topology, topology.node_address(LISTENER_PORT), 400);
     let accepted = peer::accepted(&servers);
-    assert!(
-        accepted.iter().all(|count| (90..=110).contains(count)),
-        "{accepted:?}"
-    );
+    assert!(accepted.iter().all(|count| (90..=110).contains(count)), "{accepted:?}");
     drop(agent);
 }
 
@@ -234,41 +160,13 @@ fn connections_that_lead_nowhere_are_reset() {
     }
     let topology = Topology::new().unwrap();
     let manifests = Manifests::new().unwrap();
-    manifests
-        .gateway(&[
-            ("without-route", 9001),
-            ("all-zero", 9002),
-            ("no-endpoints", 9003),
-        ])
-        .unwrap();
-    manifests
-        .service("full", &[topology.backend1_address(5000)])
-        .unwrap();
+    manifests.gateway(&[("without-route", 9001), ("all-zero", 9002), ("no-endpoints", 9003)]).unwrap();
+    manifests.service("full", &[topology.backend1_address(5000)]).unwrap();
     manifests.service("empty", &[]).unwrap();
-    manifests
-        .route(
-            "all-zero",
-            &[BackendRef {
-                service: "full",
-                weight: 0,
-            }],
-        )
-        .unwrap();
-    manifests
-        .route(
-            "no-endpoints",
-            &[BackendRef {
-                service: "empty",
-                weight: 1,
-            }],
-        )
-        .unwrap();
-    let server = Server::start(
-        &topology.backend1,
-        topology.backend1_address(5000),
-        peer::identify("full"),
-    )
-    .unwrap();
+    manifests.route("all-zero", &[BackendRef { service: "full", weight: 0 }]).unwrap();
+    manifests.route("no-endpoints", &[BackendRef { service: "empty", weight: 1 }]).unwrap();
+    let server =
+        Server::start(&topology.backend1, topology.backend1_address(5000), peer::identify("full")).unwrap();
     let agent = Agent::start(&topology.node, &manifests.path(), &[]).unwrap();
     for port in [9001, 9002, 9003] {
         // Reset by a listener: a refusal would mean that nothing listens.

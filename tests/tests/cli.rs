@@ -14,26 +14,13 @@ use serde_json::Value;
 /// Runs the binary; it must end by itself and without a panic.
 fn forwarder(arguments: &[&str], path: Option<&Path>) -> Output {
     let mut command = Command::new("timeout");
-    command
-        .arg("60")
-        .arg(binary())
-        .args(arguments)
-        .args(path)
-        .stdin(Stdio::null());
+    command.arg("60").arg(binary()).args(arguments).args(path).stdin(Stdio::null());
     let output = command.output().expect("run the binary");
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(
-        output.status.signal(),
-        None,
-        "{arguments:?}: {}: {stderr}",
-        output.status
-    );
+    assert_eq!(output.status.signal(), None, "{arguments:?}: {}: {stderr}", output.status);
     // 101 is a panic's exit code, 124 and 137 are those of a time-out, 134 and 139 those of a crash.
     let code = output.status.code().expect("ended without a signal");
-    assert!(
-        ![101, 124, 134, 137, 139].contains(&code),
-        "{arguments:?}: {code}: {stderr}"
-    );
+    assert!(![101, 124, 134, 137, 139].contains(&code), "{arguments:?}: {code}: {stderr}");
     assert!(!stderr.contains("panicked"), "{arguments:?}: {stderr}");
     output
 }
@@ -52,9 +39,7 @@ fn assert_reports(folder: &Path, words: &[&str]) {
     }
     let output = forwarder(&["validate", "--output", "json"], Some(folder));
     assert_ne!(output.status.code(), Some(0));
-    let json = serde_json::from_slice::<Value>(&output.stdout)
-        .expect("a report in JSON")
-        .to_string();
+    let json = serde_json::from_slice::<Value>(&output.stdout).expect("a report in JSON").to_string();
     for word in words {
         assert!(json.contains(word), "no {word:?} in: {json}");
     }
@@ -97,11 +82,7 @@ fn one_file_and_several_documents_in_it_are_input_too() {
 #[test]
 fn broken_yaml_is_reported_with_its_file_and_line() {
     let good = good();
-    good.write(
-        "broken",
-        "apiVersion: v1\nkind: Service\nmetadata: {name: [unclosed\n",
-    )
-    .unwrap();
+    good.write("broken", "apiVersion: v1\nkind: Service\nmetadata: {name: [unclosed\n").unwrap();
     assert_reports(&good.path(), &["broken.yaml"]);
     good.write("broken", "{{ template }}\n").unwrap();
     assert_reports(&good.path(), &["broken.yaml"]);
@@ -146,10 +127,7 @@ fn values_out_of_range_are_reported_with_object_and_field() {
             ),
         )
         .unwrap();
-        assert_reports(
-            &good.path(),
-            &["route-a.yaml", "spec.rules[0].backendRefs[0].weight"],
-        );
+        assert_reports(&good.path(), &["route-a.yaml", "spec.rules[0].backendRefs[0].weight"]);
     }
 }
 
@@ -162,23 +140,13 @@ fn unknown_enum_values_are_reported() {
          spec: {gatewayClassName: forwarder, listeners: [{name: x, port: 9005, protocol: CARRIER-PIGEON}]}\n",
     )
     .unwrap();
-    assert_reports(
-        &good.path(),
-        &["bad.yaml", "spec.listeners[0].protocol", "CARRIER-PIGEON"],
-    );
+    assert_reports(&good.path(), &["bad.yaml", "spec.listeners[0].protocol", "CARRIER-PIGEON"]);
 }
 
 #[test]
 fn a_backend_that_does_not_exist_is_reported() {
     let good = good();
-    good.route(
-        "a",
-        &[BackendRef {
-            service: "nowhere",
-            weight: 1,
-        }],
-    )
-    .unwrap();
+    good.route("a", &[BackendRef { service: "nowhere", weight: 1 }]).unwrap();
     assert_reports(&good.path(), &["route-a.yaml", "nowhere", "BackendNotFound"]);
     // The Service is there, its port is not.
     good.write(
@@ -187,10 +155,7 @@ fn a_backend_that_does_not_exist_is_reported() {
          spec: {parentRefs: [{name: gw}], rules: [{backendRefs: [{name: a, port: 1}]}]}\n",
     )
     .unwrap();
-    assert_reports(
-        &good.path(),
-        &["route-a.yaml", "spec.rules[0].backendRefs[0]", "BackendNotFound"],
-    );
+    assert_reports(&good.path(), &["route-a.yaml", "spec.rules[0].backendRefs[0]", "BackendNotFound"]);
 }
 
 #[test]
@@ -235,12 +200,7 @@ fn a_path_that_does_not_exist_and_wrong_usage_are_errors() {
     let output = forwarder(&["validate"], Some(&good.beside("nothing-here")));
     assert_ne!(output.status.code(), Some(0));
     assert!(text(&output).contains("nothing-here"), "{}", text(&output));
-    for arguments in [
-        &["agent"][..],
-        &["no-such-command"],
-        &["validate"],
-        &["agent", "--datapath", "warp"],
-    ] {
+    for arguments in [&["agent"][..], &["no-such-command"], &["validate"], &["agent", "--datapath", "warp"]] {
         assert_ne!(forwarder(arguments, None).status.code(), Some(0), "{arguments:?}");
     }
     assert_eq!(forwarder(&["--help"], None).status.code(), Some(0));

@@ -13,10 +13,7 @@ const DATAPATHS: [&str; 2] = ["splice", "copy"];
 const WAIT: Duration = Duration::from_secs(10);
 
 /// A server that echoes one byte, so that the client knows it is there, and then tells how the connection ends.
-fn watched() -> (
-    impl Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static,
-    Receiver<End>,
-) {
+fn watched() -> (impl Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static, Receiver<End>) {
     let (sender, ends) = mpsc::channel();
     let handle = move |mut stream: &TcpStream| {
         let mut byte = [0];
@@ -55,9 +52,7 @@ fn a_server_that_ended_still_gets_all_of_the_clients_data() {
         let forwarding = Forwarding::start(&["--datapath", datapath], move |mut stream| {
             stream.write_all(b"bye")?;
             stream.shutdown(Shutdown::Write)?;
-            sender
-                .send(random::receive_to_end(&mut stream)?)
-                .map_err(io::Error::other)
+            sender.send(random::receive_to_end(&mut stream)?).map_err(io::Error::other)
         })
         .unwrap();
         let mut stream = forwarding.connect().unwrap();
@@ -66,11 +61,7 @@ fn a_server_that_ended_still_gets_all_of_the_clients_data() {
         assert_eq!(greeting, "bye", "{datapath}");
         let sent = random::send(&mut stream, 5, 3_000_000).unwrap();
         drop(stream);
-        assert_eq!(
-            received.recv_timeout(WAIT).unwrap(),
-            (sent, 3_000_000),
-            "{datapath}"
-        );
+        assert_eq!(received.recv_timeout(WAIT).unwrap(), (sent, 3_000_000), "{datapath}");
     }
 }
 
@@ -126,18 +117,10 @@ fn a_client_is_reset_when_every_endpoint_refuses() {
     if !require_root() {
         return;
     }
-    let Forwarding {
-        agent,
-        server,
-        manifests,
-        topology,
-    } = Forwarding::start(&[], peer::echo).unwrap();
+    let Forwarding { agent, server, manifests, topology } = Forwarding::start(&[], peer::echo).unwrap();
     drop(server);
     let address = topology.node_address(forwarder_tests::fixture::LISTENER_PORT);
-    assert_eq!(
-        client::end_of_new(&topology.client, address, WAIT).unwrap(),
-        End::Reset
-    );
+    assert_eq!(client::end_of_new(&topology.client, address, WAIT).unwrap(), End::Reset);
     drop((agent, manifests));
 }
 
@@ -165,19 +148,12 @@ fn idle_connections_are_reset_on_both_sides_and_busy_ones_are_not() {
             });
             assert_eq!(client::end(&idle, WAIT).unwrap(), End::Reset, "{datapath}");
             let lasted = start.elapsed();
-            assert!(
-                lasted > Duration::from_millis(700),
-                "{datapath}: reset after {lasted:?}"
-            );
+            assert!(lasted > Duration::from_millis(700), "{datapath}: reset after {lasted:?}");
             assert_eq!(ends.recv_timeout(WAIT).unwrap(), End::Reset, "{datapath}");
             writer.join().unwrap().unwrap();
         });
         drop(busy);
-        assert_eq!(
-            ends.recv_timeout(WAIT).unwrap(),
-            End::Fin,
-            "{datapath}: the busy connection"
-        );
+        assert_eq!(ends.recv_timeout(WAIT).unwrap(), End::Fin, "{datapath}: the busy connection");
     }
 }
 
@@ -208,10 +184,7 @@ fn a_half_closed_connection_is_reset_after_its_timeout_and_others_are_not() {
         client::ping(&half_closed, b"x").unwrap();
         half_closed.shutdown(Shutdown::Write).unwrap();
         assert_eq!(client::end(&half_closed, WAIT).unwrap(), End::Reset, "{datapath}");
-        assert!(
-            ends.recv_timeout(WAIT).unwrap(),
-            "{datapath}: the server's side is reset too"
-        );
+        assert!(ends.recv_timeout(WAIT).unwrap(), "{datapath}: the server's side is reset too");
         assert_eq!(client::end(&open, peer::QUIET).unwrap(), End::Open, "{datapath}");
     }
 }
@@ -234,15 +207,11 @@ fn two_thousand_half_closed_connections_leave_nothing_behind() {
         let agent = &forwarding.agent;
         // One connection first: what is made once and kept must not count as a leak.
         drop(forwarding.connect().unwrap());
-        wait_until("the first connection is over", WAIT, || {
-            agent.active().unwrap() == 0
-        });
+        wait_until("the first connection is over", WAIT, || agent.active().unwrap() == 0);
         let descriptors = agent.descriptors().unwrap();
         for _ in 0..ROUNDS {
             let streams: Vec<TcpStream> = (0..AT_ONCE).map(|_| forwarding.connect().unwrap()).collect();
-            wait_until("all are active", WAIT, || {
-                agent.active().unwrap() == i64::try_from(AT_ONCE).unwrap()
-            });
+            wait_until("all are active", WAIT, || agent.active().unwrap() == i64::try_from(AT_ONCE).unwrap());
             for stream in &streams {
                 stream.shutdown(Shutdown::Write).unwrap();
             }
@@ -253,12 +222,7 @@ fn two_thousand_half_closed_connections_leave_nothing_behind() {
         wait_until("no connection is active", WAIT, || agent.active().unwrap() == 0);
         // A pool of pipes may stay; four descriptors for each connection may not.
         let most = descriptors + AT_ONCE;
-        wait_until("the descriptors are closed", WAIT, || {
-            agent.descriptors().unwrap() <= most
-        });
-        println!(
-            "{datapath}: {descriptors} descriptors before, {} after",
-            agent.descriptors().unwrap()
-        );
+        wait_until("the descriptors are closed", WAIT, || agent.descriptors().unwrap() <= most);
+        println!("{datapath}: {descriptors} descriptors before, {} after", agent.descriptors().unwrap());
     }
 }

@@ -34,20 +34,13 @@ fn require_classifier(agent: &Agent) -> bool {
 /// The entries of a pinned map as `bpftool` prints them by its type information.
 fn dump(pin_dir: &Path, map: &str) -> Result<Vec<Value>> {
     let mut command = Command::new("bpftool");
-    command
-        .args(["-j", "map", "dump", "pinned"])
-        .arg(pin_dir.join("v1").join(map));
+    command.args(["-j", "map", "dump", "pinned"]).arg(pin_dir.join("v1").join(map));
     let entries: Vec<Value> =
         serde_json::from_str(&process::stdout(&mut command)?).context("bpftool's JSON")?;
     // Without type information there would be no such part.
     entries
         .iter()
-        .map(|entry| {
-            entry
-                .get("formatted")
-                .cloned()
-                .context("an entry without field names")
-        })
+        .map(|entry| entry.get("formatted").cloned().context("an entry without field names"))
         .collect()
 }
 
@@ -56,23 +49,16 @@ fn listener_id(pin_dir: &Path, port: u16) -> Result<u64> {
     let entries = dump(pin_dir, "listeners")?;
     let entry = entries.iter().find(|entry| entry["key"]["port"] == port);
     let entry = entry.with_context(|| format!("no listener on {port} in {entries:?}"))?;
-    entry["value"]["listener_id"]
-        .as_u64()
-        .context("a listener without a number")
+    entry["value"]["listener_id"].as_u64().context("a listener without a number")
 }
 
 /// The sum of a counter of a listener over all processors.
 fn counter(pin_dir: &Path, listener_id: u64, field: &str) -> Result<u64> {
     let entries = dump(pin_dir, "counters")?;
-    let entry = entries
-        .iter()
-        .find(|entry| entry["key"] == listener_id)
-        .context("a listener without counters")?;
+    let entry =
+        entries.iter().find(|entry| entry["key"] == listener_id).context("a listener without counters")?;
     let values = entry["values"].as_array().context("a value for each processor")?;
-    values
-        .iter()
-        .map(|value| value["value"][field].as_u64().context("a field's number"))
-        .sum()
+    values.iter().map(|value| value["value"][field].as_u64().context("a field's number")).sum()
 }
 
 #[test]
@@ -95,20 +81,12 @@ fn the_kernel_counts_every_attempt_and_every_byte() {
     assert_eq!(counter(pin_dir, id, "syns").unwrap(), CONNECTIONS as u64);
     let bytes = counter(pin_dir, id, "bytes").unwrap();
     let payload = (CONNECTIONS * SIZE) as u64;
-    assert!(
-        (payload..payload * 2).contains(&bytes),
-        "{bytes} bytes for {payload} bytes of data"
-    );
+    assert!((payload..payload * 2).contains(&bytes), "{bytes} bytes for {payload} bytes of data");
 
     // A new listener has its own number and counts from zero; the old one is left alone.
-    forwarding
-        .manifests
-        .gateway(&[("a", LISTENER_PORT), ("b", 9002)])
-        .unwrap();
+    forwarding.manifests.gateway(&[("a", LISTENER_PORT), ("b", 9002)]).unwrap();
     forwarding.agent.wait_bound("default/gw/b");
-    wait_until("the new listener is in the map", WAIT, || {
-        listener_id(pin_dir, 9002).is_ok()
-    });
+    wait_until("the new listener is in the map", WAIT, || listener_id(pin_dir, 9002).is_ok());
     let second = listener_id(pin_dir, 9002).unwrap();
     assert_ne!(second, id);
     assert_eq!(listener_id(pin_dir, LISTENER_PORT).unwrap(), id);
@@ -116,9 +94,7 @@ fn the_kernel_counts_every_attempt_and_every_byte() {
     assert_eq!(counter(pin_dir, id, "syns").unwrap(), CONNECTIONS as u64);
 
     forwarding.manifests.gateway(&[("a", LISTENER_PORT)]).unwrap();
-    wait_until("the removed listener leaves the map", WAIT, || {
-        listener_id(pin_dir, 9002).is_err()
-    });
+    wait_until("the removed listener leaves the map", WAIT, || listener_id(pin_dir, 9002).is_err());
 }
 
 #[test]
@@ -133,10 +109,7 @@ fn operators_see_the_endpoints_in_the_kernels_map() {
     let pin_dir = forwarding.agent.pin_dir();
     let id = listener_id(pin_dir, LISTENER_PORT).unwrap();
     let entries = dump(pin_dir, "backends").unwrap();
-    let entry = entries
-        .iter()
-        .find(|entry| entry["key"]["listener_id"] == id)
-        .unwrap();
+    let entry = entries.iter().find(|entry| entry["key"]["listener_id"] == id).unwrap();
     assert_eq!(entry["value"]["port"], 5000, "{entry}");
     assert_eq!(entry["value"]["weight"], 1, "{entry}");
 }
@@ -181,20 +154,8 @@ fn without_capabilities_it_forwards_all_the_same_and_says_so_once() {
     ]);
     let forwarding = Forwarding::start_with(&command, peer::transfer).unwrap();
     client::transfer(&forwarding.connect().unwrap(), 1, 100_000, 100_000).unwrap();
-    forwarding
-        .manifests
-        .gateway(&[("a", LISTENER_PORT), ("b", 9002)])
-        .unwrap();
-    forwarding
-        .manifests
-        .route(
-            "b",
-            &[BackendRef {
-                service: "a",
-                weight: 1,
-            }],
-        )
-        .unwrap();
+    forwarding.manifests.gateway(&[("a", LISTENER_PORT), ("b", 9002)]).unwrap();
+    forwarding.manifests.route("b", &[BackendRef { service: "a", weight: 1 }]).unwrap();
     forwarding.agent.wait_bound("default/gw/b");
     client::transfer(&forwarding.connect().unwrap(), 2, 100_000, 100_000).unwrap();
     let log = forwarding.agent.log();
@@ -203,9 +164,7 @@ fn without_capabilities_it_forwards_all_the_same_and_says_so_once() {
         .filter(|line| line.contains("WARN") || line.contains("ERROR"))
         .filter(|line| {
             let line = line.to_lowercase();
-            ["bpf", "cap_", "capabilit", "permitted"]
-                .iter()
-                .any(|word| line.contains(word))
+            ["bpf", "cap_", "capabilit", "permitted"].iter().any(|word| line.contains(word))
         })
         .collect();
     assert_eq!(reasons.len(), 1, "{reasons:#?}\n{log}");
@@ -234,11 +193,7 @@ fn metrics_count_connections_and_bytes_while_they_flow() {
         wait_until("all connections are counted", WAIT, || {
             sum("forwarder_connections_total") == connections && agent.active().unwrap() == 0
         });
-        assert_eq!(
-            sum("forwarder_received_bytes_total"),
-            connections * size,
-            "{datapath}"
-        );
+        assert_eq!(sum("forwarder_received_bytes_total"), connections * size, "{datapath}");
         assert_eq!(sum("forwarder_sent_bytes_total"), answers, "{datapath}");
 
         let mut open = forwarding.connect().unwrap();

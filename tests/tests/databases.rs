@@ -15,15 +15,8 @@ const MARIADB_PORT: u16 = 3306;
 /// The MariaDB client, set up to speak to `address`.
 fn mariadb(program: &str, address: SocketAddr) -> Command {
     let mut command = Command::new(program);
-    command.args([
-        "--no-defaults",
-        "--user=test",
-        "--protocol=TCP",
-        "--max-allowed-packet=64M",
-    ]);
-    command
-        .arg(format!("--host={}", address.ip()))
-        .arg(format!("--port={}", address.port()));
+    command.args(["--no-defaults", "--user=test", "--protocol=TCP", "--max-allowed-packet=64M"]);
+    command.arg(format!("--host={}", address.ip())).arg(format!("--port={}", address.port()));
     command
 }
 
@@ -47,13 +40,7 @@ impl Session {
     fn open(netns: &NetNs, address: SocketAddr) -> Result<Self> {
         let mut command = mariadb("mariadb", address);
         // Without a reconnect, or a lost connection could go unnoticed.
-        command.args([
-            "--batch",
-            "--skip-column-names",
-            "--unbuffered",
-            "--skip-reconnect",
-            "test",
-        ]);
+        command.args(["--batch", "--skip-column-names", "--unbuffered", "--skip-reconnect", "test"]);
         let mut child = netns.spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
         let input = child.stdin.take().context("a piped input")?;
         let output = BufReader::new(child.stdout.take().context("a piped output")?);
@@ -83,8 +70,7 @@ impl Drop for Session {
 fn dump_and_restore(netns: &NetNs, address: SocketAddr) -> Result<u64> {
     query(netns, address, "CREATE DATABASE restored")?;
     let mut dump = mariadb("mariadb-dump", address);
-    dump.args(["--hex-blob", "--skip-comments", "test", "source"])
-        .stdout(Stdio::piped());
+    dump.args(["--hex-blob", "--skip-comments", "test", "source"]).stdout(Stdio::piped());
     let mut dump = netns.spawn(&mut dump)?;
     let mut restore = mariadb("mariadb", address);
     restore.arg("restored").stdin(Stdio::piped());
@@ -94,17 +80,11 @@ fn dump_and_restore(netns: &NetNs, address: SocketAddr) -> Result<u64> {
     let bytes = std::io::copy(&mut output, &mut input)?;
     drop(input);
     let (dumped, restored) = (dump.wait()?, restore.wait()?);
-    ensure!(
-        dumped.success() && restored.success(),
-        "dump: {dumped}, restore: {restored}"
-    );
+    ensure!(dumped.success() && restored.success(), "dump: {dumped}, restore: {restored}");
     let checksum = |table| query(netns, address, &format!("CHECKSUM TABLE {table}"));
     let (before, after) = (checksum("test.source")?, checksum("restored.source")?);
     let value = |line: &str| line.split('\t').nth(1).map(str::to_owned);
-    ensure!(
-        value(&before).is_some() && value(&before) == value(&after),
-        "{before}; {after}"
-    );
+    ensure!(value(&before).is_some() && value(&before) == value(&after), "{before}; {after}");
     Ok(bytes)
 }
 
@@ -115,10 +95,7 @@ fn two_mariadb_servers_on_one_target_port_are_two_things() {
     }
     let topology = Topology::new().unwrap();
     let client = &topology.client;
-    let endpoints = [
-        topology.backend1_address(MARIADB_PORT),
-        topology.backend2_address(MARIADB_PORT),
-    ];
+    let endpoints = [topology.backend1_address(MARIADB_PORT), topology.backend2_address(MARIADB_PORT)];
     let (one, two) = thread::scope(|scope| {
         let one = scope.spawn(|| Database::mariadb(&topology.backend1, endpoints[0], 101));
         let two = scope.spawn(|| Database::mariadb(&topology.backend2, endpoints[1], 202));
@@ -128,15 +105,7 @@ fn two_mariadb_servers_on_one_target_port_are_two_things() {
     manifests.gateway(&[("orders", 9001), ("billing", 9002)]).unwrap();
     for (name, endpoint) in [("orders", endpoints[0]), ("billing", endpoints[1])] {
         manifests.service(name, &[endpoint]).unwrap();
-        manifests
-            .route(
-                name,
-                &[BackendRef {
-                    service: name,
-                    weight: 1,
-                }],
-            )
-            .unwrap();
+        manifests.route(name, &[BackendRef { service: name, weight: 1 }]).unwrap();
     }
     let agent = Agent::start(&topology.node, &manifests.path(), &[]).unwrap();
     let listeners = [9001, 9002].map(|port| topology.node_address(port));
@@ -170,28 +139,14 @@ fn two_mariadb_servers_on_one_target_port_are_two_things() {
     let mut billing = Session::open(client, listeners[1]).unwrap();
     let identity = "SELECT CONCAT(@@server_id, ' ', CONNECTION_ID())";
     let before = [orders.ask(identity).unwrap(), billing.ask(identity).unwrap()];
-    assert!(
-        before[0].starts_with("101 ") && before[1].starts_with("202 "),
-        "{before:?}"
-    );
-    manifests
-        .route(
-            "orders",
-            &[BackendRef {
-                service: "billing",
-                weight: 1,
-            }],
-        )
-        .unwrap();
+    assert!(before[0].starts_with("101 ") && before[1].starts_with("202 "), "{before:?}");
+    manifests.route("orders", &[BackendRef { service: "billing", weight: 1 }]).unwrap();
     agent.wait_endpoints("default/gw/orders", &endpoints[1..]);
     for _ in 0..10 {
         assert_eq!(query(client, listeners[0], "SELECT @@server_id").unwrap(), "202");
         assert_eq!(query(client, listeners[1], "SELECT @@server_id").unwrap(), "202");
     }
-    assert_eq!(
-        [orders.ask(identity).unwrap(), billing.ask(identity).unwrap()],
-        before
-    );
+    assert_eq!([orders.ask(identity).unwrap(), billing.ask(identity).unwrap()], before);
     drop((one, two));
 }
 
@@ -207,26 +162,12 @@ fn redis_pipelines_and_many_clients_work() {
     let agent = Agent::start(&topology.node, &manifests.path(), &[]).unwrap();
     let listener = topology.node_address(LISTENER_PORT);
     // One message at a time, then sixteen in one packet, then a new connection for each request.
-    for extra in [
-        ["-P", "1", "-k", "1"],
-        ["-P", "16", "-k", "1"],
-        ["-P", "1", "-k", "0"],
-    ] {
+    for extra in [["-P", "1", "-k", "1"], ["-P", "16", "-k", "1"], ["-P", "1", "-k", "0"]] {
         let mut benchmark = Command::new("redis-benchmark");
-        benchmark
-            .args(["-q", "-n", "5000", "-c", "50", "-t", "ping_inline,set,get"])
-            .args(extra);
-        benchmark
-            .arg("-h")
-            .arg(listener.ip().to_string())
-            .arg("-p")
-            .arg(listener.port().to_string());
+        benchmark.args(["-q", "-n", "5000", "-c", "50", "-t", "ping_inline,set,get"]).args(extra);
+        benchmark.arg("-h").arg(listener.ip().to_string()).arg("-p").arg(listener.port().to_string());
         let output = topology.client.stdout(&mut benchmark).unwrap();
-        assert_eq!(
-            output.matches("requests per second").count(),
-            3,
-            "{extra:?}: {output}"
-        );
+        assert_eq!(output.matches("requests per second").count(), 3, "{extra:?}: {output}");
         assert!(!output.contains("rror"), "{extra:?}: {output}");
     }
     drop((agent, server));
@@ -249,26 +190,9 @@ fn postgresql_answers_its_client() {
     let listener = topology.node_address(LISTENER_PORT);
     let psql = |sql: &str| {
         let mut command = Command::new("psql");
-        command.args([
-            "-X",
-            "-A",
-            "-t",
-            "-U",
-            "postgres",
-            "-d",
-            "postgres",
-            "-v",
-            "ON_ERROR_STOP=1",
-        ]);
-        command
-            .arg("-h")
-            .arg(listener.ip().to_string())
-            .arg("-p")
-            .arg(listener.port().to_string());
-        topology
-            .client
-            .stdout(command.args(["-c", sql]))
-            .map(|output| output.trim().to_owned())
+        command.args(["-X", "-A", "-t", "-U", "postgres", "-d", "postgres", "-v", "ON_ERROR_STOP=1"]);
+        command.arg("-h").arg(listener.ip().to_string()).arg("-p").arg(listener.port().to_string());
+        topology.client.stdout(command.args(["-c", sql])).map(|output| output.trim().to_owned())
     };
     psql("CREATE TABLE source AS SELECT n, md5(n::text) AS text FROM generate_series(1, 200000) AS n")
         .unwrap();

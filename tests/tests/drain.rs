@@ -16,9 +16,7 @@ const WAIT: Duration = Duration::from_secs(10);
 #[track_caller]
 fn wait_refused(forwarding: &Forwarding) {
     wait_until("new connections are refused", WAIT, || {
-        forwarding
-            .connect()
-            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+        forwarding.connect().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
     });
 }
 
@@ -26,13 +24,7 @@ fn wait_refused(forwarding: &Forwarding) {
 fn files(folder: &Path) -> Vec<std::path::PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries
-        .flat_map(|entry| {
-            if entry.path().is_dir() {
-                files(&entry.path())
-            } else {
-                vec![entry.path()]
-            }
-        })
+        .flat_map(|entry| if entry.path().is_dir() { files(&entry.path()) } else { vec![entry.path()] })
         .collect()
 }
 
@@ -50,17 +42,10 @@ fn a_drain_refuses_new_connections_and_ends_with_the_last_old_one() {
     client::ping(&session, b"during the drain").unwrap();
     assert!(forwarding.agent.is_running());
     drop(session);
-    let status = forwarding
-        .agent
-        .wait(WAIT)
-        .expect("the agent ends once its last connection has");
+    let status = forwarding.agent.wait(WAIT).expect("the agent ends once its last connection has");
     assert_eq!(status.code(), Some(0), "{status}");
     assert!(start.elapsed() < Duration::from_secs(30));
-    assert_eq!(
-        files(forwarding.agent.pin_dir()),
-        Vec::<std::path::PathBuf>::new(),
-        "pins are left"
-    );
+    assert_eq!(files(forwarding.agent.pin_dir()), Vec::<std::path::PathBuf>::new(), "pins are left");
 }
 
 #[test]
@@ -89,14 +74,8 @@ fn what_outlasts_the_drain_is_reset_bit_by_bit() {
     forwarding.agent.terminate().unwrap();
     let ends: Vec<(End, Duration)> = thread::scope(|scope| {
         let watch = |session| (client::end(session, WAIT).expect("an end"), start.elapsed());
-        let watchers: Vec<_> = sessions
-            .iter()
-            .map(|session| scope.spawn(move || watch(session)))
-            .collect();
-        watchers
-            .into_iter()
-            .map(|watcher| watcher.join().unwrap())
-            .collect()
+        let watchers: Vec<_> = sessions.iter().map(|session| scope.spawn(move || watch(session))).collect();
+        watchers.into_iter().map(|watcher| watcher.join().unwrap()).collect()
     });
     let status = forwarding.agent.wait(WAIT).expect("the drain has a deadline");
     assert_eq!(status.code(), Some(0), "{status}");
@@ -105,15 +84,8 @@ fn what_outlasts_the_drain_is_reset_bit_by_bit() {
     let last = ends.iter().map(|(_, at)| at.as_millis()).max().unwrap();
     println!("closed between {first} ms and {last} ms");
     assert!(last < 8000, "the last after {last} ms");
-    assert!(
-        last > first + 200,
-        "all at once: between {first} ms and {last} ms"
-    );
-    assert_eq!(
-        files(forwarding.agent.pin_dir()),
-        Vec::<std::path::PathBuf>::new(),
-        "pins are left"
-    );
+    assert!(last > first + 200, "all at once: between {first} ms and {last} ms");
+    assert_eq!(files(forwarding.agent.pin_dir()), Vec::<std::path::PathBuf>::new(), "pins are left");
 }
 
 #[test]
@@ -128,10 +100,7 @@ fn a_second_signal_ends_the_drain_at_once() {
     wait_refused(&forwarding);
     assert!(forwarding.agent.is_running());
     forwarding.agent.terminate().unwrap();
-    let status = forwarding
-        .agent
-        .wait(Duration::from_secs(3))
-        .expect("the second signal does not wait");
+    let status = forwarding.agent.wait(Duration::from_secs(3)).expect("the second signal does not wait");
     println!("{status}");
     assert_ne!(client::end(&session, WAIT).unwrap(), End::Open);
 }

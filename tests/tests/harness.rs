@@ -40,10 +40,7 @@ fn endings_are_told_apart() {
     let topology = Topology::new().unwrap();
     let address = topology.backend1_address(5000);
     let refused = peer::refused(&topology.backend1, address).unwrap();
-    assert_eq!(
-        client::end_of_new(&topology.client, refused, WAIT).unwrap(),
-        End::Reset
-    );
+    assert_eq!(client::end_of_new(&topology.client, refused, WAIT).unwrap(), End::Reset);
 
     let (sender, ends) = std::sync::mpsc::channel();
     let server = Server::start(&topology.backend1, address, move |stream| {
@@ -73,8 +70,5 @@ fn servers_do_what_they_say() {
     client::ping(&stream, b"hello").unwrap();
     wait_until("both are accepted", WAIT, || server.accepted() == 2);
     drop(server);
-    assert_eq!(
-        client::end_of_new(&topology.client, address, WAIT).unwrap(),
-        End::Reset
-    );
+    assert_eq!(client::end_of_new(&topology.client, address, WAIT).unwrap(), End::Reset);
 }

@@ -51,15 +51,8 @@ impl Contest {
         command.arg("-db").arg("-f").arg(&file);
         let log = manifests.beside("haproxy.log");
         let haproxy = Process::start(&topology.node, &mut command, &log).expect("start haproxy");
-        wait_until("haproxy listens", TIMEOUT, || {
-            !topology.node.listening_inodes(HAPROXY_PORT).is_empty()
-        });
-        Self {
-            _agent: agent,
-            _haproxy: haproxy,
-            _manifests: manifests,
-            topology,
-        }
+        wait_until("haproxy listens", TIMEOUT, || !topology.node.listening_inodes(HAPROXY_PORT).is_empty());
+        Self { _agent: agent, _haproxy: haproxy, _manifests: manifests, topology }
     }
 
     /// Measures both in turn and compares them.
@@ -91,21 +84,12 @@ impl Contest {
         let ours = best(&mut rounds.iter().map(|round| round.0));
         let theirs = best(&mut rounds.iter().map(|round| round.1));
         println!("{what}: forwarder and haproxy: {rounds:.0?}");
-        println!(
-            "{what}: ratio {median:.2} (median), {:.2} (best: {ours:.0} to {theirs:.0})",
-            ours / theirs
-        );
-        if binary()
-            .components()
-            .any(|component| component.as_os_str() == "debug")
-        {
+        println!("{what}: ratio {median:.2} (median), {:.2} (best: {ours:.0} to {theirs:.0})", ours / theirs);
+        if binary().components().any(|component| component.as_os_str() == "debug") {
             println!("not asserted: a debug build");
             return;
         }
-        assert!(
-            median.max(ours / theirs) >= LEAST_RATIO,
-            "{what}: {median:.2} of haproxy's"
-        );
+        assert!(median.max(ours / theirs) >= LEAST_RATIO, "{what}: {median:.2} of haproxy's");
     }
 }
 
@@ -155,10 +139,7 @@ fn the_rate_of_short_connections_is_not_below_haproxys() {
     let _guard = serialise(&HEAVY);
     let contest = Contest::start();
     let topology = &contest.topology;
-    let listener = topology
-        .backend1
-        .bind(topology.backend1_address(ENDPOINT_PORT))
-        .unwrap();
+    let listener = topology.backend1.bind(topology.backend1_address(ENDPOINT_PORT)).unwrap();
     for _ in 0..ACCEPTORS {
         let listener = listener.try_clone().unwrap();
         // They end with the process: nobody waits for them.
@@ -177,10 +158,7 @@ fn the_rate_of_short_connections_is_not_below_haproxys() {
         let connections: u32 = client.run(|| {
             thread::scope(|scope| {
                 let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(request)).collect();
-                clients
-                    .into_iter()
-                    .map(|client| client.join().expect("a client does not panic"))
-                    .sum()
+                clients.into_iter().map(|client| client.join().expect("a client does not panic")).sum()
             })
         });
         f64::from(connections) / start.elapsed().as_secs_f64()
@@ -192,9 +170,7 @@ fn answer(listener: &TcpListener) {
     while let Ok((mut stream, _)) = listener.accept() {
         let mut byte = [0];
         // What goes wrong here fails the client.
-        let _ = stream
-            .read_exact(&mut byte)
-            .and_then(|()| stream.write_all(&byte));
+        let _ = stream.read_exact(&mut byte).and_then(|()| stream.write_all(&byte));
     }
 }
 
@@ -229,8 +205,5 @@ fn the_forwarder_adds_little_to_a_round_trip() {
     let routed = measure(forwarding.topology.backend1_address(ENDPOINT_PORT));
     let forwarded = measure(forwarding.address());
     println!("one round trip: routed {routed:?}, forwarded {forwarded:?}");
-    assert!(
-        forwarded < routed + Duration::from_millis(2),
-        "routed {routed:?}, forwarded {forwarded:?}"
-    );
+    assert!(forwarded < routed + Duration::from_millis(2), "routed {routed:?}, forwarded {forwarded:?}");
 }

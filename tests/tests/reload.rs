@@ -33,24 +33,10 @@ impl Pair {
         manifests.gateway(&[("a", 9001), ("b", 9002)]).expect("a gateway");
         for (name, server) in [("a", &one), ("b", &two)] {
             manifests.service(name, &[server.address()]).expect("a service");
-            manifests
-                .route(
-                    name,
-                    &[BackendRef {
-                        service: name,
-                        weight: 1,
-                    }],
-                )
-                .expect("a route");
+            manifests.route(name, &[BackendRef { service: name, weight: 1 }]).expect("a route");
         }
         let agent = Agent::start(&topology.node, &manifests.path(), &[]).expect("an agent");
-        Self {
-            agent,
-            one,
-            two,
-            manifests,
-            topology,
-        }
+        Self { agent, one, two, manifests, topology }
     }
 
     fn address(&self, port: u16) -> SocketAddr {
@@ -106,18 +92,8 @@ fn added_and_removed_listeners_leave_the_others_and_their_connections_alone() {
             });
         }
         for _ in 0..5 {
-            pair.manifests
-                .gateway(&[("a", 9001), ("b", 9002), ("c", 9003)])
-                .unwrap();
-            pair.manifests
-                .route(
-                    "c",
-                    &[BackendRef {
-                        service: "a",
-                        weight: 1,
-                    }],
-                )
-                .unwrap();
+            pair.manifests.gateway(&[("a", 9001), ("b", 9002), ("c", 9003)]).unwrap();
+            pair.manifests.route("c", &[BackendRef { service: "a", weight: 1 }]).unwrap();
             pair.wait_identity(9003, "one");
             pair.manifests.gateway(&[("a", 9001), ("b", 9002)]).unwrap();
             pair.manifests.remove("route-c").unwrap();
@@ -155,10 +131,7 @@ fn a_removed_endpoint_keeps_its_connections_and_gets_no_new_ones() {
     pair.agent.wait_endpoints(ONE, &both[1..]);
     let before = pair.one.accepted();
     for _ in 0..50 {
-        assert_eq!(
-            client::identity(&pair.topology.client, pair.address(9001)).unwrap(),
-            "two"
-        );
+        assert_eq!(client::identity(&pair.topology.client, pair.address(9001)).unwrap(), "two");
     }
     assert_eq!(pair.one.accepted(), before);
     for session in &sessions {
@@ -174,22 +147,11 @@ fn a_routes_new_backend_affects_new_connections_of_its_listener_only() {
     let pair = Pair::start();
     let (first, second) = (pair.session(9001, "one"), pair.session(9002, "two"));
     let before = pair.inodes();
-    pair.manifests
-        .route(
-            "a",
-            &[BackendRef {
-                service: "b",
-                weight: 1,
-            }],
-        )
-        .unwrap();
+    pair.manifests.route("a", &[BackendRef { service: "b", weight: 1 }]).unwrap();
     pair.wait_identity(9001, "two");
     client::ping(&first, b"still here").unwrap();
     client::ping(&second, b"still here").unwrap();
-    assert_eq!(
-        client::identity(&pair.topology.client, pair.address(9002)).unwrap(),
-        "two"
-    );
+    assert_eq!(client::identity(&pair.topology.client, pair.address(9002)).unwrap(), "two");
     assert_eq!(pair.inodes(), before);
 
     // Without its route the listener stays, and rejects.
@@ -210,34 +172,16 @@ fn an_invalid_document_keeps_the_last_good_state() {
     let pair = Pair::start();
     let before = pair.inodes();
     let session = pair.session(9001, "one");
-    let problems = || {
-        pair.agent.state().unwrap()["problems"]
-            .as_array()
-            .map_or(0, Vec::len)
-    };
+    let problems = || pair.agent.state().unwrap()["problems"].as_array().map_or(0, Vec::len);
     assert_eq!(problems(), 0, "{}", pair.agent.state().unwrap());
     for broken in ["kind: TCPRoute\nspec: [unclosed", "\u{0}", "- just\n- a list\n"] {
         pair.manifests.write("route-a", broken).unwrap();
         wait_until("the problem is reported", DEADLINE, || problems() > 0);
-        assert_eq!(
-            client::identity(&pair.topology.client, pair.address(9001)).unwrap(),
-            "one"
-        );
-        assert_eq!(
-            client::identity(&pair.topology.client, pair.address(9002)).unwrap(),
-            "two"
-        );
+        assert_eq!(client::identity(&pair.topology.client, pair.address(9001)).unwrap(), "one");
+        assert_eq!(client::identity(&pair.topology.client, pair.address(9002)).unwrap(), "two");
         client::ping(&session, b"still here").unwrap();
         assert_eq!(pair.inodes(), before);
-        pair.manifests
-            .route(
-                "a",
-                &[BackendRef {
-                    service: "a",
-                    weight: 1,
-                }],
-            )
-            .unwrap();
+        pair.manifests.route("a", &[BackendRef { service: "a", weight: 1 }]).unwrap();
         wait_until("the problem is gone", DEADLINE, || problems() == 0);
     }
 }
@@ -250,17 +194,10 @@ fn a_removed_listener_closes_its_port_and_its_connections_may_finish() {
     let pair = Pair::start();
     let (first, second) = (pair.session(9001, "one"), pair.session(9002, "two"));
     pair.manifests.gateway(&[("a", 9001)]).unwrap();
-    wait_until("port 9002 is closed", DEADLINE, || {
-        pair.topology.node.listening_inodes(9002).is_empty()
-    });
+    wait_until("port 9002 is closed", DEADLINE, || pair.topology.node.listening_inodes(9002).is_empty());
     let error = client::connect(&pair.topology.client, pair.address(9002)).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
-    assert!(
-        pair.agent
-            .listener(TWO)
-            .unwrap()
-            .is_none_or(|listener| listener["bound"] != true)
-    );
+    assert!(pair.agent.listener(TWO).unwrap().is_none_or(|listener| listener["bound"] != true));
     client::ping(&first, b"still here").unwrap();
     client::ping(&second, b"still here").unwrap();
 
@@ -279,32 +216,11 @@ fn a_port_in_use_is_reported_and_taken_once_it_is_free() {
     let manifests = Manifests::new().unwrap();
     manifests.gateway(&[("a", 9001), ("b", 9002)]).unwrap();
     manifests.service("a", &[endpoint]).unwrap();
-    manifests
-        .route(
-            "a",
-            &[BackendRef {
-                service: "a",
-                weight: 1,
-            }],
-        )
-        .unwrap();
-    manifests
-        .route(
-            "b",
-            &[BackendRef {
-                service: "a",
-                weight: 1,
-            }],
-        )
-        .unwrap();
-    let squatter = topology
-        .node
-        .bind(SocketAddr::from(([0, 0, 0, 0], 9002)))
-        .unwrap();
+    manifests.route("a", &[BackendRef { service: "a", weight: 1 }]).unwrap();
+    manifests.route("b", &[BackendRef { service: "a", weight: 1 }]).unwrap();
+    let squatter = topology.node.bind(SocketAddr::from(([0, 0, 0, 0], 9002))).unwrap();
 
-    let agent = AgentCommand::new(&[])
-        .spawn(&topology.node, &manifests.path())
-        .unwrap();
+    let agent = AgentCommand::new(&[]).spawn(&topology.node, &manifests.path()).unwrap();
     agent.wait_bound(ONE);
     wait_until("the state tells of the port in use", DEADLINE, || {
         let listener = agent.listener(TWO).unwrap().unwrap_or_default();
@@ -313,26 +229,14 @@ fn a_port_in_use_is_reported_and_taken_once_it_is_free() {
     });
     let ready = agent.ready().unwrap();
     assert_eq!(ready.status, 503, "{}", ready.body);
-    assert!(
-        ready.body.contains("9002"),
-        "the reason names the port: {}",
-        ready.body
-    );
-    assert_eq!(
-        client::identity(&topology.client, topology.node_address(9001)).unwrap(),
-        "one"
-    );
+    assert!(ready.body.contains("9002"), "the reason names the port: {}", ready.body);
+    assert_eq!(client::identity(&topology.client, topology.node_address(9001)).unwrap(), "one");
 
     drop(squatter);
-    wait_until(
-        "the listener is bound once the port is free",
-        Duration::from_secs(20),
-        || agent.ready().is_ok_and(|ready| ready.status == 200),
-    );
-    assert_eq!(
-        client::identity(&topology.client, topology.node_address(9002)).unwrap(),
-        "one"
-    );
+    wait_until("the listener is bound once the port is free", Duration::from_secs(20), || {
+        agent.ready().is_ok_and(|ready| ready.status == 200)
+    });
+    assert_eq!(client::identity(&topology.client, topology.node_address(9002)).unwrap(), "one");
     assert!(agent.listener(TWO).unwrap().unwrap()["error"].is_null());
     drop(server);
 }

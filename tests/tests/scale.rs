@@ -25,10 +25,7 @@ fn five_thousand_connections_all_pass_data_and_all_end() {
     }
     let _guard = serialise(&HEAVY);
     let limit = raise_descriptor_limit().unwrap();
-    assert!(
-        limit > 2 * CONNECTIONS as u64 + 500,
-        "this test opens two sockets for each connection: {limit}"
-    );
+    assert!(limit > 2 * CONNECTIONS as u64 + 500, "this test opens two sockets for each connection: {limit}");
     let topology = Topology::new().unwrap();
     let endpoint = topology.backend1_address(ENDPOINT_PORT);
     let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).unwrap();
@@ -43,20 +40,13 @@ fn five_thousand_connections_all_pass_data_and_all_end() {
             (0..CONNECTIONS / THREADS).map(attempt).collect::<Vec<_>>()
         };
         let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(connect)).collect();
-        threads
-            .into_iter()
-            .flat_map(|thread| thread.join().unwrap())
-            .collect()
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
     });
     println!("{CONNECTIONS} connections in {:?}", start.elapsed());
-    wait_until("all are active", WAIT, || {
-        agent.active().unwrap() == i64::try_from(CONNECTIONS).unwrap()
-    });
+    wait_until("all are active", WAIT, || agent.active().unwrap() == i64::try_from(CONNECTIONS).unwrap());
     for round in 0..2 {
         for (number, mut stream) in streams.iter().enumerate() {
-            stream
-                .write_all(format!("{round} {number:>8}").as_bytes())
-                .unwrap();
+            stream.write_all(format!("{round} {number:>8}").as_bytes()).unwrap();
         }
         for (number, mut stream) in streams.iter().enumerate() {
             let mut answer = [0; 10];
@@ -118,17 +108,12 @@ fn more_clients_than_descriptors_are_served_once_others_leave() {
     println!("{answered} of {CLIENTS} answered, {refused} reset");
     assert!(answered >= 50, "{answered} of {CLIENTS} answered");
     assert!(agent.is_running());
-    wait_until("the agent recovers", WAIT, || {
-        agent.active().is_ok_and(|active| active == 0)
-    });
+    wait_until("the agent recovers", WAIT, || agent.active().is_ok_and(|active| active == 0));
     for _ in 0..50 {
         client::ping(&client::connect(&topology.client, address).unwrap(), b"after").unwrap();
     }
     // It slept or waited through the shortage instead of spinning.
-    assert!(
-        agent.log().lines().count() < 5 * CLIENTS,
-        "the shortage flooded the log"
-    );
+    assert!(agent.log().lines().count() < 5 * CLIENTS, "the shortage flooded the log");
 }
 
 #[test]
@@ -145,9 +130,7 @@ fn clients_held_without_descriptors_do_not_burn_the_processor() {
     let command = AgentCommand::new(&[]).wrapped(&["prlimit", "--nofile=256:256"]);
     let agent = command.start(&topology.node, &manifests.path()).unwrap();
     let address = topology.node_address(LISTENER_PORT);
-    let streams: Vec<_> = (0..300)
-        .map(|_| client::connect(&topology.client, address).unwrap())
-        .collect();
+    let streams: Vec<_> = (0..300).map(|_| client::connect(&topology.client, address).unwrap()).collect();
     let start = Instant::now();
     let before = processor_ticks(agent.id());
     // Two seconds in which nothing happens but the shortage.
@@ -160,9 +143,7 @@ fn clients_held_without_descriptors_do_not_burn_the_processor() {
     // A change that cannot be read now must not look like a folder without listeners.
     let before = topology.node.listening_inodes(LISTENER_PORT);
     assert!(!before.is_empty());
-    manifests
-        .service("a", &[endpoint, topology.backend2_address(ENDPOINT_PORT)])
-        .unwrap();
+    manifests.service("a", &[endpoint, topology.backend2_address(ENDPOINT_PORT)]).unwrap();
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(1) {
         assert_eq!(topology.node.listening_inodes(LISTENER_PORT), before);
@@ -176,10 +157,5 @@ fn clients_held_without_descriptors_do_not_burn_the_processor() {
 fn processor_ticks(pid: u32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("a running process");
     let (_, fields) = stat.rsplit_once(") ").expect("a name in parentheses");
-    fields
-        .split(' ')
-        .skip(11)
-        .take(2)
-        .map(|ticks| ticks.parse::<u64>().expect("a number"))
-        .sum()
+    fields.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<u64>().expect("a number")).sum()
 }

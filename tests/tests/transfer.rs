@@ -71,21 +71,10 @@ fn many_concurrent_transfers_of_random_sizes_arrive_unchanged() {
                     })
                 })
                 .collect();
-            transfers
-                .into_iter()
-                .filter_map(|transfer| transfer.join().unwrap())
-                .collect()
+            transfers.into_iter().filter_map(|transfer| transfer.join().unwrap()).collect()
         });
-        assert!(
-            errors.is_empty(),
-            "{datapath}: {} of 200 failed: {errors:#?}",
-            errors.len()
-        );
-        assert_eq!(
-            forwarding.server.accepted(),
-            200,
-            "{datapath}: each client has one upstream connection"
-        );
+        assert!(errors.is_empty(), "{datapath}: {} of 200 failed: {errors:#?}", errors.len());
+        assert_eq!(forwarding.server.accepted(), 200, "{datapath}: each client has one upstream connection");
     }
 }
 

@@ -16,36 +16,12 @@ struct Step {
 }
 
 const STEPS: [Step; 9] = [
-    Step {
-        name: "setup",
-        repeat: "cargo xtask setup --for ci",
-        perform: || setup(Need::Ci, Mode::Install),
-    },
-    Step {
-        name: "fmt",
-        repeat: "cargo fmt --all --check",
-        perform: || cargo(&["fmt", "--all", "--check"]),
-    },
-    Step {
-        name: "tidy",
-        repeat: "cargo xtask tidy",
-        perform: tidy::tidy,
-    },
-    Step {
-        name: "deny",
-        repeat: "cargo deny check bans licenses sources",
-        perform: deny,
-    },
-    Step {
-        name: "clippy-ebpf",
-        repeat: "cargo xtask clippy-ebpf",
-        perform: ebpf::clippy,
-    },
-    Step {
-        name: "build-ebpf",
-        repeat: "cargo xtask build-ebpf",
-        perform: || ebpf::build().map(drop),
-    },
+    Step { name: "setup", repeat: "cargo xtask setup --for ci", perform: || setup(Need::Ci, Mode::Install) },
+    Step { name: "fmt", repeat: "cargo fmt --all --check", perform: || cargo(&["fmt", "--all", "--check"]) },
+    Step { name: "tidy", repeat: "cargo xtask tidy", perform: tidy::tidy },
+    Step { name: "deny", repeat: "cargo deny check bans licenses sources", perform: deny },
+    Step { name: "clippy-ebpf", repeat: "cargo xtask clippy-ebpf", perform: ebpf::clippy },
+    Step { name: "build-ebpf", repeat: "cargo xtask build-ebpf", perform: || ebpf::build().map(drop) },
     Step {
         name: "clippy",
         repeat: "cargo clippy --workspace --exclude forwarder-ebpf --all-targets -- -D warnings",
@@ -67,11 +43,7 @@ const STEPS: [Step; 9] = [
         repeat: "RUSTDOCFLAGS='-D warnings' cargo doc --workspace --exclude forwarder-ebpf --no-deps",
         perform: || cargo(&["doc", "--workspace", "--exclude", "forwarder-ebpf", "--no-deps"]),
     },
-    Step {
-        name: "test",
-        repeat: "cargo xtask test",
-        perform: || test::test(None, &[]),
-    },
+    Step { name: "test", repeat: "cargo xtask test", perform: || test::test(None, &[]) },
 ];
 
 /// Performs every step until one fails.
@@ -112,8 +84,6 @@ fn cargo(arguments: &[&str]) -> Result<()> {
 
 fn deny() -> Result<()> {
     let mut command = Command::new(cargo_deny()?);
-    command
-        .args(["check", "bans", "licenses", "sources"])
-        .current_dir(workspace::root());
+    command.args(["check", "bans", "licenses", "sources"]).current_dir(workspace::root());
     process::run(&mut command)
 }

@@ -20,11 +20,7 @@ pub(crate) fn build() -> Result<PathBuf> {
     let (compiler, linker) = tools()?;
     process::run(&mut cargo(&compiler, &linker, "build", &[])).with_context(|| {
         let llvm = compiler.version.llvm;
-        format!(
-            "building with {} (LLVM {llvm}) and {}",
-            compiler.rustc.display(),
-            linker.display()
-        )
+        format!("building with {} (LLVM {llvm}) and {}", compiler.rustc.display(), linker.display())
     })?;
     let object = workspace::ebpf_object();
     if !object.is_file() {
@@ -39,15 +35,10 @@ pub(crate) fn clippy() -> Result<()> {
     if let Some(driver) = compiler.sibling("clippy-driver") {
         // What `cargo clippy` does, which would take the driver of another toolchain.
         let mut command = cargo(&compiler, &linker, "check", &[]);
-        command
-            .env("RUSTC_WORKSPACE_WRAPPER", driver)
-            .env("CLIPPY_ARGS", "-Dwarnings__CLIPPY_HACKERY__");
+        command.env("RUSTC_WORKSPACE_WRAPPER", driver).env("CLIPPY_ARGS", "-Dwarnings__CLIPPY_HACKERY__");
         process::run(&mut command)
     } else {
-        eprintln!(
-            "WARNING: {} has no clippy: compiler warnings only",
-            compiler.rustc.display()
-        );
+        eprintln!("WARNING: {} has no clippy: compiler warnings only", compiler.rustc.display());
         process::run(&mut cargo(&compiler, &linker, "check", &["-Dwarnings"]))
     }
 }
@@ -55,9 +46,7 @@ pub(crate) fn clippy() -> Result<()> {
 /// Builds the agent, with the object embedded if there is one, and yields the binary.
 pub(crate) fn build_agent(profile: Profile, object: Option<&Path>) -> Result<PathBuf> {
     let mut command = Command::new(workspace::cargo());
-    command
-        .args(["build", "--package", "forwarder-agent"])
-        .current_dir(workspace::root());
+    command.args(["build", "--package", "forwarder-agent"]).current_dir(workspace::root());
     match profile {
         Profile::Dev => {}
         Profile::Release => {
@@ -90,14 +79,7 @@ fn cargo(compiler: &Compiler, linker: &Path, subcommand: &str, flags: &[&str]) -
 
     let mut command = Command::new(compiler.cargo());
     command
-        .args([
-            subcommand,
-            "--package",
-            "forwarder-ebpf",
-            "--release",
-            "--target",
-            TARGET,
-        ])
+        .args([subcommand, "--package", "forwarder-ebpf", "--release", "--target", TARGET])
         .args(["-Z", "build-std=core", "--target-dir"])
         .arg(workspace::ebpf_target_directory())
         .current_dir(workspace::root())

@@ -50,20 +50,8 @@ pub(crate) fn install(llvm: u32, llvm_prefix: &Path) -> Result<PathBuf> {
     let (major, minor) = VERSION;
     let mut command = Command::new(workspace::cargo());
     command
-        .args([
-            "install",
-            "bpf-linker",
-            "--version",
-            &format!("{major}.{minor}.0"),
-            "--locked",
-            "--force",
-        ])
-        .args([
-            "--no-default-features",
-            "--features",
-            &format!("llvm-{llvm}"),
-            "--root",
-        ])
+        .args(["install", "bpf-linker", "--version", &format!("{major}.{minor}.0"), "--locked", "--force"])
+        .args(["--no-default-features", "--features", &format!("llvm-{llvm}"), "--root"])
         .arg(&tools)
         .env("LLVM_PREFIX", llvm_prefix);
     process::run_within(&mut command, Duration::from_mins(15))?;
@@ -90,9 +78,7 @@ fn parse_record(record: &str) -> Option<u32> {
     let (_, entry) = record.split_once(r#""bpf-linker "#)?;
     let (_, features) = entry.split_once(r#""features":["#)?;
     let (features, _) = features.split_once(']')?;
-    features
-        .split(',')
-        .find_map(|feature| feature.trim_matches('"').strip_prefix("llvm-")?.parse().ok())
+    features.split(',').find_map(|feature| feature.trim_matches('"').strip_prefix("llvm-")?.parse().ok())
 }
 
 fn parse_version(output: &str) -> Option<(u32, u32)> {

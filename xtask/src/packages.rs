@@ -27,10 +27,7 @@ pub(crate) fn missing(packages: Vec<String>) -> Vec<String> {
         process::read(Command::new("dpkg-query").args(["-W", "-f", "${db:Status-Status}", package]))
             .is_ok_and(|status| status == "installed")
     };
-    packages
-        .into_iter()
-        .filter(|package| !installed(package))
-        .collect()
+    packages.into_iter().filter(|package| !installed(package)).collect()
 }
 
 /// Whether the distribution offers the package.
@@ -72,15 +69,11 @@ fn refresh() {
     }
     ONCE.call_once(|| {
         let mut command = Command::new("apt-get");
-        command
-            .args([
-                "-qq",
-                "-o",
-                "Acquire::Retries=1",
-                "-o",
-                "Acquire::http::Timeout=30",
-            ])
-            .args(["-o", "DPkg::Lock::Timeout=120", "update"]);
+        command.args(["-qq", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=30"]).args([
+            "-o",
+            "DPkg::Lock::Timeout=120",
+            "update",
+        ]);
         if let Err(error) = process::run(&mut command) {
             eprintln!("warning: {error:#}");
         }

@@ -15,9 +15,7 @@ const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 /// Shows the command, runs it, and fails when it does.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     eprintln!("$ {}", line(command));
-    let status = command
-        .status()
-        .with_context(|| format!("running `{}`", line(command)))?;
+    let status = command.status().with_context(|| format!("running `{}`", line(command)))?;
     if !status.success() {
         bail!("`{}` failed ({status})", line(command));
     }
@@ -27,10 +25,8 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 /// As [`run`], and ends the command when it takes longer than `limit`.
 pub(crate) fn run_within(command: &mut Command, limit: Duration) -> Result<()> {
     eprintln!("$ {}", line(command));
-    let mut child = command
-        .stdin(Stdio::null())
-        .spawn()
-        .with_context(|| format!("running `{}`", line(command)))?;
+    let mut child =
+        command.stdin(Stdio::null()).spawn().with_context(|| format!("running `{}`", line(command)))?;
     let deadline = Instant::now() + limit;
     loop {
         match child.try_wait()? {
@@ -48,10 +44,8 @@ pub(crate) fn run_within(command: &mut Command, limit: Duration) -> Result<()> {
 
 /// What the command writes to its standard output, trimmed; fails with what it writes to its standard error.
 pub(crate) fn read(command: &mut Command) -> Result<String> {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("running `{}`", line(command)))?;
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("running `{}`", line(command)))?;
     if !output.status.success() {
         let error = String::from_utf8_lossy(&output.stderr);
         bail!("`{}` failed ({}): {}", line(command), output.status, error.trim());
@@ -75,10 +69,8 @@ pub(crate) fn is_root() -> bool {
 
 /// The command as one would type it, without its environment.
 pub(crate) fn line(command: &Command) -> String {
-    let words: Vec<String> = std::iter::once(command.get_program())
-        .chain(command.get_args())
-        .map(quote)
-        .collect();
+    let words: Vec<String> =
+        std::iter::once(command.get_program()).chain(command.get_args()).map(quote).collect();
     words.join(" ")
 }
 

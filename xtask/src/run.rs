@@ -61,24 +61,14 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
 fn start(binary: &Path, arguments: &[OsString]) -> Result<Child> {
     let mut command = Command::new(binary);
     command
-        .args([
-            "agent",
-            "--manifests",
-            "examples/quickstart",
-            "--admin",
-            ADMIN,
-            "--drain-timeout",
-            "2s",
-        ])
+        .args(["agent", "--manifests", "examples/quickstart", "--admin", ADMIN, "--drain-timeout", "2s"])
         .args(arguments)
         .current_dir(workspace::root())
         .stdin(Stdio::null())
         // The terminal's Ctrl-C shall not reach the agent beside our SIGTERM: a second signal ends it without a drain.
         .process_group(0);
     eprintln!("$ {}", process::line(&command));
-    command
-        .spawn()
-        .with_context(|| format!("starting {}", binary.display()))
+    command.spawn().with_context(|| format!("starting {}", binary.display()))
 }
 
 /// Introduces the agent when it is ready, and returns when it is interrupted.
@@ -104,10 +94,7 @@ fn attend(agent: &mut Child, binary: &Path, interrupted: &AtomicBool) -> Result<
 
 fn introduce(binary: &Path) {
     println!();
-    let explained = Command::new(binary)
-        .args(["explain", "--admin", ADMIN])
-        .stdin(Stdio::null())
-        .status();
+    let explained = Command::new(binary).args(["explain", "--admin", ADMIN]).stdin(Stdio::null()).status();
     match explained {
         Ok(status) if status.success() => {}
         Ok(status) => eprintln!("warning: `forwarder explain` failed ({status})"),
@@ -130,10 +117,7 @@ fn stop(agent: &mut Child) -> Result<()> {
         if Instant::now() > deadline {
             agent.kill()?;
             agent.wait()?;
-            bail!(
-                "the agent did not end within {} s and was killed",
-                STOP_LIMIT.as_secs()
-            );
+            bail!("the agent did not end within {} s and was killed", STOP_LIMIT.as_secs());
         }
         thread::sleep(POLL);
     }
@@ -145,10 +129,7 @@ fn get(path: &str) -> Result<String> {
     let address: SocketAddr = ADMIN.parse()?;
     let mut connection = TcpStream::connect_timeout(&address, Duration::from_secs(1))?;
     connection.set_read_timeout(Some(Duration::from_secs(2)))?;
-    write!(
-        connection,
-        "GET {path} HTTP/1.1\r\nHost: {ADMIN}\r\nConnection: close\r\n\r\n"
-    )?;
+    write!(connection, "GET {path} HTTP/1.1\r\nHost: {ADMIN}\r\nConnection: close\r\n\r\n")?;
     let mut answer = Vec::new();
     connection.read_to_end(&mut answer)?;
     Ok(String::from_utf8_lossy(&answer).into_owned())

@@ -53,12 +53,7 @@ const FOR_RUN: [Part; 2] = [
         find: find_toolchain,
         install: install_toolchain,
     },
-    Part {
-        name: "bpffs",
-        weight: Weight::Advised,
-        find: find_bpffs,
-        install: mount_bpffs,
-    },
+    Part { name: "bpffs", weight: Weight::Advised, find: find_bpffs, install: mount_bpffs },
 ];
 
 const FOR_TEST: [Part; 1] = [Part {
@@ -139,20 +134,12 @@ pub(crate) fn setup(need: Need, mode: Mode) -> Result<()> {
 /// Where cargo-deny is: our own, or the one on the search path.
 pub(crate) fn cargo_deny() -> Result<PathBuf> {
     let own = workspace::tools_directory().join("bin/cargo-deny");
-    Some(own)
-        .filter(|path| path.is_file())
-        .or_else(|| process::find("cargo-deny"))
-        .context("not installed")
+    Some(own).filter(|path| path.is_file()).or_else(|| process::find("cargo-deny")).context("not installed")
 }
 
 fn find_toolchain() -> Result<String> {
     let (compiler, linker) = toolchain::find()?;
-    Ok(format!(
-        "{} (LLVM {}), {}",
-        compiler.rustc.display(),
-        compiler.version.llvm,
-        linker.display()
-    ))
+    Ok(format!("{} (LLVM {}), {}", compiler.rustc.display(), compiler.version.llvm, linker.display()))
 }
 
 fn install_toolchain() -> Result<()> {
@@ -163,12 +150,9 @@ fn install_toolchain() -> Result<()> {
     }
     let llvm_to_link = || {
         let (compilers, _) = toolchain::candidates();
-        compilers
-            .iter()
-            .map(|compiler| compiler.version.llvm)
-            .find(|&llvm| {
-                linker::llvm_prefix(llvm).is_some() || packages::is_available(&format!("llvm-{llvm}-dev"))
-            })
+        compilers.iter().map(|compiler| compiler.version.llvm).find(|&llvm| {
+            linker::llvm_prefix(llvm).is_some() || packages::is_available(&format!("llvm-{llvm}-dev"))
+        })
     };
     let llvm = llvm_to_link().map_or_else(
         || {
@@ -197,10 +181,7 @@ fn rustup(components: &[&str]) -> Result<()> {
     let mut command = Command::new("rustup");
     command.args(["component", "add"]).args(components);
     if process::find("rustup").is_none() {
-        bail!(
-            "no rustup here: run `{}`, or install them otherwise",
-            process::line(&command)
-        );
+        bail!("no rustup here: run `{}`, or install them otherwise", process::line(&command));
     }
     process::run_within(&mut command, Duration::from_mins(5)).context("check the network")
 }
@@ -228,11 +209,8 @@ fn mount_bpffs() -> Result<()> {
 }
 
 fn find_programs() -> Result<String> {
-    let missing: Vec<&str> = PROGRAMS
-        .iter()
-        .map(|&(program, _)| program)
-        .filter(|program| !is_program(program))
-        .collect();
+    let missing: Vec<&str> =
+        PROGRAMS.iter().map(|&(program, _)| program).filter(|program| !is_program(program)).collect();
     if !missing.is_empty() {
         bail!("{}", missing.join(", "));
     }
@@ -255,11 +233,8 @@ fn is_program(program: &str) -> bool {
 
 /// Debian keeps each version's servers in a directory of its own.
 fn has_versioned_postgres() -> bool {
-    fs::read_dir("/usr/lib/postgresql").is_ok_and(|versions| {
-        versions
-            .flatten()
-            .any(|version| version.path().join("bin/postgres").is_file())
-    })
+    fs::read_dir("/usr/lib/postgresql")
+        .is_ok_and(|versions| versions.flatten().any(|version| version.path().join("bin/postgres").is_file()))
 }
 
 fn find_components() -> Result<String> {
@@ -282,16 +257,9 @@ fn install_ebpf_clippy() -> Result<()> {
     if compiler.rustc.starts_with("/usr/bin") {
         packages::install(&["rust-web-clippy".to_owned()])
     } else {
-        let toolchain = compiler
-            .rustc
-            .ancestors()
-            .nth(2)
-            .and_then(Path::file_name)
-            .unwrap_or_default();
+        let toolchain = compiler.rustc.ancestors().nth(2).and_then(Path::file_name).unwrap_or_default();
         let mut command = Command::new("rustup");
-        command
-            .args(["component", "add", "clippy", "--toolchain"])
-            .arg(toolchain);
+        command.args(["component", "add", "clippy", "--toolchain"]).arg(toolchain);
         process::run_within(&mut command, Duration::from_mins(5))
     }
 }
@@ -300,14 +268,7 @@ fn install_cargo_deny() -> Result<()> {
     let mut command = Command::new(workspace::cargo());
     // Optimising it takes minutes more than running it.
     command
-        .args([
-            "install",
-            "cargo-deny",
-            "--version",
-            CARGO_DENY_VERSION,
-            "--locked",
-            "--debug",
-        ])
+        .args(["install", "cargo-deny", "--version", CARGO_DENY_VERSION, "--locked", "--debug"])
         .args(["--no-default-features", "--root"])
         .arg(workspace::tools_directory())
         .current_dir(Path::new("/"));
@@ -320,12 +281,8 @@ mod tests {
 
     #[test]
     fn bpffs_is_found_among_the_mounts() {
-        assert!(is_bpffs_mounted(
-            "proc /proc proc rw 0 0\nbpf /sys/fs/bpf bpf rw,relatime 0 0\n"
-        ));
-        assert!(!is_bpffs_mounted(
-            "bpf /run/bpf bpf rw 0 0\ntmpfs /sys/fs/bpf tmpfs rw 0 0\n"
-        ));
+        assert!(is_bpffs_mounted("proc /proc proc rw 0 0\nbpf /sys/fs/bpf bpf rw,relatime 0 0\n"));
+        assert!(!is_bpffs_mounted("bpf /run/bpf bpf rw 0 0\ntmpfs /sys/fs/bpf tmpfs rw 0 0\n"));
         assert!(!is_bpffs_mounted(""));
     }
 }

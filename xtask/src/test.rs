@@ -26,9 +26,7 @@ pub(crate) fn test(package: Option<&str>, filters: &[OsString]) -> Result<()> {
     if !filters.is_empty() {
         command.arg("--").args(filters);
     }
-    command
-        .env("FORWARDER_BIN", agent)
-        .env(ebpf::OBJECT_VARIABLE, object);
+    command.env("FORWARDER_BIN", agent).env(ebpf::OBJECT_VARIABLE, object);
     if process::is_root() || env::var_os("CI").is_some() {
         // Who can make network namespaces does not skip what needs them.
         command.env("REQUIRE_NETNS", "1");

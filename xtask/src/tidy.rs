@@ -10,16 +10,8 @@ use crate::workspace;
 /// The modules that compute and do nothing else.
 const PURE: [&str; 6] = ["balancer", "model", "plan", "problem", "resolve", "status"];
 /// What they must not name.
-const IMPURE: [&str; 8] = [
-    "aya::",
-    "aya_log::",
-    "aya_obj::",
-    "tokio::",
-    "kube::",
-    "std::fs",
-    "TcpListener",
-    "TcpStream",
-];
+const IMPURE: [&str; 8] =
+    ["aya::", "aya_log::", "aya_obj::", "tokio::", "kube::", "std::fs", "TcpListener", "TcpStream"];
 /// The files below the agent's sources that may name aya.
 const KNOW_AYA: [&str; 2] = ["datapath/", "cli/probe.rs"];
 
@@ -38,9 +30,8 @@ pub(crate) fn tidy() -> Result<()> {
 
 fn visit(directory: &Path, prefix: &str, findings: &mut Vec<String>) -> Result<()> {
     let context = || format!("reading {}", directory.display());
-    let mut entries = fs::read_dir(directory)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .with_context(context)?;
+    let mut entries =
+        fs::read_dir(directory).and_then(Iterator::collect::<Result<Vec<_>, _>>).with_context(context)?;
     entries.sort_by_key(fs::DirEntry::file_name);
     for entry in entries {
         let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
@@ -61,19 +52,10 @@ fn visit(directory: &Path, prefix: &str, findings: &mut Vec<String>) -> Result<(
 /// Checks one file, named from the top of the workspace.
 fn check_file(name: &str, text: &str, findings: &mut Vec<String>) {
     let mut find = |line: usize, what: &str| findings.push(format!("{name}:{}: {what}", line + 1));
-    let is_rust = Path::new(name)
-        .extension()
-        .is_some_and(|extension| extension == "rs");
-    let length = if is_rust && !is_test_module(name) {
-        code_length(text)
-    } else {
-        0
-    };
+    let is_rust = Path::new(name).extension().is_some_and(|extension| extension == "rs");
+    let length = if is_rust && !is_test_module(name) { code_length(text) } else { 0 };
     if length > MAX_LINES {
-        find(
-            MAX_LINES,
-            &format!("{length} lines of code: split the file at {MAX_LINES}"),
-        );
+        find(MAX_LINES, &format!("{length} lines of code: split the file at {MAX_LINES}"));
     }
     for (number, line) in text.lines().enumerate() {
         // Licence texts are kept to the letter.
@@ -81,10 +63,7 @@ fn check_file(name: &str, text: &str, findings: &mut Vec<String>) {
             find(number, "trailing white space");
         }
         if is_rust && is_ignored_test(line) {
-            find(
-                number,
-                "no test is ignored: assert what holds today, with a FIXME",
-            );
+            find(number, "no test is ignored: assert what holds today, with a FIXME");
         }
         let code = line.split("//").next().unwrap_or_default();
         if number < length
@@ -94,11 +73,7 @@ fn check_file(name: &str, text: &str, findings: &mut Vec<String>) {
                 find(number, &format!("a pure module must not name {word}"));
             }
             let knows_aya = KNOW_AYA.iter().any(|prefix| path.starts_with(prefix));
-            if !knows_aya
-                && ["aya::", "aya_log::", "aya_obj::"]
-                    .iter()
-                    .any(|word| names(code, word))
-            {
+            if !knows_aya && ["aya::", "aya_log::", "aya_obj::"].iter().any(|word| names(code, word)) {
                 find(number, "only datapath/ and cli/probe.rs may name aya");
             }
         }
@@ -135,11 +110,8 @@ fn names(code: &str, word: &str) -> bool {
         Some(path) => word.ends_with("::") && path.ends_with(is_name),
         None => before.ends_with(is_name),
     };
-    code.match_indices(word)
-        .any(|(index, _)| code.get(..index).is_some_and(|before| !ends_inside(before)))
-        || word
-            .strip_suffix("::")
-            .is_some_and(|name| code.trim_start().starts_with(&format!("use {name};")))
+    code.match_indices(word).any(|(index, _)| code.get(..index).is_some_and(|before| !ends_inside(before)))
+        || word.strip_suffix("::").is_some_and(|name| code.trim_start().starts_with(&format!("use {name};")))
 }
 
 #[cfg(test)]
@@ -155,27 +127,15 @@ mod tests {
     #[test]
     fn pure_modules_do_no_io() {
         let name = "forwarder-agent/src/plan.rs";
-        check(
-            name,
-            "use std::net::SocketAddr;\nuse std::fmt; // not std::fs\n",
-            &[],
-        );
+        check(name, "use std::net::SocketAddr;\nuse std::fmt; // not std::fs\n", &[]);
         check(
             name,
             "use std::fs;\n",
             &["forwarder-agent/src/plan.rs:1: a pure module must not name std::fs"],
         );
         let finding = "forwarder-agent/src/resolve/mod.rs:2: a pure module must not name TcpStream";
-        check(
-            "forwarder-agent/src/resolve/mod.rs",
-            "\nuse std::net::{IpAddr, TcpStream};\n",
-            &[finding],
-        );
-        check(
-            name,
-            "fn f() {}\n\n#[cfg(test)]\nmod tests {\n    use std::fs;\n}\n",
-            &[],
-        );
+        check("forwarder-agent/src/resolve/mod.rs", "\nuse std::net::{IpAddr, TcpStream};\n", &[finding]);
+        check(name, "fn f() {}\n\n#[cfg(test)]\nmod tests {\n    use std::fs;\n}\n", &[]);
         check("forwarder-agent/src/source/file.rs", "use std::fs;\n", &[]);
     }
 
@@ -192,11 +152,7 @@ mod tests {
 
     #[test]
     fn modules_of_our_own_are_not_crates() {
-        check(
-            "forwarder-agent/src/plan.rs",
-            "use crate::source::kube::Source;\n",
-            &[],
-        );
+        check("forwarder-agent/src/plan.rs", "use crate::source::kube::Source;\n", &[]);
     }
 
     #[test]

@@ -41,8 +41,7 @@ impl Compiler {
 
     /// Cargo of the same toolchain, or else the one in use.
     pub(crate) fn cargo(&self) -> OsString {
-        self.sibling("cargo")
-            .map_or_else(workspace::cargo, PathBuf::into_os_string)
+        self.sibling("cargo").map_or_else(workspace::cargo, PathBuf::into_os_string)
     }
 }
 
@@ -100,29 +99,17 @@ fn inspect(rustc: &Path) -> Result<Compiler> {
         parse_version(&verbose).with_context(|| format!("{} -vV says no version", rustc.display()))?;
     let wanted = parse_release(env!("CARGO_PKG_RUST_VERSION")).expect("rust-version has two numbers");
     if version.release < wanted {
-        bail!(
-            "{} is older than {}",
-            rustc.display(),
-            env!("CARGO_PKG_RUST_VERSION")
-        );
+        bail!("{} is older than {}", rustc.display(), env!("CARGO_PKG_RUST_VERSION"));
     }
     if !linker::LLVM_MAJORS.contains(&version.llvm) {
-        bail!(
-            "{} has LLVM {}, which bpf-linker does not read",
-            rustc.display(),
-            version.llvm
-        );
+        bail!("{} has LLVM {}, which bpf-linker does not read", rustc.display(), version.llvm);
     }
     Ok(Compiler { rustc, version })
 }
 
 /// Parses the output of `rustc -vV`.
 fn parse_version(verbose: &str) -> Option<Version> {
-    let field = |name: &str| {
-        verbose
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
-    };
+    let field = |name: &str| verbose.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
     Some(Version {
         release: parse_release(field("release")?)?,
         llvm: field("LLVM version")?.split('.').next()?.parse().ok()?,
@@ -145,14 +132,8 @@ mod tests {
 
     #[test]
     fn versions_are_read_from_what_the_compiler_says() {
-        check(
-            "rustc 1.95.0\nbinary: rustc\nrelease: 1.95.0\nLLVM version: 22.1.2",
-            Some(((1, 95), 22)),
-        );
-        check(
-            "release: 1.101.0-nightly\nLLVM version: 23.1",
-            Some(((1, 101), 23)),
-        );
+        check("rustc 1.95.0\nbinary: rustc\nrelease: 1.95.0\nLLVM version: 22.1.2", Some(((1, 95), 22)));
+        check("release: 1.101.0-nightly\nLLVM version: 23.1", Some(((1, 101), 23)));
         check("release: 1.95.0", None);
         check("release: x\nLLVM version: 22.1", None);
         check("", None);

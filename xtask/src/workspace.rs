@@ -15,10 +15,7 @@ pub(crate) enum Profile {
 pub(crate) fn root() -> PathBuf {
     // Cargo sets the variable anew at each run, so that a copied or moved tree finds itself.
     let package = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
-    Path::new(&package)
-        .parent()
-        .expect("xtask stands inside the workspace")
-        .to_owned()
+    Path::new(&package).parent().expect("xtask stands inside the workspace").to_owned()
 }
 
 /// Cargo of the toolchain in use.
@@ -56,11 +53,9 @@ pub(crate) fn tools_directory() -> PathBuf {
     if let Some(directory) = env::var_os("FORWARDER_TOOLS").filter(|value| !value.is_empty()) {
         return directory.into();
     }
-    let cache = env::var_os("XDG_CACHE_HOME")
-        .filter(|value| !value.is_empty())
-        .map_or_else(
-            || PathBuf::from(env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache"),
-            PathBuf::from,
-        );
+    let cache = env::var_os("XDG_CACHE_HOME").filter(|value| !value.is_empty()).map_or_else(
+        || PathBuf::from(env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache"),
+        PathBuf::from,
+    );
     cache.join("forwarder-tools")
 }

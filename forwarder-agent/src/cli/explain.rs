@@ -58,7 +58,9 @@ fn ask(admin: SocketAddr) -> anyhow::Result<State> {
         .map_err(anyhow::Error::from)
         .flatten()
         .with_context(|| {
-            format!("cannot ask the agent at {admin}; is it running? (else give a PATH, or --admin ADDR:PORT)")
+            format!(
+                "cannot ask the agent at {admin}; is it running? (else give a PATH, or --admin ADDR:PORT)"
+            )
         })
 }
 
@@ -95,7 +97,7 @@ fn print(state: &State) {
             rows.add_row(row(listener, true, "-", "-", why));
         }
     }
-    println!("{rows}");
+    println!("{}", rows.trim_fmt());
     for listener in &state.listeners {
         if let Some(error) = &listener.error {
             println!("error: listener {}: {error}", listener.listener);

@@ -105,7 +105,7 @@ fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
 /// An empty table in the style of all commands.
 fn table(header: &[&str]) -> comfy_table::Table {
     let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::NOTHING).set_header(header.iter().copied());
+    table.load_style(comfy_table::presets::NOTHING).set_header(header.iter().copied());
     for column in table.column_iter_mut() {
         column.set_padding((0, 3));
     }

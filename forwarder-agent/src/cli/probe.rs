@@ -57,14 +57,19 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
                 let available = if finding.available { "yes" } else { "no" };
                 rows.add_row([finding.feature, available, &finding.detail]);
             }
-            println!("{rows}");
+            println!("{}", rows.trim_fmt());
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
 fn classifier(pin_dir: &std::path::Path) -> Result<String, String> {
-    crate::datapath::probe(pin_dir).map_err(|error| error.to_string())
+    crate::datapath::bpf::probe()
+        .map(|report| {
+            let btf = if report.btf { "BTF" } else { "no BTF: bpftool prints maps without names" };
+            format!("attached by {}, {btf}", report.attach.as_str())
+        })
+        .map_err(|error| error.to_string())
 }
 
 fn low_ports() -> Result<String, String> {

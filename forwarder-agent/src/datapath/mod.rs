@@ -1,11 +1,21 @@
 //! What the agent writes for the eBPF programs and reads from them: the [`Datapath`] trait, the only seam to the kernel
 //! maps. [`bpf`] is the real one.
 
+pub mod attach;
+pub mod bpf;
+pub mod interfaces;
+mod load_error;
+mod pins;
+
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use forwarder_common::ListenerCounters;
+use forwarder_common::{ListenerCounters, Verdict};
+use rustix::io::Errno;
 
-use crate::model::ListenerKey;
+use self::attach::{AttachProblem, Attachment};
+use self::interfaces::Interface;
+use crate::model::{BindAddress, ListenerKey};
 
 /// The number by which the maps know a listener. Given by the reconciler, never reused while an agent runs.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -59,11 +69,29 @@ pub trait Datapath: Send {
     /// # Errors
     /// The kernel refuses.
     fn counters(&self, id: ListenerId) -> Result<ListenerCounters, DatapathError>;
+
+    /// Counts packets on the interfaces that hold an address in `bound`, and on no others.
+    ///
+    /// Yields what failed, by interface; each failure once.
+    fn attach(&mut self, interfaces: &[Interface], bound: &BTreeSet<BindAddress>) -> Vec<AttachProblem>;
+
+    /// The interfaces on which packets are counted.
+    fn attachments(&self) -> Vec<Attachment>;
+
+    /// How many packets met with each verdict.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn verdicts(&self) -> Result<Vec<(Verdict, u64)>, DatapathError>;
 }
 
 /// An operation on the kernel's maps that failed.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {operation} map {map}{}: {source}", .entry.as_ref().map(|e| format!(", entry {e}")).unwrap_or_default())]
+#[error(
+    "cannot {operation} map {map}{}: {}",
+    .entry.as_ref().map(|e| format!(", entry {e}")).unwrap_or_default(),
+    self.reason()
+)]
 pub struct DatapathError {
     /// What was attempted, such as `write to`.
     pub operation: &'static str,
@@ -74,4 +102,16 @@ pub struct DatapathError {
     /// What the kernel said.
     #[source]
     pub source: aya::maps::MapError,
+}
+
+impl DatapathError {
+    /// Whether the map has no room for the entry.
+    pub fn is_full(&self) -> bool {
+        // What the kernel says of a full hash (`alloc_htab_elem`) or array.
+        load_error::errno_of(&self.source) == Some(Errno::TOOBIG)
+    }
+
+    fn reason(&self) -> String {
+        if self.is_full() { "the map is full".to_owned() } else { load_error::with_causes(&self.source) }
+    }
 }

@@ -4,6 +4,9 @@ use serde::Deserialize;
 
 use super::object::{Metadata, Object};
 
+/// The label by which an EndpointSlice names its Service.
+pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+
 /// A core/v1 Namespace: only its labels matter, to namespace selectors.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(default)]
@@ -22,8 +25,23 @@ pub struct ServiceSpec {
     /// `ClusterIP` (the default), `NodePort`, `LoadBalancer` or `ExternalName`.
     #[serde(rename = "type")]
     pub type_: Option<String>,
+    /// `None`, as a text, for a headless Service, which may have no ports.
+    #[serde(rename = "clusterIP")]
+    pub cluster_ip: Option<String>,
     /// The ports.
     pub ports: Vec<ServicePort>,
+}
+
+impl ServiceSpec {
+    /// The type, or its default.
+    pub fn type_(&self) -> &str {
+        self.type_.as_deref().unwrap_or("ClusterIP")
+    }
+
+    /// Whether the Service has no address of its own.
+    pub fn is_headless(&self) -> bool {
+        self.cluster_ip.as_deref() == Some("None")
+    }
 }
 
 /// One port of a Service.
@@ -40,6 +58,18 @@ pub struct ServicePort {
     pub app_protocol: Option<String>,
 }
 
+impl ServicePort {
+    /// The name; empty if absent.
+    pub fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or_default()
+    }
+
+    /// The protocol, or its default.
+    pub fn protocol(&self) -> &str {
+        self.protocol.as_deref().unwrap_or("TCP")
+    }
+}
+
 /// A discovery.k8s.io EndpointSlice.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(rename_all = "camelCase", default)]
@@ -52,6 +82,13 @@ pub struct EndpointSlice {
     pub endpoints: Vec<Endpoint>,
     /// The target ports, by Service port name.
     pub ports: Vec<EndpointPort>,
+}
+
+impl EndpointSlice {
+    /// The name of the Service that the slice belongs to, from its label.
+    pub fn service_name(&self) -> Option<&str> {
+        self.metadata.labels.get(SERVICE_NAME_LABEL).map(String::as_str).filter(|name| !name.is_empty())
+    }
 }
 
 /// One endpoint of an EndpointSlice.
@@ -86,4 +123,16 @@ pub struct EndpointPort {
     pub port: Option<i64>,
     /// `TCP` (the default), `UDP` or `SCTP`.
     pub protocol: Option<String>,
+}
+
+impl EndpointPort {
+    /// The name; empty if absent.
+    pub fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or_default()
+    }
+
+    /// The protocol, or its default.
+    pub fn protocol(&self) -> &str {
+        self.protocol.as_deref().unwrap_or("TCP")
+    }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
+use super::GATEWAY_GROUP;
 use super::object::Object;
 
 /// A GatewayClass.
@@ -67,6 +68,13 @@ pub struct GatewayAddress {
     pub value: Option<String>,
 }
 
+impl GatewayAddress {
+    /// The type, or its default.
+    pub fn type_(&self) -> &str {
+        self.type_.as_deref().unwrap_or("IPAddress")
+    }
+}
+
 /// A listener of a Gateway.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(rename_all = "camelCase", default)]
@@ -99,10 +107,17 @@ pub struct AllowedRoutes {
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(default)]
 pub struct RouteNamespaces {
-    /// `Same` (the default), `All`, `Selector` or, for ListenerSets, `None`.
+    /// `Same` (the default), `All`, `Selector` or, for a `ListenerSet`, `None`.
     pub from: Option<String>,
     /// The selector, for `Selector`.
     pub selector: Option<LabelSelector>,
+}
+
+impl RouteNamespaces {
+    /// From which namespaces, or the default.
+    pub fn from(&self) -> &str {
+        self.from.as_deref().unwrap_or("Same")
+    }
 }
 
 /// A `metav1.LabelSelector`.
@@ -137,6 +152,13 @@ pub struct RouteGroupKind {
     pub kind: String,
 }
 
+impl RouteGroupKind {
+    /// The group, or its default.
+    pub fn group(&self) -> &str {
+        self.group.as_deref().unwrap_or(GATEWAY_GROUP)
+    }
+}
+
 /// A TCPRoute.
 pub type TcpRoute = Object<TcpRouteSpec>;
 
@@ -168,6 +190,23 @@ pub struct ParentRef {
     pub port: Option<i64>,
 }
 
+impl ParentRef {
+    /// The group, or its default.
+    pub fn group(&self) -> &str {
+        self.group.as_deref().unwrap_or(GATEWAY_GROUP)
+    }
+
+    /// The kind, or its default.
+    pub fn kind(&self) -> &str {
+        self.kind.as_deref().unwrap_or("Gateway")
+    }
+
+    /// Whether it refers to a Gateway.
+    pub fn is_gateway(&self) -> bool {
+        self.group() == GATEWAY_GROUP && self.kind() == "Gateway"
+    }
+}
+
 /// One rule of a TCPRoute.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(rename_all = "camelCase", default)]
@@ -194,6 +233,28 @@ pub struct BackendRef {
     pub port: Option<i64>,
     /// Its share of new connections over the sum of weights, 0 to 1,000,000; absent means 1.
     pub weight: Option<i64>,
+}
+
+impl BackendRef {
+    /// The group, or its default, which is core.
+    pub fn group(&self) -> &str {
+        self.group.as_deref().unwrap_or_default()
+    }
+
+    /// The kind, or its default.
+    pub fn kind(&self) -> &str {
+        self.kind.as_deref().unwrap_or("Service")
+    }
+
+    /// The weight, or its default.
+    pub fn weight(&self) -> i64 {
+        self.weight.unwrap_or(1)
+    }
+
+    /// Whether it refers to a Service.
+    pub fn is_service(&self) -> bool {
+        self.group().is_empty() && self.kind() == "Service"
+    }
 }
 
 /// A ReferenceGrant.

@@ -4,6 +4,7 @@
 //! hides an object from the agent. [`check`] then reports what a CRD's schema and CEL rules would have refused. One type
 //! serves every version that a kind ever had (`v1alpha2`, `v1beta1`, `v1`): the versions differ only in name.
 
+pub mod check;
 mod core;
 mod gateway;
 mod object;
@@ -12,13 +13,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub use self::core::{
-    Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Namespace, Service, ServicePort, ServiceSpec,
+    Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Namespace, SERVICE_NAME_LABEL, Service,
+    ServicePort, ServiceSpec,
 };
 pub use self::gateway::{
-    AllowedRoutes, BackendRef, Gateway, GatewayAddress, GatewayClass, GatewayClassSpec, GatewayInfrastructure,
-    GatewaySpec, LabelSelector, LabelSelectorRequirement, Listener, ParametersRef, ParentRef, ReferenceGrant,
-    ReferenceGrantFrom, ReferenceGrantSpec, ReferenceGrantTo, RouteGroupKind, RouteNamespaces, TcpRoute,
-    TcpRouteRule, TcpRouteSpec,
+    AllowedRoutes, BackendRef, Gateway, GatewayAddress, GatewayClass, GatewayClassSpec,
+    GatewayInfrastructure, GatewaySpec, LabelSelector, LabelSelectorRequirement, Listener, ParametersRef,
+    ParentRef, ReferenceGrant, ReferenceGrantFrom, ReferenceGrantSpec, ReferenceGrantTo, RouteGroupKind,
+    RouteNamespaces, TcpRoute, TcpRouteRule, TcpRouteSpec,
 };
 pub use self::object::{Kind, Metadata, NamespacedName, Object, ObjectRef};
 
@@ -30,13 +32,13 @@ pub const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
 /// Cloning is cheap per object (they are shared), so that a source can publish a new set for each change.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Manifests {
-    /// GatewayClasses by name (they have no namespace).
+    /// Each GatewayClass by name (they have no namespace).
     pub gateway_classes: BTreeMap<String, Arc<GatewayClass>>,
     /// Gateways.
     pub gateways: BTreeMap<NamespacedName, Arc<Gateway>>,
-    /// TCPRoutes.
+    /// Each TCPRoute.
     pub tcp_routes: BTreeMap<NamespacedName, Arc<TcpRoute>>,
-    /// ReferenceGrants.
+    /// Each ReferenceGrant.
     pub reference_grants: BTreeMap<NamespacedName, Arc<ReferenceGrant>>,
     /// Namespaces by name. In file mode a namespace that nobody declared exists all the same, without labels.
     pub namespaces: BTreeMap<String, Arc<Namespace>>,

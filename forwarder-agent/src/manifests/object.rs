@@ -44,7 +44,9 @@ impl Kind {
     pub fn is_cluster_scoped(self) -> bool {
         match self {
             Self::GatewayClass | Self::Namespace => true,
-            Self::Gateway | Self::TcpRoute | Self::ReferenceGrant | Self::Service | Self::EndpointSlice => false,
+            Self::Gateway | Self::TcpRoute | Self::ReferenceGrant | Self::Service | Self::EndpointSlice => {
+                false
+            }
         }
     }
 }

@@ -51,7 +51,5 @@ pub(super) fn read(source: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
 
 /// Writes `bytes`, or as many of them as the socket takes.
 pub(super) fn write(destination: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
-    destination.try_io(Interest::WRITABLE, || {
-        Ok(rustix::net::send(destination, bytes, SendFlags::NOSIGNAL)?)
-    })
+    destination.try_io(Interest::WRITABLE, || Ok(rustix::net::send(destination, bytes, SendFlags::NOSIGNAL)?))
 }

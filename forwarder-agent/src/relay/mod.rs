@@ -266,12 +266,7 @@ impl Direction {
     }
 
     /// Splices once from `source` into a pipe, which the next flush empties.
-    fn fill_pipe(
-        &mut self,
-        source: &TcpStream,
-        shared: &mut Shared,
-        moved: &mut Moved,
-    ) -> Result<(), Fault> {
+    fn fill_pipe(&mut self, source: &TcpStream, shared: &mut Shared, moved: &mut Moved) -> Result<(), Fault> {
         let pipe = match shared.pipes.take() {
             Ok(pipe) => pipe,
             Err(reason) => {

@@ -120,8 +120,9 @@ pub(super) fn probe(
     destination: &std::net::TcpStream,
     length: usize,
 ) -> io::Result<usize> {
-    let pipe = LoadedPipe::open(Rc::default())
-        .map_err(|_| io::Error::other("no pipe of a useful size could be made (limit on open files or pipe memory)"))?;
+    let pipe = LoadedPipe::open(Rc::default()).map_err(|_| {
+        io::Error::other("no pipe of a useful size could be made (limit on open files or pipe memory)")
+    })?;
     let filled = splice(source, None, &pipe.write, None, length, SpliceFlags::MOVE)?;
     splice(&pipe.read, None, destination, None, filled, SpliceFlags::MOVE)?;
     Ok(pipe.capacity)

@@ -38,26 +38,12 @@ pub(super) fn attach<'a>(
     gateways: &mut [JudgedGateway<'a>],
     problems: &mut Vec<Problem>,
 ) -> Vec<JudgedRoute<'a>> {
-    let index_of = gateways
-        .iter()
-        .enumerate()
-        .map(|(index, gateway)| (gateway.name, index))
-        .collect();
-    let mut oldest_first: Vec<(&NamespacedName, &TcpRoute)> = manifests
-        .tcp_routes
-        .iter()
-        .map(|(name, route)| (name, &**route))
-        .collect();
+    let index_of = gateways.iter().enumerate().map(|(index, gateway)| (gateway.name, index)).collect();
+    let mut oldest_first: Vec<(&NamespacedName, &TcpRoute)> =
+        manifests.tcp_routes.iter().map(|(name, route)| (name, &**route)).collect();
     oldest_first.sort_by_cached_key(|(_, route)| route.metadata.age_key());
 
-    let mut attacher = Attacher {
-        manifests,
-        settings,
-        gateways,
-        index_of,
-        routes: Vec::new(),
-        problems,
-    };
+    let mut attacher = Attacher { manifests, settings, gateways, index_of, routes: Vec::new(), problems };
     for (name, route) in oldest_first {
         attacher.attach_route(name, route);
     }
@@ -93,11 +79,7 @@ impl<'a> Attacher<'a, '_> {
                 continue;
             };
             let accepted = self.attach_to_gateway(name, index, parent_ref, gateway);
-            parents.push(Parent {
-                index,
-                gateway,
-                accepted,
-            });
+            parents.push(Parent { index, gateway, accepted });
         }
         if !parents.is_empty() {
             self.routes.push(JudgedRoute { name, route, parents });
@@ -112,12 +94,7 @@ impl<'a> Attacher<'a, '_> {
         if (group, kind) != (GATEWAY_GROUP, Kind::Gateway.as_str()) {
             let message = format!("a parent of kind {kind} is not the forwarder's: the reference is ignored");
             let field = format!("spec.parentRefs[{index}].kind");
-            self.problems.push(Problem::warning(
-                Reason::UnsupportedKind,
-                object(),
-                field,
-                message,
-            ));
+            self.problems.push(Problem::warning(Reason::UnsupportedKind, object(), field, message));
             return None;
         }
         let namespace = parent_ref.namespace.as_deref().unwrap_or(&route.namespace);
@@ -127,8 +104,7 @@ impl<'a> Attacher<'a, '_> {
                 "there is no Gateway {name}: the route is not served there; create it, or name another"
             );
             let field = format!("spec.parentRefs[{index}].name");
-            self.problems
-                .push(Problem::error(Reason::NoMatchingParent, object(), field, message));
+            self.problems.push(Problem::error(Reason::NoMatchingParent, object(), field, message));
         }
         self.index_of.get(&name).copied()
     }
@@ -253,8 +229,7 @@ impl<'a> Attacher<'a, '_> {
         );
         let object = ObjectRef::new(Kind::TcpRoute, route);
         let field = format!("spec.parentRefs[{index}]");
-        self.problems
-            .push(Problem::warning(Reason::Superseded, object, field, message));
+        self.problems.push(Problem::warning(Reason::Superseded, object, field, message));
     }
 }
 
@@ -265,10 +240,7 @@ impl Outcome {
             parts.push(superseded(&self.superseded));
         }
         if !self.not_served.is_empty() {
-            parts.push(format!(
-                "attached to {}, which the Gateway does not serve",
-                list(&self.not_served)
-            ));
+            parts.push(format!("attached to {}, which the Gateway does not serve", list(&self.not_served)));
         }
         if !self.serve.is_empty() {
             parts.insert(0, format!("serves {}", list(&self.serve)));
@@ -278,10 +250,8 @@ impl Outcome {
 }
 
 fn superseded(listeners: &[(String, NamespacedName)]) -> String {
-    let shown: Vec<String> = listeners
-        .iter()
-        .map(|(section, winner)| format!("on {section} by {winner}"))
-        .collect();
+    let shown: Vec<String> =
+        listeners.iter().map(|(section, winner)| format!("on {section} by {winner}")).collect();
     format!("superseded {}", list(&shown))
 }
 
@@ -311,16 +281,9 @@ fn no_match(gateway: &JudgedGateway<'_>, parent_ref: &ParentRef) -> (&'static st
         }
         (Some(section), _) => (".sectionName", format!("no listener {section:?}")),
     };
-    let there: Vec<String> = gateway
-        .listeners
-        .iter()
-        .map(|l| format!("{} (port {})", l.spec.name, l.spec.port))
-        .collect();
-    let there = if there.is_empty() {
-        "none".to_owned()
-    } else {
-        list(&there)
-    };
+    let there: Vec<String> =
+        gateway.listeners.iter().map(|l| format!("{} (port {})", l.spec.name, l.spec.port)).collect();
+    let there = if there.is_empty() { "none".to_owned() } else { list(&there) };
     let message = format!(
         "Gateway {} has {wanted}: the route is not served there; its listeners are: {there}",
         gateway.name

@@ -18,12 +18,7 @@ const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 /// The TCP port of a Service with this number, and its index. A UDP port may have the same number.
 pub(super) fn tcp_port(service: &Service, port: NonZeroU16) -> Option<(usize, &ServicePort)> {
     let is_it = |p: &ServicePort| p.port == i64::from(port.get()) && is_tcp(p.protocol.as_deref());
-    service
-        .spec
-        .ports
-        .iter()
-        .enumerate()
-        .find(|(_, port)| is_it(port))
+    service.spec.ports.iter().enumerate().find(|(_, port)| is_it(port))
 }
 
 fn is_tcp(protocol: Option<&str>) -> bool {
@@ -43,16 +38,9 @@ pub fn endpoints(manifests: &Manifests, backend: &BackendKey) -> (Endpoints, Vec
     };
     let port_name = port.name.as_deref().unwrap_or_default();
     let mut found = Found::default();
-    for (name, slice) in manifests
-        .endpoint_slices
-        .get(&backend.service)
-        .into_iter()
-        .flatten()
-    {
-        let object = ObjectRef::new(
-            Kind::EndpointSlice,
-            &NamespacedName::new(&backend.service.namespace, name),
-        );
+    for (name, slice) in manifests.endpoint_slices.get(&backend.service).into_iter().flatten() {
+        let object =
+            ObjectRef::new(Kind::EndpointSlice, &NamespacedName::new(&backend.service.namespace, name));
         found.add_slice(object, slice, port_name);
     }
     let mut endpoints = std::mem::take(&mut found.ready);
@@ -69,9 +57,7 @@ pub fn endpoints(manifests: &Manifests, backend: &BackendKey) -> (Endpoints, Vec
         );
         let object = ObjectRef::new(Kind::Service, &backend.service);
         let field = format!("spec.ports[{index}]");
-        found
-            .problems
-            .push(Problem::warning(Reason::NoEndpoints, object, field, message));
+        found.problems.push(Problem::warning(Reason::NoEndpoints, object, field, message));
     }
     (endpoints.into(), found.problems)
 }
@@ -95,23 +81,13 @@ struct Found<'a> {
 impl<'a> Found<'a> {
     fn add_slice(&mut self, object: ObjectRef, slice: &'a EndpointSlice, port_name: &str) {
         self.slices += 1;
-        self.port_names.extend(
-            slice
-                .ports
-                .iter()
-                .map(|port| port.name.as_deref().unwrap_or_default()),
-        );
+        self.port_names.extend(slice.ports.iter().map(|port| port.name.as_deref().unwrap_or_default()));
         if !matches!(slice.address_type.as_str(), "IPv4" | "IPv6") {
             let message = format!(
                 "address type {:?} is not supported: the slice is ignored; only IPv4 and IPv6 are",
                 slice.address_type
             );
-            self.problems.push(Problem::warning(
-                Reason::UnsupportedValue,
-                object,
-                "addressType",
-                message,
-            ));
+            self.problems.push(Problem::warning(Reason::UnsupportedValue, object, "addressType", message));
             return;
         }
         let ports = self.target_ports(&object, slice, port_name);
@@ -134,8 +110,7 @@ impl<'a> Found<'a> {
                 }
                 Err(message) => {
                     let field = format!("endpoints[{index}].addresses");
-                    self.problems
-                        .push(Problem::warning(Reason::Invalid, object.clone(), field, message));
+                    self.problems.push(Problem::warning(Reason::Invalid, object.clone(), field, message));
                 }
             }
         }
@@ -158,18 +133,14 @@ impl<'a> Found<'a> {
                     ports.push(number);
                     continue;
                 }
-                Some(_) => (
-                    Reason::Invalid,
-                    "the port is not one of 1 to 65535: it is ignored",
-                ),
+                Some(_) => (Reason::Invalid, "the port is not one of 1 to 65535: it is ignored"),
                 None => (
                     Reason::UnsupportedValue,
                     "the port has no number, which means every port: it is ignored",
                 ),
             };
             let field = format!("ports[{index}].port");
-            self.problems
-                .push(Problem::warning(reason, object.clone(), field, message));
+            self.problems.push(Problem::warning(reason, object.clone(), field, message));
         }
         ports
     }
@@ -187,11 +158,7 @@ impl<'a> Found<'a> {
             return "its EndpointSlices have no endpoint".to_owned();
         }
         let names: Vec<String> = self.port_names.iter().map(|name| format!("{name:?}")).collect();
-        let names = if names.is_empty() {
-            "none".to_owned()
-        } else {
-            list(&names)
-        };
+        let names = if names.is_empty() { "none".to_owned() } else { list(&names) };
         format!("its EndpointSlices have no usable TCP port of the name {port_name:?}; names there: {names}")
     }
 }
@@ -221,8 +188,6 @@ fn address(endpoint: &Endpoint, address_type: &str) -> Result<IpAddr, String> {
     };
     match text.parse::<IpAddr>() {
         Ok(ip) if ip.is_ipv4() == (address_type == "IPv4") && !ip.is_unspecified() => Ok(ip),
-        Ok(_) | Err(_) => Err(format!(
-            "{text:?} is no {address_type} address of an endpoint: it is ignored"
-        )),
+        Ok(_) | Err(_) => Err(format!("{text:?} is no {address_type} address of an endpoint: it is ignored")),
     }
 }

@@ -53,12 +53,7 @@ fn judge_class<'a>(
         parameters.kind, parameters.name
     );
     let object = ObjectRef::cluster(Kind::GatewayClass, name);
-    problems.push(Problem::error(
-        Reason::InvalidParameters,
-        object,
-        "spec.parametersRef",
-        message.as_str(),
-    ));
+    problems.push(Problem::error(Reason::InvalidParameters, object, "spec.parametersRef", message.as_str()));
     Class::Refused { class, message }
 }
 
@@ -109,10 +104,7 @@ fn supported_version(release: &ApiRelease, generation: i64) -> Condition {
 }
 
 fn is_known_release(release: &str) -> bool {
-    let mut numbers = release
-        .trim_start_matches('v')
-        .split(['.', '-', '+'])
-        .map(str::parse::<u32>);
+    let mut numbers = release.trim_start_matches('v').split(['.', '-', '+']).map(str::parse::<u32>);
     matches!((numbers.next(), numbers.next()), (Some(Ok(1)), Some(Ok(0..=6))))
 }
 

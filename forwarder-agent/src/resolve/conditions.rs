@@ -35,10 +35,7 @@ pub(super) fn statuses(
     };
     Statuses {
         gateway_classes: classes::statuses(classes, settings),
-        gateways: gateways
-            .iter()
-            .map(|g| (g.name.clone(), gateway_status(g)))
-            .collect(),
+        gateways: gateways.iter().map(|g| (g.name.clone(), gateway_status(g))).collect(),
         tcp_routes: routes.iter().zip(destinations).map(route_status).collect(),
     }
 }
@@ -46,39 +43,20 @@ pub(super) fn statuses(
 fn gateway_status(gateway: &JudgedGateway<'_>) -> GatewayStatus {
     let generation = gateway.gateway.metadata.generation;
     let verdict = GatewayVerdict {
-        refusal: gateway
-            .refusal
-            .as_ref()
-            .map(|r| (r.condition_reason(), r.message.clone())),
+        refusal: gateway.refusal.as_ref().map(|r| (r.condition_reason(), r.message.clone())),
         unusable_addresses: gateway.addresses.unusable.clone(),
     };
-    let listeners: Vec<ListenerStatus> = gateway
-        .listeners
-        .iter()
-        .map(|listener| listener_status(gateway, listener, generation))
-        .collect();
+    let listeners: Vec<ListenerStatus> =
+        gateway.listeners.iter().map(|listener| listener_status(gateway, listener, generation)).collect();
     let address = |address: &BindAddress| match *address {
         BindAddress::Any => None,
-        BindAddress::Ip(value) => Some(GatewayAddressStatus {
-            type_: "IPAddress",
-            value,
-        }),
+        BindAddress::Ip(value) => Some(GatewayAddressStatus { type_: "IPAddress", value }),
     };
     let addresses = match gateway.refusal {
         Some(_) => Vec::new(),
-        None => gateway
-            .addresses
-            .bind
-            .iter()
-            .filter_map(address)
-            .take(MAX_ADDRESSES)
-            .collect(),
+        None => gateway.addresses.bind.iter().filter_map(address).take(MAX_ADDRESSES).collect(),
     };
-    GatewayStatus {
-        addresses,
-        conditions: gateway_conditions(verdict, &listeners, generation),
-        listeners,
-    }
+    GatewayStatus { addresses, conditions: gateway_conditions(verdict, &listeners, generation), listeners }
 }
 
 fn listener_status(
@@ -86,10 +64,7 @@ fn listener_status(
     listener: &JudgedListener<'_>,
     generation: i64,
 ) -> ListenerStatus {
-    let supported = SupportedKind {
-        group: GATEWAY_GROUP,
-        kind: Kind::TcpRoute.as_str(),
-    };
+    let supported = SupportedKind { group: GATEWAY_GROUP, kind: Kind::TcpRoute.as_str() };
     let mut conditions = vec![
         listener_accepted(listener, generation),
         listener_programmed(gateway, listener, generation),
@@ -103,20 +78,11 @@ fn listener_status(
     ];
     if let Some(message) = &listener.conflict {
         let reason = Reason::ProtocolConflict.as_str();
-        conditions.push(Condition::holds(
-            names::CONFLICTED,
-            reason,
-            message.as_str(),
-            generation,
-        ));
+        conditions.push(Condition::holds(names::CONFLICTED, reason, message.as_str(), generation));
     }
     ListenerStatus {
         name: listener.spec.name.clone(),
-        supported_kinds: if listener.kinds.tcp_route {
-            vec![supported]
-        } else {
-            Vec::new()
-        },
+        supported_kinds: if listener.kinds.tcp_route { vec![supported] } else { Vec::new() },
         attached_routes: u32::try_from(listener.routes.len()).unwrap_or(u32::MAX),
         conditions,
     }
@@ -185,12 +151,7 @@ fn parent_status(
     ];
     if let (Ok(_), Some(message)) = (&parent.accepted, &destinations.dropped_rules) {
         let reason = Reason::UnsupportedValue.as_str();
-        conditions.push(Condition::holds(
-            names::PARTIALLY_INVALID,
-            reason,
-            message.as_str(),
-            generation,
-        ));
+        conditions.push(Condition::holds(names::PARTIALLY_INVALID, reason, message.as_str(), generation));
     }
     Some(RouteParentStatus {
         parent_ref: parent.index,

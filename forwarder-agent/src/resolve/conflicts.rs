@@ -24,9 +24,7 @@ pub(super) fn within_gateway(
     for indices in by_port.values().filter(|indices| indices.len() > 1) {
         let on_tcp = |index: &&usize| listeners.get(**index).is_some_and(|l| uses_tcp(&l.spec.protocol));
         let rivals: Vec<usize> = indices.iter().filter(on_tcp).copied().collect();
-        let any_tcp = rivals
-            .iter()
-            .any(|index| listeners.get(*index).is_some_and(JudgedListener::is_tcp));
+        let any_tcp = rivals.iter().any(|index| listeners.get(*index).is_some_and(JudgedListener::is_tcp));
         if rivals.len() < 2 || !any_tcp {
             continue;
         }
@@ -45,12 +43,7 @@ pub(super) fn within_gateway(
                 listener.spec.port
             );
             let field = format!("spec.listeners[{index}].port");
-            problems.push(Problem::error(
-                Reason::ProtocolConflict,
-                object.clone(),
-                field,
-                message.as_str(),
-            ));
+            problems.push(Problem::error(Reason::ProtocolConflict, object.clone(), field, message.as_str()));
             listener.conflict = Some(message);
         }
     }
@@ -82,17 +75,9 @@ pub(super) fn between_gateways(gateways: &mut [JudgedGateway<'_>], problems: &mu
         let object = gateway.object();
         for (index, message) in refused {
             let field = format!("spec.listeners[{index}].port");
-            problems.push(Problem::error(
-                Reason::PortUnavailable,
-                object.clone(),
-                field,
-                message.as_str(),
-            ));
+            problems.push(Problem::error(Reason::PortUnavailable, object.clone(), field, message.as_str()));
             if let Some(listener) = gateway.listeners.get_mut(index) {
-                listener.refusal = Some(Refusal {
-                    reason: Reason::PortUnavailable,
-                    message,
-                });
+                listener.refusal = Some(Refusal { reason: Reason::PortUnavailable, message });
             }
         }
     }
@@ -119,10 +104,7 @@ impl PortHolders {
             return Some((BindAddress::Any, holder));
         }
         match address {
-            BindAddress::Any => self
-                .first
-                .as_ref()
-                .map(|(ip, holder)| (BindAddress::Ip(*ip), holder)),
+            BindAddress::Any => self.first.as_ref().map(|(ip, holder)| (BindAddress::Ip(*ip), holder)),
             BindAddress::Ip(ip) => self.by_address.get(&ip).map(|holder| (address, holder)),
         }
     }

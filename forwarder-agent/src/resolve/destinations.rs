@@ -32,18 +32,7 @@ pub(super) fn resolve(
     routes: &[JudgedRoute<'_>],
     problems: &mut Vec<Problem>,
 ) -> Vec<Destinations> {
-    routes
-        .iter()
-        .map(|route| {
-            Resolver {
-                manifests,
-                grants,
-                route,
-                problems,
-            }
-            .resolve()
-        })
-        .collect()
+    routes.iter().map(|route| Resolver { manifests, grants, route, problems }.resolve()).collect()
 }
 
 struct Resolver<'a> {
@@ -79,11 +68,7 @@ impl Resolver<'_> {
             let rules = list(&dropped);
             format!("Dropped Rule {rules}: TCP has nothing to tell rules apart, so that rule 0 takes every connection")
         });
-        Destinations {
-            backends,
-            refusal,
-            dropped_rules,
-        }
+        Destinations { backends, refusal, dropped_rules }
     }
 
     fn object(&self) -> ObjectRef {
@@ -98,29 +83,14 @@ impl Resolver<'_> {
             let consequence = consequence(index);
             let target = match self.target(backend_ref, consequence) {
                 Ok(key) => Target::Service(key),
-                Err(Fault {
-                    field: below,
-                    reason,
-                    message,
-                }) => {
+                Err(Fault { field: below, reason, message }) => {
                     // A dropped rule takes no connections, so that nothing is lost by its faults.
-                    let severity = if index == 0 {
-                        Severity::Error
-                    } else {
-                        Severity::Warning
-                    };
+                    let severity = if index == 0 { Severity::Error } else { Severity::Warning };
                     let object = self.object();
                     let problem = Problem::error(reason, object, format!("{field}{below}"), message.as_str());
                     self.problems.push(Problem { severity, ..problem });
-                    refusal.get_or_insert_with(|| Refusal {
-                        reason,
-                        message: message.clone(),
-                    });
-                    Target::Invalid {
-                        reference: self.reference(backend_ref),
-                        reason,
-                        message,
-                    }
+                    refusal.get_or_insert_with(|| Refusal { reason, message: message.clone() });
+                    Target::Invalid { reference: self.reference(backend_ref), reason, message }
                 }
             };
             backends.push(Backend { weight, target });
@@ -136,8 +106,7 @@ impl Resolver<'_> {
         if i64::from(used) != weight {
             let message = format!("weight {weight} is not one of 0 to {MAX_WEIGHT}: {used} is used");
             let field = format!("{field}.weight");
-            self.problems
-                .push(Problem::warning(Reason::Invalid, self.object(), field, message));
+            self.problems.push(Problem::warning(Reason::Invalid, self.object(), field, message));
         }
         used
     }
@@ -155,10 +124,7 @@ impl Resolver<'_> {
     }
 
     fn service_name(&self, backend_ref: &BackendRef) -> NamespacedName {
-        let namespace = backend_ref
-            .namespace
-            .as_deref()
-            .unwrap_or(&self.route.name.namespace);
+        let namespace = backend_ref.namespace.as_deref().unwrap_or(&self.route.name.namespace);
         NamespacedName::new(namespace, &backend_ref.name)
     }
 
@@ -168,19 +134,11 @@ impl Resolver<'_> {
         let kind = backend_ref.kind.as_deref().unwrap_or(Kind::Service.as_str());
         if !group.is_empty() || kind != Kind::Service.as_str() {
             let field = if group.is_empty() { ".kind" } else { ".group" };
-            let shown = if group.is_empty() {
-                kind.to_owned()
-            } else {
-                format!("{kind} ({group})")
-            };
+            let shown = if group.is_empty() { kind.to_owned() } else { format!("{kind} ({group})") };
             let message = format!(
                 "kind {shown} cannot be a backend: {consequence}; refer to a Service of the core group"
             );
-            return Err(Fault {
-                field,
-                reason: Reason::InvalidKind,
-                message,
-            });
+            return Err(Fault { field, reason: Reason::InvalidKind, message });
         }
         let service = self.service_name(backend_ref);
         let own_namespace = &self.route.name.namespace;
@@ -190,31 +148,19 @@ impl Resolver<'_> {
                  namespace {own_namespace} to refer to it: {consequence}; create one in namespace {}",
                 service.namespace
             );
-            return Err(Fault {
-                field: ".namespace",
-                reason: Reason::RefNotPermitted,
-                message,
-            });
+            return Err(Fault { field: ".namespace", reason: Reason::RefNotPermitted, message });
         }
         let Some(object) = self.manifests.services.get(&service) else {
             let message =
                 format!("there is no Service {service}: {consequence}; create it, or correct the reference");
-            return Err(Fault {
-                field: ".name",
-                reason: Reason::BackendNotFound,
-                message,
-            });
+            return Err(Fault { field: ".name", reason: Reason::BackendNotFound, message });
         };
         if object.spec.type_.as_deref() == Some("ExternalName") {
             let message = format!(
                 "Service {service} is of type ExternalName, which would reach names outside without their consent: \
                  {consequence}; refer to a Service without selector and with EndpointSlices"
             );
-            return Err(Fault {
-                field: ".name",
-                reason: Reason::InvalidKind,
-                message,
-            });
+            return Err(Fault { field: ".name", reason: Reason::InvalidKind, message });
         }
         let port = service_port(&service, object, backend_ref.port, consequence)?;
         Ok(BackendKey { service, port })
@@ -224,38 +170,19 @@ impl Resolver<'_> {
         let message = "TCP has nothing to tell rules apart: rule 0 takes every connection and this rule none; move \
                        its backendRefs to rule 0, or to a route of another listener";
         let field = format!("spec.rules[{index}]");
-        self.problems.push(Problem::warning(
-            Reason::DroppedRule,
-            self.object(),
-            field,
-            message,
-        ));
+        self.problems.push(Problem::warning(Reason::DroppedRule, self.object(), field, message));
     }
 
     fn report_no_destination(&mut self, backends: &[Backend]) {
         let field = "spec.rules[0].backendRefs";
         if backends.is_empty() {
             let no_rule = self.route.route.spec.rules.is_empty();
-            let (field, found) = if no_rule {
-                ("spec.rules", "rule")
-            } else {
-                (field, "backend")
-            };
+            let (field, found) = if no_rule { ("spec.rules", "rule") } else { (field, "backend") };
             let message = format!("the route has no {found}: connections are reset; add a backendRef");
-            self.problems.push(Problem::error(
-                Reason::NoDestination,
-                self.object(),
-                field,
-                message,
-            ));
+            self.problems.push(Problem::error(Reason::NoDestination, self.object(), field, message));
         } else if backends.iter().all(|backend| backend.weight == 0) {
             let message = "every weight is 0: connections are reset; give one backend a weight above 0";
-            self.problems.push(Problem::warning(
-                Reason::NoDestination,
-                self.object(),
-                field,
-                message,
-            ));
+            self.problems.push(Problem::warning(Reason::NoDestination, self.object(), field, message));
         }
     }
 }
@@ -275,13 +202,7 @@ fn service_port(
     port: Option<i64>,
     consequence: &str,
 ) -> Result<NonZeroU16, Fault> {
-    let not_found = |message| {
-        Err(Fault {
-            field: ".port",
-            reason: Reason::BackendNotFound,
-            message,
-        })
-    };
+    let not_found = |message| Err(Fault { field: ".port", reason: Reason::BackendNotFound, message });
     let Some(number) = port else {
         return not_found(format!(
             "a backend of kind Service needs a port: {consequence}; name a port of {service}"
@@ -299,18 +220,10 @@ fn service_port(
         let message = format!(
             "port {number} of Service {service} is a {protocol} port: {consequence}; name a TCP port"
         );
-        return Err(Fault {
-            field: ".port",
-            reason: Reason::UnsupportedProtocol,
-            message,
-        });
+        return Err(Fault { field: ".port", reason: Reason::UnsupportedProtocol, message });
     }
     let there: Vec<String> = ports.iter().map(|port| port.port.to_string()).collect();
-    let there = if there.is_empty() {
-        "none".to_owned()
-    } else {
-        list(&there)
-    };
+    let there = if there.is_empty() { "none".to_owned() } else { list(&there) };
     not_found(format!(
         "Service {service} has no port {number}: {consequence}; its ports are: {there} (not the target ports)"
     ))

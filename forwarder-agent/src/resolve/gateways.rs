@@ -55,15 +55,8 @@ impl JudgedGateway<'_> {
 
     /// The listeners that are to be bound, with their indices.
     pub(super) fn served_listeners(&self) -> impl Iterator<Item = (usize, &JudgedListener<'_>)> {
-        let listeners = if self.is_servable() {
-            &self.listeners[..]
-        } else {
-            &[]
-        };
-        listeners
-            .iter()
-            .enumerate()
-            .filter(|(_, listener)| listener.is_servable())
+        let listeners = if self.is_servable() { &self.listeners[..] } else { &[] };
+        listeners.iter().enumerate().filter(|(_, listener)| listener.is_servable())
     }
 }
 
@@ -93,12 +86,7 @@ fn class_not_found(name: &NamespacedName, gateway: &Gateway, settings: &ResolveS
         gateway.spec.gateway_class_name, settings.controller_name
     );
     let object = ObjectRef::new(Kind::Gateway, name);
-    Problem::error(
-        Reason::GatewayClassNotFound,
-        object,
-        "spec.gatewayClassName",
-        message,
-    )
+    Problem::error(Reason::GatewayClassNotFound, object, "spec.gatewayClassName", message)
 }
 
 fn judge_gateway<'a>(
@@ -118,23 +106,9 @@ fn judge_gateway<'a>(
     }
     let defaults = &settings.listener_defaults;
     let listener_settings = super::settings::read(&object, gateway, &by_section, defaults, problems);
-    let listeners = listeners::judge(
-        name,
-        &gateway.spec.listeners,
-        listener_settings,
-        &by_section,
-        &by_port,
-        problems,
-    );
-    JudgedGateway {
-        name,
-        gateway,
-        refusal,
-        addresses,
-        listeners,
-        by_section,
-        by_port,
-    }
+    let listeners =
+        listeners::judge(name, &gateway.spec.listeners, listener_settings, &by_section, &by_port, problems);
+    JudgedGateway { name, gateway, refusal, addresses, listeners, by_section, by_port }
 }
 
 fn refusal(
@@ -143,11 +117,7 @@ fn refusal(
     addresses: &Addresses,
     problems: &mut Vec<Problem>,
 ) -> Option<Refusal> {
-    let parameters = gateway
-        .spec
-        .infrastructure
-        .as_ref()
-        .and_then(|i| i.parameters_ref.as_ref());
+    let parameters = gateway.spec.infrastructure.as_ref().and_then(|i| i.parameters_ref.as_ref());
     if let Some(parameters) = parameters {
         let message = format!(
             "the Gateway refers to {} {}, but the forwarder has no such configuration: the Gateway is not served; \
@@ -155,20 +125,9 @@ fn refusal(
             parameters.kind, parameters.name
         );
         let field = "spec.infrastructure.parametersRef";
-        problems.push(Problem::error(
-            Reason::InvalidParameters,
-            object.clone(),
-            field,
-            message.as_str(),
-        ));
-        return Some(Refusal {
-            reason: Reason::InvalidParameters,
-            message,
-        });
+        problems.push(Problem::error(Reason::InvalidParameters, object.clone(), field, message.as_str()));
+        return Some(Refusal { reason: Reason::InvalidParameters, message });
     }
     let message = addresses.unsupported.clone()?;
-    Some(Refusal {
-        reason: Reason::UnsupportedAddress,
-        message,
-    })
+    Some(Refusal { reason: Reason::UnsupportedAddress, message })
 }

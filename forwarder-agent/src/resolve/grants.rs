@@ -22,12 +22,7 @@ impl<'a> Grants<'a> {
         for (name, grant) in &manifests.reference_grants {
             let from_routes =
                 |group: &str, kind: &str| group == GATEWAY_GROUP && kind == Kind::TcpRoute.as_str();
-            for from in grant
-                .spec
-                .from
-                .iter()
-                .filter(|from| from_routes(&from.group, &from.kind))
-            {
+            for from in grant.spec.from.iter().filter(|from| from_routes(&from.group, &from.kind)) {
                 let granted = granted.entry((&from.namespace, &name.namespace)).or_default();
                 grant.spec.to.iter().for_each(|to| granted.add(to));
             }
@@ -38,12 +33,9 @@ impl<'a> Grants<'a> {
     /// Whether a TCPRoute of `from` may refer to the Service: always within a namespace.
     pub(super) fn permit(&self, from: &str, service: &NamespacedName) -> bool {
         from == service.namespace
-            || self
-                .granted
-                .get(&(from, &*service.namespace))
-                .is_some_and(|granted| {
-                    granted.every_service || granted.services.contains(service.name.as_str())
-                })
+            || self.granted.get(&(from, &*service.namespace)).is_some_and(|granted| {
+                granted.every_service || granted.services.contains(service.name.as_str())
+            })
     }
 }
 

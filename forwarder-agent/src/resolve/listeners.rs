@@ -69,13 +69,8 @@ pub(super) fn judge<'a>(
 ) -> Vec<JudgedListener<'a>> {
     let object = ObjectRef::new(Kind::Gateway, gateway);
     let judge_one = |(index, (spec, settings)): (usize, (&'a Listener, ListenerSettings))| {
-        let place = Place {
-            object: &object,
-            field: format!("spec.listeners[{index}]"),
-        };
-        let first = by_section
-            .get(spec.name.as_str())
-            .and_then(|all| all.first().copied());
+        let place = Place { object: &object, field: format!("spec.listeners[{index}]") };
+        let first = by_section.get(spec.name.as_str()).and_then(|all| all.first().copied());
         judge_listener(gateway, spec, settings, place, first == Some(index), problems)
     };
     let mut listeners: Vec<_> = specs.iter().zip(settings).enumerate().map(judge_one).collect();
@@ -91,12 +86,7 @@ struct Place<'a> {
 
 impl Place<'_> {
     fn error(&self, reason: Reason, field: &str, message: &str) -> Problem {
-        Problem::error(
-            reason,
-            self.object.clone(),
-            format!("{}.{field}", self.field),
-            message,
-        )
+        Problem::error(reason, self.object.clone(), format!("{}.{field}", self.field), message)
     }
 }
 
@@ -110,18 +100,11 @@ fn judge_listener<'a>(
 ) -> JudgedListener<'a> {
     let mut refusals = Vec::new();
     if spec.protocol != "TCP" {
-        refusals.push((
-            Reason::UnsupportedProtocol,
-            "protocol".to_owned(),
-            unsupported_protocol(spec),
-        ));
+        refusals.push((Reason::UnsupportedProtocol, "protocol".to_owned(), unsupported_protocol(spec)));
     }
     let port = u16::try_from(spec.port).ok().and_then(NonZeroU16::new);
     if port.is_none() {
-        let message = format!(
-            "port {} is not one of 1 to 65535: the listener is not served",
-            spec.port
-        );
+        let message = format!("port {} is not one of 1 to 65535: the listener is not served", spec.port);
         refusals.push((Reason::Invalid, "port".to_owned(), message));
     }
     if !first_of_name {
@@ -137,11 +120,7 @@ fn judge_listener<'a>(
         refusals.push((Reason::UnsupportedValue, "tls".to_owned(), message.to_owned()));
     }
     let namespaces = allowed_namespaces(spec).unwrap_or_else(|(field, message)| {
-        refusals.push((
-            Reason::UnsupportedValue,
-            format!("allowedRoutes.namespaces.{field}"),
-            message,
-        ));
+        refusals.push((Reason::UnsupportedValue, format!("allowedRoutes.namespaces.{field}"), message));
         AllowedNamespaces::None
     });
     for (reason, field, message) in &refusals {
@@ -150,24 +129,13 @@ fn judge_listener<'a>(
     if spec.protocol == "TCP" && spec.hostname.is_some() {
         let field = format!("{}.hostname", place.field);
         let message = "a TCP listener has no hostname to match: it is ignored; remove it";
-        problems.push(Problem::warning(
-            Reason::UnsupportedValue,
-            place.object.clone(),
-            field,
-            message,
-        ));
+        problems.push(Problem::warning(Reason::UnsupportedValue, place.object.clone(), field, message));
     }
     JudgedListener {
         spec,
-        name: ListenerName {
-            gateway: gateway.clone(),
-            section: spec.name.clone(),
-        },
+        name: ListenerName { gateway: gateway.clone(), section: spec.name.clone() },
         port,
-        refusal: refusals
-            .into_iter()
-            .next()
-            .map(|(reason, _, message)| Refusal { reason, message }),
+        refusal: refusals.into_iter().next().map(|(reason, _, message)| Refusal { reason, message }),
         conflict: None,
         kinds: route_kinds(spec, &place, problems),
         namespaces,
@@ -181,29 +149,19 @@ fn unsupported_protocol(spec: &Listener) -> String {
         "HTTP" | "HTTPS" | "TLS" => "; use TCP to forward its bytes as they are",
         _ => "",
     };
-    format!(
-        "protocol {:?} is not supported: the listener is not served{advice}",
-        spec.protocol
-    )
+    format!("protocol {:?} is not supported: the listener is not served{advice}", spec.protocol)
 }
 
 /// Which kinds of routes the listener takes: those of `allowedRoutes.kinds` that it can serve, or else TCPRoute.
 fn route_kinds(spec: &Listener, place: &Place<'_>, problems: &mut Vec<Problem>) -> RouteKinds {
-    let named = spec
-        .allowed_routes
-        .as_ref()
-        .map_or(&[][..], |allowed| &allowed.kinds);
+    let named = spec.allowed_routes.as_ref().map_or(&[][..], |allowed| &allowed.kinds);
     let is_tcp = spec.protocol == "TCP";
     let is_served = |kind: &RouteGroupKind| {
         is_tcp && kind.kind == Kind::TcpRoute.as_str() && group_of(kind) == GATEWAY_GROUP
     };
     let mut invalid = Vec::new();
     for (index, kind) in named.iter().enumerate().filter(|(_, kind)| !is_served(kind)) {
-        let message = format!(
-            "routes of kind {} ({}) cannot attach to it",
-            kind.kind,
-            group_of(kind)
-        );
+        let message = format!("routes of kind {} ({}) cannot attach to it", kind.kind, group_of(kind));
         if is_tcp {
             // On a listener of another protocol, that problem is enough.
             let message = format!("{message}: a TCP listener serves TCPRoutes only; remove the kind");
@@ -224,10 +182,7 @@ fn group_of(kind: &RouteGroupKind) -> &str {
 
 /// The namespaces of `allowedRoutes`, or the field below `namespaces` that cannot be honoured and why.
 fn allowed_namespaces(spec: &Listener) -> Result<AllowedNamespaces<'_>, (String, String)> {
-    let Some(namespaces) = spec
-        .allowed_routes
-        .as_ref()
-        .and_then(|allowed| allowed.namespaces.as_ref())
+    let Some(namespaces) = spec.allowed_routes.as_ref().and_then(|allowed| allowed.namespaces.as_ref())
     else {
         return Ok(AllowedNamespaces::Same);
     };

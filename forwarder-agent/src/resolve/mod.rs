@@ -92,11 +92,7 @@ pub fn resolve(manifests: &Manifests, settings: &ResolveSettings) -> Resolved {
     let table = table::build(manifests, &gateways, &routes, &destinations, &mut problems);
     let statuses = conditions::statuses(&classes, &gateways, &routes, &destinations, settings);
     sort(&mut problems);
-    Resolved {
-        table,
-        statuses,
-        problems,
-    }
+    Resolved { table, statuses, problems }
 }
 
 /// Sorts problems by object and field, so that the order does not depend on the order of evaluation, and drops those

@@ -16,17 +16,13 @@ pub(super) fn check(selector: &LabelSelector) -> Result<(), (String, String)> {
         match (requirement.operator.as_str(), requirement.values.is_empty()) {
             ("In" | "NotIn", false) | ("Exists" | "DoesNotExist", true) => {}
             ("In" | "NotIn", true) => {
-                let message = format!(
-                    "operator {} needs values: the listener is not served",
-                    requirement.operator
-                );
+                let message =
+                    format!("operator {} needs values: the listener is not served", requirement.operator);
                 return Err((format!("{field}.values"), message));
             }
             ("Exists" | "DoesNotExist", false) => {
-                let message = format!(
-                    "operator {} takes no values: the listener is not served",
-                    requirement.operator
-                );
+                let message =
+                    format!("operator {} takes no values: the listener is not served", requirement.operator);
                 return Err((format!("{field}.values"), message));
             }
             (other, _) => {
@@ -54,18 +50,10 @@ pub(super) fn selects(
     };
     let get = |key: &str| match key {
         NAME_LABEL => Some(namespace),
-        _ => labels
-            .and_then(|labels: &BTreeMap<String, String>| labels.get(key))
-            .map(String::as_str),
+        _ => labels.and_then(|labels: &BTreeMap<String, String>| labels.get(key)).map(String::as_str),
     };
-    selector
-        .match_labels
-        .iter()
-        .all(|(key, value)| get(key) == Some(value))
-        && selector
-            .match_expressions
-            .iter()
-            .all(|requirement| holds(requirement, get(&requirement.key)))
+    selector.match_labels.iter().all(|(key, value)| get(key) == Some(value))
+        && selector.match_expressions.iter().all(|requirement| holds(requirement, get(&requirement.key)))
 }
 
 fn holds(requirement: &LabelSelectorRequirement, value: Option<&str>) -> bool {

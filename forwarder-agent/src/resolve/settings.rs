@@ -31,12 +31,8 @@ pub(super) fn read(
         let Some(name) = key.strip_prefix(PREFIX) else {
             continue;
         };
-        let mut annotation = Annotation {
-            value,
-            by_section,
-            settings: &mut settings,
-            complaints: Vec::new(),
-        };
+        let mut annotation =
+            Annotation { value, by_section, settings: &mut settings, complaints: Vec::new() };
         match name {
             "idle-timeout" => annotation.apply(timeout, |s, v| s.idle_timeout = v),
             "half-closed-timeout" => annotation.apply(timeout, |s, v| s.half_closed_timeout = v),
@@ -50,12 +46,7 @@ pub(super) fn read(
         }
         for complaint in annotation.complaints {
             let field = format!("metadata.annotations[{key}]");
-            problems.push(Problem::warning(
-                Reason::UnsupportedValue,
-                object.clone(),
-                field,
-                complaint,
-            ));
+            problems.push(Problem::warning(Reason::UnsupportedValue, object.clone(), field, complaint));
         }
     }
     settings
@@ -83,18 +74,13 @@ impl Annotation<'_> {
         }
         let items = || value.split(',').map(str::trim).filter(|item| !item.is_empty());
         // Values for all come first wherever they stand, so that those of single listeners override them.
-        let general = items()
-            .filter(|item| !item.contains('='))
-            .map(|item| (None, item));
+        let general = items().filter(|item| !item.contains('=')).map(|item| (None, item));
         let single = items()
             .filter_map(|item| item.split_once('='))
             .map(|(listener, value)| (Some(listener.trim()), value.trim()));
         let mut seen = HashSet::new();
         for (listener, text) in general.chain(single) {
-            match self
-                .targets(listener, &mut seen)
-                .and_then(|targets| Ok((targets, parse(text)?)))
-            {
+            match self.targets(listener, &mut seen).and_then(|targets| Ok((targets, parse(text)?))) {
                 Ok((targets, parsed)) => {
                     for index in targets {
                         if let Some(settings) = self.settings.get_mut(index) {
@@ -132,11 +118,7 @@ fn duration(text: &str) -> Result<Duration, String> {
         "0" => Some(Duration::ZERO),
         _ => humantime::parse_duration(text).ok(),
     };
-    let refuse = |why: &str| {
-        Err(format!(
-            "{text:?} {why}: the default is used; write it like 90s or 1h 30m"
-        ))
-    };
+    let refuse = |why: &str| Err(format!("{text:?} {why}: the default is used; write it like 90s or 1h 30m"));
     match parsed {
         None => refuse("is no duration"),
         Some(duration) if duration > LONGEST => refuse("is longer than ten years"),
@@ -153,7 +135,7 @@ fn connect_timeout(text: &str) -> Result<Duration, String> {
     let duration = duration(text)?;
     if duration.is_zero() {
         return Err(
-            "a connect time-out cannot be turned off: the default is used; give one above 0".to_owned(),
+            "a connect time-out cannot be turned off: the default is used; give one above 0".to_owned()
         );
     }
     Ok(duration)
@@ -161,12 +143,8 @@ fn connect_timeout(text: &str) -> Result<Duration, String> {
 
 fn datapath(text: &str) -> Result<Datapath, String> {
     let known = Datapath::value_variants();
-    known
-        .iter()
-        .copied()
-        .find(|datapath| datapath.as_str() == text)
-        .ok_or_else(|| {
-            let names: Vec<&str> = known.iter().map(|datapath| datapath.as_str()).collect();
-            format!("{text:?} is none of {}: the default is used", names.join(", "))
-        })
+    known.iter().copied().find(|datapath| datapath.as_str() == text).ok_or_else(|| {
+        let names: Vec<&str> = known.iter().map(|datapath| datapath.as_str()).collect();
+        format!("{text:?} is none of {}: the default is used", names.join(", "))
+    })
 }

@@ -49,8 +49,5 @@ fn serving_route(
 ) -> Option<Route> {
     let index = *listener.routes.first()?;
     let route = routes.get(index)?;
-    Some(Route {
-        name: route.name.clone(),
-        backends: destinations.get(index)?.backends.clone(),
-    })
+    Some(Route { name: route.name.clone(), backends: destinations.get(index)?.backends.clone() })
 }

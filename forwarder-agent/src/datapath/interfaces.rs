@@ -1,0 +1,299 @@
+//! The node's network interfaces: which there are, what their packets begin with, and their addresses.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use forwarder_common::packet::LinkLayer;
+use futures_util::{FutureExt, StreamExt, TryStreamExt};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
+use rtnetlink::packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
+use rtnetlink::{Handle, MulticastGroup, new_multicast_connection};
+use tokio::sync::watch;
+
+use crate::model::BindAddress;
+
+/// How long to gather changes before the interfaces are listed again: changes come in bursts.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// How long to wait after the kernel failed to list them.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What an interface is, as far as the classifiers care.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum InterfaceKind {
+    /// `lo`: what the node sends to itself. Its packets begin with an Ethernet header.
+    Loopback,
+    /// A `dummy` interface: it receives nothing, its addresses are reached through other interfaces.
+    Dummy,
+    /// One whose packets begin with an Ethernet header.
+    Ethernet,
+    /// One whose packets begin with the IP header, such as those of tun and of wireguard.
+    Ip,
+    /// One that there is no classifier for, by its ARPHRD number.
+    Unsupported(u16),
+}
+
+impl InterfaceKind {
+    /// What its packets begin with, if there is a classifier for it.
+    pub fn link_layer(self) -> Option<LinkLayer> {
+        match self {
+            Self::Loopback | Self::Dummy | Self::Ethernet => Some(LinkLayer::Ethernet),
+            Self::Ip => Some(LinkLayer::Ip),
+            Self::Unsupported(_) => None,
+        }
+    }
+}
+
+/// A network interface that is up and holds an address.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Interface {
+    /// Its index.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// What it is.
+    pub kind: InterfaceKind,
+    /// Its addresses, sorted; never empty.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// The interfaces through which connections to listeners on `bound` may arrive.
+///
+/// These are all for a listener on every address, and for one on an address that `lo` or a dummy interface holds (but
+/// for 127.0.0.1 and ::1), which packets reach through any other. For a listener on another address, the interface that
+/// holds it, and `lo` for the node's own connections.
+pub fn wanted<'a>(interfaces: &'a [Interface], bound: &BTreeSet<BindAddress>) -> Vec<&'a Interface> {
+    let any = bound.iter().any(|bound| match bound {
+        BindAddress::Any => true,
+        BindAddress::Ip(ip) => ip.is_unspecified(),
+    });
+    let is_bound = |address: &&IpAddr| bound.contains(&BindAddress::Ip(**address));
+    let holds = |interface: &Interface| interface.addresses.iter().any(|address| is_bound(&address));
+    let is_reached_through_others = |interface: &Interface| {
+        matches!(interface.kind, InterfaceKind::Loopback | InterfaceKind::Dummy)
+            && interface.addresses.iter().filter(is_bound).any(|address| !address.is_loopback())
+    };
+    if any || interfaces.iter().any(is_reached_through_others) {
+        return interfaces.iter().collect();
+    }
+    let held = interfaces.iter().any(holds);
+    interfaces
+        .iter()
+        .filter(|interface| holds(interface) || held && interface.kind == InterfaceKind::Loopback)
+        .collect()
+}
+
+/// Why the interfaces cannot be listed or watched.
+#[derive(Debug, thiserror::Error)]
+pub enum InterfacesError {
+    /// The socket to the kernel cannot be opened.
+    #[error("cannot open a netlink socket: {source}")]
+    Socket {
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel does not list them.
+    #[error("cannot list the {what}: {source}")]
+    List {
+        /// What was to be listed.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: rtnetlink::Error,
+    },
+    /// The socket was closed: changes are no longer seen.
+    #[error("the netlink socket was closed")]
+    Closed,
+}
+
+/// Lists the interfaces that are up and hold an address, sorted by index, and keeps the list current: the future, to be
+/// spawned, ends when the socket fails or all receivers are gone. Needs a tokio runtime.
+///
+/// # Errors
+/// The first list cannot be made.
+pub async fn watch() -> Result<
+    (watch::Receiver<Vec<Interface>>, impl Future<Output = Result<(), InterfacesError>> + Send + 'static),
+    InterfacesError,
+> {
+    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+    let (connection, handle, mut changes) =
+        new_multicast_connection(&groups).map_err(|source| InterfacesError::Socket { source })?;
+    // It ends when the handle is dropped.
+    tokio::spawn(connection);
+    let (sender, receiver) = watch::channel(list(&handle).await?);
+    let follow = async move {
+        loop {
+            // Any message is a reason to list anew, the one that others were lost (ENOBUFS) too.
+            tokio::select! {
+                change = changes.next() => change.ok_or(InterfacesError::Closed).map(drop)?,
+                () = sender.closed() => return Ok(()),
+            }
+            let listed = loop {
+                tokio::time::sleep(SETTLE).await;
+                while let Some(Some(_)) = changes.next().now_or_never() {}
+                match list(&handle).await {
+                    Ok(listed) => break listed,
+                    Err(error) => {
+                        tracing::warn!(%error, "the interfaces are not known anew; trying again");
+                        tokio::time::sleep(RETRY).await;
+                    }
+                }
+            };
+            sender.send_if_modified(|known| {
+                let differs = *known != listed;
+                *known = listed;
+                differs
+            });
+        }
+    };
+    Ok((receiver, follow))
+}
+
+async fn list(handle: &Handle) -> Result<Vec<Interface>, InterfacesError> {
+    let links: Vec<LinkMessage> = handle
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(|source| InterfacesError::List { what: "network interfaces", source })?;
+    let addresses: Vec<AddressMessage> = handle
+        .address()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(|source| InterfacesError::List { what: "addresses of the node", source })?;
+    Ok(assemble(&links, &addresses))
+}
+
+fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interface> {
+    let mut held: BTreeMap<u32, BTreeSet<IpAddr>> = BTreeMap::new();
+    for message in addresses {
+        if let Some(address) = own_address(message) {
+            held.entry(message.header.index).or_default().insert(address);
+        }
+    }
+    let mut interfaces: Vec<_> = links
+        .iter()
+        .filter(|link| link.header.flags.contains(LinkFlags::Up))
+        .filter_map(|link| {
+            let index = link.header.index;
+            let addresses = held.remove(&index)?.into_iter().collect();
+            let name = link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name.clone()),
+                _ => None,
+            })?;
+            Some(Interface { index, name, kind: kind(link), addresses })
+        })
+        .collect();
+    interfaces.sort_by_key(|interface| interface.index);
+    interfaces
+}
+
+/// The address that the message is about: of a point-to-point link, this end's.
+fn own_address(message: &AddressMessage) -> Option<IpAddr> {
+    let local = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    });
+    local.or_else(|| {
+        message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        })
+    })
+}
+
+fn kind(link: &LinkMessage) -> InterfaceKind {
+    let is_dummy = link.attributes.iter().any(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => {
+            infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Dummy)))
+        }
+        _ => false,
+    });
+    match link.header.link_layer_type {
+        LinkLayerType::Loopback => InterfaceKind::Loopback,
+        LinkLayerType::Ether if is_dummy => InterfaceKind::Dummy,
+        LinkLayerType::Ether => InterfaceKind::Ethernet,
+        // At ingress these have no header before the IP header: `skb->mac_len` is 0.
+        LinkLayerType::None
+        | LinkLayerType::Ppp
+        | LinkLayerType::Rawip
+        | LinkLayerType::Tunnel
+        | LinkLayerType::Tunnel6
+        | LinkLayerType::Sit
+        | LinkLayerType::Ipgre
+        | LinkLayerType::Ip6gre => InterfaceKind::Ip,
+        other => InterfaceKind::Unsupported(other.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interface(index: u32, kind: InterfaceKind, address: &str) -> Interface {
+        let addresses = vec![address.parse().unwrap()];
+        Interface { index, name: format!("if{index}"), kind, addresses }
+    }
+
+    fn check(bound: &[BindAddress], expected: &[u32]) {
+        let mut lo = interface(1, InterfaceKind::Loopback, "127.0.0.1");
+        lo.addresses.push("10.0.0.1".parse().unwrap());
+        let interfaces = [
+            lo,
+            interface(2, InterfaceKind::Ethernet, "192.0.2.1"),
+            interface(3, InterfaceKind::Ip, "198.51.100.1"),
+            interface(4, InterfaceKind::Dummy, "203.0.113.1"),
+        ];
+        let bound = bound.iter().copied().collect();
+        let indices: Vec<_> = wanted(&interfaces, &bound).iter().map(|interface| interface.index).collect();
+        assert_eq!(indices, expected, "{bound:?}");
+    }
+
+    fn ip(text: &str) -> BindAddress {
+        BindAddress::Ip(text.parse().unwrap())
+    }
+
+    #[test]
+    fn a_listener_on_every_address_wants_all_interfaces() {
+        check(&[BindAddress::Any], &[1, 2, 3, 4]);
+        check(&[ip("192.0.2.1"), BindAddress::Any], &[1, 2, 3, 4]);
+        check(&[ip("0.0.0.0")], &[1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_listener_on_one_address_wants_its_interface_and_lo() {
+        check(&[ip("127.0.0.1")], &[1]);
+        check(&[ip("192.0.2.1")], &[1, 2]);
+        check(&[ip("192.0.2.1"), ip("198.51.100.1")], &[1, 2, 3]);
+    }
+
+    #[test]
+    fn an_address_that_no_packet_enters_through_wants_all_interfaces() {
+        check(&[ip("203.0.113.1")], &[1, 2, 3, 4]);
+        check(&[ip("10.0.0.1")], &[1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn nothing_is_wanted_for_no_listener_or_an_address_of_none() {
+        check(&[], &[]);
+        check(&[ip("192.0.2.99")], &[]);
+    }
+
+    #[tokio::test]
+    async fn lo_is_listed() {
+        let (receiver, _follow) = watch().await.unwrap();
+        // Where the tests run in an empty namespace, `lo` may be down and then is not listed.
+        let listed = receiver.borrow().clone();
+        for interface in listed.iter().filter(|interface| interface.kind == InterfaceKind::Loopback) {
+            assert!(interface.addresses.iter().any(IpAddr::is_loopback), "{interface:?}");
+        }
+    }
+}

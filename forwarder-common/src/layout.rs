@@ -1,0 +1,206 @@
+//! Names, capacities, keys and values of the maps.
+//!
+//! Integers are in host byte order, ports too, so that `bpftool map dump` shows `9001`. Addresses are arrays of bytes in
+//! network byte order.
+
+use core::mem::{align_of, offset_of, size_of};
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// Hash of [`ListenerKey`] to [`ListenerValue`]. Written by the agent, read for each packet.
+pub const LISTENERS: &str = "listeners";
+/// Hash of [`BackendKey`] to [`BackendValue`]. Written by the agent for operators to read; no program reads it yet.
+pub const BACKENDS: &str = "backends";
+/// Per-CPU hash of a listener's id (`u32`) to [`ListenerCounters`]. The agent creates an entry, with zeros, before the
+/// listener's; programs only add to it.
+pub const COUNTERS: &str = "counters";
+/// Hash of an address ([`AddressBytes`]) of the node to the index (`u32`) of the interface that holds it. A wildcard
+/// listener counts what is sent to these addresses, not what is routed through.
+pub const LOCAL_ADDRESSES: &str = "local_addresses";
+/// Per-CPU array of how many packets (`u64`) met with each [`Verdict`](crate::Verdict), indexed by the verdict's number.
+pub const VERDICTS: &str = "verdicts";
+
+/// The maps that are pinned for operators, by name.
+pub const PINNED_MAPS: [&str; 5] = [LISTENERS, BACKENDS, COUNTERS, LOCAL_ADDRESSES, VERDICTS];
+
+/// Entries that [`LISTENERS`] and [`COUNTERS`] hold.
+pub const LISTENERS_CAPACITY: u32 = 65_536;
+/// Entries that [`BACKENDS`] holds.
+pub const BACKENDS_CAPACITY: u32 = 262_144;
+/// Entries that [`LOCAL_ADDRESSES`] holds.
+pub const LOCAL_ADDRESSES_CAPACITY: u32 = 4_096;
+
+/// An IPv6 address in network byte order; IPv4 as `::ffff:a.b.c.d`.
+pub type AddressBytes = [u8; 16];
+
+/// The address of a listener that is bound to every address of the node.
+pub const ANY_ADDRESS: AddressBytes = [0; 16];
+
+/// [`ListenerValue::state`]: the listener's socket accepts.
+pub const STATE_READY: u32 = 1;
+/// [`ListenerValue::state`]: it accepts no more; its connections live on.
+pub const STATE_DRAINING: u32 = 2;
+
+/// The bytes by which the maps know an IPv4 address.
+#[inline(always)]
+pub const fn mapped_v4(octets: [u8; 4]) -> AddressBytes {
+    let [a, b, c, d] = octets;
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+}
+
+/// The bytes by which the maps know `address`.
+pub const fn address_bytes(address: IpAddr) -> AddressBytes {
+    match address {
+        IpAddr::V4(v4) => mapped_v4(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+/// The address that `bytes` stand for: the inverse of [`address_bytes`].
+pub const fn address_of(bytes: AddressBytes) -> IpAddr {
+    match bytes {
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] => IpAddr::V4(Ipv4Addr::new(a, b, c, d)),
+        _ => IpAddr::V6(Ipv6Addr::from_octets(bytes)),
+    }
+}
+
+/// Key of [`LISTENERS`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct ListenerKey {
+    /// The address, in network byte order; [`ANY_ADDRESS`] for every address of the node.
+    pub address: AddressBytes,
+    /// The port, in host byte order.
+    pub port: u16,
+    /// Zero.
+    pub pad: u16,
+}
+
+impl ListenerKey {
+    /// A key.
+    #[inline(always)]
+    pub const fn new(address: AddressBytes, port: u16) -> Self {
+        Self { address, port, pad: 0 }
+    }
+}
+
+/// Value of [`LISTENERS`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct ListenerValue {
+    /// The listener's number: key of [`COUNTERS`], and of [`BACKENDS`] with a slot.
+    pub listener_id: u32,
+    /// [`STATE_READY`] or [`STATE_DRAINING`].
+    pub state: u32,
+}
+
+/// Key of [`BACKENDS`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct BackendKey {
+    /// The listener's number.
+    pub listener_id: u32,
+    /// The endpoint's place in the listener's list, from 0 without gaps.
+    pub slot: u32,
+}
+
+/// Value of [`BACKENDS`]: one endpoint.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct BackendValue {
+    /// The endpoint's address, in network byte order.
+    pub address: AddressBytes,
+    /// The weight of its backend: 0 to 1,000,000, shared with that backend's other endpoints.
+    pub weight: u32,
+    /// The endpoint's port, in host byte order.
+    pub port: u16,
+    /// Zero.
+    pub pad: u16,
+}
+
+/// Value of [`COUNTERS`]: what the classifier counts for a listener, on each CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct ListenerCounters {
+    /// Connection attempts seen: segments with SYN and without ACK, retransmitted ones included.
+    pub syns: u64,
+    /// TCP packets seen; a GRO super-packet counts once.
+    pub packets: u64,
+    /// Bytes of these packets from the IP header on, with the padding of frames shorter than Ethernet's minimum.
+    pub bytes: u64,
+}
+
+const _: () = {
+    assert!(size_of::<ListenerKey>() == 20 && align_of::<ListenerKey>() == 2);
+    assert!(offset_of!(ListenerKey, address) == 0);
+    assert!(offset_of!(ListenerKey, port) == 16);
+    assert!(offset_of!(ListenerKey, pad) == 18);
+
+    assert!(size_of::<ListenerValue>() == 8 && align_of::<ListenerValue>() == 4);
+    assert!(offset_of!(ListenerValue, listener_id) == 0);
+    assert!(offset_of!(ListenerValue, state) == 4);
+
+    assert!(size_of::<BackendKey>() == 8 && align_of::<BackendKey>() == 4);
+    assert!(offset_of!(BackendKey, listener_id) == 0);
+    assert!(offset_of!(BackendKey, slot) == 4);
+
+    assert!(size_of::<BackendValue>() == 24 && align_of::<BackendValue>() == 4);
+    assert!(offset_of!(BackendValue, address) == 0);
+    assert!(offset_of!(BackendValue, weight) == 16);
+    assert!(offset_of!(BackendValue, port) == 20);
+    assert!(offset_of!(BackendValue, pad) == 22);
+
+    assert!(size_of::<ListenerCounters>() == 24 && align_of::<ListenerCounters>() == 8);
+    assert!(offset_of!(ListenerCounters, syns) == 0);
+    assert!(offset_of!(ListenerCounters, packets) == 8);
+    assert!(offset_of!(ListenerCounters, bytes) == 16);
+};
+
+#[cfg(feature = "aya")]
+#[expect(unsafe_code, reason = "aya's Pod is an unsafe trait")]
+mod pod {
+    use super::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue};
+
+    // SAFETY: `repr(C)`, made of integers only, so every pattern of bits is valid, and the sizes asserted above equal
+    // the sums of the fields' sizes, so there are no padding bytes.
+    unsafe impl aya::Pod for ListenerKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for ListenerValue {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for BackendKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for BackendValue {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for ListenerCounters {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_survive_the_round_trip() {
+        for text in ["0.0.0.0", "127.0.0.1", "192.0.2.7", "::", "::1", "2001:db8::7", "fe80::1"] {
+            let address: IpAddr = text.parse().unwrap();
+            assert_eq!(address_of(address_bytes(address)), address);
+        }
+    }
+
+    #[test]
+    fn v4_is_mapped_into_v6() {
+        let expected: Ipv6Addr = "::ffff:192.0.2.7".parse().unwrap();
+        assert_eq!(address_bytes("192.0.2.7".parse().unwrap()), expected.octets());
+    }
+
+    #[test]
+    fn any_address_is_the_unspecified_v6_address() {
+        assert_eq!(address_bytes(IpAddr::V6(Ipv6Addr::UNSPECIFIED)), ANY_ADDRESS);
+        assert_ne!(address_bytes(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), ANY_ADDRESS);
+    }
+
+    #[test]
+    fn names_fit_the_kernel() {
+        for name in PINNED_MAPS.into_iter().chain([crate::PROGRAM_ETHERNET, crate::PROGRAM_IP]) {
+            assert!(name.len() <= 15, "{name}");
+        }
+    }
+}

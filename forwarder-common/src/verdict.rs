@@ -1,0 +1,82 @@
+//! What the classifier makes of a packet.
+
+/// Why a packet was passed on as it was. Every packet that a classifier sees gets one verdict, counted in the map
+/// [`VERDICTS`](crate::layout::VERDICTS) under the verdict's number. The classifier changes and drops no packet.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Verdict {
+    /// Neither IPv4 nor IPv6.
+    NotIp = 0,
+    /// IP, but not TCP.
+    NotTcp = 1,
+    /// A fragment other than the first: it has no TCP header.
+    Fragment = 2,
+    /// Ends before its TCP header does.
+    Truncated = 3,
+    /// TCP, but to no listener.
+    NoListener = 4,
+    /// To a listener; counted there.
+    Counted = 5,
+    /// To a listener without counters: one that is just being removed.
+    CounterMissing = 6,
+    /// To the port of a listener on every address, but to an address that is not this node's.
+    NotLocal = 7,
+    /// For another host, or for a VLAN interface above this one, which sees it again.
+    NotForInterface = 8,
+    /// More IPv6 extension headers than are walked.
+    TooManyHeaders = 9,
+}
+
+impl Verdict {
+    /// All, in the order of their numbers.
+    pub const ALL: [Self; 10] = [
+        Self::NotIp,
+        Self::NotTcp,
+        Self::Fragment,
+        Self::Truncated,
+        Self::NoListener,
+        Self::Counted,
+        Self::CounterMissing,
+        Self::NotLocal,
+        Self::NotForInterface,
+        Self::TooManyHeaders,
+    ];
+
+    /// How many there are: the entries of the map.
+    pub const COUNT: u32 = 10;
+
+    /// Its number: the index in the map.
+    #[inline(always)]
+    pub const fn index(self) -> u32 {
+        self as u32
+    }
+
+    /// Its name in metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::NotIp => "not_ip",
+            Self::NotTcp => "not_tcp",
+            Self::Fragment => "fragment",
+            Self::Truncated => "truncated",
+            Self::NoListener => "no_listener",
+            Self::Counted => "counted",
+            Self::CounterMissing => "counter_missing",
+            Self::NotLocal => "not_local",
+            Self::NotForInterface => "not_for_interface",
+            Self::TooManyHeaders => "too_many_headers",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn indices_are_dense_and_in_order() {
+        for (expected, verdict) in (0..Verdict::COUNT).zip(Verdict::ALL) {
+            assert_eq!(verdict.index(), expected);
+        }
+        assert_eq!(Verdict::ALL.len(), usize::try_from(Verdict::COUNT).unwrap());
+    }
+}

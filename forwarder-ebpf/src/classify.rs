@@ -1,0 +1,124 @@
+//! The classifier: counts the TCP packets that arrive for the listeners.
+
+use aya_ebpf::bindings::TC_ACT_UNSPEC;
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::trace;
+use forwarder_common::layout::{ANY_ADDRESS, ListenerKey};
+use forwarder_common::packet::{Header, LinkLayer, Packet, Segment, parse};
+use forwarder_common::verdict::Verdict;
+
+use crate::maps::{COUNTERS, LISTENERS, LOCAL_ADDRESSES, VERDICTS};
+
+/// `__sk_buff::pkt_type` of what is addressed to the interface; TCP takes nothing else (`tcp_v4_rcv`).
+const PACKET_HOST: u32 = 0;
+/// The number of the VLAN in `__sk_buff::vlan_tci`.
+const VLAN_ID: u32 = 0x0fff;
+
+/// For interfaces whose packets begin with an Ethernet header.
+#[classifier]
+pub fn fwd_ingress_eth(context: TcContext) -> i32 {
+    classify(&context, LinkLayer::Ethernet)
+}
+
+/// For interfaces whose packets begin with the IP header.
+#[classifier]
+pub fn fwd_ingress_ip(context: TcContext) -> i32 {
+    classify(&context, LinkLayer::Ip)
+}
+
+/// Counts the packet and its verdict. Returns what lets the next program decide.
+#[inline(always)]
+fn classify(context: &TcContext, link: LinkLayer) -> i32 {
+    let verdict = match judge(context, link) {
+        Ok(()) => Verdict::Counted,
+        Err(verdict) => verdict,
+    };
+    if let Some(count) = VERDICTS.get_ptr_mut(verdict.index()) {
+        // SAFETY: the pointer is to this CPU's value, which no program interrupts here, and lives while the map does.
+        unsafe { *count += 1 };
+    }
+    TC_ACT_UNSPEC
+}
+
+/// Counts the packet for its listener.
+///
+/// # Errors
+/// The verdict on a packet that is counted for none.
+#[inline(always)]
+fn judge(context: &TcContext, link: LinkLayer) -> Result<(), Verdict> {
+    if !is_for_interface(context) {
+        return Err(Verdict::NotForInterface);
+    }
+    let segment = parse(&SocketBuffer(context), link)?;
+    let listener_id = find_listener(&segment)?;
+    let Some(counters) = COUNTERS.get_ptr_mut(listener_id) else {
+        return Err(Verdict::CounterMissing);
+    };
+    // SAFETY: the pointer is to this CPU's value, which no program interrupts here; an element that is removed meanwhile
+    // is freed after the program's end, for the map is not preallocated (`htab_elem_free_rcu`).
+    let counters = unsafe { &mut *counters };
+    counters.packets += 1;
+    counters.bytes += u64::from(context.len().wrapping_sub(segment.ip_offset));
+    if segment.is_attempt {
+        counters.syns += 1;
+        trace!(
+            context,
+            "connection attempt: listener {} [{:i}]:{} from [{:i}]:{}",
+            listener_id,
+            segment.destination,
+            segment.destination_port,
+            segment.source,
+            segment.source_port
+        );
+    }
+    Ok(())
+}
+
+/// Whether the IP stack takes the packet from this interface: not what the Ethernet address says is another host's, nor
+/// what a VLAN interface above this one takes (tag 0 is only a priority).
+#[inline(always)]
+fn is_for_interface(context: &TcContext) -> bool {
+    // SAFETY: the kernel hands the program a valid `__sk_buff`; the fields may be read by this type of program.
+    let (packet_type, vlan_present, vlan_tci) = unsafe {
+        let buffer = &*context.skb.skb;
+        (buffer.pkt_type, buffer.vlan_present, buffer.vlan_tci)
+    };
+    packet_type == PACKET_HOST && (vlan_present == 0 || vlan_tci & VLAN_ID == 0)
+}
+
+/// The number of the listener that the segment is for: one on its very address first, as the kernel chooses.
+#[inline(always)]
+fn find_listener(segment: &Segment) -> Result<u32, Verdict> {
+    let key = ListenerKey::new(segment.destination, segment.destination_port);
+    // SAFETY: the reference is read at once, before anything else runs, and nothing here changes the map.
+    if let Some(listener) = unsafe { LISTENERS.get(key) } {
+        return Ok(listener.listener_id);
+    }
+    let key = ListenerKey::new(ANY_ADDRESS, segment.destination_port);
+    // SAFETY: as above.
+    let listener_id = match unsafe { LISTENERS.get(key) } {
+        Some(listener) => listener.listener_id,
+        None => return Err(Verdict::NoListener),
+    };
+    if LOCAL_ADDRESSES.get_ptr(segment.destination).is_none() {
+        return Err(Verdict::NotLocal);
+    }
+    Ok(listener_id)
+}
+
+/// The packet, read where it lies where that part is linear, else copied by the kernel.
+struct SocketBuffer<'a>(&'a TcContext);
+
+impl Packet for SocketBuffer<'_> {
+    #[inline(always)]
+    fn read<T: Header>(&self, offset: usize) -> Option<T> {
+        let Self(context) = self;
+        let start = context.data() + offset;
+        if start + size_of::<T>() <= context.data_end() {
+            // SAFETY: in bounds as just tested, read unaligned, and `Header` promises that any bits are valid.
+            return Some(unsafe { (start as *const T).read_unaligned() });
+        }
+        context.load(offset).ok()
+    }
+}

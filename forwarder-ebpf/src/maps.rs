@@ -1,0 +1,50 @@
+//! The maps. `#[btf_map]` gives them types that `bpftool map dump` prints by name.
+//!
+//! No hash is preallocated: a freed element is then reused only after every running program has left it, so what a
+//! lookup returns stays the element that was asked for. Programs insert nothing, so they never wait for memory.
+
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::btf_maps::{HashMap, PerCpuArray, PerCpuHashMap};
+use aya_ebpf::macros::btf_map;
+use forwarder_common::layout::{
+    AddressBytes, BACKENDS_CAPACITY, LISTENERS_CAPACITY, LOCAL_ADDRESSES_CAPACITY,
+};
+use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue, Verdict};
+
+const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+
+/// The listeners by address and port.
+#[btf_map(name = "listeners")]
+pub(crate) static LISTENERS: HashMap<
+    ListenerKey,
+    ListenerValue,
+    { LISTENERS_CAPACITY as usize },
+    NO_PREALLOC,
+> = HashMap::new();
+
+/// The endpoints of the listeners. For operators: no program reads it.
+#[btf_map(name = "backends")]
+static BACKENDS: HashMap<BackendKey, BackendValue, { BACKENDS_CAPACITY as usize }, NO_PREALLOC> =
+    HashMap::new();
+
+/// What is counted for a listener, by its number.
+#[btf_map(name = "counters")]
+pub(crate) static COUNTERS: PerCpuHashMap<
+    u32,
+    ListenerCounters,
+    { LISTENERS_CAPACITY as usize },
+    NO_PREALLOC,
+> = PerCpuHashMap::new();
+
+/// The node's addresses, with the index of the interface that holds each.
+#[btf_map(name = "local_addresses")]
+pub(crate) static LOCAL_ADDRESSES: HashMap<
+    AddressBytes,
+    u32,
+    { LOCAL_ADDRESSES_CAPACITY as usize },
+    NO_PREALLOC,
+> = HashMap::new();
+
+/// How many packets met with each verdict.
+#[btf_map(name = "verdicts")]
+pub(crate) static VERDICTS: PerCpuArray<u64, { Verdict::COUNT as usize }> = PerCpuArray::new();
