@@ -124,11 +124,9 @@ fn trace_shows_what_the_classifier_does_and_less_does_not() {
         }
         client::ping(&forwarding.connect().unwrap(), b"x").unwrap();
         let traced = || {
+            let attempt = format!("]:{LISTENER_PORT} from [");
             let log = forwarding.agent.log();
-            log.lines().any(|line| {
-                let line = line.to_lowercase();
-                line.contains("trace") && (line.contains("ebpf") || line.contains("fwd_ingress"))
-            })
+            log.lines().any(|line| line.contains(" TRACE forwarder: ") && line.contains(&attempt))
         };
         if wanted {
             wait_until("the classifier's lines are in the log", WAIT, traced);
