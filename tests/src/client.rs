@@ -36,10 +36,10 @@ pub fn transfer(stream: &TcpStream, seed: u64, up: u64, down: u64) -> Result<()>
         });
         let received = random::receive(&mut reader, down).context("receive the server's data")?;
         let sent = sender.join().expect("the sender does not panic").context("send")?;
-        ensure!(received == random::digest(seed, down), "{down} bytes from the server arrived changed");
-        let mut echoed = [0; 32];
-        reader.read_exact(&mut echoed).context("receive the digest")?;
-        ensure!(echoed == sent, "{up} bytes from the client arrived changed");
+        let mut digests = [[0; 32]; 2];
+        reader.read_exact(digests.as_flattened_mut()).context("receive the digests")?;
+        ensure!(received == digests[0], "{down} bytes from the server arrived changed");
+        ensure!(sent == digests[1], "{up} bytes from the client arrived changed");
         ensure!(reader.read(&mut [0])? == 0, "more data than was sent");
         Ok(())
     })

@@ -151,8 +151,8 @@ pub fn transfer_request(seed: u64, length: u64) -> [u8; 16] {
     request
 }
 
-/// Sends what a [`transfer_request`] asks for, while it reads what follows the request. Then sends the SHA-256 of what
-/// it read.
+/// Sends what a [`transfer_request`] asks for, while it reads what follows the request. Then sends two SHA-256: that of
+/// what it sent, and that of what it read.
 pub fn transfer(stream: &TcpStream) -> io::Result<()> {
     let (mut reader, mut writer) = (stream, stream);
     let mut request = [0; 16];
@@ -162,8 +162,9 @@ pub fn transfer(stream: &TcpStream) -> io::Result<()> {
     thread::scope(|scope| {
         let sender = scope.spawn(move || random::send(&mut writer, seed, length));
         let (digest, _) = random::receive_to_end(&mut reader)?;
-        sender.join().expect("the sender does not panic")?;
-        (&mut { stream }).write_all(&digest)?;
+        let sent = sender.join().expect("the sender does not panic")?;
+        let mut stream = stream;
+        stream.write_all(&[sent, digest].concat())?;
         stream.shutdown(Shutdown::Write)
     })
 }
