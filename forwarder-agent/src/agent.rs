@@ -185,7 +185,10 @@ pub fn max_connections(files: u64) -> usize {
 /// It cannot start.
 pub fn run(settings: Settings) -> Result<(), AgentError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(run_until_signalled(settings))
+    let ended = runtime.block_on(run_until_signalled(settings));
+    // A read that hangs, on a dead network mount say, must not keep the process.
+    runtime.shutdown_background();
+    ended
 }
 
 async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {

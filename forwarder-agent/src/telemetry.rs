@@ -29,9 +29,11 @@ pub struct FilterError {
 /// # Errors
 /// The filter cannot be parsed.
 pub fn init(filter: &str, format: LogFormat) -> Result<(), FilterError> {
-    let filter = EnvFilter::builder()
-        .parse(filter)
-        .map_err(|source| FilterError { filter: filter.to_owned(), source })?;
+    let parse = |text: &str| {
+        EnvFilter::builder().parse(text).map_err(|source| FilterError { filter: filter.to_owned(), source })
+    };
+    // The file watcher traces every event in the watched folder and its parent: a log file there would feed itself.
+    let filter = parse(&format!("notify=warn,{filter}"))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {
         LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).init(),
