@@ -126,7 +126,7 @@ fn trace_shows_what_the_classifier_does_and_less_does_not() {
         let traced = || {
             let attempt = format!("]:{LISTENER_PORT} from [");
             let log = forwarding.agent.log();
-            log.lines().any(|line| line.contains(" TRACE forwarder: ") && line.contains(&attempt))
+            log.lines().any(|line| line.contains(" TRACE ") && line.contains(&attempt))
         };
         if wanted {
             wait_until("the classifier's lines are in the log", WAIT, traced);
