@@ -10,6 +10,7 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use crate::counters::{ConnectFailure, Counter, End};
@@ -18,6 +19,9 @@ use crate::model::Datapath;
 use crate::relay::{Direction, Fault, Moved, Tier};
 use crate::upstream::{self, Upstream};
 use crate::worker::Worker;
+
+/// After how many sweeps a connection is no longer a short one.
+const KEEPALIVE_AFTER_SWEEPS: u32 = 4;
 
 /// A live connection as its worker sees it. When it is dropped, its end is counted and logged: exactly once.
 #[derive(Debug)]
@@ -36,6 +40,8 @@ pub(crate) struct Connection {
     half_closed: Cell<bool>,
     /// A direction is not reading, so only [`Order::Look`] would find a reset.
     blind: Cell<bool>,
+    /// The sweep from which on the upstream side wants keepalive; `None` once it has it.
+    keepalive_from: Cell<Option<u32>>,
     order: Cell<Option<Order>>,
     waker: RefCell<Option<Waker>>,
 }
@@ -45,6 +51,8 @@ pub(crate) struct Connection {
 pub(crate) enum Order {
     /// See whether a peer has reset a side that is not being read.
     Look,
+    /// Set keepalive on the upstream side: short connections are spared the system calls.
+    KeepAlive,
     /// Reset both sides.
     End(End),
 }
@@ -71,6 +79,7 @@ impl Connection {
             active: Cell::new(sweep),
             half_closed: Cell::new(false),
             blind: Cell::new(false),
+            keepalive_from: Cell::new(None),
             order: Cell::new(None),
             waker: RefCell::new(None),
         }
@@ -94,6 +103,10 @@ impl Connection {
         }
         if over(settings.idle_timeout) {
             return Some(Order::End(End::IdleTimeout));
+        }
+        if self.keepalive_from.get().is_some_and(|from| sweep.wrapping_sub(from) < u32::MAX / 2) {
+            self.keepalive_from.set(None);
+            return Some(Order::KeepAlive);
         }
         self.blind.get().then_some(Order::Look)
     }
@@ -163,7 +176,8 @@ pub(crate) async fn serve(worker: Rc<Worker>, downstream: TcpStream, connection:
         Err(end) => end,
     };
     connection.end.set(end);
-    if end != End::Finished {
+    // The side that was reset is closed already.
+    if !matches!(end, End::Finished | End::DownstreamReset) {
         reset(&downstream);
     }
 }
@@ -199,6 +213,7 @@ async fn forward(
     };
     backend.counters.of(connection.worker).connected.add(1);
     connection.active.set(worker.sweep());
+    connection.keepalive_from.set(Some(worker.sweep().wrapping_add(KEEPALIVE_AFTER_SWEEPS)));
     // Set once, before anything is counted: the cell is empty.
     let _ = connection.upstream.set((backend, endpoint));
     let tier = match settings.datapath {
@@ -206,7 +221,7 @@ async fn forward(
         Datapath::Copy => Tier::Copy,
     };
     let end = relay(worker, downstream, &upstream, tier, connection).await;
-    if end != End::Finished {
+    if !matches!(end, End::Finished | End::UpstreamReset) {
         reset(&upstream);
     }
     end
@@ -226,6 +241,7 @@ async fn relay(
 ) -> End {
     let mut request = Direction::new(tier);
     let mut response = Direction::new(tier);
+    let mut first = true;
     poll_fn(|cx| {
         {
             let mut waker = connection.waker.borrow_mut();
@@ -237,6 +253,7 @@ async fn relay(
             Some(Order::End(end)) => return Poll::Ready(end),
             Some(Order::Look) if has_failed(downstream) => return Poll::Ready(End::DownstreamReset),
             Some(Order::Look) if has_failed(upstream) => return Poll::Ready(End::UpstreamReset),
+            Some(Order::KeepAlive) => set_keepalive(upstream, worker),
             Some(Order::Look) | None => {}
         }
         let (mut received, mut sent) = (Moved::default(), Moved::default());
@@ -248,6 +265,13 @@ async fn relay(
             )
         };
         connection.count(received, sent, worker);
+        if first {
+            first = false;
+            // Nothing was sent that would have carried it.
+            if connection.received.get() == 0 {
+                upstream::send_ack(upstream);
+            }
+        }
         connection.half_closed.set(request.is_done() != response.is_done());
         connection.blind.set(!(request.is_reading() && response.is_reading()));
         match (up, down) {
@@ -268,6 +292,13 @@ async fn relay(
     .await
 }
 
+fn set_keepalive(upstream: &TcpStream, worker: &Worker) {
+    let Some(idle) = worker.settings().connect.keepalive else { return };
+    if let Err(error) = SockRef::from(upstream).set_tcp_keepalive(&upstream::keepalive(idle)) {
+        tracing::debug!(%error, "cannot set keepalive on the upstream side");
+    }
+}
+
 /// Whether the peer has reset the connection; tells even where nobody reads the socket.
 fn has_failed(stream: &TcpStream) -> bool {
     let mut polled = [PollFd::new(stream, PollFlags::empty())];
@@ -281,5 +312,5 @@ fn has_failed(stream: &TcpStream) -> bool {
 /// Makes the close of `stream`, which follows, a reset: the peer must not take a cut stream for a whole one.
 fn reset(stream: &TcpStream) {
     // Fails only on a socket that is gone already.
-    let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }

@@ -210,7 +210,7 @@ impl Worker {
             .map(|load| load.load(Ordering::Relaxed))
             .enumerate()
             .min_by_key(|(_, load)| *load)?;
-        (mine > least + least / 4).then_some(index)
+        (mine > least + least / 2).then_some(index)
     }
 
     /// Takes a connection that was accepted: serves it here, or hands it to the least busy worker.

@@ -4,11 +4,14 @@ use std::fs;
 use std::io;
 use std::net::TcpStream;
 use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use forwarder_tests::agent::binary;
 use forwarder_tests::client::{self, End};
 use forwarder_tests::{Forwarding, peer, require_root, wait_until};
+use rustix::process::{Pid, Signal, kill_process};
 
 const WAIT: Duration = Duration::from_secs(10);
 
@@ -103,4 +106,25 @@ fn a_second_signal_ends_the_drain_at_once() {
     let status = forwarding.agent.wait(Duration::from_secs(3)).expect("the second signal does not wait");
     println!("{status}");
     assert_ne!(client::end(&session, WAIT).unwrap(), End::Open);
+}
+
+#[test]
+fn a_trace_log_beside_the_manifests_does_not_feed_itself() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let manifests = folder.path().join("manifests");
+    fs::create_dir(&manifests).expect("a writable folder");
+    let log = folder.path().join("trace.log");
+    let mut agent = Command::new(binary())
+        .args(["agent", "--admin", "off", "--manifests"])
+        .arg(&manifests)
+        .env("FORWARDER_LOG", "trace")
+        .stderr(fs::File::create(&log).expect("a writable folder"))
+        .spawn()
+        .expect("start the agent");
+    let text = || fs::read_to_string(&log).unwrap_or_default();
+    wait_until("manifests in force", Duration::from_secs(10), || text().contains("manifests in force"));
+    let pid = Pid::from_child(&agent);
+    kill_process(pid, Signal::TERM).expect("it runs");
+    wait_until("the agent ends", Duration::from_secs(10), || agent.try_wait().expect("a child").is_some());
+    assert!(text().len() < 1 << 20, "{} bytes of log", text().len());
 }
