@@ -3,6 +3,8 @@
 
 pub mod attach;
 pub mod bpf;
+#[cfg(test)]
+pub(crate) mod fake;
 pub mod interfaces;
 mod load_error;
 mod maps;

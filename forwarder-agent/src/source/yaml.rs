@@ -78,8 +78,9 @@ fn options() -> Options {
     serde_saphyr::options! {
         budget: serde_saphyr::budget! {
             max_documents: 1,
-            max_depth: 64,
-            flow_nesting_limit: 64,
+            // Each level costs the parser kilobytes of stack, and objects nest some fifteen deep.
+            max_depth: 32,
+            flow_nesting_limit: 32,
             max_nodes: 4_000_000,
             max_events: 8_000_000,
             max_anchors: 10_000,

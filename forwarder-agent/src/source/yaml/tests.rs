@@ -285,7 +285,7 @@ fn hostile_documents_end_in_an_error() {
     check(
         &"- ".repeat(1 << 16),
         expect![[r#"
-        1: error: YAML document too large or too complex: limits breached: Depth { depth: 65 }
+        1: error: YAML document too large or too complex: limits breached: Depth { depth: 33 }
         --
     "#]],
     );
