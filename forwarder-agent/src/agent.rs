@@ -313,14 +313,16 @@ impl Control {
                     self.attach(interfaces.as_mut());
                     self.put_into_force().await;
                 }
-                () = changed(interfaces.as_mut()) => drop(self.reconciler.retry()),
+                () = changed(interfaces.as_mut()) => {
+                    self.attach(interfaces.as_mut());
+                    self.reconciler.retry();
+                }
                 _ = retry.tick() => {
                     if !self.reconciler.retry() {
                         continue;
                     }
                 }
             }
-            self.attach(interfaces.as_mut());
             self.report();
         }
     }
