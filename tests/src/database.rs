@@ -59,9 +59,13 @@ impl Database {
     pub fn mariadb(netns: &NetNs, address: SocketAddr, server_id: u32) -> Result<Self> {
         let folder = TempDir::with_prefix("forwarder-mariadb-")?;
         let data = folder.path().join("data");
+        // Each server empties the folder of temporary tables when it starts: a shared one would lose another server's.
+        let temporary = folder.path().join("tmp");
+        fs::create_dir(&temporary)?;
         let mut install = Command::new("mariadb-install-db");
         install.args(["--no-defaults", "--user=root", "--auth-root-authentication-method=normal"]);
         install.args(["--skip-test-db", "--skip-log-bin"]).arg(flag("--datadir=", &data));
+        install.arg(flag("--tmpdir=", &temporary));
         stdout(&mut install)?;
         let init = folder.path().join("init.sql");
         fs::write(
@@ -75,7 +79,7 @@ impl Database {
         server.args(["--skip-name-resolve", "--max-allowed-packet=64M", "--innodb-doublewrite=0"]);
         server.arg(format!("--server-id={server_id}")).arg(format!("--port={}", address.port()));
         server.arg(format!("--bind-address={}", address.ip())).arg(flag("--datadir=", &data));
-        server.arg(flag("--init-file=", &init));
+        server.arg(flag("--tmpdir=", &temporary)).arg(flag("--init-file=", &init));
         server.arg(flag("--socket=", &folder.path().join("socket")));
         server.arg(flag("--pid-file=", &folder.path().join("pid")));
         let process = Process::start(netns, &mut server, &folder.path().join("log"))?;
