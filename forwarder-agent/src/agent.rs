@@ -1,8 +1,7 @@
 //! The agent: wires source, resolver, reconciler, workers, datapath and admin endpoint, and ends them in order.
 
-use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -13,10 +12,11 @@ use crate::counters::{ListenerCounters, PerWorker, WorkerCounters};
 use crate::datapath::Datapath;
 use crate::datapath::bpf::{Bpf, BpfOptions};
 use crate::datapath::interfaces::{self, Interface};
-use crate::manifests::{Kind, ObjectRef};
+use crate::manifests::{Change, Kind, ObjectRef};
 use crate::model::ListenerSettings;
-use crate::problem::{Problem, Reason, Severity};
+use crate::problem::{Problem, Reason};
 use crate::reconciler::{InForce, Reconciler, SocketState};
+use crate::report::{InputProblems, Report};
 use crate::resolve::{self, ResolveSettings, Resolved};
 use crate::settings::Settings;
 use crate::source::{self, FileSource, Loaded};
@@ -52,21 +52,6 @@ pub struct Shared {
     pub worker_counters: Arc<PerWorker<WorkerCounters>>,
 }
 
-/// What the input amounts to.
-#[derive(Debug, Default)]
-pub struct Report {
-    /// What is wrong, with its place.
-    pub problems: Vec<Problem>,
-    /// The statuses, bind failures included.
-    pub statuses: Statuses,
-    /// How often manifests were put into force.
-    pub loads: u64,
-    /// What the kernel does for the agent.
-    pub datapath: view::DatapathView,
-    /// The agent is ending.
-    pub draining: bool,
-}
-
 impl Shared {
     fn report(&self) -> MutexGuard<'_, Report> {
         self.report.lock().unwrap_or_else(PoisonError::into_inner)
@@ -82,7 +67,7 @@ impl Shared {
         if report.draining {
             return vec!["the agent is draining".to_owned()];
         }
-        if report.loads == 0 {
+        if report.updates.full == 0 {
             return vec!["the manifests have not been read yet".to_owned()];
         }
         drop(report);
@@ -120,7 +105,7 @@ impl Shared {
         view::State {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             listeners,
-            problems: report.problems.iter().map(Into::into).collect(),
+            problems: report.problems().iter().map(Into::into).collect(),
             datapath: Some(report.datapath.clone()),
             statuses: view::statuses(&report.statuses),
         }
@@ -131,9 +116,14 @@ impl Shared {
 #[derive(Clone, Debug)]
 pub struct Resolver(ResolveSettings);
 
-/// What a source has loaded, resolved; problems have their places and stand in order.
+/// What a source has loaded, resolved.
 #[derive(Debug)]
-pub struct Resolution(pub Resolved);
+pub struct Resolution {
+    /// The result.
+    pub resolved: Resolved,
+    /// What is wrong.
+    pub problems: InputProblems,
+}
 
 impl Resolver {
     /// A resolver for manifests from files.
@@ -141,25 +131,17 @@ impl Resolver {
         Self(ResolveSettings { controller_name, ..ResolveSettings::for_files(listener_defaults) })
     }
 
-    /// Resolves; the problems of the source come first.
+    /// Resolves.
     pub fn resolve(&self, loaded: &Loaded) -> Resolution {
-        let mut resolved = resolve::resolve(&loaded.manifests, &self.0);
-        for problem in &mut resolved.problems {
-            loaded.locations.locate(problem);
-        }
-        let mut problems = loaded.problems.clone();
-        problems.append(&mut resolved.problems);
-        problems
-            .sort_by(|a, b| (&a.location, a.severity, &a.field).cmp(&(&b.location, b.severity, &b.field)));
-        resolved.problems = problems;
-        Resolution(resolved)
+        let resolved = resolve::resolve(&loaded.manifests, &self.0);
+        Resolution { problems: InputProblems::new(loaded, resolved.problems.clone()), resolved }
     }
 }
 
 impl Resolution {
     /// The state that an agent would have, without anything live.
     pub fn state(&self) -> view::State {
-        let table = &self.0.table;
+        let table = &self.resolved.table;
         view::State {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             listeners: table
@@ -167,9 +149,9 @@ impl Resolution {
                 .iter()
                 .map(|(key, listener)| view::listener(*key, listener, table))
                 .collect(),
-            problems: self.0.problems.iter().map(Into::into).collect(),
+            problems: self.problems.list().iter().map(Into::into).collect(),
             datapath: None,
-            statuses: view::statuses(&self.0.statuses),
+            statuses: view::statuses(&self.resolved.statuses),
         }
     }
 }
@@ -225,7 +207,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         reconciler,
         shared: Arc::clone(&shared),
         resolver: Resolver::new(settings.controller_name, settings.listener_defaults),
-        resolved: Resolved::default(),
+        in_force: None,
     };
     tokio::select! {
         () = control.follow(loaded, kernel.interfaces) => {}
@@ -293,7 +275,8 @@ struct Control {
     reconciler: Reconciler,
     shared: Arc<Shared>,
     resolver: Resolver,
-    resolved: Resolved,
+    /// What was loaded and put into force last.
+    in_force: Option<(Arc<Loaded>, Resolution)>,
 }
 
 impl Control {
@@ -307,11 +290,15 @@ impl Control {
         loop {
             tokio::select! {
                 Ok(()) = loaded.changed() => {
+                    let started = Instant::now();
                     let loaded = Arc::clone(&loaded.borrow_and_update());
+                    if self.update_endpoints(&loaded, started).await {
+                        continue;
+                    }
                     self.resolve(loaded).await;
                     // Before ports open, so that the first SYN is counted.
                     self.attach(interfaces.as_mut());
-                    self.put_into_force().await;
+                    self.put_into_force(started).await;
                 }
                 () = changed(interfaces.as_mut()) => {
                     self.attach(interfaces.as_mut());
@@ -327,26 +314,48 @@ impl Control {
         }
     }
 
+    /// Puts into force what was loaded if nothing but endpoints has changed, at the cost of these; tells whether it did.
+    async fn update_endpoints(&mut self, loaded: &Arc<Loaded>, started: Instant) -> bool {
+        let Some((before, Resolution { resolved, problems })) = &mut self.in_force else { return false };
+        let Change::Endpoints(services) = before.manifests.change_to(&loaded.manifests) else { return false };
+        let ops = resolve::update_endpoints(resolved, &loaded.manifests, &services);
+        let backends = ops.len();
+        self.reconciler.perform(ops).await;
+        *problems = InputProblems::new(loaded, resolved.problems.clone());
+        *before = Arc::clone(loaded);
+        let mut report = self.shared.report();
+        report.updates.endpoints += 1;
+        report.set_input(problems.clone());
+        drop(report);
+        tracing::debug!(
+            services = services.len(),
+            backends,
+            duration_ms = milliseconds(started),
+            "endpoints in force"
+        );
+        true
+    }
+
     async fn resolve(&mut self, loaded: Arc<Loaded>) {
-        let resolver = self.resolver.clone();
+        let (resolver, input) = (self.resolver.clone(), Arc::clone(&loaded));
         // Thousands of routes take a while: health checks are answered meanwhile.
-        match tokio::task::spawn_blocking(move || resolver.resolve(&loaded)).await {
-            Ok(resolution) => self.resolved = resolution.0,
+        match tokio::task::spawn_blocking(move || resolver.resolve(&input)).await {
+            Ok(resolution) => self.in_force = Some((loaded, resolution)),
             Err(error) => {
                 tracing::error!(%error, "resolving the manifests failed; the former state stays in force");
             }
         }
     }
 
-    async fn put_into_force(&self) {
-        let started = std::time::Instant::now();
-        self.reconciler.apply(&self.resolved.table).await;
-        self.shared.report().loads += 1;
+    async fn put_into_force(&self, started: Instant) {
+        let Some((_, Resolution { resolved, problems })) = &self.in_force else { return };
+        self.reconciler.apply(&resolved.table).await;
+        self.shared.report().updates.full += 1;
         tracing::info!(
-            listeners = self.resolved.table.listeners.len(),
-            backends = self.resolved.table.backends.len(),
-            problems = self.resolved.problems.len(),
-            duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            listeners = resolved.table.listeners.len(),
+            backends = resolved.table.backends.len(),
+            problems = problems.list().len(),
+            duration_ms = milliseconds(started),
             "manifests in force"
         );
     }
@@ -355,7 +364,9 @@ impl Control {
     fn attach(&self, interfaces: Option<&mut watch::Receiver<Vec<Interface>>>) {
         let Some(interfaces) = interfaces else { return };
         let interfaces = interfaces.borrow_and_update().clone();
-        let bound = self.resolved.table.listeners.keys().map(|key| key.address).collect();
+        let table = self.in_force.as_ref().map(|(_, resolution)| &resolution.resolved.table);
+        let bound = table.into_iter().flat_map(|table| table.listeners.keys()).map(|key| key.address);
+        let bound = bound.collect();
         let mut in_force = self.shared.in_force();
         let Some(datapath) = &mut in_force.datapath else { return };
         for problem in datapath.attach(&interfaces, &bound) {
@@ -371,22 +382,20 @@ impl Control {
 
     /// Publishes statuses and problems, and logs the problems that are new.
     fn report(&self) {
+        let Some((_, resolution)) = &self.in_force else { return };
         let failures = self.shared.in_force().bind_failures();
-        let mut statuses = self.resolved.statuses.clone();
+        let mut statuses = resolution.resolved.statuses.clone();
         status::apply_bind_failures(&mut statuses, &failures);
-        let mut problems = self.resolved.problems.clone();
-        problems.extend(failures.iter().map(|failure| bind_problem(failure, &statuses)));
+        let bind_problems = failures.iter().map(|failure| bind_problem(failure, &statuses)).collect();
         let mut report = self.shared.report();
-        let known: HashSet<_> = report.problems.iter().collect();
-        for problem in problems.iter().filter(|problem| !known.contains(problem)) {
-            match problem.severity {
-                Severity::Error => tracing::error!(reason = problem.reason.as_str(), "{problem}"),
-                Severity::Warning => tracing::warn!(reason = problem.reason.as_str(), "{problem}"),
-            }
-        }
-        report.problems = problems;
+        report.set_input(resolution.problems.clone());
+        report.set_bind_problems(bind_problems);
         report.statuses = statuses;
     }
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
 }
 
 /// Waits for a change; for ever where there is nothing to follow.

@@ -20,6 +20,7 @@ pub mod plan;
 pub mod problem;
 pub mod reconciler;
 pub mod relay;
+pub mod report;
 pub mod resolve;
 pub mod settings;
 pub mod source;

@@ -320,19 +320,21 @@ fn encode_control(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::
         MetricType::Gauge,
     )?;
     let mut by_reason = std::collections::BTreeMap::new();
-    for problem in &report.problems {
+    for problem in report.problems() {
         *by_reason.entry(problem.reason).or_insert(0) += 1;
     }
     for (reason, count) in by_reason {
         gauge(&mut problems, [("reason", reason.as_str())], count)?;
     }
-    let mut loads = encoder.encode_descriptor(
-        "forwarder_manifest_loads",
-        "Times that manifests were read and put into force",
+    let mut updates = encoder.encode_descriptor(
+        "forwarder_configuration_updates",
+        "Times that the input was put into force: in full, or, where nothing else had changed, its endpoints only",
         None,
         MetricType::Counter,
     )?;
-    counter(&mut loads, [], report.loads)?;
+    for (kind, count) in [("full", report.updates.full), ("endpoints", report.updates.endpoints)] {
+        counter(&mut updates, [("kind", kind)], count)?;
+    }
     let mut classifier = encoder.encode_descriptor(
         "forwarder_classifier_up",
         "Whether the BPF classifier is loaded",

@@ -185,6 +185,11 @@ impl Reconciler {
     /// Brings `want` into force. Listeners, routes and endpoints that do not change are not touched.
     pub async fn apply(&self, want: &RouteTable) {
         let ops = plan::plan(want, &self.lock().table);
+        self.perform(ops).await;
+    }
+
+    /// Performs operations that a plan for the table in force would hold, in their order.
+    pub async fn perform(&self, ops: Vec<Op>) {
         for op in ops {
             tracing::debug!(?op, "applying");
             if let Op::RemoveListener(key) = &op {

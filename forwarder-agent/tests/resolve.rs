@@ -57,7 +57,7 @@ fn render(yaml: &str) -> String {
     let mut out = String::new();
     render_table(&mut out, &resolved.table, &settings.listener_defaults);
     render_statuses(&mut out, &resolved.statuses);
-    for problem in &resolved.problems {
+    for problem in &resolved.problems.list() {
         let severity = format!("{:?}", problem.severity).to_lowercase();
         writeln!(out, "{severity}: {problem}").unwrap();
     }
@@ -337,7 +337,7 @@ fn resolving_many_objects_takes_no_quadratic_time() {
     let start = Instant::now();
     let resolved = resolve(&manifests, &settings());
     let elapsed = start.elapsed();
-    println!("resolved in {elapsed:?}, {} problems", resolved.problems.len());
+    println!("resolved in {elapsed:?}, {} problems", resolved.problems.list().len());
     assert_eq!(resolved.table.listeners.len(), 4000);
     assert_eq!(resolved.statuses.tcp_routes.len(), 10_000);
     assert!(elapsed < Duration::from_secs(10), "took {elapsed:?}");

@@ -9,8 +9,11 @@ mod core;
 mod gateway;
 mod object;
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
+
+use imbl::OrdMap;
+use imbl::ordmap::DiffItem;
 
 pub use self::core::{
     Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Namespace, SERVICE_NAME_LABEL, Service,
@@ -27,23 +30,67 @@ pub use self::object::{Kind, Metadata, NamespacedName, Object, ObjectRef};
 /// The group of the Gateway API.
 pub const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
 
+/// EndpointSlices by their name.
+pub type EndpointSlices = OrdMap<String, Arc<EndpointSlice>>;
+
 /// Every object that the forwarder knows at one moment, by kind and name.
 ///
-/// Cloning is cheap per object (they are shared), so that a source can publish a new set for each change.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// The maps are persistent: cloning takes no time, and a set that was made from another by a few changes shares all the
+/// rest with it. So a source publishes a whole set for each change, and who compares two sets pays for what differs.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Manifests {
     /// Each GatewayClass by name (they have no namespace).
-    pub gateway_classes: BTreeMap<String, Arc<GatewayClass>>,
+    pub gateway_classes: OrdMap<String, Arc<GatewayClass>>,
     /// Gateways.
-    pub gateways: BTreeMap<NamespacedName, Arc<Gateway>>,
+    pub gateways: OrdMap<NamespacedName, Arc<Gateway>>,
     /// Each TCPRoute.
-    pub tcp_routes: BTreeMap<NamespacedName, Arc<TcpRoute>>,
+    pub tcp_routes: OrdMap<NamespacedName, Arc<TcpRoute>>,
     /// Each ReferenceGrant.
-    pub reference_grants: BTreeMap<NamespacedName, Arc<ReferenceGrant>>,
+    pub reference_grants: OrdMap<NamespacedName, Arc<ReferenceGrant>>,
     /// Namespaces by name. In file mode a namespace that nobody declared exists all the same, without labels.
-    pub namespaces: BTreeMap<String, Arc<Namespace>>,
+    pub namespaces: OrdMap<String, Arc<Namespace>>,
     /// Services.
-    pub services: BTreeMap<NamespacedName, Arc<Service>>,
+    pub services: OrdMap<NamespacedName, Arc<Service>>,
     /// EndpointSlices by the Service that they belong to (label `kubernetes.io/service-name`), then by their own name.
-    pub endpoint_slices: BTreeMap<NamespacedName, BTreeMap<String, Arc<EndpointSlice>>>,
+    /// There is no entry for a Service without any.
+    pub endpoint_slices: OrdMap<NamespacedName, EndpointSlices>,
+}
+
+impl Manifests {
+    /// What differs in `new`.
+    pub fn change_to(&self, new: &Self) -> Change {
+        let Self {
+            gateway_classes,
+            gateways,
+            tcp_routes,
+            reference_grants,
+            namespaces,
+            services,
+            endpoint_slices,
+        } = self;
+        let is_same_otherwise = *gateway_classes == new.gateway_classes
+            && *gateways == new.gateways
+            && *tcp_routes == new.tcp_routes
+            && *reference_grants == new.reference_grants
+            && *namespaces == new.namespaces
+            && *services == new.services;
+        if !is_same_otherwise {
+            return Change::Any;
+        }
+        let differing = endpoint_slices.diff(&new.endpoint_slices).map(|difference| match difference {
+            DiffItem::Add(service, _)
+            | DiffItem::Remove(service, _)
+            | DiffItem::Update { new: (service, _), .. } => service.clone(),
+        });
+        Change::Endpoints(differing.collect())
+    }
+}
+
+/// What differs between two sets of manifests.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Change {
+    /// At most the EndpointSlices of these Services.
+    Endpoints(BTreeSet<NamespacedName>),
+    /// Something else, perhaps besides.
+    Any,
 }

@@ -144,7 +144,7 @@ impl Metadata {
 }
 
 /// An object with metadata and a spec.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
 #[serde(default)]
 pub struct Object<S> {
     /// Metadata.

@@ -7,7 +7,8 @@
 //! The flow: `classes` finds every GatewayClass of ours; `gateways` and `listeners` judge each Gateway by itself;
 //! `conflicts` gives each port to one of them; `attach` brings the routes to listeners; `destinations` resolves their
 //! backendRefs; `table` and `conditions` write down the result. Work is proportional to the number of objects and
-//! attachments: whatever is looked up by name has a map.
+//! attachments: whatever is looked up by name has a map. A change of EndpointSlices alone, the most frequent one, goes
+//! another way, which costs what it changes: [`update_endpoints`].
 
 mod addresses;
 mod attach;
@@ -18,15 +19,19 @@ mod conflicts;
 mod destinations;
 mod gateways;
 mod grants;
+mod incremental;
 mod listeners;
+mod problems;
 mod selector;
 mod settings;
 mod table;
 
 use crate::manifests::Manifests;
 use crate::model::{ListenerSettings, RouteTable};
-use crate::problem::Problem;
 use crate::status::Statuses;
+
+pub use self::incremental::update_endpoints;
+pub use self::problems::Problems;
 
 /// The controller name that stands in a GatewayClass of the forwarder unless it is told another.
 pub const CONTROLLER_NAME: &str = "forwarder.dev/tcp";
@@ -69,15 +74,15 @@ pub enum ApiRelease {
 }
 
 /// What the manifests amount to.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Resolved {
     /// What is to be forwarded.
     pub table: RouteTable,
     /// The statuses, on the assumption that every listener of the table can be bound:
     /// [`crate::status::apply_bind_failures`] corrects them.
     pub statuses: Statuses,
-    /// What is wrong: sorted by object and field, each problem once.
-    pub problems: Vec<Problem>,
+    /// What is wrong.
+    pub problems: Problems,
 }
 
 /// Resolves manifests.
@@ -89,18 +94,7 @@ pub fn resolve(manifests: &Manifests, settings: &ResolveSettings) -> Resolved {
     let routes = attach::attach(manifests, settings, &mut gateways, &mut problems);
     let grants = grants::Grants::new(manifests);
     let destinations = destinations::resolve(manifests, &grants, &routes, &mut problems);
-    let table = table::build(manifests, &gateways, &routes, &destinations, &mut problems);
+    let (table, of_backends) = table::build(manifests, &gateways, &routes, &destinations);
     let statuses = conditions::statuses(&classes, &gateways, &routes, &destinations, settings);
-    sort(&mut problems);
-    Resolved { table, statuses, problems }
-}
-
-/// Sorts problems by object and field, so that the order does not depend on the order of evaluation, and drops those
-/// that were found by two ways.
-fn sort(problems: &mut Vec<Problem>) {
-    problems.sort_by(|a, b| {
-        let key = |p: &Problem| (p.severity, p.reason);
-        (&a.object, &a.field, key(a), &a.message).cmp(&(&b.object, &b.field, key(b), &b.message))
-    });
-    problems.dedup();
+    Resolved { table, statuses, problems: Problems { general: problems.into(), of_backends } }
 }

@@ -1,5 +1,9 @@
 //! The table: what is left to be forwarded once everything has been judged.
 
+use std::sync::Arc;
+
+use imbl::OrdMap;
+
 use crate::manifests::Manifests;
 use crate::model::{BackendKey, Listener, ListenerKey, Route, RouteTable};
 use crate::problem::Problem;
@@ -10,14 +14,14 @@ use super::destinations::Destinations;
 use super::gateways::JudgedGateway;
 use super::listeners::JudgedListener;
 
-/// Builds the table. `destinations` belong to `routes` one by one.
+/// Builds the table, and says what is wrong with the endpoints of which backend. `destinations` belong to `routes` one by
+/// one.
 pub(super) fn build(
     manifests: &Manifests,
     gateways: &[JudgedGateway<'_>],
     routes: &[JudgedRoute<'_>],
     destinations: &[Destinations],
-    problems: &mut Vec<Problem>,
-) -> RouteTable {
+) -> (RouteTable, OrdMap<BackendKey, Arc<[Problem]>>) {
     let mut table = RouteTable::default();
     for gateway in gateways {
         for (_, listener) in gateway.served_listeners() {
@@ -32,13 +36,16 @@ pub(super) fn build(
             }
         }
     }
+    let mut problems = OrdMap::new();
     let with_endpoints = |key: &BackendKey| {
         let (endpoints, found) = backends::endpoints(manifests, key);
-        problems.extend(found);
+        if !found.is_empty() {
+            problems.insert(key.clone(), found.into());
+        }
         (key.clone(), endpoints)
     };
     table.backends = table.needed_backends().into_iter().map(with_endpoints).collect();
-    table
+    (table, problems)
 }
 
 /// The oldest of the attached routes.

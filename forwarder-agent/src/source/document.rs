@@ -6,12 +6,10 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 
 use super::locations::{Lines, Place};
+use super::manifest::Manifest;
 use super::node::{Node, excerpt};
 use super::yaml;
-use crate::manifests::{
-    EndpointSlice, GATEWAY_GROUP, Gateway, GatewayClass, Kind, Metadata, Namespace, Object, ObjectRef,
-    ReferenceGrant, Service, TcpRoute, check,
-};
+use crate::manifests::{EndpointSlice, GATEWAY_GROUP, Kind, Metadata, Namespace, Object, ObjectRef, check};
 use crate::problem::{Location, Problem, Reason, Severity};
 
 /// The namespace of a namespaced object that names none.
@@ -39,18 +37,6 @@ pub(super) struct Entry {
     /// The object, unless a problem of severity error refuses it.
     pub(super) manifest: Option<Manifest>,
     pub(super) problems: Vec<Problem>,
-}
-
-/// An object of any kind that is read.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Manifest {
-    GatewayClass(Arc<GatewayClass>),
-    Gateway(Arc<Gateway>),
-    TcpRoute(Arc<TcpRoute>),
-    ReferenceGrant(Arc<ReferenceGrant>),
-    Namespace(Arc<Namespace>),
-    Service(Arc<Service>),
-    EndpointSlice(Arc<EndpointSlice>),
 }
 
 /// Reads a file's text.

@@ -3,24 +3,29 @@
 //! [`FileSource`] behaves as an API server would: an object whose document is refused stays as it was, and so does one of
 //! which nothing can be said because its file is broken. Only an object that is certainly gone is taken away.
 
-use std::collections::BTreeMap;
+mod reload;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::document::{self, Contents, Manifest};
+use super::document::{self, Contents, Entry};
 use super::locations::{Locations, Place};
-use super::scan::{self, Scan, Stamp};
-use crate::manifests::{Manifests, NamespacedName, ObjectRef};
+use super::manifest::Manifest;
+use super::scan::{self, Scan};
+use crate::manifests::{Manifests, ObjectRef};
 use crate::problem::{Location, Problem, Reason, Severity};
 
 /// What a source has read: the objects, what is wrong with them, and where they stand.
-#[derive(Clone, Debug, Default, PartialEq)]
+///
+/// Cloning takes no time, and what has not changed is shared with the load before: to compare the two costs what differs.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Loaded {
-    /// The objects in force. One that has not changed is the same allocation as in the load before.
+    /// The objects in force.
     pub manifests: Manifests,
     /// What is wrong, in the order of the files.
-    pub problems: Vec<Problem>,
+    pub problems: Arc<[Problem]>,
     /// The lines of the objects' fields.
     pub locations: Locations,
 }
@@ -33,6 +38,12 @@ pub struct FileSource {
     held: BTreeMap<ObjectRef, Held>,
     /// What was made of each file, so that only those that changed are parsed.
     files: BTreeMap<PathBuf, Parsed>,
+    /// The objects that stand in more than one place.
+    repeated: BTreeSet<ObjectRef>,
+    /// What was found at the path last; `None` if nothing could be said of it.
+    scanned: Option<Scan>,
+    /// All of this, to be published.
+    loaded: Loaded,
 }
 
 /// An object in force.
@@ -55,6 +66,8 @@ struct Merge {
     held: BTreeMap<ObjectRef, Held>,
     /// Where each object was named first, whether it is in force or not.
     named: BTreeMap<ObjectRef, Location>,
+    /// The objects that were named again.
+    repeated: BTreeSet<ObjectRef>,
     problems: Vec<Problem>,
 }
 
@@ -63,7 +76,14 @@ impl FileSource {
     ///
     /// A folder stands for the `*.yaml`, `*.yml` and `*.json` files in it and in its subfolders.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), held: BTreeMap::new(), files: BTreeMap::new() }
+        Self {
+            path: path.into(),
+            held: BTreeMap::new(),
+            files: BTreeMap::new(),
+            repeated: BTreeSet::new(),
+            scanned: None,
+            loaded: Loaded::default(),
+        }
     }
 
     /// The file or folder.
@@ -73,30 +93,38 @@ impl FileSource {
 
     /// Reads everything again. What cannot be read or used becomes a problem.
     pub fn load(&mut self) -> Loaded {
-        self.load_scanned(scan::scan(&self.path)).0
+        self.load_scanned(scan::scan(&self.path))
     }
 
-    /// Reads what a scan has found; also yields the fingerprint of what was found.
-    pub(super) fn load_scanned(
-        &mut self,
-        scan: Result<Scan, Box<Problem>>,
-    ) -> (Loaded, Option<Vec<(PathBuf, Stamp)>>) {
-        match scan {
+    /// Reads what a scan has found.
+    pub(super) fn load_scanned(&mut self, scan: Result<Scan, Box<Problem>>) -> Loaded {
+        let problems = match scan {
             Ok(scan) => {
                 let problems = self.load_files(&scan);
-                (self.loaded(problems), Some(scan.fingerprint))
+                self.scanned = Some(scan);
+                problems
             }
             Err(mut problem) => {
                 problem.message.push_str(&kept(self.held.len()));
-                (self.loaded(vec![*problem]), None)
+                self.scanned = None;
+                vec![*problem]
             }
+        };
+        if *self.loaded.problems != *problems {
+            self.loaded.problems = problems.into();
         }
+        self.loaded.clone()
+    }
+
+    /// What was found at the path when it was read last.
+    pub(super) fn scanned(&self) -> Option<&Scan> {
+        self.scanned.as_ref()
     }
 
     fn load_files(&mut self, scan: &Scan) -> Vec<Problem> {
         let mut merge = Merge { problems: scan.problems.clone(), ..Merge::default() };
         let mut before = std::mem::take(&mut self.files);
-        let mut paths = scan.files.iter().chain(&scan.unknown).collect::<Vec<_>>();
+        let mut paths = scan.files.keys().chain(&scan.unknown).collect::<Vec<_>>();
         paths.sort();
         for path in paths {
             if scan.unknown.contains(path) {
@@ -107,7 +135,7 @@ impl FileSource {
             }
             match scan::read(path) {
                 Ok(text) => {
-                    let parsed = parse(path, &text, before.remove(path));
+                    let parsed = Parsed::of(path, &text, before.remove(path));
                     self.merge(&mut merge, &parsed);
                     self.files.insert(path.clone(), parsed);
                 }
@@ -118,7 +146,8 @@ impl FileSource {
                 }
             }
         }
-        self.held = merge.held;
+        self.repeated = merge.repeated;
+        self.hold(merge.held);
         merge.problems.sort_by(|a, b| a.location.cmp(&b.location));
         merge.problems
     }
@@ -137,28 +166,12 @@ impl FileSource {
                 );
                 problem.location = Some(place.start());
                 merge.problems.push(problem);
+                merge.repeated.insert(entry.id.clone());
                 continue;
             }
             merge.named.insert(entry.id.clone(), place.start());
-            let last_good = self.held.get(&entry.id);
-            let consequence = match last_good {
-                Some(_) => "; the version before stays in force",
-                None => "; the object is refused",
-            };
-            merge.problems.extend(entry.problems.iter().cloned().map(|mut problem| {
-                if problem.severity == Severity::Error {
-                    problem.message.push_str(consequence);
-                }
-                problem
-            }));
-            // Unchanged objects stay the same allocation. The lines are those that the file has now in any case.
-            let manifest = match (&entry.manifest, last_good.map(|last| &last.manifest)) {
-                (Some(manifest), Some(last)) if last != manifest => Some(manifest),
-                (_, Some(last)) => Some(last),
-                (manifest, None) => manifest.as_ref(),
-            };
-            if let Some(manifest) = manifest.cloned() {
-                merge.held.insert(entry.id.clone(), Held { manifest, place: Arc::clone(place) });
+            if let Some(held) = self.judge(entry, &mut merge.problems) {
+                merge.held.insert(entry.id.clone(), held);
             }
         }
         if parsed.contents.is_broken {
@@ -177,6 +190,29 @@ impl FileSource {
         }
     }
 
+    /// What is in force once an entry has been read, and what is wrong with it.
+    fn judge(&self, entry: &Entry, problems: &mut Vec<Problem>) -> Option<Held> {
+        let last_good = self.held.get(&entry.id);
+        let consequence = match last_good {
+            Some(_) => "; the version before stays in force",
+            None => "; the object is refused",
+        };
+        problems.extend(entry.problems.iter().cloned().map(|mut problem| {
+            if problem.severity == Severity::Error {
+                problem.message.push_str(consequence);
+            }
+            problem
+        }));
+        // What is unchanged stays the same allocation. The lines are those that the file has now in any case.
+        let manifest = match (&entry.manifest, last_good.map(|last| &last.manifest)) {
+            (Some(manifest), Some(last)) if last != manifest => Some(manifest),
+            (_, Some(last)) => Some(last),
+            (manifest, None) => manifest.as_ref(),
+        };
+        let place = last_good.map(|last| &last.place).filter(|last| **last == entry.place);
+        Some(Held { manifest: manifest?.clone(), place: Arc::clone(place.unwrap_or(&entry.place)) })
+    }
+
     /// Keeps all objects that came from a path and that no file before it names; returns their number.
     fn keep(&self, merge: &mut Merge, path: &Path) -> usize {
         let mut count = 0;
@@ -190,28 +226,53 @@ impl FileSource {
         count
     }
 
-    fn loaded(&self, problems: Vec<Problem>) -> Loaded {
-        let mut loaded = Loaded { problems, ..Loaded::default() };
-        for (id, held) in &self.held {
-            loaded.locations.insert(id.clone(), Arc::clone(&held.place));
-            insert(&mut loaded.manifests, id, &held.manifest);
+    /// Replaces all objects in force.
+    fn hold(&mut self, held: BTreeMap<ObjectRef, Held>) {
+        let before = std::mem::replace(&mut self.held, held);
+        for (id, old) in before.iter().filter(|(id, _)| !self.held.contains_key(*id)) {
+            self.loaded.manifests.take(id, &old.manifest);
+            self.loaded.locations.remove(id);
         }
-        loaded
+        for (id, new) in &self.held {
+            self.loaded.set(id, before.get(id), new);
+        }
     }
 }
 
-fn parse(path: &Path, text: &str, before: Option<Parsed>) -> Parsed {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(text.as_bytes());
-    let digest = (text.len(), hasher.finish());
-    match before {
-        Some(before) if before.digest == digest => before,
-        _ => {
-            let file = Arc::new(path.to_owned());
-            let contents = document::read(text, &file);
-            Parsed { file, digest, contents }
+impl Loaded {
+    /// Writes down an object in force, in place of what was known of it before.
+    fn set(&mut self, id: &ObjectRef, old: Option<&Held>, new: &Held) {
+        if old.is_none_or(|old| old.place != new.place) {
+            self.locations.insert(id.clone(), Arc::clone(&new.place));
+        }
+        if old.is_none_or(|old| old.manifest != new.manifest) {
+            if let Some(old) = old {
+                // An EndpointSlice may belong to another Service than before.
+                self.manifests.take(id, &old.manifest);
+            }
+            self.manifests.put(id, &new.manifest);
         }
     }
+}
+
+impl Parsed {
+    /// What is made of a text: what was made of it `before`, if that was the same.
+    fn of(path: &Path, text: &str, before: Option<Self>) -> Self {
+        let digest = digest(text);
+        before.filter(|before| before.digest == digest).unwrap_or_else(|| Self::new(path, text, digest))
+    }
+
+    fn new(path: &Path, text: &str, digest: (usize, u64)) -> Self {
+        let file = Arc::new(path.to_owned());
+        let contents = document::read(text, &file);
+        Self { file, digest, contents }
+    }
+}
+
+fn digest(text: &str) -> (usize, u64) {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(text.as_bytes());
+    (text.len(), hasher.finish())
 }
 
 fn kept(count: usize) -> String {
@@ -219,41 +280,6 @@ fn kept(count: usize) -> String {
         0 => String::new(),
         1 => "; the object read from it before stays in force".to_owned(),
         _ => format!("; the {count} objects read from it before stay in force"),
-    }
-}
-
-fn insert(manifests: &mut Manifests, id: &ObjectRef, manifest: &Manifest) {
-    let name = || NamespacedName::new(&id.namespace, &id.name);
-    match manifest {
-        Manifest::GatewayClass(object) => {
-            manifests.gateway_classes.insert(id.name.clone(), Arc::clone(object));
-        }
-        Manifest::Gateway(object) => {
-            manifests.gateways.insert(name(), Arc::clone(object));
-        }
-        Manifest::TcpRoute(object) => {
-            manifests.tcp_routes.insert(name(), Arc::clone(object));
-        }
-        Manifest::ReferenceGrant(object) => {
-            manifests.reference_grants.insert(name(), Arc::clone(object));
-        }
-        Manifest::Namespace(object) => {
-            manifests.namespaces.insert(id.name.clone(), Arc::clone(object));
-        }
-        Manifest::Service(object) => {
-            manifests.services.insert(name(), Arc::clone(object));
-        }
-        Manifest::EndpointSlice(object) => {
-            // One without the label has a warning that says that it is ignored.
-            if let Some(service) = object.service_name() {
-                let service = NamespacedName::new(&id.namespace, service);
-                manifests
-                    .endpoint_slices
-                    .entry(service)
-                    .or_default()
-                    .insert(id.name.clone(), Arc::clone(object));
-            }
-        }
     }
 }
 

@@ -1,17 +1,18 @@
 //! Where the fields of objects stand in their files: what gives a problem its line.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+
+use imbl::OrdMap;
 
 use super::node::Node;
 use crate::manifests::ObjectRef;
 use crate::problem::{Location, Problem};
 
-/// The places of all objects and their fields.
+/// The places of all objects and their fields: a persistent map, as in [`Manifests`](crate::manifests::Manifests).
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Locations {
-    objects: BTreeMap<ObjectRef, Arc<Place>>,
+    objects: OrdMap<ObjectRef, Arc<Place>>,
 }
 
 /// The place of one object.
@@ -56,6 +57,10 @@ impl Locations {
 
     pub(super) fn insert(&mut self, object: ObjectRef, place: Arc<Place>) {
         self.objects.insert(object, place);
+    }
+
+    pub(super) fn remove(&mut self, object: &ObjectRef) {
+        self.objects.remove(object);
     }
 }
 

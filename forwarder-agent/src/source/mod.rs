@@ -4,6 +4,7 @@ mod decode;
 mod document;
 mod file;
 mod locations;
+mod manifest;
 mod node;
 mod scan;
 mod watch;

@@ -1,6 +1,6 @@
 //! Finds the manifest files of a path, and reads them without trusting what they are.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
@@ -18,19 +18,19 @@ const LARGEST_FILE: u64 = 32 << 20;
 /// Folders in folders are read down to this depth.
 const DEEPEST: usize = 8;
 
-/// What was found at a path.
-#[derive(Debug, Default)]
+/// What was found at a path. It differs from another whenever a file or folder does, as far as their metadata tell.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(super) struct Scan {
-    /// The files to read, sorted by path.
-    pub(super) files: Vec<PathBuf>,
-    /// The folders that were listed.
-    pub(super) folders: Vec<PathBuf>,
+    /// The files to read.
+    pub(super) files: BTreeMap<PathBuf, Stamp>,
+    /// The folders that were listed, by device and inode.
+    pub(super) folders: BTreeMap<PathBuf, (u64, u64)>,
     /// The folders and files that could not be looked at: what they held is unknown.
-    pub(super) unknown: Vec<PathBuf>,
+    pub(super) unknown: BTreeSet<PathBuf>,
     /// What is wrong.
     pub(super) problems: Vec<Problem>,
-    /// Changes whenever a file or folder does, as far as its metadata tell.
-    pub(super) fingerprint: Vec<(PathBuf, Stamp)>,
+    /// Whether something in there can change under another name than its own, because there are links.
+    pub(super) has_links: bool,
 }
 
 /// What tells a version of a file from another without reading it.
@@ -53,6 +53,12 @@ impl Stamp {
             changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
     }
+
+    /// That of a regular file with one name only; `None` for anything else.
+    pub(super) fn of_plain_file(path: &Path) -> Option<Self> {
+        let metadata = fs::symlink_metadata(path).ok()?;
+        (metadata.is_file() && metadata.nlink() == 1).then(|| Self::of(&metadata))
+    }
 }
 
 /// Lists the manifests at `path`: itself if it is no folder, else the YAML and JSON files in it and its subfolders.
@@ -70,25 +76,53 @@ pub(super) fn scan(path: &Path) -> Result<Scan, Box<Problem>> {
             scan.problem(Severity::Warning, path, message);
         }
     } else {
-        scan.fingerprint.push((path.to_owned(), Stamp::of(&metadata)));
-        scan.files.push(path.to_owned());
+        scan.has_links = metadata.nlink() > 1 || fs::symlink_metadata(path).is_ok_and(|it| it.is_symlink());
+        scan.files.insert(path.to_owned(), Stamp::of(&metadata));
     }
-    scan.files.sort();
-    scan.folders.sort();
     Ok(scan)
 }
 
 impl Scan {
+    /// Whether nothing that was read, or would be now, depends on what stands at `path`, which is below the path that was
+    /// scanned. Not for the files and folders that were found.
+    pub(super) fn is_unaffected_by(&self, root: &Path, path: &Path) -> bool {
+        let is_found = self.files.contains_key(path)
+            || self.folders.contains_key(path)
+            || self.unknown.contains(path)
+            || path == root;
+        if self.has_links || is_found {
+            return false;
+        }
+        is_below_hidden(root, path)
+            || match fs::symlink_metadata(path) {
+                Ok(metadata) => metadata.is_file() && !is_manifest(path),
+                Err(error) => error.kind() == io::ErrorKind::NotFound,
+            }
+    }
+
+    /// Whether it may be that only the contents of files that are known changed, if something did at `path`; by its name
+    /// alone.
+    pub(super) fn is_inner(&self, root: &Path, path: &Path) -> bool {
+        self.files.contains_key(path)
+            || (!self.has_links
+                && path != root
+                && !self.folders.contains_key(path)
+                && (is_below_hidden(root, path) || !is_manifest(path)))
+    }
+
     fn folder(&mut self, path: &Path, metadata: &Metadata, above: &mut Vec<(u64, u64)>) -> io::Result<()> {
         // One that vanishes while it is listed counts as unreadable, for an entry might be missed.
-        let entries =
-            fs::read_dir(path)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<BTreeSet<_>>>()?;
-        self.fingerprint.push((path.to_owned(), Stamp::of(metadata)));
-        self.folders.push(path.to_owned());
+        let mut entries = BTreeSet::new();
+        for entry in fs::read_dir(path)? {
+            let entry = entry?;
+            self.has_links |= entry.file_type().map_or(true, |kind| kind.is_symlink());
+            entries.insert(entry.file_name());
+        }
+        self.folders.insert(path.to_owned(), (metadata.dev(), metadata.ino()));
         above.push((metadata.dev(), metadata.ino()));
         for name in entries {
             // Kubernetes keeps the versions of a mounted ConfigMap in folders such as `..data`.
-            if !name.as_encoded_bytes().starts_with(b".") {
+            if !is_hidden(&name) {
                 self.entry(&path.join(&name), above);
             }
         }
@@ -109,18 +143,18 @@ impl Scan {
                     let message = format!("is deeper than {DEEPEST} folders and is not read");
                     self.problem(Severity::Warning, path, message);
                 } else if let Err(error) = self.folder(path, &metadata, above) {
-                    self.unknown.push(path.to_owned());
+                    self.unknown.insert(path.to_owned());
                     self.problem(Severity::Error, path, cannot("list the folder", &error));
                 }
             }
             Ok(metadata) if is_manifest(path) => {
-                self.fingerprint.push((path.to_owned(), Stamp::of(&metadata)));
-                self.files.push(path.to_owned());
+                self.has_links |= metadata.nlink() > 1;
+                self.files.insert(path.to_owned(), Stamp::of(&metadata));
             }
             Err(error) if is_manifest(path) || error.kind() != io::ErrorKind::NotFound => {
                 // A file may have been removed since the folder was listed: then there is nothing to say.
                 if fs::symlink_metadata(path).is_ok() {
-                    self.unknown.push(path.to_owned());
+                    self.unknown.insert(path.to_owned());
                     self.problem(Severity::Error, path, cannot("read", &error));
                 }
             }
@@ -188,6 +222,14 @@ fn read_up_to(file: &File, size: u64) -> Result<Vec<u8>, String> {
 
 fn too_large(size: &str) -> String {
     format!("the file is too large ({size}): at most {} MiB are read", LARGEST_FILE >> 20)
+}
+
+fn is_hidden(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(b".")
+}
+
+fn is_below_hidden(root: &Path, path: &Path) -> bool {
+    path.strip_prefix(root).is_ok_and(|inner| inner.iter().any(is_hidden))
 }
 
 fn is_manifest(path: &Path) -> bool {

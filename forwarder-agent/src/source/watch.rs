@@ -1,37 +1,51 @@
 //! Follows the changes of a file or folder.
 
+mod notices;
+
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use notify::event::{AccessKind, AccessMode};
-use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
-use tokio::sync::{mpsc, watch};
+use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use self::notices::{Notices, Told};
 use super::file::{FileSource, Loaded};
-use super::scan::{self, Stamp};
-use crate::problem::Problem;
+use super::scan;
 
 /// When a change is acted upon.
 #[derive(Clone, Copy, Debug)]
 struct Pace {
-    /// Files are read when nothing has changed for so long: a writer may not be done.
-    quiet: Duration,
-    /// But at the latest so long after the first change.
-    patience: Duration,
+    /// Where writers are done, and nothing but the contents of known files has changed.
+    settled: Settling,
+    /// Where a writer may not be done, or files come and go: these often do so together.
+    open: Settling,
     /// How often files are looked at even without an event: networked file systems have none.
     poll: Duration,
 }
 
+#[derive(Clone, Copy, Debug)]
+struct Settling {
+    /// Files are read when nothing has changed for so long.
+    quiet: Duration,
+    /// But at the latest so long after the first change.
+    patience: Duration,
+}
+
 const PACE: Pace = Pace {
-    quiet: Duration::from_millis(100),
-    patience: Duration::from_secs(1),
+    settled: Settling { quiet: Duration::from_millis(5), patience: Duration::from_millis(100) },
+    open: Settling { quiet: Duration::from_millis(100), patience: Duration::from_secs(1) },
     poll: Duration::from_secs(5),
 };
 
-/// What tells that something has changed since the last load.
-type Fingerprint = Vec<(PathBuf, Stamp)>;
+/// What has to be read.
+enum Changed {
+    Everything,
+    /// Nothing but what stands at these paths.
+    At(BTreeSet<PathBuf>),
+}
 
 /// Publishes what `source` reads, at first and whenever it differs from what was published before, until nobody listens
 /// any more. Files are read on the runtime's threads for blocking work.
@@ -40,20 +54,21 @@ pub async fn watch(source: FileSource, updates: watch::Sender<Arc<Loaded>>) {
 }
 
 async fn watch_at(pace: Pace, mut source: FileSource, updates: watch::Sender<Arc<Loaded>>) {
-    // The capacity is one, for it does not matter how much has changed.
-    let (notice, mut notices) = mpsc::channel(1);
+    let notices = Arc::new(Notices::default());
+    let mut watcher = None;
+    let mut what = Changed::Everything;
     loop {
-        let sender = notice.clone();
+        let notices_of_load = Arc::clone(&notices);
         let loading = tokio::task::spawn_blocking(move || {
-            let result = load(&mut source, sender);
-            (source, result)
+            let (loaded, watcher) = load(&mut source, what, watcher, &notices_of_load);
+            (source, loaded, watcher)
         });
         // A panic in there is a bug; the last configuration stays in force rather than the process ending.
-        let Ok((returned, (loaded, fingerprint, watcher))) = loading.await else {
+        let Ok((returned, loaded, following)) = loading.await else {
             tracing::error!("reading the manifests panicked: changes are not followed any more");
             return updates.closed().await;
         };
-        source = returned;
+        (source, watcher) = (returned, following);
         updates.send_if_modified(|current| {
             let is_new = **current != loaded;
             if is_new {
@@ -61,69 +76,54 @@ async fn watch_at(pace: Pace, mut source: FileSource, updates: watch::Sender<Arc
             }
             is_new
         });
-        tokio::select! {
-            () = changed(pace, source.path(), fingerprint.as_ref(), &mut notices) => {}
+        what = tokio::select! {
+            what = changed(pace, &source, &notices) => what,
             () = updates.closed() => return,
-        }
-        // Only now, when the next load will watch the folders that are there by then.
-        drop(watcher);
+        };
     }
 }
 
-/// Loads with a watcher already in place, so that no change is lost between the two.
+/// Loads with a watcher already in place, so that no change is lost between the two: the former one, where it will do.
 fn load(
     source: &mut FileSource,
-    sender: mpsc::Sender<()>,
-) -> (Loaded, Option<Fingerprint>, Option<RecommendedWatcher>) {
+    what: Changed,
+    former: Option<RecommendedWatcher>,
+    notices: &Arc<Notices>,
+) -> (Loaded, Option<RecommendedWatcher>) {
+    if let Changed::At(paths) = what
+        && let Some(loaded) = source.reload(&paths)
+    {
+        return (loaded, former);
+    }
+    drop(former);
     // Events name what was watched and the name in it: both have to be of one form.
     let path = std::path::absolute(source.path()).unwrap_or_else(|_| source.path().to_owned());
-    let mut watcher = watcher(&path, sender);
+    let mut watcher = watcher(&path, source.path(), notices);
     if let Some(watcher) = &mut watcher {
         // The folder around it sees it being removed, created or replaced.
         if let Some(parent) = path.parent() {
             add(watcher, parent);
         }
         add(watcher, &path);
-        for folder in scan::scan(&path).map(|scan| scan.folders).unwrap_or_default() {
-            add(watcher, &folder);
+        for folder in scan::scan(&path).map(|scan| scan.folders).unwrap_or_default().keys() {
+            add(watcher, folder);
         }
     }
+    // What was told so far will be read.
+    notices.take();
     // Only now, for a subfolder may have changed before it was watched.
-    let (loaded, fingerprint) = source.load_scanned(scan::scan(source.path()));
-    (loaded, fingerprint, watcher)
+    let loaded = source.load_scanned(scan::scan(source.path()));
+    (loaded, watcher)
 }
 
-fn watcher(path: &Path, sender: mpsc::Sender<()>) -> Option<RecommendedWatcher> {
-    let path = path.to_owned();
-    let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        if event.map_or(true, |event| is_change(&path, &event)) {
-            // A full channel has a notice already.
-            let _ = sender.try_send(());
-        }
-    });
+fn watcher(path: &Path, source_path: &Path, notices: &Arc<Notices>) -> Option<RecommendedWatcher> {
+    let (path, source_path, notices) = (path.to_owned(), source_path.to_owned(), Arc::clone(notices));
+    let watcher = notify::recommended_watcher(move |event| notices.tell(&path, &source_path, event));
     watcher
         .inspect_err(
             |error| tracing::warn!(%error, "cannot watch files: changes are noticed by looking only"),
         )
         .ok()
-}
-
-fn is_change(path: &Path, event: &notify::Event) -> bool {
-    let is_written = match event.kind {
-        EventKind::Access(AccessKind::Close(AccessMode::Write))
-        | EventKind::Any
-        | EventKind::Create(_)
-        | EventKind::Modify(_)
-        | EventKind::Remove(_)
-        | EventKind::Other => true,
-        // Our own reading would be a reason to read again.
-        EventKind::Access(_) => false,
-    };
-    // The folder around the path may be a busy one. A file of a ConfigMap is a link through `..data`.
-    let is_near = |it: &PathBuf| {
-        it.starts_with(path) || path.starts_with(it) || it.file_name().is_some_and(|name| name == "..data")
-    };
-    is_written && (event.paths.is_empty() || event.paths.iter().any(is_near))
 }
 
 fn add(watcher: &mut RecommendedWatcher, folder: &Path) {
@@ -133,20 +133,36 @@ fn add(watcher: &mut RecommendedWatcher, folder: &Path) {
 }
 
 /// Waits until something has changed, and then until it is quiet.
-async fn changed(pace: Pace, path: &Path, before: Option<&Fingerprint>, notices: &mut mpsc::Receiver<()>) {
-    while timeout(pace.poll, notices.recv()).await.is_err() {
-        let path = path.to_owned();
-        let now = tokio::task::spawn_blocking(move || fingerprint(scan::scan(&path)));
-        if now.await.is_ok_and(|now| now.as_ref() != before) {
+async fn changed(pace: Pace, source: &FileSource, notices: &Notices) -> Changed {
+    let mut is_beyond = false;
+    while !is_beyond && timeout(pace.poll, notices.arrived()).await.is_err() {
+        let path = source.path().to_owned();
+        let now = tokio::task::spawn_blocking(move || scan::scan(&path).ok());
+        is_beyond = now.await.is_ok_and(|now| now.as_ref() != source.scanned());
+    }
+    let first = Instant::now();
+    let is_inner = |path: &Path| source.scanned().is_some_and(|it| it.is_inner(source.path(), path));
+    let (mut paths, mut open) = (BTreeSet::new(), BTreeSet::new());
+    loop {
+        let noticed = notices.take();
+        is_beyond |= noticed.is_beyond;
+        for (path, told) in noticed.paths {
+            match told {
+                Told::Open => drop(open.insert(path.clone())),
+                // What comes or goes often does not do so alone, however fast it is done.
+                Told::Whole if is_inner(&path) => drop(open.remove(&path)),
+                Told::Whole => drop(open.insert(path.clone())),
+                Told::Besides => {}
+            }
+            paths.insert(path);
+        }
+        let settling = if is_beyond || !open.is_empty() { pace.open } else { pace.settled };
+        let latest = (first + settling.patience).min(Instant::now() + settling.quiet);
+        if timeout_at(latest, notices.arrived()).await.is_err() {
             break;
         }
     }
-    let latest = Instant::now() + pace.patience;
-    while timeout_at(latest.min(Instant::now() + pace.quiet), notices.recv()).await.is_ok() {}
-}
-
-fn fingerprint(scan: Result<scan::Scan, Box<Problem>>) -> Option<Fingerprint> {
-    scan.ok().map(|scan| scan.fingerprint)
+    if is_beyond || paths.len() > notices::TOO_MANY { Changed::Everything } else { Changed::At(paths) }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
+use crate::manifests::NamespacedName;
 
 /// A folder, a source for it, and what it says.
 struct Fixture {
@@ -41,7 +42,7 @@ impl Fixture {
             let at = loaded.locations.lookup(id, "").unwrap();
             writeln!(out, "{id} at {at}").unwrap();
         }
-        for problem in &loaded.problems {
+        for problem in &*loaded.problems {
             writeln!(out, "{:?} {problem}", problem.severity).unwrap();
         }
         out.replace(&folder, "").replace(folder.trim_end_matches('/'), "FOLDER")
@@ -584,7 +585,7 @@ spec:
         .replace("- port: 1", "- {name: y, port: 1}"),
     );
     let loaded = fixture.source.load();
-    assert_eq!(loaded.problems, []);
+    assert_eq!(*loaded.problems, []);
     let object = ObjectRef::new(crate::manifests::Kind::Service, &NamespacedName::new("default", "s"));
     for (field, line) in [
         ("", 2),
@@ -643,7 +644,7 @@ proptest! {
         fixture.source.load();
         fixture.write("a.yaml", second);
         let loaded = fixture.source.load();
-        for problem in &loaded.problems {
+        for problem in &*loaded.problems {
             prop_assert!(problem.location.is_some(), "{problem}");
             prop_assert!(!problem.message.contains('\n'), "{problem}");
         }

@@ -32,8 +32,8 @@ fn has(name: &str) -> impl Fn(&Loaded) -> bool {
 
 /// Events alone, for the poll is later than the deadline.
 const EVENTS: Pace = Pace {
-    quiet: Duration::from_millis(10),
-    patience: Duration::from_secs(1),
+    settled: Settling { quiet: Duration::from_millis(5), patience: Duration::from_millis(100) },
+    open: Settling { quiet: Duration::from_millis(10), patience: Duration::from_secs(1) },
     poll: Duration::from_hours(1),
 };
 

@@ -1,0 +1,124 @@
+//! What the input amounts to, for the admin endpoint and the log; kept such that a small change is published at a small
+//! cost.
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+
+use imbl::ordmap::DiffItem;
+
+use crate::problem::{Problem, Severity};
+use crate::resolve;
+use crate::source::{Loaded, Locations};
+use crate::status::Statuses;
+use crate::view;
+
+/// What the input amounts to.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// What is wrong with the input.
+    pub input: InputProblems,
+    /// The listeners that could not be bound.
+    pub bind_problems: Vec<Problem>,
+    /// The statuses, bind failures included.
+    pub statuses: Statuses,
+    /// How often the input was put into force.
+    pub updates: Updates,
+    /// What the kernel does for the agent.
+    pub datapath: view::DatapathView,
+    /// The agent is ending.
+    pub draining: bool,
+}
+
+/// How often the input was put into force.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Updates {
+    /// All of it.
+    pub full: u64,
+    /// Nothing but endpoints, for nothing else had changed.
+    pub endpoints: u64,
+}
+
+impl Report {
+    /// All problems: those of the input first, with their places.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = self.input.list();
+        problems.extend(self.bind_problems.iter().cloned());
+        problems
+    }
+
+    /// Replaces the problems of the input, and logs those that are new.
+    pub fn set_input(&mut self, input: InputProblems) {
+        for problem in input.not_in(&self.input) {
+            log(&problem);
+        }
+        self.input = input;
+    }
+
+    /// Replaces the problems of listeners, and logs those that are new.
+    pub fn set_bind_problems(&mut self, problems: Vec<Problem>) {
+        for problem in problems.iter().filter(|problem| !self.bind_problems.contains(problem)) {
+            log(problem);
+        }
+        self.bind_problems = problems;
+    }
+}
+
+fn log(problem: &Problem) {
+    match problem.severity {
+        Severity::Error => tracing::error!(reason = problem.reason.as_str(), "{problem}"),
+        Severity::Warning => tracing::warn!(reason = problem.reason.as_str(), "{problem}"),
+    }
+}
+
+/// What is wrong with the input. Cloning takes no time.
+#[derive(Clone, Debug, Default)]
+pub struct InputProblems {
+    of_source: Arc<[Problem]>,
+    of_resolver: resolve::Problems,
+    locations: Locations,
+}
+
+impl InputProblems {
+    /// What is wrong with what a source has loaded, and with what that resolves to.
+    pub fn new(loaded: &Loaded, of_resolver: resolve::Problems) -> Self {
+        Self { of_source: Arc::clone(&loaded.problems), of_resolver, locations: loaded.locations.clone() }
+    }
+
+    /// All problems with their places, in the order of these; at the same place those of the source come first.
+    pub fn list(&self) -> Vec<Problem> {
+        let of_resolver = self.of_resolver.list().into_iter().map(|problem| self.locate(problem));
+        let mut problems: Vec<Problem> = self.of_source.iter().cloned().chain(of_resolver).collect();
+        problems
+            .sort_by(|a, b| (&a.location, a.severity, &a.field).cmp(&(&b.location, b.severity, &b.field)));
+        problems
+    }
+
+    fn locate(&self, mut problem: Problem) -> Problem {
+        self.locations.locate(&mut problem);
+        problem
+    }
+
+    /// The problems that are not among those of `old`, with their places.
+    fn not_in(&self, old: &Self) -> BTreeSet<Problem> {
+        let mut new: BTreeSet<Problem> = additions(&old.of_source, &self.of_source).cloned().collect();
+        let general = additions(&old.of_resolver.general, &self.of_resolver.general);
+        new.extend(general.map(|problem| self.locate(problem.clone())));
+        for difference in old.of_resolver.of_backends.diff(&self.of_resolver.of_backends) {
+            let (before, after) = match difference {
+                DiffItem::Add(_, after) => (&Arc::default(), after),
+                DiffItem::Update { old: (_, before), new: (_, after) } => (before, after),
+                DiffItem::Remove(_, _) => continue,
+            };
+            new.extend(additions(before, after).map(|problem| self.locate(problem.clone())));
+        }
+        new
+    }
+}
+
+/// What is in `new` and not in `old`.
+fn additions<'a>(old: &'a Arc<[Problem]>, new: &'a Arc<[Problem]>) -> impl Iterator<Item = &'a Problem> {
+    let is_same = Arc::ptr_eq(old, new);
+    let known: HashSet<&Problem> = if is_same { HashSet::new() } else { old.iter().collect() };
+    let new: &[Problem] = if is_same { &[] } else { new };
+    new.iter().filter(move |problem| !known.contains(problem))
+}
