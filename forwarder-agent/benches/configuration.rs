@@ -173,7 +173,9 @@ fn one_endpoint(criterion: &mut Criterion) {
                 };
                 let ops = update_endpoints(&mut resolved, &new, &services);
                 assert_eq!(ops.len(), 1);
-                ops.into_iter().for_each(|op| plan::apply(&mut in_force, op));
+                for op in ops {
+                    plan::apply(&mut in_force, op);
+                }
                 current = new;
             });
         });

@@ -10,11 +10,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forwarder_agent::manifests::{EndpointSlice, Gateway, Manifests, Metadata, NamespacedName, TcpRoute};
+use forwarder_agent::manifests::{
+    Change, EndpointSlice, Gateway, Manifests, Metadata, NamespacedName, TcpRoute,
+};
 use forwarder_agent::model::{
     BackendKey, Datapath, ListenerKey, ListenerName, ListenerSettings, RouteTable, Target,
 };
-use forwarder_agent::resolve::{self, ResolveSettings, Resolved, resolve};
+use forwarder_agent::plan;
+use forwarder_agent::resolve::{self, ResolveSettings, Resolved, resolve, update_endpoints};
 use forwarder_agent::status::{Condition, Statuses};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -310,6 +313,92 @@ proptest! {
         }
         check_invariants(&manifests, &resolve(&manifests, &settings()));
     }
+}
+
+/// An EndpointSlice, well-formed or not.
+fn any_slice() -> impl Strategy<Value = EndpointSlice> {
+    let address_type = texts(&["IPv4", "IPv4", "IPv4", "IPv6", "FQDN"]);
+    let port =
+        (texts(&["a", "b", ""]), proptest::sample::select(vec![1, 1, 2, 0]), texts(&["TCP", "TCP", "UDP"]));
+    let address = texts(&["10.0.0.1", "10.0.0.2", "10.0.0.3", "::1", "x"]);
+    let conditions = proptest::sample::select(vec![
+        json!({}),
+        json!({}),
+        json!({"ready": false}),
+        json!({"ready": false, "serving": true, "terminating": true}),
+    ]);
+    (address_type, vec(port, 0..3), vec((address, conditions), 0..3)).prop_map(
+        |(address_type, ports, endpoints)| {
+            let port = |(name, port, protocol)| json!({"name": name, "port": port, "protocol": protocol});
+            let endpoint = |(address, conditions)| json!({"addresses": [address], "conditions": conditions});
+            serde_json::from_value(json!({
+                "addressType": address_type,
+                "ports": ports.into_iter().map(port).collect::<Vec<_>>(),
+                "endpoints": endpoints.into_iter().map(endpoint).collect::<Vec<_>>(),
+            }))
+            .unwrap()
+        },
+    )
+}
+
+/// A slice of a name comes, changes, moves to a Service or goes.
+fn any_edit() -> impl Strategy<Value = (&'static str, &'static str, Option<EndpointSlice>)> {
+    let slice = proptest::option::weighted(0.8, any_slice());
+    (texts(&["1", "2", "3"]), texts(&["one", "two", "two", "unused", "absent"]), slice)
+}
+
+fn edit(manifests: &mut Manifests, name: &str, service: &str, slice: Option<EndpointSlice>) {
+    let services: Vec<_> = manifests.endpoint_slices.keys().cloned().collect();
+    for service in services {
+        let slices = manifests.endpoint_slices.get_mut(&service).unwrap();
+        slices.remove(name);
+        if slices.is_empty() {
+            manifests.endpoint_slices.remove(&service);
+        }
+    }
+    if let Some(slice) = slice {
+        let slices = manifests.endpoint_slices.entry(NamespacedName::new("default", service)).or_default();
+        slices.insert(name.to_owned(), Arc::new(slice));
+    }
+}
+
+proptest! {
+    /// Whatever becomes of EndpointSlices, to update the backends of their Services is to resolve everything.
+    #[test]
+    fn updated_endpoints_are_those_of_a_full_resolution(batches in vec(vec(any_edit(), 1..3), 1..10)) {
+        let mut manifests = load(include_str!("resolve/endpoints-of-services.yaml"));
+        let mut resolved = resolve(&manifests, &settings());
+        prop_assert_eq!(resolved.table.backends.len(), 3);
+        for batch in batches {
+            let before = manifests.clone();
+            for (name, service, slice) in batch {
+                edit(&mut manifests, name, service, slice);
+            }
+            let Change::Endpoints(services) = before.change_to(&manifests) else {
+                return Err(TestCaseError::fail("nothing but slices was changed"));
+            };
+            let mut table = resolved.table.clone();
+            let ops = update_endpoints(&mut resolved, &manifests, &services);
+            prop_assert_eq!(&ops, &plan::plan(&resolved.table, &table));
+            ops.into_iter().for_each(|op| plan::apply(&mut table, op));
+            prop_assert_eq!(&table, &resolved.table);
+            let full = resolve(&manifests, &settings());
+            prop_assert_eq!(resolved.problems.list(), full.problems.list());
+            prop_assert_eq!(&resolved, &full);
+        }
+    }
+}
+
+#[test]
+fn a_change_of_anything_else_is_not_one_of_endpoints() {
+    let before = load(include_str!("resolve/endpoints-of-services.yaml"));
+    let mut after = before.clone();
+    assert_eq!(before.change_to(&after), Change::Endpoints(BTreeSet::new()));
+    edit(&mut after, "1", "one", Some(EndpointSlice::default()));
+    let name = NamespacedName::new("default", "one");
+    assert_eq!(before.change_to(&after), Change::Endpoints([name.clone()].into()));
+    after.services.remove(&name);
+    assert_eq!(before.change_to(&after), Change::Any);
 }
 
 /// 1,000 Gateways of 4 listeners, 10,000 routes of which half crowd on one Gateway, 1,000 Services of 100 endpoints.

@@ -130,29 +130,41 @@ impl Manifests {
              metadata: {{name: {name}}}\n\
              spec:\n  ports:\n  - {{name: main, port: {SERVICE_PORT}}}\n"
         );
-        let mut slices: BTreeMap<(bool, u16), Vec<IpAddr>> = BTreeMap::new();
-        for endpoint in endpoints {
-            slices.entry((endpoint.is_ipv6(), endpoint.port())).or_default().push(endpoint.ip());
-        }
-        for ((v6, port), addresses) in slices {
-            let family = if v6 { "IPv6" } else { "IPv4" };
-            let suffix = family.to_ascii_lowercase();
-            write!(
-                text,
-                "---\n\
+        push_slices(&mut text, name, &format!("{name}-"), endpoints)?;
+        self.write(&format!("service-{name}"), &text)
+    }
+
+    /// Writes EndpointSlices of the Service `service` to a file of their own: one for each family and target port.
+    pub fn slice(&self, service: &str, number: u16, endpoints: &[SocketAddr]) -> Result<()> {
+        let mut text = String::new();
+        push_slices(&mut text, service, &format!("{service}-{number}-"), endpoints)?;
+        self.write(&format!("slice-{service}-{number}"), &text)
+    }
+}
+
+fn push_slices(text: &mut String, service: &str, prefix: &str, endpoints: &[SocketAddr]) -> Result<()> {
+    let mut slices: BTreeMap<(bool, u16), Vec<IpAddr>> = BTreeMap::new();
+    for endpoint in endpoints {
+        slices.entry((endpoint.is_ipv6(), endpoint.port())).or_default().push(endpoint.ip());
+    }
+    for ((v6, port), addresses) in slices {
+        let family = if v6 { "IPv6" } else { "IPv4" };
+        let suffix = family.to_ascii_lowercase();
+        write!(
+            text,
+            "---\n\
                  apiVersion: discovery.k8s.io/v1\n\
                  kind: EndpointSlice\n\
-                 metadata:\n  name: {name}-{suffix}-{port}\n  labels: {{kubernetes.io/service-name: {name}}}\n\
+                 metadata:\n  name: {prefix}{suffix}-{port}\n  labels: {{kubernetes.io/service-name: {service}}}\n\
                  addressType: {family}\n\
                  ports:\n- {{name: main, port: {port}, protocol: TCP}}\n\
                  endpoints:\n"
-            )?;
-            for address in addresses {
-                writeln!(text, "- {{addresses: [\"{address}\"], conditions: {{ready: true}}}}")?;
-            }
+        )?;
+        for address in addresses {
+            writeln!(text, "- {{addresses: [\"{address}\"], conditions: {{ready: true}}}}")?;
         }
-        self.write(&format!("service-{name}"), &text)
     }
+    Ok(())
 }
 
 /// Writes `text` to a file in `folder` and returns its path: for tests of the command line.

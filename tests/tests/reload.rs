@@ -139,6 +139,72 @@ fn a_removed_endpoint_keeps_its_connections_and_gets_no_new_ones() {
     }
 }
 
+/// 300 listeners and 3,000 EndpointSlices, each in a file of its own.
+#[test]
+fn one_endpoint_among_many_is_changed_alone() {
+    const LISTENERS: u16 = 300;
+    const SLICES: u16 = 10;
+    const FIRST_PORT: u16 = 10_000;
+    if !require_root() {
+        return;
+    }
+    let topology = Topology::new().unwrap();
+    let (first, second) = (topology.backend1_address(5000), topology.backend2_address(5000));
+    let _one = Server::start(&topology.backend1, first, peer::identify("one")).unwrap();
+    let _two = Server::start(&topology.backend2, second, peer::identify("two")).unwrap();
+    let manifests = Manifests::new().unwrap();
+    let names: Vec<String> = (0..LISTENERS).map(|index| format!("l{index}")).collect();
+    let ports = FIRST_PORT..FIRST_PORT + LISTENERS;
+    for (gateway, part) in names.iter().zip(ports.clone()).collect::<Vec<_>>().chunks(50).enumerate() {
+        let gateway = format!("gw{gateway}");
+        let listeners: Vec<_> = part.iter().map(|(name, port)| (name.as_str(), *port)).collect();
+        manifests.gateway_on(&gateway, None, &listeners).unwrap();
+        for (name, _) in part {
+            manifests.route_to(&gateway, name, &[BackendRef { service: name, weight: 1 }]).unwrap();
+            manifests.service(name, &[]).unwrap();
+            (0..SLICES).for_each(|slice| manifests.slice(name, slice, &[first]).unwrap());
+        }
+    }
+    let agent = Agent::start(&topology.node, &manifests.path(), &[]).unwrap();
+    let (changed, other) = ("default/gw0/l7", "default/gw5/l299");
+    let [changed_port, other_port] = [FIRST_PORT + 7, FIRST_PORT + 299];
+    let session = |port| {
+        let stream = client::connect(&topology.client, topology.node_address(port)).unwrap();
+        assert_eq!(client::read_line(&stream).unwrap(), "one");
+        stream
+    };
+    let sessions = [session(changed_port), session(other_port)];
+    let inodes = || ports.clone().map(|port| topology.node.listening_inodes(port)).collect::<Vec<_>>();
+    let updates = |kind| {
+        let metrics = agent.metrics().unwrap();
+        metrics.sum("forwarder_configuration_updates_total", &[("kind", kind)])
+    };
+    let (sockets, full, endpoints) = (inodes(), updates("full"), updates("endpoints"));
+    assert!(full > 0);
+
+    manifests.slice("l7", 3, &[second]).unwrap();
+    agent.wait_endpoints(changed, &[first, second]);
+    assert_eq!((updates("full"), updates("endpoints")), (full, endpoints + 1));
+    wait_until("the new endpoint is used", DEADLINE, || {
+        client::identity(&topology.client, topology.node_address(changed_port)).unwrap() == "two"
+    });
+    assert_eq!(agent.endpoints(other), [first]);
+    assert_eq!(client::identity(&topology.client, topology.node_address(other_port)).unwrap(), "one");
+    for session in &sessions {
+        client::ping(session, b"still here").unwrap();
+    }
+    assert_eq!(inodes(), sockets, "a listener was bound again");
+
+    // Another object takes the long way, and the short one is open again after it.
+    manifests.service("unused", &[]).unwrap();
+    wait_until("everything was resolved", DEADLINE, || updates("full") == full + 1);
+    (0..SLICES).for_each(|slice| manifests.slice("l7", slice, &[second]).unwrap());
+    agent.wait_endpoints(changed, &[second]);
+    assert_eq!(updates("full"), full + 1);
+    assert_eq!(agent.endpoints(other), [first]);
+    assert_eq!(inodes(), sockets, "a listener was bound again");
+}
+
 #[test]
 fn a_routes_new_backend_affects_new_connections_of_its_listener_only() {
     if !require_root() {

@@ -144,14 +144,13 @@ async fn changed(pace: Pace, source: &FileSource, notices: &Notices) -> Changed 
     let is_inner = |path: &Path| source.scanned().is_some_and(|it| it.is_inner(source.path(), path));
     let (mut paths, mut open) = (BTreeSet::new(), BTreeSet::new());
     loop {
-        let noticed = notices.take();
-        is_beyond |= noticed.is_beyond;
-        for (path, told) in noticed.paths {
+        let news = notices.take();
+        is_beyond |= news.is_beyond;
+        for (path, told) in news.paths {
             match told {
-                Told::Open => drop(open.insert(path.clone())),
-                // What comes or goes often does not do so alone, however fast it is done.
                 Told::Whole if is_inner(&path) => drop(open.remove(&path)),
-                Told::Whole => drop(open.insert(path.clone())),
+                // What comes or goes often does not do so alone, however fast it is done.
+                Told::Whole | Told::Open => drop(open.insert(path.clone())),
                 Told::Besides => {}
             }
             paths.insert(path);
