@@ -380,7 +380,9 @@ proptest! {
             let mut table = resolved.table.clone();
             let ops = update_endpoints(&mut resolved, &manifests, &services);
             prop_assert_eq!(&ops, &plan::plan(&resolved.table, &table));
-            ops.into_iter().for_each(|op| plan::apply(&mut table, op));
+            for op in ops {
+                plan::apply(&mut table, op);
+            }
             prop_assert_eq!(&table, &resolved.table);
             let full = resolve(&manifests, &settings());
             prop_assert_eq!(resolved.problems.list(), full.problems.list());

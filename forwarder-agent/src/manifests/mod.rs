@@ -94,3 +94,6 @@ pub enum Change {
     /// Something else, perhaps besides.
     Any,
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 //!
 //! The rules are those of the Gateway API 1.6, which this module follows to the letter where it is clear; where it is
 //! silent, an existing thing keeps working (the oldest Gateway keeps a port, the oldest route a listener) and what is
-//! not served is said in a condition and in a [`Problem`], never left out silently.
+//! not served is said in a condition and in a [`Problem`](crate::problem::Problem), never left out silently.
 //!
 //! The flow: `classes` finds every GatewayClass of ours; `gateways` and `listeners` judge each Gateway by itself;
 //! `conflicts` gives each port to one of them; `attach` brings the routes to listeners; `destinations` resolves their

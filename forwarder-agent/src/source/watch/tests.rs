@@ -1,4 +1,5 @@
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::symlink;
 
 use tempfile::TempDir;
@@ -63,6 +64,40 @@ async fn events_are_followed() {
     fs::create_dir(&path).unwrap();
     fs::write(path.join("e.yaml"), namespace("e")).unwrap();
     wait_for(&mut receiver, "the folder is created again", |it| has("e")(it) && it.problems.is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_complete_write_of_a_known_file_is_not_waited_for() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("a.yaml");
+    fs::write(&path, namespace("a")).unwrap();
+    let labelled = |label: &str| {
+        format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: a, labels: {{l: {label}}}}}\n")
+    };
+    let has_label = |label: &'static str| {
+        move |loaded: &Loaded| {
+            let namespace = loaded.manifests.namespaces.get("a");
+            namespace.is_some_and(|it| it.metadata.labels.get("l").is_some_and(|found| found == label))
+        }
+    };
+    // Later than the deadline.
+    let open = Settling { quiet: Duration::from_hours(1), patience: Duration::from_hours(1) };
+    let mut receiver = start(Pace { open, ..EVENTS }, folder.path());
+    wait_for(&mut receiver, "the first version", has("a")).await;
+    fs::write(folder.path().join(".new"), labelled("moved")).unwrap();
+    fs::rename(folder.path().join(".new"), &path).unwrap();
+    wait_for(&mut receiver, "moved into place", has_label("moved")).await;
+    fs::write(&path, labelled("closed")).unwrap();
+    wait_for(&mut receiver, "written and closed", has_label("closed")).await;
+
+    // One whose writer is not done is waited for.
+    receiver.mark_unchanged();
+    let mut writer = fs::File::options().append(true).open(&path).unwrap();
+    writeln!(writer, "# more").unwrap();
+    assert!(timeout(Duration::from_millis(200), receiver.changed()).await.is_err());
+    write!(writer, "---\n{}", namespace("b")).unwrap();
+    drop(writer);
+    wait_for(&mut receiver, "closed at last", has("b")).await;
 }
 
 #[tokio::test]
