@@ -27,16 +27,16 @@ impl Selection {
                 bail!("no metric and no path is called {name}; there are {}", known.join(", "));
             }
         }
-        let named = |name: &str| names.iter().any(|other| other == name);
-        let all_metrics = !METRICS.into_iter().any(named);
-        let all_paths = !paths.iter().any(|path| named(path.name()));
+        let is_named = |name: &str| names.iter().any(|other| other == name);
+        let all_metrics = !METRICS.into_iter().any(is_named);
+        let all_paths = !paths.iter().any(|path| is_named(path.name()));
         let is_default = |metric: &str| all_metrics && (all_paths || metric != PATHLESS);
         let is_reference = |path: &Path| matches!(path, Path::Direct | Path::Haproxy);
         Ok(Self {
-            metrics: METRICS.into_iter().filter(|metric| is_default(metric) || named(metric)).collect(),
+            metrics: METRICS.into_iter().filter(|metric| is_default(metric) || is_named(metric)).collect(),
             paths: paths
                 .iter()
-                .filter(|path| all_paths || is_reference(path) || named(path.name()))
+                .filter(|path| all_paths || is_reference(path) || is_named(path.name()))
                 .cloned()
                 .collect(),
         })

@@ -17,7 +17,9 @@ fn each_path_is_measured_and_reported_as_json() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("bench.json");
     let mut bench = Command::new(env!("CARGO_BIN_EXE_bench"));
-    bench.args(["--quick", "--rounds", "1", "--only", "connections", "--only", "splice", "--json"]).arg(&file);
+    bench
+        .args(["--quick", "--rounds", "1", "--only", "connections", "--only", "splice", "--json"])
+        .arg(&file);
     let table = stdout(&mut bench).unwrap();
     let document: Value = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
     let results = document["results"].as_array().unwrap();
