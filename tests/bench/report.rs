@@ -2,13 +2,14 @@
 
 use std::fmt::{self, Write as _};
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{Table, presets};
 use serde::Serialize;
 
 use crate::metric::{Figure, Reading, Series};
 use crate::path::Unavailable;
 
-const TABLE_WIDTH: usize = 100;
+/// Wide enough for what stands in a cell, so that the columns of all tables stand below each other.
+const CELL_WIDTH: usize = 11;
 
 /// One reading, and where and when it was taken.
 #[derive(Clone, Debug, PartialEq)]
@@ -132,9 +133,9 @@ pub(crate) struct Document {
 /// The rounds of one series on one path.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Summary {
-    pub(crate) path: String,
     #[serde(flatten)]
     pub(crate) series: Series,
+    pub(crate) path: String,
     pub(crate) median: f64,
     pub(crate) min: f64,
     pub(crate) max: f64,
@@ -186,38 +187,32 @@ impl Document {
     }
 }
 
+/// Columns that no result fills are left out.
 fn rows(results: &[Summary]) -> Table {
-    let cost = results.iter().find(|result| result.cost().is_some());
-    let cost = cost.map_or_else(String::new, |result| format!("CPU {}", result.series.cost_unit()));
+    let ratio = |ratio: f64| format!("{ratio:.2}");
+    let cost_unit = results.first().map_or("", |result| result.series.cost_unit());
+    let columns: [(String, Vec<Option<String>>); 6] = [
+        ("MEDIAN".to_owned(), results.iter().map(|result| Some(number(result.median))).collect()),
+        ("MIN".to_owned(), results.iter().map(|result| Some(number(result.min))).collect()),
+        ("MAX".to_owned(), results.iter().map(|result| Some(number(result.max))).collect()),
+        ("x DIRECT".to_owned(), results.iter().map(|result| result.vs_direct.map(ratio)).collect()),
+        ("x HAPROXY".to_owned(), results.iter().map(|result| result.vs_haproxy.map(ratio)).collect()),
+        (format!("CPU {cost_unit}"), results.iter().map(|result| result.cost().map(number)).collect()),
+    ];
+    let filled: Vec<_> = columns.iter().filter(|(_, cells)| cells.iter().any(Option::is_some)).collect();
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header([
-        "  PATH",
-        "MEDIAN",
-        "MIN",
-        "MAX",
-        "x DIRECT",
-        "x HAPROXY",
-        &cost,
-    ]);
-    for result in results {
-        let ratio = |ratio: Option<f64>| ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
-        table.add_row([
-            format!("  {:<10}", result.path),
-            number(result.median),
-            number(result.min),
-            number(result.max),
-            ratio(result.vs_direct),
-            ratio(result.vs_haproxy),
-            result.cost().map_or_else(String::new, number),
-        ]);
+    let header = filled.iter().map(|(name, _)| format!("{name:>CELL_WIDTH$}"));
+    table.load_style(presets::NOTHING).set_header(["  PATH".to_owned()].into_iter().chain(header));
+    for (index, result) in results.iter().enumerate() {
+        let cells = filled.iter().map(|(_, cells)| {
+            let cell = cells.get(index).cloned().flatten().unwrap_or_else(|| "-".to_owned());
+            format!("{cell:>CELL_WIDTH$}")
+        });
+        table.add_row([format!("  {:<10}", result.path)].into_iter().chain(cells));
     }
-    for (index, column) in table.column_iter_mut().enumerate() {
-        column.set_padding((0, 3));
-        if index > 0 {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
     }
-    debug_assert!(table.lines().all(|line| line.chars().count() <= TABLE_WIDTH));
     table
 }
 
@@ -260,6 +255,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    const TABLE_WIDTH: usize = 100;
 
     fn head() -> Head {
         Head { kernel: "6.1".to_owned(), cpus: 2, version: "0.1.0".to_owned(), rounds: 3, seconds: 1 }
