@@ -98,8 +98,8 @@ pub(crate) fn network() -> Result<Topology> {
     for source in sources().iter().skip(1) {
         topology.client.ip(&["address", "add", &format!("{source}/24"), "dev", "eth0"])?;
     }
-    // A proxy that ends its upstream connections itself leaves their ports in TIME_WAIT. As an operator of a busy proxy
-    // does: many ports, used again after a second.
+    // A proxy that answers a client's reset by a FIN upstream, as nginx does, leaves ports in TIME_WAIT. As an operator of a
+    // busy proxy does: many ports, used again after a second.
     topology.node.run(|| {
         fs::write("/proc/sys/net/ipv4/ip_local_port_range", "10240 65535")?;
         fs::write("/proc/sys/net/ipv4/tcp_tw_reuse", "1")
