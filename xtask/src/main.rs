@@ -1,5 +1,6 @@
 //! Sets up, builds, runs and tests forwarder: `cargo xtask <command>`.
 
+mod bench;
 mod ci;
 mod demo;
 mod ebpf;
@@ -66,6 +67,13 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         filters: Vec<OsString>,
     },
+    /// Measure the forwarder beside its peers, as root: see docs/benchmarks.md.
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// Passed on: --quick, --only NAME, --rounds NUMBER, --json FILE, --svg DIR, --help.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Run every check that a change must pass, then the tests.
     Ci,
     /// Check the rules of the source tree that no compiler knows.
@@ -93,6 +101,7 @@ fn perform(task: Task) -> Result<()> {
         }
         Task::Run { arguments } => run::run(&arguments),
         Task::Test { package, filters } => test::test(package.as_deref(), &filters),
+        Task::Bench { arguments } => bench::bench(&arguments),
         Task::Ci => ci::ci(),
         Task::Tidy => tidy::tidy(),
     }

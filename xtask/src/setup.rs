@@ -12,15 +12,29 @@ use clap::ValueEnum;
 
 use crate::{linker, packages, process, toolchain, workspace};
 
-/// What to prepare for; each includes the ones before.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, ValueEnum)]
+/// What to prepare for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub(crate) enum Need {
     /// Building and running the agent.
     Run,
-    /// The tests.
+    /// The tests, and running.
     Test,
-    /// Every check.
+    /// Every check, and the tests.
     Ci,
+    /// The benchmarks, and running.
+    Bench,
+}
+
+impl Need {
+    fn parts(self) -> Vec<&'static Part> {
+        let groups: &[&'static [Part]] = match self {
+            Self::Run => &[&FOR_RUN],
+            Self::Test => &[&FOR_RUN, &FOR_TEST],
+            Self::Ci => &[&FOR_RUN, &FOR_TEST, &FOR_CI],
+            Self::Bench => &[&FOR_RUN, &FOR_BENCH],
+        };
+        groups.iter().copied().flatten().collect()
+    }
 }
 
 /// Whether to change the system.
@@ -46,7 +60,7 @@ struct Part {
     install: fn() -> Result<()>,
 }
 
-const FOR_RUN: [Part; 2] = [
+static FOR_RUN: [Part; 2] = [
     Part {
         name: "eBPF toolchain",
         weight: Weight::Required,
@@ -56,14 +70,29 @@ const FOR_RUN: [Part; 2] = [
     Part { name: "bpffs", weight: Weight::Advised, find: find_bpffs, install: mount_bpffs },
 ];
 
-const FOR_TEST: [Part; 1] = [Part {
+static FOR_TEST: [Part; 1] = [Part {
     name: "programs for tests",
     weight: Weight::Required,
-    find: find_programs,
-    install: install_programs,
+    find: || find_programs(&TEST_PROGRAMS),
+    install: || install_programs(&TEST_PROGRAMS),
 }];
 
-const FOR_CI: [Part; 3] = [
+static FOR_BENCH: [Part; 2] = [
+    Part {
+        name: "programs for benchmarks",
+        weight: Weight::Required,
+        find: || find_programs(&BENCH_PROGRAMS),
+        install: || install_programs(&BENCH_PROGRAMS),
+    },
+    Part {
+        name: "stream module of nginx",
+        weight: Weight::Required,
+        find: find_nginx_stream,
+        install: || packages::install(&["libnginx-mod-stream".to_owned()]),
+    },
+];
+
+static FOR_CI: [Part; 3] = [
     Part {
         name: "rustfmt and clippy",
         weight: Weight::Required,
@@ -85,7 +114,7 @@ const FOR_CI: [Part; 3] = [
 ];
 
 /// Programs that the tests start or read, and the packages of Debian with them.
-const PROGRAMS: [(&str, &str); 15] = [
+const TEST_PROGRAMS: [(&str, &str); 15] = [
     ("bpftool", "bpftool"),
     ("haproxy", "haproxy"),
     ("ip", "iproute2"),
@@ -103,16 +132,23 @@ const PROGRAMS: [(&str, &str); 15] = [
     ("tcpdump", "tcpdump"),
 ];
 
+/// The same for the benchmarks.
+const BENCH_PROGRAMS: [(&str, &str); 7] = [
+    ("haproxy", "haproxy"),
+    ("ip", "iproute2"),
+    ("iperf3", "iperf3"),
+    ("nft", "nftables"),
+    ("nginx", "nginx-light"),
+    ("sockperf", "sockperf"),
+    ("wrk", "wrk"),
+];
+
 const CARGO_DENY_VERSION: &str = "0.20.2";
 
 /// Finds every part, and installs the missing ones if `mode` says so.
 pub(crate) fn setup(need: Need, mode: Mode) -> Result<()> {
     let mut missing = Vec::new();
-    let parts = FOR_RUN
-        .iter()
-        .chain(FOR_TEST.iter().filter(|_| need >= Need::Test))
-        .chain(FOR_CI.iter().filter(|_| need >= Need::Ci));
-    for part in parts {
+    for part in need.parts() {
         let mut found = (part.find)();
         if let (Err(error), Mode::Install) = (&found, mode) {
             eprintln!("{} missing: {error:#}", part.name);
@@ -208,23 +244,39 @@ fn mount_bpffs() -> Result<()> {
     process::run(Command::new("mount").args(["-t", "bpf", "bpf", "/sys/fs/bpf"]))
 }
 
-fn find_programs() -> Result<String> {
+fn find_programs(programs: &[(&'static str, &str)]) -> Result<String> {
     let missing: Vec<&str> =
-        PROGRAMS.iter().map(|&(program, _)| program).filter(|program| !is_program(program)).collect();
+        programs.iter().map(|&(program, _)| program).filter(|program| !is_program(program)).collect();
     if !missing.is_empty() {
         bail!("{}", missing.join(", "));
     }
     Ok("all there".to_owned())
 }
 
-fn install_programs() -> Result<()> {
-    let mut wanted: Vec<String> = PROGRAMS
+fn install_programs(programs: &[(&str, &str)]) -> Result<()> {
+    let mut wanted: Vec<String> = programs
         .iter()
         .filter(|(program, _)| !is_program(program))
         .map(|&(_, package)| package.to_owned())
         .collect();
     wanted.dedup();
     packages::install(&wanted)
+}
+
+/// The module stands in a file of its own, or is built into the program, which then tells so.
+fn find_nginx_stream() -> Result<String> {
+    const MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
+    if Path::new(MODULE).is_file() {
+        return Ok(MODULE.to_owned());
+    }
+    let nginx = process::find("nginx").context("no nginx")?;
+    // It describes itself on its standard error.
+    let output = Command::new(&nginx).arg("-V").output().context("running nginx -V")?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    if !text.split_ascii_whitespace().any(|word| word == "--with-stream") {
+        bail!("neither {MODULE} nor built into {}", nginx.display());
+    }
+    Ok(nginx.display().to_string())
 }
 
 fn is_program(program: &str) -> bool {
