@@ -6,6 +6,8 @@
 use core::mem::{align_of, offset_of, size_of};
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::flow::{FLOWS, PAIRS};
+
 /// Hash of [`ListenerKey`] to [`ListenerValue`]. Written by the agent, read for each packet.
 pub const LISTENERS: &str = "listeners";
 /// Hash of [`BackendKey`] to [`BackendValue`]. Written by the agent for operators to read; no program reads it yet.
@@ -20,7 +22,7 @@ pub const LOCAL_ADDRESSES: &str = "local_addresses";
 pub const VERDICTS: &str = "verdicts";
 
 /// The maps that are pinned for operators, by name.
-pub const PINNED_MAPS: [&str; 5] = [LISTENERS, BACKENDS, COUNTERS, LOCAL_ADDRESSES, VERDICTS];
+pub const PINNED_MAPS: [&str; 7] = [LISTENERS, BACKENDS, COUNTERS, LOCAL_ADDRESSES, VERDICTS, FLOWS, PAIRS];
 
 /// Entries that [`LISTENERS`] and [`COUNTERS`] hold.
 pub const LISTENERS_CAPACITY: u32 = 65_536;
@@ -199,7 +201,7 @@ mod tests {
 
     #[test]
     fn names_fit_the_kernel() {
-        for name in PINNED_MAPS.into_iter().chain([crate::PROGRAM_ETHERNET, crate::PROGRAM_IP]) {
+        for name in PINNED_MAPS.into_iter().chain(crate::PROGRAMS) {
             assert!(name.len() <= 15, "{name}");
         }
     }

@@ -9,8 +9,10 @@
     reason = "in the kernel, calls cost more, and older verifiers follow them less well"
 )]
 
+pub mod flow;
 pub mod layout;
 pub mod packet;
+pub mod translate;
 pub mod verdict;
 
 pub use layout::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue};
@@ -25,3 +27,12 @@ pub const PROGRAM_ETHERNET: &str = "fwd_ingress_eth";
 
 /// The classifier for interfaces whose packets begin with the IP header, such as those of tun and of wireguard.
 pub const PROGRAM_IP: &str = "fwd_ingress_ip";
+
+/// The guard for interfaces whose packets begin with an Ethernet header.
+pub const PROGRAM_GUARD_ETHERNET: &str = "fwd_egress_eth";
+
+/// The guard for interfaces whose packets begin with the IP header.
+pub const PROGRAM_GUARD_IP: &str = "fwd_egress_ip";
+
+/// Every program, for TC.
+pub const PROGRAMS: [&str; 4] = [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP];

@@ -2,9 +2,9 @@
 
 use network_types::eth::EthHdr;
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
-use network_types::tcp::TcpHdr;
 use network_types::vlan::VlanHdr;
 
+use crate::flow::FlowKey;
 use crate::layout::{AddressBytes, mapped_v4};
 use crate::verdict::Verdict;
 
@@ -48,7 +48,7 @@ pub unsafe trait Header: Copy {}
 
 #[expect(unsafe_code, reason = "implementations vouch for their layout")]
 mod headers {
-    use super::{EthHdr, ExtensionHeader, Header, Ipv4Hdr, Ipv6Hdr, TcpHdr, VlanHdr};
+    use super::{EthHdr, ExtensionHeader, Header, Ipv4Hdr, Ipv6Hdr, TcpHeader, VlanHdr};
 
     // SAFETY: `repr(C)`, integers and arrays of them only; 6 + 6 + 2 bytes leave no padding.
     unsafe impl Header for EthHdr {}
@@ -60,12 +60,15 @@ mod headers {
     unsafe impl Header for Ipv6Hdr {}
     // SAFETY: an array of bytes.
     unsafe impl Header for ExtensionHeader {}
-    // SAFETY: `repr(C)`, arrays of bytes only, the bit field too.
-    unsafe impl Header for TcpHdr {}
+    // SAFETY: an array of bytes.
+    unsafe impl Header for TcpHeader {}
 }
 
 /// The first eight bytes of an IPv6 extension header: no kind is shorter.
 type ExtensionHeader = [u8; 8];
+
+/// The TCP header without its options.
+type TcpHeader = [u8; 20];
 
 /// A packet that headers are read from.
 pub trait Packet {
@@ -82,21 +85,78 @@ impl Packet for [u8] {
     }
 }
 
-/// A TCP segment, as far as the classifier cares.
+/// The flag bits of a TCP segment (RFC 9293, 3.1).
+pub const FLAG_FIN: u8 = 0x01;
+/// Opens a connection.
+pub const FLAG_SYN: u8 = 0x02;
+/// Ends a connection at once.
+pub const FLAG_RST: u8 = 0x04;
+/// Asks to deliver without waiting for more.
+pub const FLAG_PSH: u8 = 0x08;
+/// The acknowledgement number is valid.
+pub const FLAG_ACK: u8 = 0x10;
+
+/// Where fields stand in the TCP header, in bytes from its first.
+pub mod tcp_field {
+    /// The source port, followed by the destination port.
+    pub const PORTS: usize = 0;
+    /// The sequence number.
+    pub const SEQUENCE: usize = 4;
+    /// The acknowledgement number.
+    pub const ACKNOWLEDGEMENT: usize = 8;
+    /// The flags without the header's length.
+    pub const FLAGS: usize = 13;
+    /// The window.
+    pub const WINDOW: usize = 14;
+    /// The checksum.
+    pub const CHECKSUM: usize = 16;
+}
+
+/// A TCP segment, as far as the programs care.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Segment {
-    /// Where it comes from, in network byte order.
-    pub source: AddressBytes,
-    /// The port that it comes from, in host byte order.
-    pub source_port: u16,
-    /// Where it is sent to, in network byte order.
-    pub destination: AddressBytes,
-    /// The port that it is sent to, in host byte order.
-    pub destination_port: u16,
-    /// Whether it asks for a connection: SYN without ACK.
-    pub is_attempt: bool,
+    /// Its addresses and ports.
+    pub tuple: FlowKey,
     /// How many bytes precede the IP header.
     pub ip_offset: u32,
+    /// How many bytes precede the TCP header.
+    pub tcp_offset: u32,
+    /// Bytes of the TCP header, as it says: 20 to 60, or less where it lies.
+    pub header_length: u32,
+    /// Bytes of the packet from the IP header on, as that says; 0 for one that is too long to say so (`ipv6_jumbo`).
+    pub ip_length: u32,
+    /// The IP version.
+    pub version: IpVersion,
+    /// The sequence number, in host byte order.
+    pub sequence: u32,
+    /// The acknowledgement number, in host byte order.
+    pub acknowledgement: u32,
+    /// The window, unscaled, in host byte order.
+    pub window: u16,
+    /// The flags: [`FLAG_SYN`] and the others.
+    pub flags: u8,
+}
+
+impl Segment {
+    /// None: what a segment is read into.
+    pub const EMPTY: Self = Self {
+        tuple: FlowKey { source: [0; 16], destination: [0; 16], source_port: 0, destination_port: 0 },
+        ip_offset: 0,
+        tcp_offset: 0,
+        header_length: 0,
+        ip_length: 0,
+        version: IpVersion::V4,
+        sequence: 0,
+        acknowledgement: 0,
+        window: 0,
+        flags: 0,
+    };
+
+    /// Whether it asks for a connection: SYN without ACK.
+    #[inline(always)]
+    pub const fn is_attempt(&self) -> bool {
+        self.flags & (FLAG_SYN | FLAG_ACK) == FLAG_SYN
+    }
 }
 
 /// Finds the TCP segment in `packet`.
@@ -115,9 +175,12 @@ pub fn parse<P: Packet + ?Sized>(packet: &P, link: LinkLayer) -> Result<Segment,
     }
 }
 
-#[derive(Clone, Copy)]
-enum IpVersion {
+/// The version of IP.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum IpVersion {
+    /// IPv4.
     V4,
+    /// IPv6.
     V6,
 }
 
@@ -168,7 +231,9 @@ fn parse_ipv4<P: Packet + ?Sized>(packet: &P, ip_offset: usize) -> Result<Segmen
         return Err(Verdict::Fragment);
     }
     let addresses = Addresses { source: mapped_v4(ip.src_addr), destination: mapped_v4(ip.dst_addr) };
-    parse_tcp(packet, ip_offset, ip_offset + header_length, addresses)
+    let length = u32::from(u16::from_be_bytes(ip.tot_len));
+    let ip = Ip { version: IpVersion::V4, offset: ip_offset, length, addresses };
+    parse_tcp(packet, ip_offset + header_length, ip)
 }
 
 #[inline(always)]
@@ -178,12 +243,18 @@ fn parse_ipv6<P: Packet + ?Sized>(packet: &P, ip_offset: usize) -> Result<Segmen
         return Err(Verdict::NotIp);
     }
     let addresses = Addresses { source: ip.src_addr, destination: ip.dst_addr };
+    let length = match u16::from_be_bytes(ip.payload_len) {
+        0 => 0,
+        #[expect(clippy::cast_possible_truncation, reason = "40")]
+        payload => u32::from(payload) + Ipv6Hdr::LEN as u32,
+    };
     let mut protocol = ip.next_hdr;
     let mut offset = ip_offset + Ipv6Hdr::LEN;
     // One turn more than there are headers: the last one only looks at the protocol.
     for _ in 0..=MAX_EXTENSION_HEADERS {
         if protocol == PROTOCOL_TCP {
-            return parse_tcp(packet, ip_offset, offset, addresses);
+            let ip = Ip { version: IpVersion::V6, offset: ip_offset, length, addresses };
+            return parse_tcp(packet, offset, ip);
         }
         let Some((next, length)) = parse_extension(packet, protocol, offset)? else {
             return Err(Verdict::NotTcp);
@@ -232,22 +303,34 @@ struct Addresses {
     destination: AddressBytes,
 }
 
-#[inline(always)]
-fn parse_tcp<P: Packet + ?Sized>(
-    packet: &P,
-    ip_offset: usize,
-    tcp_offset: usize,
+struct Ip {
+    version: IpVersion,
+    offset: usize,
+    length: u32,
     addresses: Addresses,
-) -> Result<Segment, Verdict> {
-    let tcp: TcpHdr = packet.read(tcp_offset).ok_or(Verdict::Truncated)?;
+}
+
+#[inline(always)]
+fn parse_tcp<P: Packet + ?Sized>(packet: &P, tcp_offset: usize, ip: Ip) -> Result<Segment, Verdict> {
+    let tcp: TcpHeader = packet.read(tcp_offset).ok_or(Verdict::Truncated)?;
+    let [s0, s1, d0, d1, q0, q1, q2, q3, a0, a1, a2, a3, offset, flags, w0, w1, ..] = tcp;
+    #[expect(clippy::cast_possible_truncation, reason = "some hundred bytes at most")]
     Ok(Segment {
-        source: addresses.source,
-        source_port: u16::from_be_bytes(tcp.source),
-        destination: addresses.destination,
-        destination_port: u16::from_be_bytes(tcp.dest),
-        is_attempt: tcp.syn() == 1 && tcp.ack() == 0,
-        #[expect(clippy::cast_possible_truncation, reason = "18 at most")]
-        ip_offset: ip_offset as u32,
+        tuple: FlowKey {
+            source: ip.addresses.source,
+            destination: ip.addresses.destination,
+            source_port: u16::from_be_bytes([s0, s1]),
+            destination_port: u16::from_be_bytes([d0, d1]),
+        },
+        ip_offset: ip.offset as u32,
+        tcp_offset: tcp_offset as u32,
+        header_length: u32::from(offset >> 4) * 4,
+        ip_length: ip.length,
+        version: ip.version,
+        sequence: u32::from_be_bytes([q0, q1, q2, q3]),
+        acknowledgement: u32::from_be_bytes([a0, a1, a2, a3]),
+        window: u16::from_be_bytes([w0, w1]),
+        flags,
     })
 }
 

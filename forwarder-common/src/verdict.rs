@@ -25,11 +25,27 @@ pub enum Verdict {
     NotForInterface = 8,
     /// More IPv6 extension headers than are walked.
     TooManyHeaders = 9,
+    /// Of a flow: translated and sent to the other end.
+    Redirected = 10,
+    /// Of a flow that is just being removed: dropped.
+    PairMissing = 11,
+    /// Of a flow, with options that cannot be understood: dropped.
+    OptionsRefused = 12,
+    /// Of a flow, but the kernel did not let it be rewritten: dropped.
+    Unwritable = 13,
+    /// The copy of a flow's packet for the local socket, which still has data on its way.
+    TailAcknowledged = 14,
+    /// Such a copy that tells the local socket nothing: dropped.
+    TailIgnored = 15,
+    /// Sent by a local socket of a flow that delivers what it had received before the promotion.
+    TailSent = 16,
+    /// Sent by a local socket of a flow that has nothing more to say: dropped.
+    Guarded = 17,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 18] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -40,10 +56,18 @@ impl Verdict {
         Self::NotLocal,
         Self::NotForInterface,
         Self::TooManyHeaders,
+        Self::Redirected,
+        Self::PairMissing,
+        Self::OptionsRefused,
+        Self::Unwritable,
+        Self::TailAcknowledged,
+        Self::TailIgnored,
+        Self::TailSent,
+        Self::Guarded,
     ];
 
     /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 10;
+    pub const COUNT: u32 = 18;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -64,6 +88,14 @@ impl Verdict {
             Self::NotLocal => "not_local",
             Self::NotForInterface => "not_for_interface",
             Self::TooManyHeaders => "too_many_headers",
+            Self::Redirected => "redirected",
+            Self::PairMissing => "pair_missing",
+            Self::OptionsRefused => "options_refused",
+            Self::Unwritable => "unwritable",
+            Self::TailAcknowledged => "tail_acknowledged",
+            Self::TailIgnored => "tail_ignored",
+            Self::TailSent => "tail_sent",
+            Self::Guarded => "guarded",
         }
     }
 }

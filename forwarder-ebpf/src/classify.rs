@@ -9,6 +9,7 @@ use forwarder_common::packet::{Header, LinkLayer, Packet, Segment, parse};
 use forwarder_common::verdict::Verdict;
 
 use crate::maps::{COUNTERS, LISTENERS, LOCAL_ADDRESSES, VERDICTS};
+use crate::redirect::redirect;
 
 /// `__sk_buff::pkt_type` of what is addressed to the interface; TCP takes nothing else (`tcp_v4_rcv`).
 const PACKET_HOST: u32 = 0;
@@ -32,28 +33,47 @@ pub fn fwd_ingress_ip(context: TcContext) -> i32 {
 /// Counts the packet and its verdict. Returns what lets the next program decide.
 #[inline(always)]
 fn classify(context: &TcContext, link: LinkLayer) -> i32 {
-    let verdict = match judge(context, link) {
-        Ok(()) => Verdict::Counted,
-        Err(verdict) => verdict,
-    };
+    let (action, verdict) = judge(context, link);
+    count_verdict(verdict);
+    action
+}
+
+/// Counts a verdict.
+#[inline(always)]
+pub(crate) fn count_verdict(verdict: Verdict) {
     if let Some(count) = VERDICTS.get_ptr_mut(verdict.index()) {
         // SAFETY: the pointer is to this CPU's value, which no program interrupts here, and lives while the map does.
         unsafe { *count += 1 };
     }
-    TC_ACT_UNSPEC
+}
+
+/// What becomes of the packet, and why.
+#[inline(always)]
+fn judge(context: &TcContext, link: LinkLayer) -> (i32, Verdict) {
+    if !is_for_interface(context) {
+        return (TC_ACT_UNSPEC, Verdict::NotForInterface);
+    }
+    let mut segment = Segment::EMPTY;
+    if let Err(verdict) = read_segment(context, link, &mut segment) {
+        return (TC_ACT_UNSPEC, verdict);
+    }
+    if let Some(outcome) = redirect(context, &segment) {
+        return (outcome.action, outcome.verdict);
+    }
+    let verdict = match count(context, &segment) {
+        Ok(()) => Verdict::Counted,
+        Err(verdict) => verdict,
+    };
+    (TC_ACT_UNSPEC, verdict)
 }
 
 /// Counts the packet for its listener.
 ///
 /// # Errors
 /// The verdict on a packet that is counted for none.
-#[inline(always)]
-fn judge(context: &TcContext, link: LinkLayer) -> Result<(), Verdict> {
-    if !is_for_interface(context) {
-        return Err(Verdict::NotForInterface);
-    }
-    let segment = parse(&SocketBuffer(context), link)?;
-    let listener_id = find_listener(&segment)?;
+#[inline(never)]
+fn count(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
+    let listener_id = find_listener(segment)?;
     let Some(counters) = COUNTERS.get_ptr_mut(listener_id) else {
         return Err(Verdict::CounterMissing);
     };
@@ -62,19 +82,34 @@ fn judge(context: &TcContext, link: LinkLayer) -> Result<(), Verdict> {
     let counters = unsafe { &mut *counters };
     counters.packets += 1;
     counters.bytes += u64::from(context.len().wrapping_sub(segment.ip_offset));
-    if segment.is_attempt {
+    if segment.is_attempt() {
         counters.syns += 1;
         trace!(
             context,
             target: LOG_TARGET,
             "connection attempt: listener {} [{:i}]:{} from [{:i}]:{}",
             listener_id,
-            segment.destination,
-            segment.destination_port,
-            segment.source,
-            segment.source_port
+            segment.tuple.destination,
+            segment.tuple.destination_port,
+            segment.tuple.source,
+            segment.tuple.source_port
         );
     }
+    Ok(())
+}
+
+/// Finds the TCP segment in the packet: a function of its own, so that the headers that it reads leave the stack with it.
+/// (A segment as part of its result would need a type whose description the kernel refuses.)
+///
+/// # Errors
+/// The verdict on a packet in which there is none.
+#[inline(never)]
+pub(crate) fn read_segment(
+    context: &TcContext,
+    link: LinkLayer,
+    segment: &mut Segment,
+) -> Result<(), Verdict> {
+    *segment = parse(&SocketBuffer(context), link)?;
     Ok(())
 }
 
@@ -93,18 +128,18 @@ fn is_for_interface(context: &TcContext) -> bool {
 /// The number of the listener that the segment is for: one on its very address first, as the kernel chooses.
 #[inline(always)]
 fn find_listener(segment: &Segment) -> Result<u32, Verdict> {
-    let key = ListenerKey::new(segment.destination, segment.destination_port);
+    let key = ListenerKey::new(segment.tuple.destination, segment.tuple.destination_port);
     // SAFETY: the reference is read at once, before anything else runs, and nothing here changes the map.
     if let Some(listener) = unsafe { LISTENERS.get(key) } {
         return Ok(listener.listener_id);
     }
-    let key = ListenerKey::new(ANY_ADDRESS, segment.destination_port);
+    let key = ListenerKey::new(ANY_ADDRESS, segment.tuple.destination_port);
     // SAFETY: as above.
     let listener_id = match unsafe { LISTENERS.get(key) } {
         Some(listener) => listener.listener_id,
         None => return Err(Verdict::NoListener),
     };
-    if LOCAL_ADDRESSES.get_ptr(segment.destination).is_none() {
+    if LOCAL_ADDRESSES.get_ptr(segment.tuple.destination).is_none() {
         return Err(Verdict::NotLocal);
     }
     Ok(listener_id)

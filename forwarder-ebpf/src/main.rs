@@ -6,7 +6,9 @@
 #![no_main]
 
 mod classify;
+mod guard;
 mod maps;
+mod redirect;
 
 /// What the kernel demands of programs that call its GPL-only helpers.
 #[unsafe(link_section = "license")]

@@ -6,9 +6,11 @@
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::{HashMap, PerCpuArray, PerCpuHashMap};
 use aya_ebpf::macros::btf_map;
+use forwarder_common::flow::{Flow, FlowKey, PAIRS_CAPACITY, Pair};
 use forwarder_common::layout::{
     AddressBytes, BACKENDS_CAPACITY, LISTENERS_CAPACITY, LOCAL_ADDRESSES_CAPACITY,
 };
+use forwarder_common::translate::OptionsWalk;
 use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue, Verdict};
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
@@ -45,6 +47,19 @@ pub(crate) static LOCAL_ADDRESSES: HashMap<
     NO_PREALLOC,
 > = HashMap::new();
 
+/// The flows: both directions of every promoted pair.
+#[btf_map(name = "flows")]
+pub(crate) static FLOWS: HashMap<FlowKey, Flow, { PAIRS_CAPACITY as usize * 2 }, NO_PREALLOC> =
+    HashMap::new();
+
+/// What is known of each promoted pair.
+#[btf_map(name = "pairs")]
+pub(crate) static PAIRS: HashMap<u32, Pair, { PAIRS_CAPACITY as usize }, NO_PREALLOC> = HashMap::new();
+
 /// How many packets met with each verdict.
 #[btf_map(name = "verdicts")]
 pub(crate) static VERDICTS: PerCpuArray<u64, { Verdict::COUNT as usize }> = PerCpuArray::new();
+
+/// The state of a walk over TCP options.
+#[btf_map(name = "options_walk")]
+pub(crate) static OPTIONS_WALK: PerCpuArray<OptionsWalk, 1> = PerCpuArray::new();

@@ -10,7 +10,7 @@ const PORT: u16 = 9001;
 
 fn check(link: LinkLayer, packet: &[u8], expected: Result<(IpAddr, u16, bool, u32), Verdict>) {
     let parsed = parse(packet, link)
-        .map(|s| (address_of(s.destination), s.destination_port, s.is_attempt, s.ip_offset));
+        .map(|s| (address_of(s.tuple.destination), s.tuple.destination_port, s.is_attempt(), s.ip_offset));
     assert_eq!(parsed, expected, "{link:?} {packet:02x?}");
 }
 
@@ -23,8 +23,8 @@ fn check_framed(packet: &[u8], expected: Result<bool, Verdict>) {
 #[test]
 fn source_is_found() {
     let segment = parse(ipv4(V4, TCP, &[], 0, &tcp(PORT, SYN)).as_slice(), LinkLayer::Ip).unwrap();
-    assert_eq!(address_of(segment.source), IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)));
-    assert_eq!(segment.source_port, 40_000);
+    assert_eq!(address_of(segment.tuple.source), IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)));
+    assert_eq!(segment.tuple.source_port, 40_000);
 }
 
 #[test]

@@ -11,14 +11,17 @@ use std::thread;
 
 use aya::maps::MapData;
 use aya::{TestRun, TestRunOptions};
-use forwarder_common::BackendKey;
 use forwarder_common::layout::{self, address_of};
+use forwarder_common::{BackendKey, PROGRAM_ETHERNET, PROGRAM_IP};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::super::attach::AttachKind;
 use super::super::interfaces::watch;
 use super::*;
+
+#[path = "redirect_tests.rs"]
+mod redirect_tests;
 
 #[path = "../../../../forwarder-common/src/packet/samples.rs"]
 mod samples;
@@ -309,7 +312,7 @@ fn pins_are_ours_alone_and_vanish_with_us() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
-    assert_eq!(names, ["backends", "counters", "listeners", "local_addresses", "verdicts"]);
+    assert_eq!(names, ["backends", "counters", "flows", "listeners", "local_addresses", "pairs", "verdicts"]);
     match Bpf::load(&options) {
         Err(error @ LoadError::InUse { .. }) => {
             assert!(error.to_string().contains("another agent"), "{error}");

@@ -1,0 +1,446 @@
+//! The redirector and the guard, run by the kernel over crafted packets, against a naive model: decode, translate each
+//! field by itself, encode with fresh checksums.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use aya::maps::HashMap as BpfHashMap;
+use aya::programs::SchedClassifier;
+use aya::{TestRun, TestRunOptions};
+use forwarder_common::flow::{
+    DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOWS, Flow, FlowKey, HALF_FIN, HALF_RESET, PAIRS, Pair,
+    STATE_SPLICED, STATE_TAIL,
+};
+use forwarder_common::layout::{address_bytes, address_of};
+use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN};
+use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, Verdict};
+
+use super::super::Bpf;
+use super::{bpffs, verdicts};
+
+const TC_ACT_UNSPEC: i32 = -1;
+const TC_ACT_SHOT: i32 = 2;
+const TC_ACT_REDIRECT: i32 = 7;
+const PAIR: u32 = 7;
+/// Shifts that make the numbers of most packets wrap.
+const SEQUENCE_SHIFT: u32 = 0xffff_f000;
+const REVERSE_SHIFT: u32 = 0x8000_0001;
+const TIMESTAMP_SHIFT: u32 = 0xdead_beef;
+const REVERSE_TIMESTAMP_SHIFT: u32 = 0x1234_5678;
+
+/// A TCP packet in an Ethernet frame.
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct Frame {
+    tuple: FlowKey,
+    ip_options: Vec<u8>,
+    sequence: u32,
+    acknowledgement: u32,
+    flags: u8,
+    window: u16,
+    options: Vec<Field>,
+    payload: Vec<u8>,
+}
+
+/// A TCP option.
+#[derive(Clone, Debug, Eq, PartialEq)]
+enum Field {
+    Nop,
+    Timestamps(u32, u32),
+    Sack(Vec<[u32; 2]>),
+    Other(u8, Vec<u8>),
+}
+
+fn tuple(source: &str, destination: &str) -> FlowKey {
+    let parse = |text: &str| text.parse::<std::net::SocketAddr>().unwrap();
+    let (source, destination) = (parse(source), parse(destination));
+    FlowKey {
+        source: address_bytes(source.ip()),
+        destination: address_bytes(destination.ip()),
+        source_port: source.port(),
+        destination_port: destination.port(),
+    }
+}
+
+fn checksum(parts: &[&[u8]]) -> u16 {
+    let bytes = parts.concat();
+    let mut sum: u32 =
+        bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0))).sum();
+    while sum >> 16 != 0 {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap()
+}
+
+impl Frame {
+    fn new(tuple: FlowKey) -> Self {
+        Self {
+            tuple,
+            ip_options: Vec::new(),
+            sequence: 0xffff_fff0,
+            acknowledgement: 0x0000_1000,
+            flags: FLAG_ACK,
+            window: 501,
+            options: vec![Field::Nop, Field::Nop, Field::Timestamps(1_000, 2_000)],
+            payload: b"some payload of odd length.".to_vec(),
+        }
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let mut options = Vec::new();
+        for option in &self.options {
+            match option {
+                Field::Nop => options.push(1),
+                Field::Timestamps(value, echo) => {
+                    options.extend([8, 10]);
+                    options.extend(value.to_be_bytes());
+                    options.extend(echo.to_be_bytes());
+                }
+                Field::Sack(blocks) => {
+                    options.extend([5, u8::try_from(2 + blocks.len() * 8).unwrap()]);
+                    options.extend(blocks.iter().flatten().flat_map(|edge| edge.to_be_bytes()));
+                }
+                Field::Other(kind, data) => {
+                    options.extend([*kind, u8::try_from(2 + data.len()).unwrap()]);
+                    options.extend(data);
+                }
+            }
+        }
+        options.resize(options.len().next_multiple_of(4), 0);
+        let mut tcp = Vec::new();
+        tcp.extend(self.tuple.source_port.to_be_bytes());
+        tcp.extend(self.tuple.destination_port.to_be_bytes());
+        tcp.extend(self.sequence.to_be_bytes());
+        tcp.extend(self.acknowledgement.to_be_bytes());
+        tcp.extend([u8::try_from((20 + options.len()) / 4).unwrap() << 4, self.flags]);
+        tcp.extend(self.window.to_be_bytes());
+        tcp.extend([0; 4]);
+        tcp.extend(options);
+        tcp.extend(&self.payload);
+        let length = u32::try_from(tcp.len()).unwrap();
+        let (source, destination) = (address_of(self.tuple.source), address_of(self.tuple.destination));
+        let pseudo =
+            [bytes_of(source), bytes_of(destination), length.to_be_bytes().to_vec(), vec![0, 0, 0, 6]];
+        let sum = checksum(&[&pseudo.concat(), &tcp]);
+        tcp[16..18].copy_from_slice(&sum.to_be_bytes());
+
+        let mut frame = vec![0; 12];
+        if source.is_ipv4() {
+            frame.extend([0x08, 0x00]);
+            let header_length = 20 + self.ip_options.len();
+            let mut ip = vec![0x40 | u8::try_from(header_length / 4).unwrap(), 0];
+            ip.extend(u16::try_from(header_length + tcp.len()).unwrap().to_be_bytes());
+            ip.extend([0, 1, 0x40, 0, 64, 6, 0, 0]);
+            ip.extend(bytes_of(source));
+            ip.extend(bytes_of(destination));
+            ip.extend(&self.ip_options);
+            let sum = checksum(&[&ip]);
+            ip[10..12].copy_from_slice(&sum.to_be_bytes());
+            frame.extend(ip);
+        } else {
+            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+            frame.extend(u16::try_from(tcp.len()).unwrap().to_be_bytes());
+            frame.extend([6, 64]);
+            frame.extend(bytes_of(source));
+            frame.extend(bytes_of(destination));
+        }
+        frame.extend(tcp);
+        frame
+    }
+
+    /// The same packet on the other leg.
+    fn translated(&self, flow: &Flow) -> Self {
+        let acknowledged = |number: u32| number.wrapping_add(flow.acknowledgement_shift);
+        let window = (u64::from(self.window) << flow.source_scale) >> flow.target_scale;
+        Self {
+            tuple: flow.out,
+            sequence: self.sequence.wrapping_add(flow.sequence_shift),
+            acknowledgement: if self.flags & FLAG_ACK == 0 {
+                self.acknowledgement
+            } else {
+                acknowledged(self.acknowledgement)
+            },
+            window: u16::try_from(window).unwrap_or(u16::MAX),
+            options: self
+                .options
+                .iter()
+                .map(|option| match option {
+                    Field::Timestamps(value, echo) => Field::Timestamps(
+                        value.wrapping_add(TIMESTAMP_SHIFT),
+                        echo.wrapping_sub(REVERSE_TIMESTAMP_SHIFT),
+                    ),
+                    Field::Sack(blocks) => {
+                        Field::Sack(blocks.iter().map(|block| block.map(acknowledged)).collect())
+                    }
+                    other => other.clone(),
+                })
+                .collect(),
+            ..self.clone()
+        }
+    }
+}
+
+fn bytes_of(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
+}
+
+fn flow_v4() -> (FlowKey, Flow) {
+    let key = tuple("192.0.2.1:40000", "198.51.100.7:9001");
+    (key, flow(tuple("198.51.100.8:51000", "203.0.113.9:3306")))
+}
+
+fn flow_v6() -> (FlowKey, Flow) {
+    let key = tuple("[2001:db8::1]:40000", "[2001:db8::7]:9001");
+    (key, flow(tuple("[2001:db8:1::8]:51000", "[2001:db8:2::9]:3306")))
+}
+
+fn flow(out: FlowKey) -> Flow {
+    Flow {
+        out,
+        interface: 1,
+        clock_time: 0,
+        clock: 0,
+        pair: PAIR,
+        direction: DIRECTION_REQUEST,
+        state: STATE_SPLICED,
+        sequence_shift: SEQUENCE_SHIFT,
+        acknowledgement_shift: REVERSE_SHIFT.wrapping_neg(),
+        source_scale: 7,
+        target_scale: 9,
+        pad: [0; 6],
+    }
+}
+
+fn insert(bpf: &mut Bpf, key: FlowKey, flow: Flow, pair: Pair) {
+    let mut pairs: BpfHashMap<_, u32, Pair> = bpf.ebpf.map_mut(PAIRS).unwrap().try_into().unwrap();
+    pairs.insert(PAIR, pair, 0).unwrap();
+    let mut flows: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map_mut(FLOWS).unwrap().try_into().unwrap();
+    flows.insert(key, flow, 0).unwrap();
+}
+
+fn pair(bpf: &Bpf) -> Pair {
+    let pairs: BpfHashMap<_, u32, Pair> = bpf.ebpf.map(PAIRS).unwrap().try_into().unwrap();
+    pairs.get(&PAIR, 0).unwrap()
+}
+
+/// A pair of which both clocks are known.
+fn known_clocks() -> Pair {
+    let mut pair = Pair::default();
+    (pair.request.timestamp_known, pair.request.timestamp_shift) = (1, TIMESTAMP_SHIFT);
+    (pair.response.timestamp_known, pair.response.timestamp_shift) = (1, REVERSE_TIMESTAMP_SHIFT);
+    pair
+}
+
+/// What a program returns for a frame, and makes of it.
+fn run(bpf: &Bpf, program: &str, frame: &[u8]) -> (i32, Vec<u8>) {
+    let program: &SchedClassifier = bpf.ebpf.program(program).unwrap().try_into().unwrap();
+    let mut out = vec![0; frame.len() + 64];
+    let options =
+        TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::default() };
+    let result = program.test_run(options).unwrap();
+    let length = usize::try_from(result.data_size_out).unwrap();
+    out.truncate(length);
+    (result.return_value.cast_signed(), out)
+}
+
+#[track_caller]
+fn check((key, flow): (FlowKey, Flow), change: impl Fn(&mut Frame)) {
+    let Some(bpffs) = bpffs() else { return };
+    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
+    insert(&mut bpf, key, flow, known_clocks());
+    let mut frame = Frame::new(key);
+    change(&mut frame);
+    let (action, out) = run(&bpf, PROGRAM_ETHERNET, &frame.encode());
+    assert_eq!(action, TC_ACT_REDIRECT);
+    assert_eq!(out, frame.translated(&flow).encode(), "{frame:?}");
+    assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::Redirected, 1)]));
+    let half = pair(&bpf).request;
+    let fin = u32::from(frame.flags & FLAG_FIN != 0);
+    let payload = u32::try_from(frame.payload.len()).unwrap();
+    assert_eq!((half.packets, half.bytes), (1, u64::from(payload)));
+    assert_eq!(half.sequence_end, frame.sequence.wrapping_add(payload + fin));
+    assert_eq!(half.flags & HALF_FIN != 0, fin == 1);
+    assert_eq!(half.flags & HALF_RESET != 0, frame.flags & FLAG_RST != 0);
+    assert!(half.last_seen > 0);
+}
+
+#[test]
+fn a_packet_is_translated() {
+    check(flow_v4(), |_| {});
+    check(flow_v6(), |_| {});
+}
+
+#[test]
+fn one_without_options_or_payload_is_translated() {
+    check(flow_v4(), |frame| {
+        frame.options.clear();
+        frame.payload.clear();
+    });
+    check(flow_v6(), |frame| frame.options.clear());
+}
+
+#[test]
+fn selective_acknowledgements_are_translated() {
+    let blocks = vec![[0xffff_ff00, 0x100], [0x200, 0x300], [0x8000_0000, 0x8000_0001]];
+    for flow in [flow_v4(), flow_v6()] {
+        check(flow, |frame| {
+            frame.options.extend([Field::Nop, Field::Nop, Field::Sack(blocks.clone())]);
+        });
+        check(flow, |frame| {
+            frame.options =
+                vec![Field::Nop, Field::Nop, Field::Sack([blocks.clone(), blocks[..1].to_vec()].concat())];
+        });
+    }
+}
+
+#[test]
+fn options_are_translated_wherever_they_stand() {
+    // An odd place, the opposite order, and others around.
+    check(flow_v4(), |frame| frame.options = vec![Field::Nop, Field::Timestamps(u32::MAX, 0x0102_0304)]);
+    check(flow_v4(), |frame| frame.options = vec![Field::Sack(vec![[1, 2]]), Field::Timestamps(5, 6)]);
+    check(flow_v6(), |frame| {
+        frame.options = vec![
+            Field::Other(30, vec![1; 5]),
+            Field::Sack(vec![[0xfff0_0000, 0x000f_ffff]]),
+            Field::Nop,
+            Field::Timestamps(7, 8),
+        ];
+    });
+}
+
+#[test]
+fn a_header_with_ip_options_is_translated() {
+    check(flow_v4(), |frame| frame.ip_options = vec![1; 8]);
+}
+
+#[test]
+fn windows_are_scaled_and_never_overflow() {
+    let (key, flow) = flow_v4();
+    check((key, Flow { source_scale: 0, target_scale: 14, ..flow }), |frame| frame.window = 65_535);
+    check((key, Flow { source_scale: 14, target_scale: 0, ..flow }), |frame| frame.window = 65_535);
+    check((key, Flow { source_scale: 14, target_scale: 0, ..flow }), |frame| frame.window = 0);
+}
+
+#[test]
+fn ends_and_resets_pass_and_are_noted() {
+    check(flow_v4(), |frame| frame.flags = FLAG_FIN | FLAG_ACK | FLAG_PSH);
+    check(flow_v4(), |frame| {
+        frame.flags = FLAG_RST;
+        frame.payload.clear();
+        frame.options.clear();
+    });
+}
+
+#[test]
+fn a_long_packet_is_translated() {
+    check(flow_v4(), |frame| frame.payload = (0..3_000_u32).map(|byte| byte.to_le_bytes()[0]).collect());
+}
+
+#[test]
+fn a_clock_is_learnt_from_the_first_packet_and_kept() {
+    let Some(bpffs) = bpffs() else { return };
+    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
+    let (key, flow) = flow_v4();
+    insert(&mut bpf, key, Flow { clock: 77, ..flow }, Pair::default());
+    let timestamps = |frame: &[u8]| {
+        let word = |at: usize| u32::from_be_bytes(frame[at..at + 4].try_into().unwrap());
+        (word(14 + 20 + 24), word(14 + 20 + 28))
+    };
+    let (_, first) = run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode());
+    let shift = pair(&bpf).request.timestamp_shift;
+    // The other direction's clock is not known: no echo.
+    assert_eq!(timestamps(&first), (1_000_u32.wrapping_add(shift), 0));
+    let mut later = Frame::new(key);
+    later.options[2] = Field::Timestamps(1_500, 2_000);
+    let (_, second) = run(&bpf, PROGRAM_ETHERNET, &later.encode());
+    assert_eq!(timestamps(&second), (1_500_u32.wrapping_add(shift), 0));
+}
+
+#[test]
+fn a_new_connection_on_the_tuple_is_for_the_local_stack() {
+    let Some(bpffs) = bpffs() else { return };
+    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
+    let (key, flow) = flow_v4();
+    insert(&mut bpf, key, flow, known_clocks());
+    let frame = Frame { flags: FLAG_SYN, ..Frame::new(key) }.encode();
+    assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
+}
+
+#[test]
+fn options_that_nobody_understands_are_not_translated_in_part() {
+    let Some(bpffs) = bpffs() else { return };
+    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
+    let (key, flow) = flow_v4();
+    insert(&mut bpf, key, flow, known_clocks());
+    for options in
+        [vec![Field::Nop; 20], vec![Field::Other(8, vec![0; 4])], vec![Field::Other(5, vec![0; 6])]]
+    {
+        let frame = Frame { options, ..Frame::new(key) }.encode();
+        assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame).0, TC_ACT_SHOT);
+    }
+    assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::OptionsRefused, 3)]));
+}
+
+#[test]
+fn a_flow_without_its_pair_forwards_nothing() {
+    let Some(bpffs) = bpffs() else { return };
+    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
+    let (key, flow) = flow_v4();
+    insert(&mut bpf, key, Flow { pair: PAIR + 1, ..flow }, known_clocks());
+    assert_eq!(run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode()).0, TC_ACT_SHOT);
+    assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::PairMissing, 1)]));
+}
+
+#[test]
+fn directions_are_noted_apart() {
+    let Some(bpffs) = bpffs() else { return };
+    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
+    let (key, flow) = flow_v4();
+    insert(&mut bpf, key, Flow { direction: DIRECTION_RESPONSE, ..flow }, known_clocks());
+    run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode());
+    let pair = pair(&bpf);
+    assert_eq!((pair.request.packets, pair.response.packets), (0, 1));
+    assert_eq!(pair.response.acknowledged, 0x1000);
+}
+
+/// What the guard makes of what the local socket on a leg sends.
+fn guarded(state: u32, flags: u8, payload: &[u8]) -> (i32, BTreeMap<Verdict, u64>) {
+    let Some(bpffs) = bpffs() else { return (TC_ACT_UNSPEC, BTreeMap::new()) };
+    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
+    let (key, flow) = flow_v4();
+    insert(&mut bpf, key, Flow { state, ..flow }, known_clocks());
+    let frame = Frame { flags, payload: payload.to_vec(), ..Frame::new(key.reversed()) }.encode();
+    let (action, out) = run(&bpf, PROGRAM_GUARD_ETHERNET, &frame);
+    assert_eq!(out, frame);
+    (action, verdicts(&bpf))
+}
+
+#[test]
+fn the_guard_lets_only_the_tail_out() {
+    if bpffs().is_none() {
+        return;
+    }
+    let sent = |action, verdict| (action, BTreeMap::from([(verdict, 1)]));
+    let passes = sent(TC_ACT_UNSPEC, Verdict::TailSent);
+    let drops = sent(TC_ACT_SHOT, Verdict::Guarded);
+    assert_eq!(guarded(STATE_TAIL, FLAG_ACK, b"tail"), passes);
+    assert_eq!(guarded(STATE_TAIL, FLAG_ACK | FLAG_FIN, b""), passes);
+    assert_eq!(guarded(STATE_TAIL, FLAG_ACK, b""), drops);
+    assert_eq!(guarded(STATE_TAIL, FLAG_RST, b""), drops);
+    assert_eq!(guarded(STATE_SPLICED, FLAG_ACK, b"late"), drops);
+    assert_eq!(guarded(STATE_SPLICED, FLAG_RST | FLAG_ACK, b""), drops);
+}
+
+#[test]
+fn the_guard_touches_nothing_else() {
+    let Some(bpffs) = bpffs() else { return };
+    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
+    let (key, flow) = flow_v4();
+    insert(&mut bpf, key, flow, known_clocks());
+    // The direction of the flow itself is what other hosts send.
+    let frame = Frame::new(key).encode();
+    assert_eq!(run(&bpf, PROGRAM_GUARD_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
+    assert_eq!(verdicts(&bpf), BTreeMap::new());
+}
