@@ -209,7 +209,7 @@ impl<'a> Listeners<'a> {
         }
         let mut verdicts = encoder.encode_descriptor(
             "forwarder_ingress_verdicts",
-            "Packets that the classifier saw, by what it made of them; all of them go on",
+            "Packets that the eBPF programs saw, by what they made of them",
             None,
             MetricType::Counter,
         )?;

@@ -1,7 +1,8 @@
-//! What the classifier makes of a packet.
+//! What the programs make of a packet.
 
-/// Why a packet was passed on as it was. Every packet that a classifier sees gets one verdict, counted in the map
-/// [`VERDICTS`](crate::layout::VERDICTS) under the verdict's number. The classifier changes and drops no packet.
+/// What became of a packet, and why. Every packet that a classifier sees gets one verdict, counted in the map
+/// [`VERDICTS`](crate::layout::VERDICTS) under the verdict's number. Only packets of a flow are changed or dropped, and the
+/// guard counts only what it finds to be of one.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Verdict {

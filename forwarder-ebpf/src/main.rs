@@ -1,7 +1,8 @@
 //! The eBPF programs of forwarder.
 //!
-//! [`classify`] counts, at the ingress of each interface, the TCP packets to the listeners. Whatever it finds, it passes
-//! the packet on to the next program as it was.
+//! [`classify`] counts, at the ingress of each interface, the TCP packets to the listeners, and passes them on to the next
+//! program as they were. What belongs to a flow, [`redirect`] turns into a packet of the other leg. [`guard`], at egress,
+//! holds back what the local sockets of a flow say.
 #![no_std]
 #![no_main]
 
