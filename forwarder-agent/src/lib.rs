@@ -18,6 +18,7 @@ pub mod metrics;
 pub mod model;
 pub mod plan;
 pub mod problem;
+pub mod promote;
 pub mod reconciler;
 pub mod relay;
 pub mod report;

@@ -20,6 +20,9 @@ use super::super::attach::AttachKind;
 use super::super::interfaces::watch;
 use super::*;
 
+#[path = "live_tests.rs"]
+mod live_tests;
+
 #[path = "redirect_tests.rs"]
 mod redirect_tests;
 
