@@ -45,16 +45,18 @@ impl Network {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let names =
             ["client", "node", "endpoint"].map(|role| format!("fwdl-{}-{number}-{role}", std::process::id()));
-        let [client, node, endpoint] = &names;
-        for name in &names {
-            ip(&format!("netns add {name}"));
-        }
         // The node's address first, in each network.
         let (addresses, length) = if is_ipv6 {
             ([["fd00:a::1", "fd00:a::2"], ["fd00:b::1", "fd00:b::2"]], 64)
         } else {
             ([["10.9.1.1", "10.9.1.2"], ["10.9.2.1", "10.9.2.2"]], 24)
         };
+        // From here on it is removed, even if something fails.
+        let network = Self { names, addresses };
+        let [client, node, endpoint] = &network.names;
+        for name in &network.names {
+            ip(&format!("netns add {name}"));
+        }
         for (host, near, [own, other]) in
             [(client, "veth-down", addresses[0]), (endpoint, "veth-up", addresses[1])]
         {
@@ -65,7 +67,7 @@ impl Network {
                 ip(&format!("-n {namespace} link set {device} up"));
             }
         }
-        Self { names, addresses }
+        network
     }
 
     fn address(&self, network: usize, host: usize) -> SocketAddr {
