@@ -17,7 +17,8 @@ const ETHER_TYPE_VLAN: u16 = 0x8100;
 const ETHER_TYPE_VLAN_SERVICE: u16 = 0x88a8;
 
 const PROTOCOL_HOP_BY_HOP: u8 = 0;
-const PROTOCOL_TCP: u8 = 6;
+/// The number of TCP in IP headers and in the pseudo-header.
+pub const PROTOCOL_TCP: u8 = 6;
 const PROTOCOL_ROUTING: u8 = 43;
 const PROTOCOL_FRAGMENT: u8 = 44;
 const PROTOCOL_AUTHENTICATION: u8 = 51;

@@ -12,7 +12,7 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{DIRECTION_REQUEST, Flow, HALF_FIN, HALF_RESET, Half, STATE_TAIL};
 use forwarder_common::packet::{
-    FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN, IpVersion, Segment, tcp_field,
+    FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN, IpVersion, PROTOCOL_TCP, Segment, tcp_field,
 };
 use forwarder_common::translate::{
     self, ChecksumChange, MAX_OPTIONS, MAX_SACK_BLOCKS, Options, OptionsWalk, Timestamps,
@@ -31,8 +31,6 @@ const IPV4_CHECKSUM: u32 = 10;
 const IPV4_SOURCE: u32 = 12;
 const IPV6_LENGTH: u32 = 4;
 const IPV6_SOURCE: u32 = 8;
-/// The number of TCP in the pseudo-header.
-const PROTOCOL_TCP: u8 = 6;
 /// Words of the longest TCP header.
 const MAX_HEADER_WORDS: u32 = 15;
 /// Bytes of the IPv6 header, which its length does not count.
