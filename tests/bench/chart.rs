@@ -52,12 +52,11 @@ fn draw_panels(panels: &[&[Summary]], file: &Path) -> Result<()> {
 
 fn draw_panel(results: &[Summary], area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>) -> Result<()> {
     let Some(first) = results.first() else { return Ok(()) };
-    let better = if first.series.more_is_better() { "more is better" } else { "less is better" };
     let end = results.iter().map(|result| result.max).fold(0.0, f64::max) * 1.15;
     let start = results.iter().map(|result| result.min).fold(0.0, f64::min);
     let bars = i32::try_from(results.len())?;
     let mut chart = ChartBuilder::on(area)
-        .caption(format!("{}: {better}", first.series), (FONT, 20))
+        .caption(format!("{}: {}", first.series, first.series.better()), (FONT, 20))
         .margin(6)
         .x_label_area_size(22)
         .y_label_area_size(NAME_WIDTH)

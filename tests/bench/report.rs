@@ -173,8 +173,7 @@ impl Document {
         );
         for results in self.by_series() {
             let Some(first) = results.first() else { continue };
-            let better = if first.series.more_is_better() { "more is better" } else { "less is better" };
-            let _ = writeln!(text, "\n{}: {better}", first.series);
+            let _ = writeln!(text, "\n{}: {}", first.series, first.series.better());
             let _ = writeln!(text, "{}", rows(results).trim_fmt());
         }
         for Unavailable { path, reason } in &self.unavailable {

@@ -163,9 +163,12 @@ impl Series {
         Self { metric, quantity: None, streams: None, connections: None, objects: None, unit }
     }
 
-    /// Whether more is better.
-    pub(crate) fn more_is_better(&self) -> bool {
-        ["throughput", "connections", "requests"].contains(&self.metric)
+    /// Which way is better, in words.
+    pub(crate) fn better(&self) -> &'static str {
+        match self.metric {
+            "throughput" | "connections" | "requests" => "more is better",
+            _ => "less is better",
+        }
     }
 
     /// What the metric's processor time is counted by.
