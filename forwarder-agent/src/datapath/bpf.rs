@@ -8,7 +8,7 @@ use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use aya_log::EbpfLogger;
 use forwarder_common::layout::PINNED_MAPS;
-use forwarder_common::{ListenerCounters, PROGRAMS, Verdict};
+use forwarder_common::{ListenerCounters, PROGRAM_ETHERNET, PROGRAM_IP, Verdict};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -213,15 +213,20 @@ fn load(log_level: u8) -> Result<Ebpf, LoadError> {
         .override_global(aya_log::LEVEL, &log_level, true)
         .load(OBJECT)
         .map_err(|error| LoadError::new("create the BPF maps".to_owned(), "", error))?;
-    for name in PROGRAMS {
-        let program = ebpf
-            .program_mut(name)
-            .ok_or_else(|| LoadError::Object { reason: format!("they have no program {name}") })?;
-        <&mut SchedClassifier>::try_from(program)
-            .and_then(SchedClassifier::load)
-            .map_err(|error| LoadError::new(format!("load program {name}"), name, EbpfError::from(error)))?;
+    for name in [PROGRAM_ETHERNET, PROGRAM_IP] {
+        load_program(&mut ebpf, name)?;
     }
     Ok(ebpf)
+}
+
+/// Has the kernel verify a program.
+fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), LoadError> {
+    let program = ebpf
+        .program_mut(name)
+        .ok_or_else(|| LoadError::Object { reason: format!("they have no program {name}") })?;
+    <&mut SchedClassifier>::try_from(program)
+        .and_then(SchedClassifier::load)
+        .map_err(|error| LoadError::new(format!("load program {name}"), name, EbpfError::from(error)))
 }
 
 #[cfg(test)]

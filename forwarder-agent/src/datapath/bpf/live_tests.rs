@@ -2,36 +2,25 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use aya::maps::HashMap as BpfHashMap;
 use aya::programs::links::LinkOrder;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{SchedClassifier, TcAttachType};
-use forwarder_common::flow::{
-    FLOWS, Flow, FlowKey, HALF_FIN, HALF_RESET, PAIRS, Pair, STATE_SPLICED, STATE_TAIL,
-};
+use forwarder_common::flow::{Flow, FlowKey, HALF_FIN, HALF_RESET, Pair, STATE_SPLICED, STATE_TAIL};
 use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, Verdict};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::super::{AttachKind, Bpf};
-use super::{bpffs, verdicts};
+use super::{PAIR, bpffs, enter, ip, load_guard, pair, skip, verdicts, write_flows, write_pair};
 use crate::promote::{Leg, Placement, join};
 
-const PAIR: u32 = 3;
 const TIMEOUT: Duration = Duration::from_secs(20);
 /// How long after the insertion of a flow packets may still be on their way past the programs.
 const SETTLING: Duration = Duration::from_millis(15);
 const PORT: u16 = 9001;
-
-fn ip(arguments: &str) {
-    let output = Command::new("ip").args(arguments.split_ascii_whitespace()).output().unwrap();
-    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
-}
 
 /// A client, a node and an endpoint, joined by the node's devices `veth-down` and `veth-up`.
 struct Network {
@@ -74,16 +63,11 @@ impl Network {
         SocketAddr::new(self.addresses[network][host].parse().unwrap(), PORT)
     }
 
-    fn enter(name: &str) {
-        let namespace = std::fs::File::open(format!("/run/netns/{name}")).unwrap();
-        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
-    }
-
     /// Runs `body` in the namespace of a host, on a thread of its own.
     fn on<T: Send + 'static>(&self, host: usize, body: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
         let name = self.names[host].clone();
         thread::spawn(move || {
-            Self::enter(&name);
+            enter(&name);
             body()
         })
     }
@@ -103,6 +87,7 @@ fn interface_index(name: &str) -> u32 {
 
 /// Hangs the programs on both interfaces; detached with the namespace.
 fn attach(bpf: &mut Bpf) {
+    load_guard(bpf);
     for (program, side) in
         [(PROGRAM_ETHERNET, TcAttachType::Ingress), (PROGRAM_GUARD_ETHERNET, TcAttachType::Egress)]
     {
@@ -114,18 +99,6 @@ fn attach(bpf: &mut Bpf) {
     }
 }
 
-fn write_flows(bpf: &mut Bpf, flows: &[(FlowKey, Flow)]) {
-    let mut map: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map_mut(FLOWS).unwrap().try_into().unwrap();
-    for (key, flow) in flows {
-        map.insert(key, flow, 0).unwrap();
-    }
-}
-
-fn pair(bpf: &Bpf) -> Pair {
-    let map: BpfHashMap<_, u32, Pair> = bpf.ebpf.map(PAIRS).unwrap().try_into().unwrap();
-    map.get(&PAIR, 0).unwrap()
-}
-
 /// Joins two sockets of this namespace, of which so many bytes have been written to each.
 fn promote(
     bpf: &mut Bpf,
@@ -133,8 +106,7 @@ fn promote(
     upstream: (&TcpStream, u64),
     state: u32,
 ) -> Vec<(FlowKey, Flow)> {
-    let mut pairs: BpfHashMap<_, u32, Pair> = bpf.ebpf.map_mut(PAIRS).unwrap().try_into().unwrap();
-    pairs.insert(PAIR, Pair::default(), 0).unwrap();
+    write_pair(bpf, Pair::default());
     let legs = [downstream, upstream].map(|(socket, written)| Leg::read(socket, written).unwrap());
     let placement = Placement {
         downstream_interface: interface_index("veth-down"),
@@ -279,12 +251,12 @@ fn unacknowledged(socket: &TcpStream) -> u64 {
 fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64) {
     let Some(bpffs) = bpffs() else { return };
     if AttachKind::of_kernel() != AttachKind::Tcx {
-        return;
+        return skip("tcx: Linux 6.6 or newer");
     }
     let network = Network::new(is_ipv6);
     let node = network.names[1].clone();
     let body = || {
-        Network::enter(&node);
+        enter(&node);
         let mut bpf = Bpf::load(&bpffs.options()).unwrap();
         attach(&mut bpf);
         let Ends { client, endpoint, downstream, upstream } = open(&network, length);

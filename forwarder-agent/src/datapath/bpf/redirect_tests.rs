@@ -4,24 +4,19 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use aya::maps::HashMap as BpfHashMap;
-use aya::programs::SchedClassifier;
-use aya::{TestRun, TestRunOptions};
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOWS, Flow, FlowKey, HALF_FIN, HALF_RESET, PAIRS, Pair,
-    STATE_SPLICED, STATE_TAIL,
+    DIRECTION_REQUEST, DIRECTION_RESPONSE, Flow, FlowKey, HALF_FIN, HALF_RESET, Pair, STATE_SPLICED,
+    STATE_TAIL,
 };
 use forwarder_common::layout::{address_bytes, address_of};
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN};
 use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, Verdict};
 
 use super::super::Bpf;
-use super::{bpffs, verdicts};
+use super::{Bpffs, PAIR, TC_ACT_UNSPEC, bpffs, load_guard, pair, run, verdicts, write_flows, write_pair};
 
-const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
 const TC_ACT_REDIRECT: i32 = 7;
-const PAIR: u32 = 7;
 /// Shifts that make the numbers of most packets wrap.
 const SEQUENCE_SHIFT: u32 = 0xffff_f000;
 const REVERSE_SHIFT: u32 = 0x8000_0001;
@@ -213,18 +208,6 @@ fn flow(out: FlowKey) -> Flow {
     }
 }
 
-fn insert(bpf: &mut Bpf, key: FlowKey, flow: Flow, pair: Pair) {
-    let mut pairs: BpfHashMap<_, u32, Pair> = bpf.ebpf.map_mut(PAIRS).unwrap().try_into().unwrap();
-    pairs.insert(PAIR, pair, 0).unwrap();
-    let mut flows: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map_mut(FLOWS).unwrap().try_into().unwrap();
-    flows.insert(key, flow, 0).unwrap();
-}
-
-fn pair(bpf: &Bpf) -> Pair {
-    let pairs: BpfHashMap<_, u32, Pair> = bpf.ebpf.map(PAIRS).unwrap().try_into().unwrap();
-    pairs.get(&PAIR, 0).unwrap()
-}
-
 /// A pair of which both clocks are known.
 fn known_clocks() -> Pair {
     let mut pair = Pair::default();
@@ -233,23 +216,19 @@ fn known_clocks() -> Pair {
     pair
 }
 
-/// What a program returns for a frame, and makes of it.
-fn run(bpf: &Bpf, program: &str, frame: &[u8]) -> (i32, Vec<u8>) {
-    let program: &SchedClassifier = bpf.ebpf.program(program).unwrap().try_into().unwrap();
-    let mut out = vec![0; frame.len() + 64];
-    let options =
-        TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::default() };
-    let result = program.test_run(options).unwrap();
-    let length = usize::try_from(result.data_size_out).unwrap();
-    out.truncate(length);
-    (result.return_value.cast_signed(), out)
+/// Loaded, with the guard, one direction and its pair.
+fn with_flow(key: FlowKey, flow: Flow, pair: Pair) -> Option<(Bpffs, Bpf)> {
+    let bpffs = bpffs()?;
+    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
+    load_guard(&mut bpf);
+    write_pair(&mut bpf, pair);
+    write_flows(&mut bpf, &[(key, flow)]);
+    Some((bpffs, bpf))
 }
 
 #[track_caller]
 fn check((key, flow): (FlowKey, Flow), change: impl Fn(&mut Frame)) {
-    let Some(bpffs) = bpffs() else { return };
-    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
-    insert(&mut bpf, key, flow, known_clocks());
+    let Some((_bpffs, bpf)) = with_flow(key, flow, known_clocks()) else { return };
     let mut frame = Frame::new(key);
     change(&mut frame);
     let (action, out) = run(&bpf, PROGRAM_ETHERNET, &frame.encode());
@@ -340,10 +319,8 @@ fn a_long_packet_is_translated() {
 
 #[test]
 fn a_clock_is_learnt_from_the_first_packet_and_kept() {
-    let Some(bpffs) = bpffs() else { return };
-    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
     let (key, flow) = flow_v4();
-    insert(&mut bpf, key, Flow { clock: 77, ..flow }, Pair::default());
+    let Some((_bpffs, bpf)) = with_flow(key, Flow { clock: 77, ..flow }, Pair::default()) else { return };
     let timestamps = |frame: &[u8]| {
         let word = |at: usize| u32::from_be_bytes(frame[at..at + 4].try_into().unwrap());
         (word(14 + 20 + 24), word(14 + 20 + 28))
@@ -360,20 +337,16 @@ fn a_clock_is_learnt_from_the_first_packet_and_kept() {
 
 #[test]
 fn a_new_connection_on_the_tuple_is_for_the_local_stack() {
-    let Some(bpffs) = bpffs() else { return };
-    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
     let (key, flow) = flow_v4();
-    insert(&mut bpf, key, flow, known_clocks());
+    let Some((_bpffs, bpf)) = with_flow(key, flow, known_clocks()) else { return };
     let frame = Frame { flags: FLAG_SYN, ..Frame::new(key) }.encode();
     assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
 }
 
 #[test]
 fn options_that_nobody_understands_are_not_translated_in_part() {
-    let Some(bpffs) = bpffs() else { return };
-    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
     let (key, flow) = flow_v4();
-    insert(&mut bpf, key, flow, known_clocks());
+    let Some((_bpffs, bpf)) = with_flow(key, flow, known_clocks()) else { return };
     for options in
         [vec![Field::Nop; 20], vec![Field::Other(8, vec![0; 4])], vec![Field::Other(5, vec![0; 6])]]
     {
@@ -385,20 +358,19 @@ fn options_that_nobody_understands_are_not_translated_in_part() {
 
 #[test]
 fn a_flow_without_its_pair_forwards_nothing() {
-    let Some(bpffs) = bpffs() else { return };
-    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
     let (key, flow) = flow_v4();
-    insert(&mut bpf, key, Flow { pair: PAIR + 1, ..flow }, known_clocks());
+    let Some((_bpffs, bpf)) = with_flow(key, Flow { pair: PAIR + 1, ..flow }, known_clocks()) else { return };
     assert_eq!(run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode()).0, TC_ACT_SHOT);
     assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::PairMissing, 1)]));
 }
 
 #[test]
 fn directions_are_noted_apart() {
-    let Some(bpffs) = bpffs() else { return };
-    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
     let (key, flow) = flow_v4();
-    insert(&mut bpf, key, Flow { direction: DIRECTION_RESPONSE, ..flow }, known_clocks());
+    let Some((_bpffs, bpf)) = with_flow(key, Flow { direction: DIRECTION_RESPONSE, ..flow }, known_clocks())
+    else {
+        return;
+    };
     run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode());
     let pair = pair(&bpf);
     assert_eq!((pair.request.packets, pair.response.packets), (0, 1));
@@ -407,10 +379,10 @@ fn directions_are_noted_apart() {
 
 /// What the guard makes of what the local socket on a leg sends.
 fn guarded(state: u32, flags: u8, payload: &[u8]) -> (i32, BTreeMap<Verdict, u64>) {
-    let Some(bpffs) = bpffs() else { return (TC_ACT_UNSPEC, BTreeMap::new()) };
-    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
     let (key, flow) = flow_v4();
-    insert(&mut bpf, key, Flow { state, ..flow }, known_clocks());
+    let Some((_bpffs, bpf)) = with_flow(key, Flow { state, ..flow }, known_clocks()) else {
+        return (TC_ACT_UNSPEC, BTreeMap::new());
+    };
     let frame = Frame { flags, payload: payload.to_vec(), ..Frame::new(key.reversed()) }.encode();
     let (action, out) = run(&bpf, PROGRAM_GUARD_ETHERNET, &frame);
     assert_eq!(out, frame);
@@ -435,10 +407,8 @@ fn the_guard_lets_only_the_tail_out() {
 
 #[test]
 fn the_guard_touches_nothing_else() {
-    let Some(bpffs) = bpffs() else { return };
-    let mut bpf = Bpf::load(&bpffs.options()).unwrap();
     let (key, flow) = flow_v4();
-    insert(&mut bpf, key, flow, known_clocks());
+    let Some((_bpffs, bpf)) = with_flow(key, flow, known_clocks()) else { return };
     // The direction of the flow itself is what other hosts send.
     let frame = Frame::new(key).encode();
     assert_eq!(run(&bpf, PROGRAM_GUARD_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));

@@ -9,10 +9,11 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
-use aya::maps::MapData;
+use aya::maps::{HashMap as BpfHashMap, MapData};
 use aya::{TestRun, TestRunOptions};
+use forwarder_common::flow::{FLOWS, Flow, FlowKey, PAIRS, Pair};
 use forwarder_common::layout::{self, address_of};
-use forwarder_common::{BackendKey, PROGRAM_ETHERNET, PROGRAM_IP};
+use forwarder_common::{BackendKey, PROGRAM_GUARD_ETHERNET};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -39,6 +40,10 @@ const WILDCARD: u16 = 9002;
 const EXACT_ID: ListenerId = ListenerId(1);
 const EXACT_V6_ID: ListenerId = ListenerId(2);
 const WILDCARD_ID: ListenerId = ListenerId(3);
+/// The next program decides.
+const TC_ACT_UNSPEC: i32 = -1;
+/// The pair that tests join.
+const PAIR: u32 = 7;
 
 /// A BPF file system of the test's own.
 struct Bpffs(tempfile::TempDir);
@@ -66,9 +71,39 @@ fn bpffs() -> Option<Bpffs> {
         mount("bpf", directory.path(), "bpf", MountFlags::empty(), None).unwrap();
         return Some(Bpffs(directory));
     };
+    skip(missing);
+    None
+}
+
+/// Says that a test is skipped for what is missing, or fails it where `REQUIRE_NETNS=1` demands that none is.
+fn skip(missing: &str) {
     assert!(std::env::var("REQUIRE_NETNS").as_deref() != Ok("1"), "needs {missing}");
     eprintln!("skipped: needs {missing}");
-    None
+}
+
+/// Loads the guard, which an agent does not need yet.
+fn load_guard(bpf: &mut Bpf) {
+    load_program(&mut bpf.ebpf, PROGRAM_GUARD_ETHERNET).unwrap();
+}
+
+/// Writes directions of a pair.
+fn write_flows(bpf: &mut Bpf, flows: &[(FlowKey, Flow)]) {
+    let mut map: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map_mut(FLOWS).unwrap().try_into().unwrap();
+    for (key, flow) in flows {
+        map.insert(key, flow, 0).unwrap();
+    }
+}
+
+/// Writes what the programs know of the pair [`PAIR`].
+fn write_pair(bpf: &mut Bpf, pair: Pair) {
+    let mut map: BpfHashMap<_, u32, Pair> = bpf.ebpf.map_mut(PAIRS).unwrap().try_into().unwrap();
+    map.insert(PAIR, pair, 0).unwrap();
+}
+
+/// What the programs know of the pair [`PAIR`].
+fn pair(bpf: &Bpf) -> Pair {
+    let map: BpfHashMap<_, u32, Pair> = bpf.ebpf.map(PAIRS).unwrap().try_into().unwrap();
+    map.get(&PAIR, 0).unwrap()
 }
 
 fn key(address: BindAddress, port: u16) -> ListenerKey {
@@ -98,13 +133,20 @@ fn verdicts(bpf: &Bpf) -> BTreeMap<Verdict, u64> {
     bpf.verdicts().unwrap().into_iter().filter(|(_, count)| *count > 0).collect()
 }
 
-/// Runs a program once over `packet`.
-fn run(bpf: &Bpf, program: &str, packet: &[u8]) {
+/// What a program returns for a packet, and makes of it.
+fn run(bpf: &Bpf, program: &str, packet: &[u8]) -> (i32, Vec<u8>) {
     let program: &SchedClassifier = bpf.ebpf.program(program).unwrap().try_into().unwrap();
-    let options = TestRunOptions { data_in: Some(packet), ..TestRunOptions::default() };
+    let mut out = vec![0; packet.len() + 64];
+    let options =
+        TestRunOptions { data_in: Some(packet), data_out: Some(&mut out), ..TestRunOptions::default() };
     let result = program.test_run(options).unwrap();
-    // TC_ACT_UNSPEC: the next program decides.
-    assert_eq!(result.return_value.cast_signed(), -1);
+    out.truncate(usize::try_from(result.data_size_out).unwrap());
+    (result.return_value.cast_signed(), out)
+}
+
+/// Runs a program once over `packet`, which it passes on.
+fn run_passed(bpf: &Bpf, program: &str, packet: &[u8]) {
+    assert_eq!(run(bpf, program, packet).0, TC_ACT_UNSPEC);
 }
 
 /// Checks that the frame meets with `verdict`, and what is counted of it for `listener`, from the IP header on.
@@ -112,7 +154,7 @@ fn run(bpf: &Bpf, program: &str, packet: &[u8]) {
 fn check(frame: &[u8], verdict: Verdict, listener: ListenerId, syns: u64, bytes: usize) {
     let Some(bpffs) = bpffs() else { return };
     let bpf = loaded(&bpffs);
-    run(&bpf, PROGRAM_ETHERNET, frame);
+    run_passed(&bpf, PROGRAM_ETHERNET, frame);
     assert_eq!(verdicts(&bpf), BTreeMap::from([(verdict, 1)]));
     for id in [EXACT_ID, EXACT_V6_ID, WILDCARD_ID] {
         let expected = if id == listener && verdict == Verdict::Counted {
@@ -212,10 +254,10 @@ fn a_link_without_a_header_is_read_from_the_ip_header_on() {
     let bpf = loaded(&bpffs);
     // A test packet always has an Ethernet header: its destination's first byte stands for the IP version.
     let mut frame = vec![0; 64];
-    run(&bpf, PROGRAM_IP, &frame);
+    run_passed(&bpf, PROGRAM_IP, &frame);
     frame[0] = 0x45;
     frame[9] = UDP;
-    run(&bpf, PROGRAM_IP, &frame);
+    run_passed(&bpf, PROGRAM_IP, &frame);
     // Both are for another host by their Ethernet address, unless it is that of `lo`.
     assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::NotIp, 1), (Verdict::NotForInterface, 1)]));
 }
@@ -225,10 +267,10 @@ fn counters_of_a_listener_begin_and_end_with_it() {
     let Some(bpffs) = bpffs() else { return };
     let mut bpf = loaded(&bpffs);
     let frame = framed(&ipv4(V4, TCP, &[], 0, &tcp(EXACT, SYN)));
-    run(&bpf, PROGRAM_ETHERNET, &frame);
+    run_passed(&bpf, PROGRAM_ETHERNET, &frame);
     let listener = key(BindAddress::Ip(V4.into()), EXACT);
     bpf.set_listener(listener, EXACT_ID, ListenerState::Draining).unwrap();
-    run(&bpf, PROGRAM_ETHERNET, &frame);
+    run_passed(&bpf, PROGRAM_ETHERNET, &frame);
     assert_eq!(bpf.counters(EXACT_ID).unwrap().syns, 2);
 
     // A successor on the same key is not touched by the removal of the former.
@@ -236,15 +278,15 @@ fn counters_of_a_listener_begin_and_end_with_it() {
     bpf.set_listener(listener, successor, ListenerState::Ready).unwrap();
     bpf.remove_listener(listener, EXACT_ID).unwrap();
     assert_eq!(bpf.counters(EXACT_ID).unwrap(), ListenerCounters::default());
-    run(&bpf, PROGRAM_ETHERNET, &frame);
+    run_passed(&bpf, PROGRAM_ETHERNET, &frame);
     assert_eq!(bpf.counters(successor).unwrap().syns, 1);
 
     bpf.maps.counters.remove(&successor.0).unwrap();
-    run(&bpf, PROGRAM_ETHERNET, &frame);
+    run_passed(&bpf, PROGRAM_ETHERNET, &frame);
     assert_eq!(verdicts(&bpf)[&Verdict::CounterMissing], 1);
     bpf.remove_listener(listener, successor).unwrap();
     bpf.remove_listener(listener, successor).unwrap();
-    run(&bpf, PROGRAM_ETHERNET, &frame);
+    run_passed(&bpf, PROGRAM_ETHERNET, &frame);
     assert_eq!(verdicts(&bpf)[&Verdict::NoListener], 1);
 }
 
@@ -365,7 +407,7 @@ async fn programs_that_log_are_loaded() {
     assert!(bpf.take_log().unwrap().is_none());
     let syn = framed(&ipv6(V6, TCP, &tcp(EXACT, SYN)));
     bpf.set_listener(key(BindAddress::Ip(V6.into()), EXACT), EXACT_ID, ListenerState::Ready).unwrap();
-    run(&bpf, PROGRAM_ETHERNET, &syn);
+    run_passed(&bpf, PROGRAM_ETHERNET, &syn);
     assert_eq!(bpf.counters(EXACT_ID).unwrap().syns, 1);
 }
 
@@ -375,25 +417,32 @@ fn the_probe_leaves_nothing() {
     assert!(!probe().unwrap().kernel.is_empty());
 }
 
+/// Runs `ip` with arguments that have no blanks in them.
+fn ip(arguments: &str) {
+    let output = Command::new("ip").args(arguments.split_ascii_whitespace()).output().unwrap();
+    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Moves this thread into a network namespace.
+fn enter(name: &str) {
+    let namespace = fs::File::open(format!("/run/netns/{name}")).unwrap();
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+}
+
 /// Runs `body` in a network namespace of its own, in which `lo` is up.
 fn in_namespace(body: impl FnOnce(&str) + Send) {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let name = format!("fwd-bpf-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    let ip = |arguments: &[&str]| {
-        let output = Command::new("ip").args(arguments).output().unwrap();
-        assert!(output.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    };
-    ip(&["netns", "add", &name]);
-    ip(&["-n", &name, "link", "set", "lo", "up"]);
+    ip(&format!("netns add {name}"));
+    ip(&format!("-n {name} link set lo up"));
     let outcome = thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            let namespace = fs::File::open(format!("/run/netns/{name}")).unwrap();
-            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+            enter(&name);
             body(&name);
         });
         thread.join()
     });
-    ip(&["netns", "delete", &name]);
+    ip(&format!("netns delete {name}"));
     outcome.unwrap();
 }
 
