@@ -1,18 +1,35 @@
-//! The admin endpoint: health, readiness, metrics and state over HTTP.
+//! The admin endpoint: health, readiness, metrics, state and connections over HTTP.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /healthz` | 200 while the agent runs |
+//! | `GET /readyz` | 200 once every listener that can be programmed is bound, or 503 and why not |
+//! | `GET /metrics` | OpenMetrics text |
+//! | `GET /v1/state` | listeners, routes, endpoints and problems, as [`crate::view::State`] |
+//! | `GET /v1/connections` | open connections, as [`ConnectionList`]; see below |
+//! | `POST /v1/connections/reset` | resets connections: `{"reset": 3}`; see below |
+//!
+//! Both of the last take a [`Selector`]: the first as parameters of the query, such as
+//! `?listener=default/gw/a&idleLongerThan=1h`, all optional, with `limit` for how many are listed at most; the second as
+//! JSON with `Content-Type: application/json` (which a page in a browser cannot send here unasked), and not an empty one:
+//! `{"all": true}` means all. A selector that cannot be used is answered with 400 and a sentence.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::State as Extract;
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{RawQuery, State as Extract};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use prometheus_client::registry::Registry;
+use serde_json::{Map, Value};
 use tokio::net::TcpListener;
 
 use crate::agent::Shared;
 use crate::metrics;
+use crate::view::{ConnectionList, ResetReport, Selector};
 
 /// An admin endpoint that could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +60,8 @@ pub async fn open(
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics_text))
         .route("/v1/state", get(state))
+        .route("/v1/connections", get(connections))
+        .route("/v1/connections/reset", post(reset_connections))
         .with_state(Arc::new(Context { shared, registry }));
     Ok(async move {
         if let Err(error) = axum::serve(listener, router).await {
@@ -73,4 +92,104 @@ async fn metrics_text(Extract(context): Extract<Arc<Context>>) -> Response {
 
 async fn state(Extract(context): Extract<Arc<Context>>) -> Response {
     axum::Json(context.shared.state()).into_response()
+}
+
+async fn connections(
+    Extract(context): Extract<Arc<Context>>,
+    RawQuery(query): RawQuery,
+) -> Result<axum::Json<ConnectionList>, Refusal> {
+    let (selector, limit) = parse_query(query.as_deref().unwrap_or_default()).map_err(Refusal::bad)?;
+    Ok(axum::Json(context.shared.connections.list(selector, limit).await))
+}
+
+async fn reset_connections(
+    Extract(context): Extract<Arc<Context>>,
+    selector: Result<axum::Json<Selector>, JsonRejection>,
+) -> Result<axum::Json<ResetReport>, Refusal> {
+    let axum::Json(selector) = selector.map_err(|rejection| match rejection {
+        JsonRejection::MissingJsonContentType(_) => Refusal(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "a selector is JSON: send it with `Content-Type: application/json`".to_owned(),
+        ),
+        rejection => Refusal::bad(rejection.body_text()),
+    })?;
+    if selector.is_empty() {
+        return Err(Refusal::bad("it is empty: name what to reset, or set `all`"));
+    }
+    let report = context.shared.connections.reset(selector.clone()).await;
+    tracing::info!(
+        selector = serde_json::to_string(&selector).unwrap_or_default(),
+        connections = report.reset,
+        "connections are reset, as an operator asked"
+    );
+    Ok(axum::Json(report))
+}
+
+/// A request that is not carried out: its status, and a sentence.
+#[derive(Debug)]
+struct Refusal(StatusCode, String);
+
+impl Refusal {
+    fn bad(reason: impl std::fmt::Display) -> Self {
+        Self(StatusCode::BAD_REQUEST, format!("the selector cannot be used: {reason}"))
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.0, self.1 + "\n").into_response()
+    }
+}
+
+/// A selector and a limit of a query.
+fn parse_query(query: &str) -> Result<(Selector, Option<usize>), String> {
+    let mut limit = None;
+    let mut fields = Map::new();
+    for (key, value) in form_urlencoded::parse(query.as_bytes()) {
+        if key == "limit" {
+            limit = Some(value.parse().map_err(|_| format!("limit `{value}` is not a number"))?);
+            continue;
+        }
+        let field = match (key.as_ref(), value.parse()) {
+            ("all", Ok(all)) => Value::Bool(all),
+            _ => Value::String(value.into_owned()),
+        };
+        if fields.insert(key.clone().into_owned(), field).is_some() {
+            return Err(format!("`{key}` is given twice"));
+        }
+    }
+    let selector = serde_json::from_value(Value::Object(fields)).map_err(|error| error.to_string())?;
+    Ok((selector, limit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_is_a_selector_and_a_limit() {
+        let (selector, limit) = parse_query("").unwrap();
+        assert!(selector.is_empty());
+        assert_eq!(limit, None);
+        let query =
+            "listener=default/gw/a&upstream=%5B2001:db8::1%5D:80&idleLongerThan=1h+30m&all=true&limit=5";
+        let (selector, limit) = parse_query(query).unwrap();
+        let expected = r#"{"listener": "default/gw/a", "upstream": "[2001:db8::1]:80", "idleLongerThan": "1h 30m", "all": true}"#;
+        assert_eq!(selector, serde_json::from_str(expected).unwrap());
+        assert_eq!(limit, Some(5));
+    }
+
+    #[test]
+    fn bad_queries_are_refused_by_name() {
+        for (query, words) in [
+            ("lisener=a", "`lisener`"),
+            ("upstream=db", "`db`"),
+            ("limit=many", "`many`"),
+            ("all=perhaps", "perhaps"),
+            ("route=a&route=b", "`route` is given twice"),
+        ] {
+            let message = parse_query(query).unwrap_err();
+            assert!(message.contains(words), "{query}: {message}");
+        }
+    }
 }

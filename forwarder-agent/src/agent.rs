@@ -1,23 +1,30 @@
 //! The agent: wires source, resolver, reconciler, workers, datapath and admin endpoint, and ends them in order.
 
+mod kernel;
+mod leaving;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 use tokio::sync::watch;
 
+use self::kernel::{Kernel, find_listener, inherit};
+use self::leaving::{Leaving, Signals};
 use crate::admin::{self, AdminError};
 use crate::counters::{ListenerCounters, PerWorker, WorkerCounters};
-use crate::datapath::Datapath;
-use crate::datapath::bpf::{Bpf, BpfOptions};
-use crate::datapath::interfaces::{self, Interface};
+use crate::datapath::interfaces::{Interface, smallest_mtu};
+use crate::listener::ListenSettings;
+use crate::live::LiveConnections;
 use crate::manifests::{Change, Kind, ObjectRef};
 use crate::model::ListenerSettings;
+use crate::pairs::Promoter;
 use crate::problem::{Problem, Reason};
 use crate::reconciler::{InForce, Reconciler, SocketState};
 use crate::report::{InputProblems, Report};
 use crate::resolve::{self, ResolveSettings, Resolved};
+use crate::segment_size::SegmentSize;
 use crate::settings::Settings;
 use crate::source::{self, FileSource, Loaded};
 use crate::status::{self, BindFailure, Statuses};
@@ -50,6 +57,8 @@ pub struct Shared {
     pub report: Mutex<Report>,
     /// What workers counted.
     pub worker_counters: Arc<PerWorker<WorkerCounters>>,
+    /// The connections that are open.
+    pub connections: LiveConnections,
 }
 
 impl Shared {
@@ -174,23 +183,41 @@ pub fn run(settings: Settings) -> Result<(), AgentError> {
 }
 
 async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
-    let mut signals =
-        Signals { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? };
+    let mut signals = Signals::listen()?;
+    let kernel = Kernel::load(&settings).await;
+    let segment_size = Arc::new(SegmentSize::default());
+    if let (Some(interfaces), Some(_)) = (&kernel.interfaces, &kernel.promoter) {
+        segment_size.set_mtu(smallest_mtu(&interfaces.borrow()));
+    }
     let worker_settings = WorkerSettings {
         connect: ConnectSettings {
             source_addresses: settings.source_addresses.clone(),
             keepalive: settings.keepalive,
+            flows: kernel.promoter.as_ref().map(|promoter| Arc::clone(&promoter.flows)),
+            segment_size: Arc::clone(&segment_size),
         },
         max_connections: max_connections(raise_file_limit()),
+        promoter: kernel.promoter.clone(),
     };
     let workers = Workers::start(settings.workers, worker_settings)?;
-    let kernel = Kernel::load(&settings).await;
     let shared = Arc::new(Shared {
         in_force: Arc::new(Mutex::new(InForce::new(kernel.datapath))),
         report: Mutex::new(Report { datapath: kernel.view, ..Report::default() }),
         worker_counters: Arc::clone(&workers.counters),
+        connections: LiveConnections {
+            workers: workers.connections(),
+            pairs: kernel.promoter.as_ref().map(|promoter| Arc::clone(&promoter.pairs)),
+        },
     });
-    let reconciler = Reconciler::new(workers, settings.keepalive, Arc::clone(&shared.in_force));
+    let pairs_thread = match &kernel.promoter {
+        Some(promoter) => {
+            inherit(promoter, &shared, settings.workers);
+            Some(promoter.pairs.start(find_listener(&shared))?)
+        }
+        None => None,
+    };
+    let listen = ListenSettings { keepalive: settings.keepalive, segment_size: Arc::clone(&segment_size) };
+    let reconciler = Reconciler::new(workers, listen, Arc::clone(&shared.in_force));
     if let Some(address) = settings.admin {
         tokio::spawn(admin::open(address, Arc::clone(&shared)).await?);
     }
@@ -208,66 +235,22 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         shared: Arc::clone(&shared),
         resolver: Resolver::new(settings.controller_name, settings.listener_defaults),
         in_force: None,
+        promoter: kernel.promoter.clone(),
+        segment_size,
     };
-    tokio::select! {
-        () = control.follow(loaded, kernel.interfaces) => {}
-        () = signals.next() => {}
+    let signal = tokio::select! {
+        () = control.follow(loaded, kernel.interfaces, kernel.routes) => SignalKind::terminate(),
+        signal = signals.next() => signal,
+    };
+    let leaving = Leaving { signal, promoter: kernel.promoter, window: settings.drain_timeout };
+    leaving.end(&mut signals, control.reconciler, &shared).await;
+    if let (Some(pairs), Some(thread)) = (&shared.connections.pairs, pairs_thread) {
+        pairs.stop();
+        thread.thread().unpark();
+        // A panic of the thread has been printed.
+        let _ = thread.join();
     }
-    end(&mut signals, control.reconciler, &shared, settings.drain_timeout).await;
     Ok(())
-}
-
-/// The kernel's part, where it can be had.
-struct Kernel {
-    datapath: Option<Box<dyn Datapath>>,
-    interfaces: Option<watch::Receiver<Vec<Interface>>>,
-    view: view::DatapathView,
-}
-
-impl Kernel {
-    /// Loads the classifier; without it, the agent says why, once, and forwards all the same.
-    async fn load(settings: &Settings) -> Self {
-        let options = BpfOptions {
-            pin_dir: settings.pin_dir.clone(),
-            trace: tracing::enabled!(target: "forwarder_agent::datapath", tracing::Level::TRACE),
-        };
-        let mut bpf = match Bpf::load(&options) {
-            Ok(bpf) => bpf,
-            Err(error) => return Self::without(&error),
-        };
-        let interfaces = match interfaces::watch().await {
-            Ok((interfaces, follow)) => {
-                tokio::spawn(async move {
-                    if let Err(error) = follow.await {
-                        tracing::error!(%error, "interfaces are no longer followed: the classifier stays where it is");
-                    }
-                });
-                interfaces
-            }
-            Err(error) => return Self::without(&error),
-        };
-        match bpf.take_log() {
-            Ok(Some(log)) if options.trace => drop(tokio::spawn(log)),
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "the classifier's log cannot be read"),
-        }
-        tracing::info!(pins = %bpf.pin_directory().display(), attach = bpf.attach_kind().as_str(), "classifier loaded");
-        Self {
-            datapath: Some(Box::new(bpf)),
-            interfaces: Some(interfaces),
-            view: view::DatapathView { classifier: true, ..view::DatapathView::default() },
-        }
-    }
-
-    fn without(error: &dyn std::error::Error) -> Self {
-        let error = error.to_string();
-        tracing::warn!(reason = %error, "no classifier: forwarding works, the kernel's counters and maps are missing");
-        Self {
-            datapath: None,
-            interfaces: None,
-            view: view::DatapathView { error: Some(error), ..view::DatapathView::default() },
-        }
-    }
 }
 
 /// What follows the input.
@@ -275,6 +258,8 @@ struct Control {
     reconciler: Reconciler,
     shared: Arc<Shared>,
     resolver: Resolver,
+    promoter: Option<Arc<Promoter>>,
+    segment_size: Arc<SegmentSize>,
     /// What was loaded and put into force last.
     in_force: Option<(Arc<Loaded>, Resolution)>,
 }
@@ -285,7 +270,9 @@ impl Control {
         &mut self,
         mut loaded: watch::Receiver<Arc<Loaded>>,
         mut interfaces: Option<watch::Receiver<Vec<Interface>>>,
+        mut routes: Option<watch::Receiver<u64>>,
     ) {
+        let promoter = self.promoter.clone();
         let mut retry = tokio::time::interval(BIND_RETRY);
         loop {
             tokio::select! {
@@ -304,6 +291,13 @@ impl Control {
                     self.attach(interfaces.as_mut());
                     self.reconciler.retry();
                 }
+                () = changed(routes.as_mut()) => {
+                    if let Some(promoter) = &promoter {
+                        promoter.pairs.routes_changed();
+                    }
+                    continue;
+                }
+                () = path_wanted(promoter.as_deref()) => self.attach(interfaces.as_mut()),
                 _ = retry.tick() => {
                     if !self.reconciler.retry() {
                         continue;
@@ -350,6 +344,7 @@ impl Control {
     async fn put_into_force(&self, started: Instant) {
         let Some((_, Resolution { resolved, problems })) = &self.in_force else { return };
         self.reconciler.apply(&resolved.table).await;
+        self.reconciler.remove_former_listeners();
         self.shared.report().updates.full += 1;
         tracing::info!(
             listeners = resolved.table.listeners.len(),
@@ -364,6 +359,9 @@ impl Control {
     fn attach(&self, interfaces: Option<&mut watch::Receiver<Vec<Interface>>>) {
         let Some(interfaces) = interfaces else { return };
         let interfaces = interfaces.borrow_and_update().clone();
+        if self.promoter.is_some() {
+            self.segment_size.set_mtu(smallest_mtu(&interfaces));
+        }
         let table = self.in_force.as_ref().map(|(_, resolution)| &resolution.resolved.table);
         let bound = table.into_iter().flat_map(|table| table.listeners.keys()).map(|key| key.address);
         let bound = bound.collect();
@@ -399,6 +397,14 @@ fn milliseconds(since: Instant) -> f64 {
     (since.elapsed().as_secs_f64() * 1e6).round() / 1e3
 }
 
+/// Waits until a program is wanted on another interface; for ever where none can be.
+async fn path_wanted(promoter: Option<&Promoter>) {
+    match promoter {
+        Some(promoter) => promoter.flows.paths().changed().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Waits for a change; for ever where there is nothing to follow.
 async fn changed<T>(receiver: Option<&mut watch::Receiver<T>>) {
     if let Some(receiver) = receiver
@@ -421,34 +427,6 @@ fn bind_problem(failure: &BindFailure, statuses: &Statuses) -> Problem {
         (Reason::PortUnavailable, field.unwrap_or_default())
     };
     Problem::error(reason, ObjectRef::new(Kind::Gateway, gateway), field, failure.message.clone())
-}
-
-/// The signals that end an agent.
-struct Signals {
-    term: Signal,
-    int: Signal,
-}
-
-impl Signals {
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.term.recv() => {}
-            _ = self.int.recv() => {}
-        }
-    }
-}
-
-/// Drains the workers, or ends them at once at the next signal.
-async fn end(signals: &mut Signals, reconciler: Reconciler, shared: &Shared, window: Duration) {
-    shared.report().draining = true;
-    tracing::info!(window = %humantime::format_duration(window), "draining: no new connections; a second signal ends at once");
-    tokio::select! {
-        () = reconciler.drain(window) => tracing::info!("drained"),
-        () = signals.next() => tracing::warn!("ending at once: open connections are reset"),
-    }
-    reconciler.into_workers().stop();
-    // Detaches the classifier and removes the pins: nothing is left behind.
-    shared.in_force().datapath = None;
 }
 
 /// Raises the limit on open files as far as this process may, and returns it.

@@ -1,40 +1,49 @@
-//! One accepted connection: chosen a backend, connected, relayed, recorded.
+//! One accepted connection: chosen a backend, connected, relayed, promoted where that is possible, recorded.
 
-use std::cell::{Cell, OnceCell, RefCell};
+pub(crate) mod listing;
+mod promotion;
+mod relaying;
+
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::{Poll, Waker};
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
-use crate::counters::{ConnectFailure, Counter, End};
+use crate::counters::{ConnectFailure, End};
+use crate::datapath::monotonic;
 use crate::listener::{BoundListener, Serving};
 use crate::model::Datapath;
-use crate::relay::{Direction, Fault, Moved, Tier};
+use crate::promote::Refusal;
+use crate::record::Record;
+use crate::relay::{Moved, Tier};
 use crate::upstream::{self, Upstream};
 use crate::worker::Worker;
+
+use self::relaying::Relay;
 
 /// After how many sweeps a connection is no longer a short one.
 const KEEPALIVE_AFTER_SWEEPS: u32 = 4;
 
-/// A live connection as its worker sees it. When it is dropped, its end is counted and logged: exactly once.
+/// A live connection as its worker sees it.
 #[derive(Debug)]
 pub(crate) struct Connection {
+    /// Its counters and its end; `None` once it is the kernel's.
+    record: RefCell<Option<Record>>,
     listener: Arc<BoundListener>,
     serving: Arc<Serving>,
     downstream: SocketAddr,
-    upstream: OnceCell<(Arc<Upstream>, SocketAddr)>,
-    worker: usize,
-    opened: Instant,
+    /// The node's address towards the endpoint; short connections are spared the system call.
+    upstream_local: Cell<Option<SocketAddr>>,
+    /// Bytes passed on from the client, and from the endpoint.
     received: Cell<u64>,
     sent: Cell<u64>,
-    end: Cell<End>,
     /// The sweep during which a byte last moved.
     active: Cell<u32>,
     half_closed: Cell<bool>,
@@ -42,6 +51,14 @@ pub(crate) struct Connection {
     blind: Cell<bool>,
     /// The sweep from which on the upstream side wants keepalive; `None` once it has it.
     keepalive_from: Cell<Option<u32>>,
+    /// How many bytes must have moved before it is promoted; `None` where it never is.
+    promote_at: Cell<Option<u64>>,
+    /// The sweep from which on it is promoted whatever has moved.
+    promote_from: Cell<Option<u32>>,
+    /// The kernel forwards what arrives; what had arrived before is still delivered here.
+    is_in_tail: Cell<bool>,
+    /// Why it was not promoted when it was due.
+    refusal: Cell<Option<Refusal>>,
     order: Cell<Option<Order>>,
     waker: RefCell<Option<Waker>>,
 }
@@ -51,8 +68,10 @@ pub(crate) struct Connection {
 pub(crate) enum Order {
     /// See whether a peer has reset a side that is not being read.
     Look,
-    /// Set keepalive on the upstream side: short connections are spared the system calls.
+    /// Set keepalive on the upstream side and note its local address: short connections are spared the system calls.
     KeepAlive,
+    /// Join the two sides in the kernel, whatever has moved.
+    Promote,
     /// Reset both sides.
     End(End),
 }
@@ -66,20 +85,33 @@ impl Connection {
     ) -> Self {
         listener.counters.of(worker).accepted.add(1);
         let serving = listener.serving.load_full();
+        let record = Record {
+            listener: Arc::clone(&listener),
+            serving: Arc::clone(&serving),
+            downstream,
+            upstream: None,
+            slot: worker,
+            opened: Instant::now(),
+            received: 0,
+            sent: 0,
+            end: End::Drained,
+        };
         Self {
+            record: RefCell::new(Some(record)),
             listener,
             serving,
             downstream,
-            upstream: OnceCell::new(),
-            worker,
-            opened: Instant::now(),
+            upstream_local: Cell::new(None),
             received: Cell::new(0),
             sent: Cell::new(0),
-            end: Cell::new(End::Drained),
             active: Cell::new(sweep),
             half_closed: Cell::new(false),
             blind: Cell::new(false),
             keepalive_from: Cell::new(None),
+            promote_at: Cell::new(None),
+            promote_from: Cell::new(None),
+            is_in_tail: Cell::new(false),
+            refusal: Cell::new(None),
             order: Cell::new(None),
             waker: RefCell::new(None),
         }
@@ -108,7 +140,37 @@ impl Connection {
             self.keepalive_from.set(None);
             return Some(Order::KeepAlive);
         }
+        if self.promote_from.get().is_some_and(|from| sweep.wrapping_sub(from) < u32::MAX / 2) {
+            self.promote_from.set(None);
+            return Some(Order::Promote);
+        }
         self.blind.get().then_some(Order::Look)
+    }
+
+    /// Has the connection promoted as soon as it can be, if it ever is.
+    pub(crate) fn promote_now(&self) {
+        if self.promote_at.get().is_some() {
+            self.order(Order::Promote);
+        }
+    }
+
+    /// Takes the record out: the connection is the kernel's.
+    fn hand_over(&self) -> Option<Record> {
+        self.record.borrow_mut().take()
+    }
+
+    fn set_end(&self, end: End) {
+        if let Some(record) = self.record.borrow_mut().as_mut() {
+            record.end = end;
+        }
+    }
+
+    /// Has `cx` run again when there is an order.
+    fn listen(&self, cx: &Context<'_>) {
+        let mut waker = self.waker.borrow_mut();
+        if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            *waker = Some(cx.waker().clone());
+        }
     }
 
     /// Counts bytes as they move, for the listener, the backend and the connection.
@@ -127,55 +189,34 @@ impl Connection {
             return;
         }
         self.active.set(worker.sweep());
-        let counters = self.listener.counters.of(self.worker);
-        let add = |counters: &[Counter], moved: Moved| {
-            for (counter, bytes) in counters.iter().zip(moved.bytes) {
-                counter.add(bytes);
-            }
-        };
-        add(&counters.received_bytes, received);
-        add(&counters.sent_bytes, sent);
-        if let Some((upstream, _)) = self.upstream.get() {
-            let counters = upstream.counters.of(self.worker);
-            counters.received_bytes.add(up);
-            counters.sent_bytes.add(down);
+        if let Some(record) = self.record.borrow_mut().as_mut() {
+            record.count(received, sent);
+            self.received.set(record.received);
+            self.sent.set(record.sent);
         }
-        self.received.set(self.received.get() + up);
-        self.sent.set(self.sent.get() + down);
+    }
+
+    /// When it was accepted: `CLOCK_MONOTONIC` in nanoseconds.
+    fn opened_at(&self) -> u64 {
+        let age = self.record.borrow().as_ref().map(|record| record.opened.elapsed());
+        let age = u64::try_from(age.unwrap_or_default().as_nanos()).unwrap_or(u64::MAX);
+        monotonic().saturating_sub(age)
+    }
+
+    /// How many bytes have moved.
+    fn moved(&self) -> u64 {
+        self.received.get() + self.sent.get()
     }
 }
 
-impl Drop for Connection {
-    fn drop(&mut self) {
-        let end = self.end.get();
-        self.listener.counters.of(self.worker).ended[end as usize].add(1);
-        let upstream = self.upstream.get();
-        if let Some((upstream, _)) = upstream {
-            upstream.counters.of(self.worker).ended.add(1);
-        }
-        tracing::debug!(
-            target: "access",
-            listener = %self.serving.listener.name,
-            route = self.serving.listener.route.as_ref().map(|route| tracing::field::display(&route.name)),
-            backend = upstream.map(|(upstream, _)| tracing::field::display(&upstream.key)),
-            endpoint = upstream.map(|(_, endpoint)| tracing::field::display(endpoint)),
-            downstream.addr = %self.downstream,
-            bytes_rx = self.received.get(),
-            bytes_tx = self.sent.get(),
-            duration_ms = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX),
-            end = end.as_str(),
-            "connection ended"
-        );
-    }
-}
-
-/// Serves one accepted connection to its end.
+/// Serves one accepted connection to its end, or until the kernel has taken it over.
 pub(crate) async fn serve(worker: Rc<Worker>, downstream: TcpStream, connection: Rc<Connection>) {
     let end = match choose(&connection) {
         Ok(upstream) => forward(&worker, &downstream, upstream, &connection).await,
-        Err(end) => end,
+        Err(end) => Some(end),
     };
-    connection.end.set(end);
+    let Some(end) = end else { return };
+    connection.set_end(end);
     // The side that was reset is closed already.
     if !matches!(end, End::Finished | End::DownstreamReset) {
         reset(&downstream);
@@ -193,120 +234,68 @@ fn choose(connection: &Connection) -> Result<Arc<Upstream>, End> {
     serving.upstreams.get(chosen).and_then(Clone::clone).ok_or(End::InvalidBackend)
 }
 
-/// Connects an endpoint and relays until both directions have ended.
+/// Connects an endpoint and moves bytes until both directions have ended; `None` once the kernel does.
 async fn forward(
     worker: &Worker,
     downstream: &TcpStream,
     backend: Arc<Upstream>,
     connection: &Connection,
-) -> End {
+) -> Option<End> {
     let settings = &connection.serving.listener.settings;
     let connected =
-        upstream::connect(&backend, &worker.settings().connect, settings.connect_timeout, connection.worker);
-    let (upstream, endpoint) = match Box::pin(connected).await {
+        upstream::connect(&backend, &worker.settings().connect, settings.connect_timeout, worker.index());
+    let connected = tokio::select! {
+        biased;
+        end = connection.ordered_end() => return Some(end),
+        connected = Box::pin(connected) => connected,
+    };
+    let (upstream, endpoint) = match connected {
         Ok(connected) => connected,
-        Err(None) => return End::NoEndpoints,
+        Err(None) => return Some(End::NoEndpoints),
         Err(Some(failure)) => {
             log_connect_failure(&backend, failure);
-            return End::ConnectFailed;
+            return Some(End::ConnectFailed);
         }
     };
-    backend.counters.of(connection.worker).connected.add(1);
+    backend.counters.of(worker.index()).connected.add(1);
     connection.active.set(worker.sweep());
     connection.keepalive_from.set(Some(worker.sweep().wrapping_add(KEEPALIVE_AFTER_SWEEPS)));
-    // Set once, before anything is counted: the cell is empty.
-    let _ = connection.upstream.set((backend, endpoint));
-    let tier = match settings.datapath {
-        Datapath::Auto | Datapath::Splice => Tier::Splice,
-        Datapath::Copy => Tier::Copy,
-    };
-    let end = relay(worker, downstream, &upstream, tier, connection).await;
-    if !matches!(end, End::Finished | End::UpstreamReset) {
+    if let Some(record) = connection.record.borrow_mut().as_mut() {
+        record.upstream = Some((backend, endpoint));
+    }
+    let end = carry(worker, downstream, &upstream, settings.datapath, connection).await;
+    if end.is_some_and(|end| !matches!(end, End::Finished | End::UpstreamReset)) {
         reset(&upstream);
     }
     end
 }
 
-fn log_connect_failure(backend: &Upstream, failure: ConnectFailure) {
-    tracing::debug!(backend = %backend.key, reason = failure.as_str(), "no endpoint could be connected");
-}
-
-/// Relays both directions until both have ended, one has failed, or the worker says so.
-async fn relay(
+/// Moves the bytes of a pair until its end, or until the kernel does, by the tier that is wanted or the next one that
+/// works.
+async fn carry(
     worker: &Worker,
     downstream: &TcpStream,
     upstream: &TcpStream,
-    tier: Tier,
+    datapath: Datapath,
     connection: &Connection,
-) -> End {
-    let mut request = Direction::new(tier);
-    let mut response = Direction::new(tier);
-    let mut first = true;
-    poll_fn(|cx| {
-        {
-            let mut waker = connection.waker.borrow_mut();
-            if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
-                *waker = Some(cx.waker().clone());
-            }
+) -> Option<End> {
+    let tier = match datapath {
+        Datapath::Auto | Datapath::Splice | Datapath::Tc => Tier::Splice,
+        Datapath::Copy => Tier::Copy,
+    };
+    let mut relay = Relay::new(tier);
+    match datapath {
+        Datapath::Auto | Datapath::Tc => {
+            promotion::carry(worker, relay, downstream, upstream, connection).await
         }
-        match connection.order.take() {
-            Some(Order::End(end)) => return Poll::Ready(end),
-            Some(Order::Look) if has_failed(downstream) => return Poll::Ready(End::DownstreamReset),
-            Some(Order::Look) if has_failed(upstream) => return Poll::Ready(End::UpstreamReset),
-            Some(Order::KeepAlive) => set_keepalive(upstream, worker),
-            Some(Order::Look) | None => {}
+        Datapath::Splice | Datapath::Copy => {
+            Some(poll_fn(|cx| relay.poll(cx, worker, downstream, upstream, connection)).await)
         }
-        let (mut received, mut sent) = (Moved::default(), Moved::default());
-        let (up, down) = {
-            let mut shared = worker.shared();
-            (
-                request.poll(cx, downstream, upstream, &mut shared, &mut received),
-                response.poll(cx, upstream, downstream, &mut shared, &mut sent),
-            )
-        };
-        connection.count(received, sent, worker);
-        if first {
-            first = false;
-            // Nothing was sent that would have carried it.
-            if connection.received.get() == 0 {
-                upstream::send_ack(upstream);
-            }
-        }
-        connection.half_closed.set(request.is_done() != response.is_done());
-        connection.blind.set(!(request.is_reading() && response.is_reading()));
-        match (up, down) {
-            (Poll::Ready(Err(Fault::Source(error))), _)
-            | (_, Poll::Ready(Err(Fault::Destination(error)))) => {
-                tracing::trace!(downstream.addr = %connection.downstream, %error, "client side failed");
-                Poll::Ready(End::DownstreamReset)
-            }
-            (Poll::Ready(Err(Fault::Destination(error))), _)
-            | (_, Poll::Ready(Err(Fault::Source(error)))) => {
-                tracing::trace!(downstream.addr = %connection.downstream, %error, "endpoint side failed");
-                Poll::Ready(End::UpstreamReset)
-            }
-            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(End::Finished),
-            (Poll::Pending, _) | (_, Poll::Pending) => Poll::Pending,
-        }
-    })
-    .await
-}
-
-fn set_keepalive(upstream: &TcpStream, worker: &Worker) {
-    let Some(idle) = worker.settings().connect.keepalive else { return };
-    if let Err(error) = SockRef::from(upstream).set_tcp_keepalive(&upstream::keepalive(idle)) {
-        tracing::debug!(%error, "cannot set keepalive on the upstream side");
     }
 }
 
-/// Whether the peer has reset the connection; tells even where nobody reads the socket.
-fn has_failed(stream: &TcpStream) -> bool {
-    let mut polled = [PollFd::new(stream, PollFlags::empty())];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    match rustix::event::poll(&mut polled, Some(&now)) {
-        Ok(ready) => ready > 0 && polled.iter().any(|fd| fd.revents().contains(PollFlags::ERR)),
-        Err(_) => false,
-    }
+fn log_connect_failure(backend: &Upstream, failure: ConnectFailure) {
+    tracing::debug!(backend = %backend.key, reason = failure.as_str(), "no endpoint could be connected");
 }
 
 /// Makes the close of `stream`, which follows, a reset: the peer must not take a cut stream for a whole one.

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_utils::CachePadded;
 
+use crate::promote::Refusal;
 use crate::relay::{Fallback, Tier};
 
 /// A number that one worker raises and others read.
@@ -58,6 +59,8 @@ pub enum End {
     HalfClosedTimeout,
     /// The agent was stopping and the drain time-out came near: both sides were reset.
     Drained,
+    /// An operator asked for it: both sides were reset.
+    ResetByOperator,
     /// The listener has no route: the client was reset.
     NoRoute,
     /// The route has no backend with a weight: the client was reset.
@@ -68,22 +71,26 @@ pub enum End {
     NoEndpoints,
     /// No endpoint of the chosen backend could be connected: the client was reset.
     ConnectFailed,
+    /// The kernel has lost the pair, or refuses to go on: both sides were reset.
+    Lost,
 }
 
 impl End {
     /// Every end, in the order of its discriminant.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::Finished,
         Self::DownstreamReset,
         Self::UpstreamReset,
         Self::IdleTimeout,
         Self::HalfClosedTimeout,
         Self::Drained,
+        Self::ResetByOperator,
         Self::NoRoute,
         Self::NoDestination,
         Self::InvalidBackend,
         Self::NoEndpoints,
         Self::ConnectFailed,
+        Self::Lost,
     ];
 
     /// Its name in metrics and logs.
@@ -95,11 +102,13 @@ impl End {
             Self::IdleTimeout => "idle_timeout",
             Self::HalfClosedTimeout => "half_closed_timeout",
             Self::Drained => "drained",
+            Self::ResetByOperator => "reset_by_operator",
             Self::NoRoute => "no_route",
             Self::NoDestination => "no_destination",
             Self::InvalidBackend => "invalid_backend",
             Self::NoEndpoints => "no_endpoints",
             Self::ConnectFailed => "connect_failed",
+            Self::Lost => "lost",
         }
     }
 }
@@ -183,4 +192,12 @@ pub struct WorkerCounters {
     pub accept_pauses: Counter,
     /// Connections handed to a less busy worker.
     pub handed_over: Counter,
+    /// Connections joined in the kernel.
+    pub promoted: Counter,
+    /// Connections taken back, since what was redirected did not arrive.
+    pub taken_back: Counter,
+    /// Promotions that were not possible, indexed as [`Refusal::ALL`].
+    pub refusals: [Counter; Refusal::ALL.len()],
+    /// Pairs taken over from a former agent.
+    pub inherited: Counter,
 }

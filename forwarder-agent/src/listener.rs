@@ -14,6 +14,7 @@ use crate::balancer::Balancer;
 use crate::counters::{ListenerCounters, PerWorker};
 use crate::datapath::ListenerId;
 use crate::model::{BindAddress, Listener, ListenerKey};
+use crate::segment_size::SegmentSize;
 use crate::upstream::{Upstream, keepalive};
 
 /// The backlog that is asked for; the kernel clips it to `net.core.somaxconn`.
@@ -45,6 +46,15 @@ pub struct Serving {
     pub upstreams: Vec<Option<Arc<Upstream>>>,
 }
 
+/// How listeners are bound: settings of the agent.
+#[derive(Clone, Debug, Default)]
+pub struct ListenSettings {
+    /// Keepalive of accepted connections; `None` is off.
+    pub keepalive: Option<Duration>,
+    /// The segment size that sockets announce.
+    pub segment_size: Arc<SegmentSize>,
+}
+
 /// Binds one socket for each worker (`SO_REUSEPORT`), and starts listening.
 ///
 /// The options that connections need are set here: on Linux an accepted socket inherits them.
@@ -55,7 +65,7 @@ pub struct Serving {
 pub fn bind(
     key: ListenerKey,
     workers: usize,
-    keepalive_idle: Option<Duration>,
+    settings: &ListenSettings,
 ) -> io::Result<Vec<std::net::TcpListener>> {
     let (address, first) = match bind_first(key.socket_address(), key.address) {
         // A node without IPv6.
@@ -77,7 +87,8 @@ pub fn bind(
     }
     for socket in &sockets {
         socket.set_tcp_nodelay(true)?;
-        if let Some(idle) = keepalive_idle {
+        settings.segment_size.apply(socket)?;
+        if let Some(idle) = settings.keepalive {
             socket.set_tcp_keepalive(&keepalive(idle))?;
         }
         socket.listen(BACKLOG)?;
@@ -125,23 +136,23 @@ mod tests {
         other.set_reuse_port(true).unwrap();
         other.bind(&key.socket_address().into()).unwrap();
         other.listen(1).unwrap();
-        let error = bind(key, 2, None).unwrap_err();
+        let error = bind(key, 2, &ListenSettings::default()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         drop(other);
-        assert_eq!(bind(key, 3, None).unwrap().len(), 3);
+        assert_eq!(bind(key, 3, &ListenSettings::default()).unwrap().len(), 3);
     }
 
     #[test]
     fn two_agents_do_not_share_a_port() {
         let key = ListenerKey { address: BindAddress::Any, port: free_port() };
-        let _first = bind(key, 2, None).unwrap();
-        assert_eq!(bind(key, 2, None).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        let _first = bind(key, 2, &ListenSettings::default()).unwrap();
+        assert_eq!(bind(key, 2, &ListenSettings::default()).unwrap_err().kind(), io::ErrorKind::AddrInUse);
     }
 
     #[test]
     fn any_address_takes_both_families() {
         let key = ListenerKey { address: BindAddress::Any, port: free_port() };
-        let _sockets = bind(key, 1, None).unwrap();
+        let _sockets = bind(key, 1, &ListenSettings::default()).unwrap();
         for ip in ["127.0.0.1", "::1"] {
             let address = SocketAddr::new(ip.parse().unwrap(), key.port.get());
             std::net::TcpStream::connect_timeout(&address, Duration::from_secs(5)).unwrap();

@@ -9,7 +9,10 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
 use crate::agent::Shared;
-use crate::counters::{BackendCounters, ConnectFailure, Counter, End, ListenerCounters, PerWorker};
+use crate::counters::{
+    BackendCounters, ConnectFailure, Counter, End, ListenerCounters, PerWorker, WorkerCounters,
+};
+use crate::promote::Refusal;
 use crate::reconciler::{InForce, SocketState};
 use crate::relay::{Fallback, Tier};
 
@@ -287,7 +290,7 @@ fn encode_workers(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::
     let counters = &shared.worker_counters;
     let mut fallbacks = encoder.encode_descriptor(
         "forwarder_tier_fallbacks",
-        "Times that bytes were copied although they could have been spliced",
+        "Times that a connection was not moved by the tier that was wanted, by reason",
         None,
         MetricType::Counter,
     )?;
@@ -295,6 +298,11 @@ fn encode_workers(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::
         let value = counters.sum(|own| own.fallbacks[fallback as usize].get());
         counter(&mut fallbacks, [("reason", fallback.as_str())], value)?;
     }
+    for refusal in Refusal::ALL {
+        let value = counters.sum(|own| own.refusals[refusal as usize].get());
+        counter(&mut fallbacks, [("reason", refusal.as_str())], value)?;
+    }
+    encode_promotions(encoder, shared)?;
     let mut pauses = encoder.encode_descriptor(
         "forwarder_accept_pauses",
         "Times that accepting paused for lack of file descriptors or memory",
@@ -309,6 +317,36 @@ fn encode_workers(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::
         MetricType::Counter,
     )?;
     counter(&mut handed_over, [], counters.sum(|own| own.handed_over.get()))
+}
+
+fn encode_promotions(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::Result {
+    let counters = &shared.worker_counters;
+    for (name, help, field) in [
+        (
+            "forwarder_promotions",
+            "Connections joined in the kernel",
+            (|own| own.promoted.get()) as fn(&WorkerCounters) -> u64,
+        ),
+        (
+            "forwarder_promotions_taken_back",
+            "Connections taken back from the kernel, since what was redirected did not arrive",
+            |own| own.taken_back.get(),
+        ),
+        ("forwarder_pairs_inherited", "Connections in the kernel taken over from a former agent", |own| {
+            own.inherited.get()
+        }),
+    ] {
+        let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        counter(&mut metric, [], counters.sum(field))?;
+    }
+    let Some(pairs) = &shared.connections.pairs else { return Ok(()) };
+    let mut metric = encoder.encode_descriptor(
+        "forwarder_pairs",
+        "Connections that the kernel forwards, those that have just ended included",
+        None,
+        MetricType::Gauge,
+    )?;
+    gauge(&mut metric, [], pairs.count() as u64)
 }
 
 fn encode_control(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::Result {

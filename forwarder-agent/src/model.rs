@@ -114,6 +114,9 @@ pub enum Datapath {
     Splice,
     /// Read and write only.
     Copy,
+    /// Packets are translated and redirected by the kernel, once a connection has moved some bytes or lasted a while; until
+    /// then, and where that cannot be done, as `splice`.
+    Tc,
 }
 
 impl Datapath {
@@ -121,6 +124,7 @@ impl Datapath {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Auto => "auto",
+            Self::Tc => "tc",
             Self::Splice => "splice",
             Self::Copy => "copy",
         }

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use crate::balancer::Balancer;
 use crate::counters::PerWorker;
 use crate::datapath::{BackendEntry, Datapath, ListenerId, ListenerState};
-use crate::listener::{self, BoundListener, Serving};
+use crate::listener::{self, BoundListener, ListenSettings, Serving};
 use crate::model::{BackendKey, Listener, ListenerKey, RouteTable, Target};
 use crate::plan::{self, Op};
 use crate::status::BindFailure;
@@ -163,14 +163,14 @@ fn bind_message(key: ListenerKey, error: &io::Error) -> String {
 /// The workers and what is in force.
 pub struct Reconciler {
     workers: Workers,
-    keepalive: Option<Duration>,
+    settings: ListenSettings,
     in_force: Shared,
 }
 
 impl Reconciler {
     /// A reconciler with nothing in force.
-    pub fn new(workers: Workers, keepalive: Option<Duration>, in_force: Shared) -> Self {
-        Self { workers, keepalive, in_force }
+    pub fn new(workers: Workers, settings: ListenSettings, in_force: Shared) -> Self {
+        Self { workers, settings, in_force }
     }
 
     /// The workers, for draining and stopping.
@@ -213,7 +213,7 @@ impl Reconciler {
                         in_force.write_backends(key);
                     }
                 } else {
-                    let upstream = Upstream::new(backend.clone(), endpoints, self.workers.count());
+                    let upstream = Upstream::new(backend.clone(), endpoints, self.workers.slots());
                     in_force.upstreams.insert(backend.clone(), Arc::new(upstream));
                 }
             }
@@ -241,13 +241,13 @@ impl Reconciler {
         in_force.next_id += 1;
         // Known to the kernel before the port is open, so that the first SYN is counted.
         in_force.with_datapath(|datapath| datapath.set_listener(key, id, ListenerState::Ready));
-        let state = match listener::bind(key, self.workers.count(), self.keepalive) {
+        let state = match listener::bind(key, self.workers.count(), &self.settings) {
             Ok(sockets) => {
                 let bound = Arc::new(BoundListener {
                     id,
                     key,
                     serving: ArcSwap::from_pointee(in_force.serving(listener)),
-                    counters: PerWorker::new(self.workers.count()),
+                    counters: PerWorker::new(self.workers.slots()),
                     turn: AtomicU64::new(0),
                 });
                 self.workers.listen(sockets, &bound);
@@ -306,6 +306,16 @@ impl Reconciler {
             }
         }
         changed
+    }
+
+    /// Removes the listeners that a former agent had and this one has not.
+    pub fn remove_former_listeners(&self) {
+        self.lock().with_datapath(|datapath| datapath.remove_former_listeners());
+    }
+
+    /// Has every connection taken into the kernel that can be.
+    pub fn promote_all(&self) {
+        self.workers.promote_all();
     }
 
     /// Stops accepting, lets connections end, and resets the remainder towards the end of `window`.
@@ -381,10 +391,11 @@ mod tests {
     fn reconciler(refuses: bool) -> (Reconciler, Arc<Mutex<Told>>) {
         let told = Arc::default();
         let fake = Fake { told: Arc::clone(&told), refuses };
-        let settings = WorkerSettings { connect: ConnectSettings::default(), max_connections: 100 };
+        let settings =
+            WorkerSettings { connect: ConnectSettings::default(), max_connections: 100, promoter: None };
         let workers = Workers::start(2, settings).unwrap();
         let in_force = Arc::new(Mutex::new(InForce::new(Some(Box::new(fake)))));
-        (Reconciler::new(workers, None, in_force), told)
+        (Reconciler::new(workers, ListenSettings::default(), in_force), told)
     }
 
     /// Sends a byte through a listener and back.

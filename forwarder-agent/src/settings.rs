@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use forwarder_common::flow::PAIRS_CAPACITY;
 use serde::Deserialize;
 
 use crate::model::{Datapath, ListenerSettings};
@@ -19,7 +20,7 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_MANIFESTS", value_name = "PATH")]
     pub manifests: Option<PathBuf>,
 
-    /// Address of the admin endpoint (/healthz, /readyz, /metrics, /v1/state), or `off` [default: 127.0.0.1:9902]
+    /// Address of the admin endpoint (/healthz, /readyz, /metrics, /v1/...), or `off` [default: 127.0.0.1:9902]
     #[arg(long, env = "FORWARDER_ADMIN", value_name = "ADDR:PORT")]
     pub admin: Option<AdminAddress>,
 
@@ -30,6 +31,20 @@ pub struct Options {
     /// How bytes are moved, where a Gateway's annotation says nothing else [default: auto]
     #[arg(long, env = "FORWARDER_DATAPATH", value_enum)]
     pub datapath: Option<Datapath>,
+
+    /// When a connection is taken into the kernel: after it has moved so many bytes (`64KiB`) or lasted so long (`500ms`),
+    /// or whichever comes first (`64KiB,500ms`) [default: 64KiB,500ms]
+    #[arg(long, env = "FORWARDER_PROMOTE_AFTER", value_name = "BYTES,DURATION")]
+    pub promote_after: Option<PromoteAfter>,
+
+    /// How many connections the kernel may forward at once; more stay in userspace [default: 262144]
+    #[arg(long, env = "FORWARDER_MAX_PAIRS", value_name = "N")]
+    pub max_pairs: Option<u32>,
+
+    /// How long after the agent's end new connections are held back for its successor, instead of being refused; 0 is off
+    /// [default: 30s]
+    #[arg(long, env = "FORWARDER_HOLD", value_name = "DURATION")]
+    pub hold: Option<DurationText>,
 
     /// Folder on a BPF file system in which maps are pinned [default: /sys/fs/bpf/forwarder]
     #[arg(long, env = "FORWARDER_PIN_DIR", value_name = "DIR")]
@@ -88,6 +103,57 @@ impl<'de> Deserialize<'de> for AdminAddress {
     }
 }
 
+/// When a connection is taken into the kernel: whichever comes first.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct PromoteAfter {
+    /// After it has moved so many bytes.
+    pub bytes: Option<u64>,
+    /// After it has lasted so long.
+    pub age: Option<Duration>,
+}
+
+impl std::str::FromStr for PromoteAfter {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut after = Self { bytes: None, age: None };
+        for part in text.split(',').map(str::trim) {
+            let is_new = match (bytes(part), humantime::parse_duration(part)) {
+                (Some(bytes), _) => after.bytes.replace(bytes).is_none(),
+                (None, Ok(age)) => after.age.replace(age).is_none(),
+                (None, Err(_)) => {
+                    return Err(format!(
+                        "`{part}` is neither a number of bytes, such as 64KiB, nor a duration, such as 500ms"
+                    ));
+                }
+            };
+            if !is_new {
+                return Err(format!("`{text}` says twice after how many bytes or how long"));
+            }
+        }
+        Ok(after)
+    }
+}
+
+/// Bytes as people write them: `0`, `512B`, `64KiB`, `1MiB`.
+fn bytes(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let unit = match text.get(digits.len()..)? {
+        "" | "B" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return None,
+    };
+    digits.trim_end().parse::<u64>().ok()?.checked_mul(unit)
+}
+
+impl<'de> Deserialize<'de> for PromoteAfter {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 /// A duration as people write it: `90s`, `1h 30m`, or `0`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct DurationText(pub Duration);
@@ -124,6 +190,12 @@ pub struct Settings {
     pub pin_dir: PathBuf,
     /// How many workers.
     pub workers: usize,
+    /// When connections are taken into the kernel.
+    pub promote_after: PromoteAfter,
+    /// How many of them the kernel may forward at once.
+    pub max_pairs: u32,
+    /// For how long after the agent's end new connections are held back.
+    pub hold: Duration,
     /// What listeners have where their Gateway says nothing else.
     pub listener_defaults: ListenerSettings,
     /// TCP keepalive of both sides; `None` is off.
@@ -194,6 +266,9 @@ impl Options {
             admin: self.admin.or(other.admin),
             controller_name: self.controller_name.or(other.controller_name),
             datapath: self.datapath.or(other.datapath),
+            promote_after: self.promote_after.or(other.promote_after),
+            max_pairs: self.max_pairs.or(other.max_pairs),
+            hold: self.hold.or(other.hold),
             pin_dir: self.pin_dir.or(other.pin_dir),
             workers: self.workers.or(other.workers),
             idle_timeout: self.idle_timeout.or(other.idle_timeout),
@@ -258,8 +333,11 @@ impl Options {
             manifests: self.manifests.ok_or(SettingsError::NoManifests)?,
             admin: self.admin.map_or(Some(ADMIN), |admin| admin.0),
             controller_name,
-            pin_dir: self.pin_dir.unwrap_or_else(|| PathBuf::from("/sys/fs/bpf/forwarder")),
+            pin_dir: self.pin_dir.unwrap_or_else(|| PathBuf::from(PIN_DIR)),
             workers,
+            promote_after: self.promote_after.unwrap_or(PROMOTE_AFTER),
+            max_pairs: self.max_pairs.unwrap_or(PAIRS_CAPACITY).max(1),
+            hold: or_default(self.hold, Duration::from_secs(30)),
             listener_defaults,
             keepalive: off_if_zero(or_default(self.keepalive, Duration::from_mins(1))),
             drain_timeout: or_default(self.drain_timeout, Duration::from_secs(30)),
@@ -268,8 +346,15 @@ impl Options {
     }
 }
 
+/// When connections are taken into the kernel by default.
+pub const PROMOTE_AFTER: PromoteAfter =
+    PromoteAfter { bytes: Some(64 << 10), age: Some(Duration::from_millis(500)) };
+
 /// Where the admin endpoint is by default.
 pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9902);
+
+/// Where maps are pinned by default.
+pub const PIN_DIR: &str = "/sys/fs/bpf/forwarder";
 
 fn or_default(value: Option<DurationText>, default: Duration) -> Duration {
     value.map_or(default, |text| text.0)
@@ -309,6 +394,18 @@ mod tests {
     fn a_bad_duration_names_the_value() {
         let message = from_text("idleTimeout: soon\n").unwrap_err();
         assert!(message.contains("`soon`"), "{message}");
+    }
+
+    #[test]
+    fn promotion_is_due_after_bytes_or_a_time() {
+        let after = |text: &str| text.parse::<PromoteAfter>().map(|after| (after.bytes, after.age));
+        assert_eq!(after("64KiB"), Ok((Some(65_536), None)));
+        assert_eq!(after("0"), Ok((Some(0), None)));
+        assert_eq!(after("500ms"), Ok((None, Some(Duration::from_millis(500)))));
+        assert_eq!(after("1MiB, 2s"), Ok((Some(1 << 20), Some(Duration::from_secs(2)))));
+        for bad in ["", "soon", "1KiB,2KiB", "1s,2s", "-1", "99999999999GiB"] {
+            assert!(after(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

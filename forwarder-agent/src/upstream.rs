@@ -14,10 +14,14 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::counters::{BackendCounters, ConnectFailure, PerWorker};
+use crate::datapath::flows::FlowTable;
 use crate::model::{BackendKey, Endpoints};
+use crate::segment_size::SegmentSize;
 
 /// How many endpoints are tried for one connection.
 const ATTEMPTS: usize = 3;
+/// How many local ports are tried for one connection where promoted pairs use most of them.
+const PORT_ATTEMPTS: usize = 256;
 /// How long to wait for a local port to become free before the next attempt.
 const LOCAL_PORT_BACKOFF: Duration = Duration::from_millis(50);
 
@@ -52,8 +56,12 @@ impl Upstream {
 }
 
 /// How endpoints are connected: settings of the agent.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct ConnectSettings {
+    /// The flows of promoted pairs: no connection may have the addresses and ports of one.
+    pub flows: Option<Arc<FlowTable>>,
+    /// The segment size that sockets announce.
+    pub segment_size: Arc<SegmentSize>,
     /// Local addresses to connect from, in turn, so that more connections to one endpoint fit than there are local
     /// ports (some 28,000 by default); none leaves the choice to the kernel.
     pub source_addresses: Vec<IpAddr>,
@@ -131,12 +139,50 @@ async fn connect_once(
     settings: &ConnectSettings,
     turn: usize,
 ) -> io::Result<TcpStream> {
+    let socket = start_connecting(endpoint, settings, turn)?;
+    let stream = TcpStream::from_std(socket.into())?;
+    let ready = stream.ready(Interest::WRITABLE | Interest::ERROR).await?;
+    if ready.is_error() || ready.is_write_closed() {
+        return Err(stream.take_error()?.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()));
+    }
+    Ok(stream)
+}
+
+/// A socket that has sent its SYN from addresses and ports that no promoted pair uses.
+fn start_connecting(endpoint: SocketAddr, settings: &ConnectSettings, turn: usize) -> io::Result<Socket> {
+    // What the kernel gave in vain is kept until another port is found: it would give the same ones again, and the odd
+    // ports only while no even one is free (`__inet_hash_connect`).
+    let mut in_vain = Vec::new();
+    for _ in 0..PORT_ATTEMPTS {
+        let socket = open(endpoint, settings, turn)?;
+        match socket.connect(&endpoint.into()) {
+            Ok(()) => {}
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::INPROGRESS) => {}
+            Err(error) => return Err(error),
+        }
+        // A pair has no socket, so the kernel may give its port away. The guard has stopped the SYN then.
+        let is_taken = match &settings.flows {
+            Some(flows) if flows.count() > 0 => {
+                socket.local_addr()?.as_socket().is_some_and(|local| flows.is_taken(local, endpoint))
+            }
+            Some(_) | None => false,
+        };
+        if !is_taken {
+            return Ok(socket);
+        }
+        in_vain.push(socket);
+    }
+    Err(Errno::ADDRNOTAVAIL.into())
+}
+
+fn open(endpoint: SocketAddr, settings: &ConnectSettings, turn: usize) -> io::Result<Socket> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(endpoint), kind, Some(Protocol::TCP))?;
     socket.set_tcp_nodelay(true)?;
     // The last ACK of the handshake waits for the client's first bytes, which often lie ready: see `send_ack`. A packet
     // less for each connection.
     socket.set_tcp_quickack(false)?;
+    settings.segment_size.apply(&socket)?;
     let sources = settings.source_addresses.iter().filter(|source| source.is_ipv4() == endpoint.is_ipv4());
     let count = sources.clone().count();
     if let Some(source) = sources.cycle().nth(turn % count.max(1)) {
@@ -144,17 +190,7 @@ async fn connect_once(
         nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
         socket.bind(&SocketAddr::new(*source, 0).into())?;
     }
-    match socket.connect(&endpoint.into()) {
-        Ok(()) => {}
-        Err(error) if Errno::from_io_error(&error) == Some(Errno::INPROGRESS) => {}
-        Err(error) => return Err(error),
-    }
-    let stream = TcpStream::from_std(socket.into())?;
-    let ready = stream.ready(Interest::WRITABLE | Interest::ERROR).await?;
-    if ready.is_error() || ready.is_write_closed() {
-        return Err(stream.take_error()?.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()));
-    }
-    Ok(stream)
+    Ok(socket)
 }
 
 /// Sends the ACK that completes the handshake, where no data carried it: the endpoint may be the one to speak first.

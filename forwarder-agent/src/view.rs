@@ -1,4 +1,8 @@
-//! What the agent shows of itself: the JSON of `/v1/state`, which `forwarder explain` prints as a table.
+//! What the agent shows of itself: the JSON of `/v1/state`, which `forwarder explain` prints as a table,
+//! and the connections that `forwarder conns` lists.
+
+mod connection;
+mod selector;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -6,6 +10,9 @@ use serde_json::{Map, Value, json};
 use crate::model::{Listener, ListenerKey, RouteTable, Target};
 use crate::problem::Problem;
 use crate::status::Statuses;
+
+pub use self::connection::{ConnectionList, ConnectionState, ConnectionTotals, ConnectionView, ResetReport};
+pub use self::selector::{Peer, Selector};
 
 /// The state of an agent, or what the state would be for a folder of manifests.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]

@@ -3,6 +3,8 @@
 //! Each worker accepts on sockets of its own (`SO_REUSEPORT`) and relays what it accepted without crossing to another
 //! core. Only where the kernel's spreading left it with more connections than its neighbours does it hand a new one over.
 
+mod connections;
+
 use std::cell::{Cell, RefCell, RefMut};
 use std::collections::HashMap;
 use std::io;
@@ -24,11 +26,15 @@ use crate::connection::{self, Connection, Order};
 use crate::counters::{End, PerWorker, WorkerCounters};
 use crate::datapath::ListenerId;
 use crate::listener::BoundListener;
+use crate::pairs::Promoter;
 use crate::relay::Shared;
 use crate::upstream::ConnectSettings;
+use crate::view::{ConnectionView, Selector};
+
+pub use self::connections::{Answers, WorkerConnections};
 
 /// How often a worker looks for connections that have timed out.
-const SWEEP_PERIOD: Duration = Duration::from_millis(250);
+pub const SWEEP_PERIOD: Duration = Duration::from_millis(250);
 /// How often while it drains, so that closings are spread finely.
 const DRAIN_SWEEP_PERIOD: Duration = Duration::from_millis(20);
 /// Which part of the drain window is left for closing what has not ended by itself.
@@ -42,12 +48,14 @@ const ACCEPT_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::
 const ORDERS_TO_RUN: usize = 64;
 
 /// Settings that all workers share.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct WorkerSettings {
     /// How endpoints are connected.
     pub connect: ConnectSettings,
     /// How many connections all workers together may hold: beyond it they wait in the backlog.
     pub max_connections: usize,
+    /// What takes connections into the kernel, where that can be done.
+    pub promoter: Option<Arc<Promoter>>,
 }
 
 /// Something for a worker to do.
@@ -56,7 +64,10 @@ enum Command {
     Listen { socket: std::net::TcpListener, listener: Arc<BoundListener> },
     Unlisten { id: ListenerId, done: oneshot::Sender<()> },
     Adopt { socket: std::net::TcpStream, peer: SocketAddr, listener: Arc<BoundListener> },
+    Promote,
     Drain { window: Duration, done: oneshot::Sender<()> },
+    List { selector: Arc<Selector>, answer: oneshot::Sender<Vec<ConnectionView>> },
+    Reset { selector: Arc<Selector>, answer: oneshot::Sender<usize> },
 }
 
 /// The workers of an agent.
@@ -77,7 +88,7 @@ impl Workers {
         let (commands, receivers): (Vec<_>, Vec<_>) =
             (0..count).map(|_| mpsc::unbounded_channel::<Command>()).unzip();
         let loads: Arc<[_]> = (0..count).map(|_| CachePadded::new(AtomicUsize::new(0))).collect();
-        let counters = Arc::new(PerWorker::new(count));
+        let counters = Arc::new(PerWorker::new(count + 1));
         let mut threads = Vec::new();
         for (index, receiver) in receivers.into_iter().enumerate() {
             let (settings, loads) = (settings.clone(), Arc::clone(&loads));
@@ -104,6 +115,7 @@ impl Workers {
                     shared: RefCell::default(),
                     connections: RefCell::default(),
                     sweep: Cell::new(0),
+                    promotes_all: Cell::new(false),
                 });
                 runtime.block_on(command_loop(worker, receiver));
             };
@@ -118,6 +130,11 @@ impl Workers {
         self.commands.len()
     }
 
+    /// How many write counters: the workers, and, in the last place, who looks after promoted pairs.
+    pub fn slots(&self) -> usize {
+        self.commands.len() + 1
+    }
+
     /// Starts to accept on `sockets`, one for each worker.
     pub fn listen(&self, sockets: Vec<std::net::TcpListener>, listener: &Arc<BoundListener>) {
         for (worker, socket) in self.commands.iter().zip(sockets) {
@@ -130,6 +147,13 @@ impl Workers {
     /// when the port is free.
     pub async fn unlisten(&self, id: ListenerId) {
         self.everywhere(|done| Command::Unlisten { id, done }).await;
+    }
+
+    /// Has every connection taken into the kernel that can be.
+    pub fn promote_all(&self) {
+        for worker in &self.commands {
+            let _ = worker.send(Command::Promote);
+        }
     }
 
     /// Stops accepting, lets connections end for most of `window`, and resets the remainder spread over its last part.
@@ -162,7 +186,6 @@ impl Workers {
 }
 
 /// The state of one worker, shared by the tasks on its thread.
-#[derive(Debug)]
 pub(crate) struct Worker {
     index: usize,
     settings: WorkerSettings,
@@ -172,9 +195,15 @@ pub(crate) struct Worker {
     shared: RefCell<Shared>,
     connections: RefCell<Slab<Rc<Connection>>>,
     sweep: Cell<u32>,
+    promotes_all: Cell<bool>,
 }
 
 impl Worker {
+    /// Its number: whose counters are its own.
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
     pub(crate) fn settings(&self) -> &WorkerSettings {
         &self.settings
     }
@@ -243,6 +272,19 @@ impl Worker {
         });
     }
 
+    /// Has every connection taken into the kernel that can be, and those to come as soon as they can.
+    fn promote_all(&self) {
+        self.promotes_all.set(true);
+        for (_, connection) in self.connections.borrow().iter() {
+            connection.promote_now();
+        }
+    }
+
+    /// Whether every connection is to be taken into the kernel as soon as it can be.
+    pub(crate) fn promotes_all(&self) -> bool {
+        self.promotes_all.get()
+    }
+
     /// Gives every connection what is due to it.
     fn sweep_connections(&self) {
         self.sweep.set(self.sweep.get().wrapping_add(1));
@@ -281,9 +323,16 @@ async fn command_loop(worker: Rc<Worker>, mut commands: mpsc::UnboundedReceiver<
                     worker.load().fetch_sub(1, Ordering::Relaxed);
                 }
             },
+            Command::Promote => worker.promote_all(),
             Command::Drain { window, done } => {
                 accepting.clear();
                 tokio::task::spawn_local(drain(Rc::clone(&worker), window, done));
+            }
+            Command::List { selector, answer } => {
+                tokio::task::spawn_local(connections::list(Rc::clone(&worker), selector, answer));
+            }
+            Command::Reset { selector, answer } => {
+                tokio::task::spawn_local(connections::reset(Rc::clone(&worker), selector, answer));
             }
         }
     }

@@ -2,20 +2,29 @@
 //!
 //! A pair has two directions. Each stands in [`FLOWS`] under the tuple that its packets have when they arrive, with all
 //! that is needed to turn them into packets of the other leg: written by the agent alone, and never changed but for
-//! its state. What changes with each packet stands in [`PAIRS`]: created by the agent with zeros, written by the programs.
-//! So neither ever undoes what the other wrote.
+//! its state. What changes with each packet stands in [`PAIRS`]: created by the agent, written by the programs, each half of
+//! it only for packets of its own direction. So nobody ever undoes what another wrote.
+//!
+//! The programs take packets for those of a flow only while its pair stands in [`PAIRS`]: creating and removing that one
+//! entry turns both directions on and off at the same moment.
 
 use core::mem::{align_of, offset_of, size_of};
 
 use crate::layout::AddressBytes;
+use crate::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
+use crate::translate::is_before;
 
 /// Hash of [`FlowKey`] to [`Flow`]: both directions of every pair.
 pub const FLOWS: &str = "flows";
 /// Hash of a pair's number (`u32`) to [`Pair`].
 pub const PAIRS: &str = "pairs";
 
-/// Entries that [`PAIRS`] holds; [`FLOWS`] holds twice as many.
-pub const PAIRS_CAPACITY: u32 = 65_536;
+/// Entries that [`PAIRS`] holds unless the agent says otherwise; [`FLOWS`] holds twice as many.
+pub const PAIRS_CAPACITY: u32 = 262_144;
+
+/// The priority (`SO_PRIORITY`) of packets that the agent sends in the name of pairs, which the guard lets pass. It is
+/// nobody else's, and unlike a mark it has no say in routing.
+pub const AGENT_PRIORITY: u32 = 0x6677_6401;
 
 /// [`Flow::state`]: packets are translated and redirected, while the local sockets still deliver what they had received
 /// before: they see the acknowledgements of it.
@@ -28,10 +37,23 @@ pub const DIRECTION_REQUEST: u32 = 0;
 /// [`Flow::direction`]: from upstream to downstream.
 pub const DIRECTION_RESPONSE: u32 = 1;
 
+/// [`Flow::flags`]: only the leg that packets come from uses explicit congestion notification, so they leave without the
+/// marks that nobody would answer (RFC 3168).
+pub const FLOW_CLEAR_ECN: u16 = 1;
+/// [`Flow::flags`]: the end of this direction reached a local socket before the promotion; the agent's other socket passes
+/// it on.
+pub const FLOW_ENDED: u16 = 2;
+/// [`Flow::flags`]: the same of the other direction.
+pub const FLOW_REVERSE_ENDED: u16 = 4;
+/// [`Flow::flags`]: both legs use timestamps.
+pub const FLOW_TIMESTAMPS: u16 = 8;
+
 /// [`Half::flags`]: the sender has ended its direction; [`Half::fin_end`] is set.
-pub const HALF_FIN: u32 = 1;
-/// [`Half::flags`]: the sender has reset the connection.
-pub const HALF_RESET: u32 = 2;
+pub const HALF_FIN: u16 = 1;
+/// [`Half::flags`]: the sender has reset the connection, and has sent nothing else since.
+pub const HALF_RESET: u16 = 2;
+/// [`Half::flags`]: the sender wants to open a new connection on the tuple of this one, which it has forgotten.
+pub const HALF_SYN: u16 = 4;
 
 /// Key of [`FLOWS`]: the addresses and ports of a packet. 36 bytes without padding.
 #[repr(C, align(4))]
@@ -100,48 +122,167 @@ pub struct Flow {
     pub source_scale: u8,
     /// The window scale that the agent announced to the receiver, 0 to 14.
     pub target_scale: u8,
-    /// Zero.
-    pub pad: [u8; 6],
+    /// [`FLOW_CLEAR_ECN`], [`FLOW_ENDED`], [`FLOW_REVERSE_ENDED`], [`FLOW_TIMESTAMPS`].
+    pub flags: u16,
+    /// How far the agent's socket on the outgoing leg had acknowledged at the promotion, in the receiver's own numbers. In
+    /// [`STATE_TAIL`] nothing less is acknowledged: what has been promised is on its way.
+    pub acknowledged: u32,
 }
 
-/// What the programs know of one direction of a pair.
+/// What is known of one direction of a pair: the agent writes what it knows at the promotion, the programs keep it
+/// current. Written only for packets of this direction.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Half {
     /// Packets redirected; a super-packet of GSO or GRO counts once.
     pub packets: u64,
-    /// Bytes of payload redirected, retransmitted ones included.
+    /// Bytes of payload that the sender has sent since the connection was opened, each counted once, whoever passed it on.
     pub bytes: u64,
-    /// When the last packet came: `CLOCK_MONOTONIC` in nanoseconds; 0 before the first.
+    /// Bytes of payload redirected that had been seen before: retransmitted ones.
+    pub repeated: u64,
+    /// When the last packet came: `CLOCK_MONOTONIC` in nanoseconds; the promotion before the first.
     pub last_seen: u64,
     /// What is added to the sender's timestamps, modulo 2^32, once `timestamp_known` is 1.
     pub timestamp_shift: u32,
     /// Whether `timestamp_shift` has been learnt from a packet: 0 or 1.
     pub timestamp_known: u32,
-    /// The end of the last packet in the sender's own sequence numbers.
+    /// The sequence number after the last byte or FIN that the sender has sent, in its own numbers.
     pub sequence_end: u32,
-    /// What the sender has acknowledged last, in the numbers that it sees.
+    /// What the sender has acknowledged, in the numbers that it sees.
     pub acknowledged: u32,
     /// The sequence number after the sender's FIN, in the sender's own numbers, if [`HALF_FIN`] is set.
     pub fin_end: u32,
+    /// The window of the last packet as it lay in it, unscaled.
+    pub window: u16,
     /// [`HALF_FIN`], [`HALF_RESET`].
-    pub flags: u32,
+    pub flags: u16,
 }
 
-/// Value of [`PAIRS`]: what the programs know of a pair. The agent creates it.
+/// What of a segment is noted in its [`Half`].
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Seen {
+    /// Its sequence number.
+    pub sequence: u32,
+    /// Its acknowledgement number.
+    pub acknowledgement: u32,
+    /// Bytes of its payload.
+    pub payload: u32,
+    /// Its window as it lies in it.
+    pub window: u16,
+    /// Its flags, as `packet` names them.
+    pub flags: u8,
+    /// When it came: `CLOCK_MONOTONIC` in nanoseconds.
+    pub time: u64,
+}
+
+/// How far a number may be ahead of what is expected. Packets that were lost before they came here leave gaps; one that a
+/// stranger invented is rarely so near, and must not spoil what is known.
+const PLAUSIBLE_GAP: u32 = 16 << 20;
+/// The same for the sequence number of a reset, which ends a pair where nothing follows it.
+const PLAUSIBLE_RESET_GAP: u32 = 64 << 10;
+
+impl Half {
+    /// Notes a segment of `flow`, whose opposite half is `reverse`. What it claims beyond what is plausible is forwarded all
+    /// the same, for the receiver to judge, but not noted.
+    #[inline(always)]
+    pub const fn note(&mut self, reverse: &Self, flow: &Flow, segment: &Seen) {
+        self.packets += 1;
+        self.last_seen = segment.time;
+        // The number of a SYN is that of another connection.
+        if segment.flags & FLAG_SYN != 0 {
+            if segment.flags & FLAG_ACK == 0 {
+                self.flags |= HALF_SYN;
+            }
+            return;
+        }
+        if segment.flags & FLAG_RST != 0 {
+            // One in flight, or the one that the receiver is waiting for (RFC 5961, 3).
+            let first = reverse.acknowledged.wrapping_sub(flow.sequence_shift);
+            let width = self.sequence_end.wrapping_sub(first).wrapping_add(PLAUSIBLE_RESET_GAP);
+            if segment.sequence.wrapping_sub(first) <= width {
+                self.flags |= HALF_RESET;
+            }
+            return;
+        }
+        self.flags &= !(HALF_RESET | HALF_SYN);
+        self.window = segment.window;
+        let is_fin = segment.flags & FLAG_FIN != 0;
+        let end = segment.sequence.wrapping_add(segment.payload).wrapping_add(is_fin as u32);
+        let advance = end.wrapping_sub(self.sequence_end);
+        if advance <= PLAUSIBLE_GAP {
+            if is_fin {
+                self.fin_end = end;
+                self.flags |= HALF_FIN;
+            }
+            // A FIN has a number of its own, but is no payload; one that is sent again advances nothing.
+            let payload = advance - (is_fin && advance > 0) as u32;
+            self.bytes += payload as u64;
+            self.repeated += segment.payload.saturating_sub(payload) as u64;
+            self.sequence_end = end;
+        } else {
+            self.repeated += segment.payload as u64;
+        }
+        if segment.flags & FLAG_ACK != 0 && is_before(self.acknowledged, segment.acknowledgement) {
+            let beyond = segment
+                .acknowledgement
+                .wrapping_add(flow.acknowledgement_shift)
+                .wrapping_sub(reverse.sequence_end);
+            if is_before(beyond, PLAUSIBLE_GAP) {
+                self.acknowledged = segment.acknowledgement;
+            }
+        }
+    }
+
+    /// Whether the end of this direction has been acknowledged by `other`, the opposite half, where acknowledgement
+    /// numbers of the opposite direction become those of this one by adding `shift`.
+    #[inline(always)]
+    const fn is_finished(&self, other: &Self, shift: u32) -> bool {
+        self.flags & HALF_FIN != 0 && !is_before(other.acknowledged.wrapping_add(shift), self.fin_end)
+    }
+}
+
+/// Value of [`PAIRS`]: what is known of a pair.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Pair {
-    /// The number of the listener that accepted the pair's connection.
-    pub listener_id: u32,
-    /// Zero.
-    pub pad: u32,
-    /// When the pair was promoted: `CLOCK_MONOTONIC` in nanoseconds.
+    /// When the connection was accepted: `CLOCK_MONOTONIC` in nanoseconds.
+    pub opened: u64,
+    /// When the pair was promoted, likewise.
     pub promoted: u64,
     /// From the client to the endpoint.
     pub request: Half,
     /// From the endpoint to the client.
     pub response: Half,
+}
+
+impl Flow {
+    /// Whether nothing more is to be forwarded but what is sent again: both ends have ended their directions and know it of
+    /// each other, or one has reset the connection. `half` is what is known of this direction, `reverse` of the other.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_over(&self, half: &Half, reverse: &Half) -> bool {
+        if (half.flags | reverse.flags) & HALF_RESET != 0 {
+            return true;
+        }
+        // What the receiver acknowledges becomes the sender's number by undoing what was added to that.
+        let is_finished =
+            self.flags & FLOW_ENDED != 0 || half.is_finished(reverse, self.sequence_shift.wrapping_neg());
+        let is_reverse_finished =
+            self.flags & FLOW_REVERSE_ENDED != 0 || reverse.is_finished(half, self.acknowledgement_shift);
+        is_finished && is_reverse_finished
+    }
+}
+
+impl Pair {
+    /// [`Flow::is_over`], for either of the pair's two flows.
+    #[must_use]
+    pub const fn is_over(&self, flow: &Flow) -> bool {
+        if flow.direction == DIRECTION_REQUEST {
+            flow.is_over(&self.request, &self.response)
+        } else {
+            flow.is_over(&self.response, &self.request)
+        }
+    }
 }
 
 const _: () = {
@@ -161,16 +302,17 @@ const _: () = {
     assert!(offset_of!(Flow, acknowledgement_shift) == 68);
     assert!(offset_of!(Flow, source_scale) == 72);
     assert!(offset_of!(Flow, target_scale) == 73);
-    assert!(offset_of!(Flow, pad) == 74);
+    assert!(offset_of!(Flow, flags) == 74);
+    assert!(offset_of!(Flow, acknowledged) == 76);
 
-    assert!(size_of::<Half>() == 48 && align_of::<Half>() == 8);
-    assert!(offset_of!(Half, timestamp_shift) == 24);
-    assert!(offset_of!(Half, flags) == 44);
+    assert!(size_of::<Half>() == 56 && align_of::<Half>() == 8);
+    assert!(offset_of!(Half, timestamp_shift) == 32);
+    assert!(offset_of!(Half, flags) == 54);
 
-    assert!(size_of::<Pair>() == 112 && align_of::<Pair>() == 8);
+    assert!(size_of::<Pair>() == 128 && align_of::<Pair>() == 8);
     assert!(offset_of!(Pair, promoted) == 8);
     assert!(offset_of!(Pair, request) == 16);
-    assert!(offset_of!(Pair, response) == 64);
+    assert!(offset_of!(Pair, response) == 72);
 };
 
 #[cfg(feature = "aya")]
@@ -185,4 +327,145 @@ mod pod {
     unsafe impl aya::Pod for Flow {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Pair {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The client's numbers are 1,000 behind on the other leg, the endpoint's 500 ahead.
+    fn flows() -> [Flow; 2] {
+        let key = FlowKey { source: [0; 16], destination: [0; 16], source_port: 1, destination_port: 2 };
+        let request = Flow {
+            out: key,
+            interface: 1,
+            clock_time: 0,
+            clock: 0,
+            pair: 1,
+            direction: DIRECTION_REQUEST,
+            state: STATE_SPLICED,
+            sequence_shift: 1_000_u32.wrapping_neg(),
+            acknowledgement_shift: 500_u32.wrapping_neg(),
+            source_scale: 0,
+            target_scale: 0,
+            flags: 0,
+            acknowledged: 0,
+        };
+        let response = Flow {
+            direction: DIRECTION_RESPONSE,
+            sequence_shift: 500,
+            acknowledgement_shift: 1_000,
+            ..request
+        };
+        [request, response]
+    }
+
+    fn ended(fin_end: u32, acknowledged: u32) -> Half {
+        Half { flags: HALF_FIN, fin_end, acknowledged, ..Half::default() }
+    }
+
+    #[test]
+    fn a_pair_is_over_once_both_ends_are_acknowledged() {
+        // The client ends at 5,000, which is 4,000 for the endpoint; the endpoint at 200, which is 700 for the client.
+        let over = Pair { request: ended(5_000, 700), response: ended(200, 4_000), ..Pair::default() };
+        let unacknowledged = [
+            Pair { request: ended(5_000, 699), ..over },
+            Pair { response: ended(200, 3_999), ..over },
+            Pair { request: Half { flags: 0, ..over.request }, ..over },
+            Pair { response: Half { flags: 0, ..over.response }, ..over },
+            Pair::default(),
+        ];
+        for flow in flows() {
+            assert!(over.is_over(&flow));
+            for pair in unacknowledged {
+                assert!(!pair.is_over(&flow), "{pair:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_end_that_a_local_socket_passed_on_counts() {
+        let pair = Pair {
+            response: ended(200, 4_000),
+            request: Half { acknowledged: 700, ..Half::default() },
+            ..Pair::default()
+        };
+        let [request, response] = flows();
+        assert!(!pair.is_over(&request));
+        assert!(pair.is_over(&Flow { flags: FLOW_ENDED, ..request }));
+        assert!(pair.is_over(&Flow { flags: FLOW_REVERSE_ENDED, ..response }));
+    }
+
+    fn seen(sequence: u32, payload: u32, acknowledgement: u32, flags: u8) -> Seen {
+        Seen { sequence, acknowledgement, payload, window: 9, flags: flags | FLAG_ACK, time: 77 }
+    }
+
+    /// A client at 5,000 and an endpoint at 200, each of whom has acknowledged all of the other.
+    fn halves() -> [Half; 2] {
+        let request = Half { sequence_end: 5_000, acknowledged: 700, ..Half::default() };
+        [request, Half { sequence_end: 200, acknowledged: 4_000, ..Half::default() }]
+    }
+
+    fn noted(segments: &[Seen]) -> Half {
+        let [mut request, response] = halves();
+        for segment in segments {
+            request.note(&response, &flows()[0], segment);
+        }
+        request
+    }
+
+    #[test]
+    fn each_byte_is_counted_once() {
+        let half = noted(&[seen(5_000, 100, 700, 0), seen(5_200, 50, 700, 0), seen(5_100, 150, 700, 0)]);
+        assert_eq!((half.bytes, half.repeated, half.packets, half.last_seen), (250, 150, 3, 77));
+        assert_eq!((half.sequence_end, half.window), (5_250, 9));
+    }
+
+    #[test]
+    fn numbers_wrap() {
+        let [request, response] = halves();
+        let mut half = Half { sequence_end: u32::MAX - 9, ..request };
+        half.note(&response, &flows()[0], &seen(u32::MAX - 9, 30, 700, 0));
+        assert_eq!((half.bytes, half.sequence_end), (30, 20));
+    }
+
+    #[test]
+    fn an_end_is_noted_and_no_payload() {
+        let half = noted(&[seen(5_000, 10, 700, FLAG_FIN), seen(5_000, 10, 700, FLAG_FIN)]);
+        assert_eq!((half.bytes, half.fin_end, half.flags), (10, 5_011, HALF_FIN));
+    }
+
+    #[test]
+    fn acknowledgements_go_forward_only_and_not_beyond_what_was_sent() {
+        assert_eq!(noted(&[seen(5_000, 0, 690, 0)]).acknowledged, 700);
+        assert_eq!(noted(&[seen(5_000, 0, 710, 0)]).acknowledged, 710);
+        assert_eq!(noted(&[seen(5_000, 0, 700 + (64 << 20), 0)]).acknowledged, 700);
+    }
+
+    #[test]
+    fn what_a_stranger_invents_spoils_nothing() {
+        let half = noted(&[seen(2_000_000_000, 1_000, 700, FLAG_FIN), seen(4_000, 10, 700, FLAG_FIN)]);
+        assert_eq!((half.sequence_end, half.bytes, half.flags), (5_000, 0, 0));
+        assert_eq!(noted(&[seen(2_000_000_000, 0, 700, FLAG_RST)]).flags, 0);
+        assert_eq!(noted(&[seen(4_990, 0, 700, FLAG_RST)]).flags, 0);
+        let syn = Seen { flags: FLAG_SYN, ..seen(9_000, 0, 700, 0) };
+        let half = noted(&[syn]);
+        assert_eq!((half.sequence_end, half.packets, half.flags), (5_000, 1, HALF_SYN));
+        assert_eq!(noted(&[syn, seen(5_000, 0, 700, 0)]).flags, 0);
+    }
+
+    #[test]
+    fn a_reset_counts_until_its_sender_goes_on() {
+        assert_eq!(noted(&[seen(5_000, 0, 700, FLAG_RST)]).flags, HALF_RESET);
+        assert_eq!(noted(&[seen(5_000, 0, 700, FLAG_RST), seen(5_000, 1, 700, 0)]).flags, 0);
+    }
+
+    #[test]
+    fn a_reset_ends_both() {
+        let reset = Half { flags: HALF_RESET, ..Half::default() };
+        for flow in flows() {
+            assert!(Pair { request: reset, ..Pair::default() }.is_over(&flow));
+            assert!(Pair { response: reset, ..Pair::default() }.is_over(&flow));
+        }
+    }
 }

@@ -21,8 +21,12 @@ pub const LOCAL_ADDRESSES: &str = "local_addresses";
 /// Per-CPU array of how many packets (`u64`) met with each [`Verdict`](crate::Verdict), indexed by the verdict's number.
 pub const VERDICTS: &str = "verdicts";
 
-/// The maps that are pinned for operators, by name.
-pub const PINNED_MAPS: [&str; 7] = [LISTENERS, BACKENDS, COUNTERS, LOCAL_ADDRESSES, VERDICTS, FLOWS, PAIRS];
+/// Array of one [`AgentState`].
+pub const AGENT: &str = "agent";
+
+/// The maps that are pinned, by name: operators look at them, and a later agent takes them over.
+pub const PINNED_MAPS: [&str; 8] =
+    [LISTENERS, BACKENDS, COUNTERS, LOCAL_ADDRESSES, VERDICTS, FLOWS, PAIRS, AGENT];
 
 /// Entries that [`LISTENERS`] and [`COUNTERS`] hold.
 pub const LISTENERS_CAPACITY: u32 = 65_536;
@@ -119,6 +123,19 @@ pub struct BackendValue {
     pub pad: u16,
 }
 
+/// Value of [`AGENT`]: until when new connections to listeners are held back while no agent accepts them: their SYN is
+/// dropped, so that the client's next one finds the agent's successor, instead of being told that nobody listens.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct AgentState {
+    /// `CLOCK_MONOTONIC` in nanoseconds; the agent puts it off while it runs. 0 holds nothing back.
+    pub hold_until: u64,
+    /// Whether SYNs are held back though there are sockets that listen: 0 or 1. Set while an agent leaves.
+    pub is_leaving: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
 /// Value of [`COUNTERS`]: what the classifier counts for a listener, on each CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -151,6 +168,9 @@ const _: () = {
     assert!(offset_of!(BackendValue, port) == 20);
     assert!(offset_of!(BackendValue, pad) == 22);
 
+    assert!(size_of::<AgentState>() == 16 && align_of::<AgentState>() == 8);
+    assert!(offset_of!(AgentState, is_leaving) == 8);
+
     assert!(size_of::<ListenerCounters>() == 24 && align_of::<ListenerCounters>() == 8);
     assert!(offset_of!(ListenerCounters, syns) == 0);
     assert!(offset_of!(ListenerCounters, packets) == 8);
@@ -160,7 +180,7 @@ const _: () = {
 #[cfg(feature = "aya")]
 #[expect(unsafe_code, reason = "aya's Pod is an unsafe trait")]
 mod pod {
-    use super::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue};
+    use super::{AgentState, BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue};
 
     // SAFETY: `repr(C)`, made of integers only, so every pattern of bits is valid, and the sizes asserted above equal
     // the sums of the fields' sizes, so there are no padding bytes.
@@ -173,6 +193,8 @@ mod pod {
     unsafe impl aya::Pod for BackendValue {}
     // SAFETY: as above.
     unsafe impl aya::Pod for ListenerCounters {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for AgentState {}
 }
 
 #[cfg(test)]

@@ -36,6 +36,18 @@ pub const fn window(raw: u16, source_scale: u8, target_scale: u8) -> u16 {
     if scaled > u16::MAX as u32 { u16::MAX } else { scaled as u16 }
 }
 
+/// The window that leaves the receiver of an acknowledgement the same room when `missing` bytes more are acknowledged to it
+/// than the sender of `window` has received, under `scale`.
+#[inline(always)]
+#[must_use]
+pub const fn window_without(window: u16, missing: u32, scale: u8) -> u16 {
+    let bytes = (window as u32) << (scale & 15);
+    #[expect(clippy::cast_possible_truncation, reason = "not more than the window was")]
+    {
+        (bytes.saturating_sub(missing) >> (scale & 15)) as u16
+    }
+}
+
 /// The timestamp clock of a socket of the agent at `now`, where it stood at `clock` at `clock_time`: nanoseconds of
 /// `CLOCK_MONOTONIC`. It ticks once a millisecond (`TCP_TS_HZ`).
 #[inline(always)]

@@ -28,7 +28,7 @@ pub enum Verdict {
     TooManyHeaders = 9,
     /// Of a flow: translated and sent to the other end.
     Redirected = 10,
-    /// Of a flow that is just being removed: dropped.
+    /// Of a flow that is just being made or removed: left to the local stack.
     PairMissing = 11,
     /// Of a flow, with options that cannot be understood: dropped.
     OptionsRefused = 12,
@@ -42,11 +42,14 @@ pub enum Verdict {
     TailSent = 16,
     /// Sent by a local socket of a flow that has nothing more to say: dropped.
     Guarded = 17,
+    /// A new connection to a listener whose agent is gone or going, or on the tuple of a pair whose other end has not
+    /// forgotten it: dropped, so that the client tries again.
+    Held = 18,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -65,10 +68,11 @@ impl Verdict {
         Self::TailIgnored,
         Self::TailSent,
         Self::Guarded,
+        Self::Held,
     ];
 
     /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 18;
+    pub const COUNT: u32 = 19;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -97,6 +101,7 @@ impl Verdict {
             Self::TailIgnored => "tail_ignored",
             Self::TailSent => "tail_sent",
             Self::Guarded => "guarded",
+            Self::Held => "held",
         }
     }
 }

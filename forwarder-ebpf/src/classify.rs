@@ -1,15 +1,17 @@
 //! The classifier: counts the TCP packets that arrive for the listeners.
 
-use aya_ebpf::bindings::TC_ACT_UNSPEC;
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::trace;
-use forwarder_common::layout::{ANY_ADDRESS, ListenerKey};
+use forwarder_common::layout::{ANY_ADDRESS, AgentState, ListenerKey};
 use forwarder_common::packet::{Header, LinkLayer, Packet, Segment, parse};
 use forwarder_common::verdict::Verdict;
 
-use crate::maps::{COUNTERS, LISTENERS, LOCAL_ADDRESSES, VERDICTS};
+use crate::maps::{AGENT, COUNTERS, LISTENERS, LOCAL_ADDRESSES, VERDICTS};
 use crate::redirect::redirect;
+use crate::tail::has_socket;
 
 /// `__sk_buff::pkt_type` of what is addressed to the interface; TCP takes nothing else (`tcp_v4_rcv`).
 const PACKET_HOST: u32 = 0;
@@ -60,11 +62,11 @@ fn judge(context: &TcContext, link: LinkLayer) -> (i32, Verdict) {
     if let Some(outcome) = redirect(context, &segment) {
         return (outcome.action, outcome.verdict);
     }
-    let verdict = match count(context, &segment) {
-        Ok(()) => Verdict::Counted,
-        Err(verdict) => verdict,
-    };
-    (TC_ACT_UNSPEC, verdict)
+    match count(context, &segment) {
+        Ok(()) => (TC_ACT_UNSPEC, Verdict::Counted),
+        Err(Verdict::Held) => (TC_ACT_SHOT, Verdict::Held),
+        Err(verdict) => (TC_ACT_UNSPEC, verdict),
+    }
 }
 
 /// Counts the packet for its listener.
@@ -94,8 +96,24 @@ fn count(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
             segment.tuple.source,
             segment.tuple.source_port
         );
+        if is_held(context, segment) {
+            return Err(Verdict::Held);
+        }
     }
     Ok(())
+}
+
+/// Whether a new connection has to wait for the agent's successor: see [`AgentState`].
+#[inline(always)]
+fn is_held(context: &TcContext, segment: &Segment) -> bool {
+    let Some(agent) = AGENT.get_ptr(0) else { return false };
+    // SAFETY: the element of an array lives as long as the map; the agent may write it meanwhile, word by word.
+    let AgentState { hold_until, is_leaving, .. } = unsafe { *agent };
+    // SAFETY: the helper has no conditions.
+    if hold_until == 0 || unsafe { bpf_ktime_get_ns() } >= hold_until {
+        return false;
+    }
+    is_leaving != 0 || !has_socket(context, segment)
 }
 
 /// Finds the TCP segment in the packet: a function of its own, so that the headers that it reads leave the stack with it.

@@ -4,13 +4,14 @@
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::STATE_TAIL;
-use forwarder_common::packet::{FLAG_FIN, FLAG_RST, LinkLayer, Segment};
+use forwarder_common::flow::{AGENT_PRIORITY, DIRECTION_REQUEST, FLOW_REVERSE_ENDED, Flow, STATE_TAIL};
+use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, LinkLayer, Segment, tcp_field};
+use forwarder_common::translate::{self, ChecksumChange};
 use forwarder_common::verdict::Verdict;
 
 use crate::classify::{count_verdict, read_segment};
-use crate::maps::FLOWS;
-use crate::redirect::payload_length;
+use crate::maps::{FLOWS, PAIRS};
+use crate::redirect::{checksum, store};
 
 /// For interfaces whose packets begin with an Ethernet header.
 #[classifier]
@@ -26,9 +27,10 @@ pub fn fwd_egress_ip(context: TcContext) -> i32 {
 
 #[inline(always)]
 fn guard(context: &TcContext, link: LinkLayer) -> i32 {
-    // SAFETY: the kernel hands the program a valid `__sk_buff`; the field may be read.
-    let is_local = unsafe { (*context.skb.skb).ingress_ifindex } == 0;
-    if !is_local {
+    // SAFETY: the kernel hands the program a valid `__sk_buff`; the fields may be read.
+    let (ingress, priority) = unsafe { ((*context.skb.skb).ingress_ifindex, (*context.skb.skb).priority) };
+    // What is forwarded, and what the agent itself says in the name of a pair.
+    if ingress != 0 || priority == AGENT_PRIORITY {
         return TC_ACT_UNSPEC;
     }
     let mut segment = Segment::EMPTY;
@@ -48,9 +50,44 @@ fn guard(context: &TcContext, link: LinkLayer) -> i32 {
 fn judge(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     let flow = FLOWS.get_ptr(segment.tuple.reversed())?;
     // SAFETY: the element lives until every running program has left it, for the map is not preallocated.
-    let state = unsafe { (*flow).state };
-    // What the socket had received before the promotion it still delivers, and ends what had ended before.
-    let is_tail = segment.flags & FLAG_RST == 0
-        && (segment.flags & FLAG_FIN != 0 || payload_length(context, segment) > 0);
-    Some(if state == STATE_TAIL && is_tail { Verdict::TailSent } else { Verdict::Guarded })
+    let flow = unsafe { &*flow };
+    PAIRS.get_ptr(flow.pair)?;
+    // What the socket had received before the promotion it still delivers and acknowledges. An end it passes on only if
+    // it came before the promotion too, as the agent has noted then; the one that a dying agent's socket sends would
+    // make a cut stream look whole.
+    let is_end = segment.flags & FLAG_FIN != 0 && flow.flags & FLOW_REVERSE_ENDED == 0;
+    let is_tail = flow.state == STATE_TAIL && segment.flags & (FLAG_RST | FLAG_SYN) == 0 && !is_end;
+    if !is_tail {
+        return Some(Verdict::Guarded);
+    }
+    Some(match bring_up_to_date(context, segment, flow) {
+        Ok(()) => Verdict::TailSent,
+        Err(verdict) => verdict,
+    })
+}
+
+/// Has a packet of a local socket acknowledge what the other end has acknowledged past it. The socket knows nothing of
+/// that, and its peer drops what comes with too old an acknowledgement (RFC 5961, 5.2).
+///
+/// # Errors
+/// The packet cannot be rewritten, and must be dropped.
+#[inline(always)]
+fn bring_up_to_date(context: &TcContext, segment: &Segment, flow: &Flow) -> Result<(), Verdict> {
+    let Some(pair) = PAIRS.get_ptr(flow.pair) else { return Ok(()) };
+    let Some(reverse) = FLOWS.get_ptr(flow.out.reversed()) else { return Ok(()) };
+    // SAFETY: as above, of both.
+    let (pair, reverse) = unsafe { (&*pair, &*reverse) };
+    let other = if flow.direction == DIRECTION_REQUEST { &pair.response } else { &pair.request };
+    let acknowledged = other.acknowledged.wrapping_sub(flow.sequence_shift);
+    if segment.flags & FLAG_ACK == 0 || !translate::is_before(segment.acknowledgement, acknowledged) {
+        return Ok(());
+    }
+    let window = translate::window(other.window, reverse.source_scale, reverse.target_scale).to_be();
+    let acknowledged = acknowledged.to_be();
+    store(context, segment.tcp_offset + tcp_field::ACKNOWLEDGEMENT as u32, &acknowledged)?;
+    store(context, segment.tcp_offset + tcp_field::WINDOW as u32, &window)?;
+    let change = ChecksumChange::NONE
+        .and(segment.acknowledgement.to_be(), acknowledged)
+        .and(u32::from(segment.window.to_be()), u32::from(window));
+    checksum(context, segment, change, 0)
 }

@@ -4,11 +4,11 @@
 //! lookup returns stays the element that was asked for. Programs insert nothing, so they never wait for memory.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{HashMap, PerCpuArray, PerCpuHashMap};
+use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, PerCpuHashMap};
 use aya_ebpf::macros::btf_map;
 use forwarder_common::flow::{Flow, FlowKey, PAIRS_CAPACITY, Pair};
 use forwarder_common::layout::{
-    AddressBytes, BACKENDS_CAPACITY, LISTENERS_CAPACITY, LOCAL_ADDRESSES_CAPACITY,
+    AddressBytes, AgentState, BACKENDS_CAPACITY, LISTENERS_CAPACITY, LOCAL_ADDRESSES_CAPACITY,
 };
 use forwarder_common::translate::OptionsWalk;
 use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue, Verdict};
@@ -63,3 +63,7 @@ pub(crate) static VERDICTS: PerCpuArray<u64, { Verdict::COUNT as usize }> = PerC
 /// The state of a walk over TCP options.
 #[btf_map(name = "options_walk")]
 pub(crate) static OPTIONS_WALK: PerCpuArray<OptionsWalk, 1> = PerCpuArray::new();
+
+/// Whether an agent accepts connections.
+#[btf_map(name = "agent")]
+pub(crate) static AGENT: Array<AgentState, 1> = Array::new();

@@ -2,39 +2,28 @@
 //!
 //! See [`forwarder_common::translate`] for the arithmetic and [`forwarder_common::flow`] for what stands in the maps.
 
-use core::mem::zeroed;
-
-use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, BPF_F_INGRESS, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, bpf_sock_tuple};
+use aya_ebpf::bindings::{BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{
-    bpf_clone_redirect, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect_neigh,
-    bpf_sk_release, bpf_skb_change_tail, bpf_skb_store_bytes, bpf_skc_lookup_tcp, bpf_tcp_sock,
+    bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect_neigh, bpf_skb_store_bytes,
 };
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::{DIRECTION_REQUEST, Flow, HALF_FIN, HALF_RESET, Half, STATE_TAIL};
-use forwarder_common::packet::{
-    FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN, IpVersion, PROTOCOL_TCP, Segment, tcp_field,
+use forwarder_common::flow::{
+    DIRECTION_REQUEST, FLOW_CLEAR_ECN, Flow, Half, STATE_SPLICED, STATE_TAIL, Seen,
 };
+use forwarder_common::packet::{FLAG_ACK, FLAG_SYN, IpVersion, Segment, tcp_field};
 use forwarder_common::translate::{
     self, ChecksumChange, MAX_OPTIONS, MAX_SACK_BLOCKS, Options, OptionsWalk, Timestamps,
 };
 use forwarder_common::verdict::Verdict;
 
 use crate::maps::{FLOWS, OPTIONS_WALK, PAIRS};
+use crate::tail;
 
-/// The mark of a packet that this program has cloned for the local socket. It is on no other packet: it is set after
-/// the packet arrived, and taken away when the clone arrives in its turn.
-const CLONE_MARK: u32 = 0x666c_6f77;
-
-/// Where fields stand in the IP headers, in bytes from their first.
-const IPV4_LENGTH: u32 = 2;
-const IPV4_CHECKSUM: u32 = 10;
+pub(crate) const IPV4_CHECKSUM: u32 = 10;
 const IPV4_SOURCE: u32 = 12;
-const IPV6_LENGTH: u32 = 4;
 const IPV6_SOURCE: u32 = 8;
-/// Words of the longest TCP header.
-const MAX_HEADER_WORDS: u32 = 15;
-/// Bytes of the IPv6 header, which its length does not count.
-const IPV6_HEADER: u32 = 40;
+/// The bits of explicit congestion notification in the type of service.
+const ECN_MASK: u8 = 3;
 
 /// What becomes of a packet that belongs to a flow.
 pub(crate) struct Outcome {
@@ -46,7 +35,7 @@ pub(crate) struct Outcome {
 
 impl Outcome {
     #[inline(always)]
-    fn drop(verdict: Verdict) -> Self {
+    pub(crate) fn drop(verdict: Verdict) -> Self {
         Self { action: TC_ACT_SHOT, verdict }
     }
 }
@@ -58,15 +47,17 @@ pub(crate) fn redirect(context: &TcContext, segment: &Segment) -> Option<Outcome
     // SAFETY: the element lives until every running program has left it, for the map is not preallocated; a value is
     // replaced as a whole by a new element, so what is read is of one version.
     let flow = unsafe { &*flow };
-    if segment.flags & FLAG_SYN != 0 {
-        // A new connection on an old tuple, or a duplicate from the time of the handshake: the local stack knows.
-        return None;
+    if tail::is_clone(context) {
+        return Some(tail::acknowledge(context, segment));
     }
-    if mark(context) == CLONE_MARK {
-        return Some(acknowledge_tail(context, segment));
-    }
+    let is_new_connection = segment.flags & (FLAG_SYN | FLAG_ACK) == FLAG_SYN;
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else {
-        return Some(Outcome::drop(Verdict::PairMissing));
+        // One that the agent has ended: the stack resets who does not know yet.
+        if is_new_connection {
+            release(segment, flow);
+            return None;
+        }
+        return Some(Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::PairMissing });
     };
     // SAFETY: as above. Other CPUs may write to it at the same time: each field is of one word, and none depends on
     // another but for the learning of a timestamp, which writes the value before it says that it is known.
@@ -76,12 +67,22 @@ pub(crate) fn redirect(context: &TcContext, segment: &Segment) -> Option<Outcome
     } else {
         (&mut pair.response, &pair.request)
     };
+    if is_new_connection {
+        // Where the pair is over, the local stack accepts it. Else the agent asks the other end, whose answer the client
+        // resets (RFC 9293, 3.5.1).
+        if flow.state == STATE_SPLICED && flow.is_over(half, reverse) {
+            release(segment, flow);
+            return None;
+        }
+        note(context, segment, flow, half, reverse);
+        return Some(Outcome::drop(Verdict::Held));
+    }
     if flow.state == STATE_TAIL {
-        clone_for_tail(context);
+        tail::send_clone(context);
     }
     Some(match translate(context, segment, flow, half, reverse) {
         Ok(()) => {
-            count(segment, half, payload_length(context, segment));
+            note(context, segment, flow, half, reverse);
             // SAFETY: no parameters: the kernel looks up the next hop by the packet's destination.
             let action = unsafe { bpf_redirect_neigh(flow.interface, core::ptr::null_mut(), 0, 0) };
             Outcome { action: action as i32, verdict: Verdict::Redirected }
@@ -90,28 +91,28 @@ pub(crate) fn redirect(context: &TcContext, segment: &Segment) -> Option<Outcome
     })
 }
 
+/// Forgets both directions of a pair that is over; the agent removes the rest.
+#[inline(never)]
+fn release(segment: &Segment, flow: &Flow) -> u32 {
+    // What is not there any more needs no removal.
+    let _ = FLOWS.remove(flow.out.reversed());
+    let _ = FLOWS.remove(segment.tuple);
+    0
+}
+
 /// Notes the packet in what is known of its direction.
 #[inline(always)]
-fn count(segment: &Segment, half: &mut Half, payload: u32) {
-    let mut end = segment.sequence.wrapping_add(payload);
-    if segment.flags & FLAG_FIN != 0 {
-        end = end.wrapping_add(1);
-        half.fin_end = end;
-        half.flags |= HALF_FIN;
-    }
-    if segment.flags & FLAG_RST != 0 {
-        half.flags |= HALF_RESET;
-    }
-    if half.packets == 0 || translate::is_before(half.sequence_end, end) {
-        half.sequence_end = end;
-    }
-    if segment.flags & FLAG_ACK != 0 {
-        half.acknowledged = segment.acknowledgement;
-    }
-    half.packets += 1;
-    half.bytes += u64::from(payload);
-    // SAFETY: the helper has no conditions.
-    half.last_seen = unsafe { bpf_ktime_get_ns() };
+fn note(context: &TcContext, segment: &Segment, flow: &Flow, half: &mut Half, reverse: &Half) {
+    let seen = Seen {
+        sequence: segment.sequence,
+        acknowledgement: segment.acknowledgement,
+        payload: payload_length(context, segment),
+        window: segment.window,
+        flags: segment.flags,
+        // SAFETY: the helper has no conditions.
+        time: unsafe { bpf_ktime_get_ns() },
+    };
+    half.note(reverse, flow, &seen);
 }
 
 /// Bytes of TCP payload, without what pads a short frame.
@@ -142,17 +143,28 @@ fn translate(
     let mut change = ChecksumChange::NONE;
 
     let sequence = segment.sequence.wrapping_add(flow.sequence_shift);
-    let acknowledgement = if segment.flags & FLAG_ACK != 0 {
-        segment.acknowledgement.wrapping_add(flow.acknowledgement_shift)
-    } else {
-        segment.acknowledgement
-    };
+    let mut acknowledgement = segment.acknowledgement;
+    // What the receiver has been told already and the sender still has to get from the local socket.
+    let mut missing = 0;
+    if segment.flags & FLAG_ACK != 0 {
+        acknowledgement = acknowledgement.wrapping_add(flow.acknowledgement_shift);
+        if flow.state == STATE_TAIL && translate::is_before(acknowledgement, flow.acknowledged) {
+            missing = flow.acknowledged.wrapping_sub(acknowledgement);
+            acknowledgement = flow.acknowledged;
+        }
+    }
     let numbers = [sequence.to_be(), acknowledgement.to_be()];
     change =
         change.and(segment.sequence.to_be(), numbers[0]).and(segment.acknowledgement.to_be(), numbers[1]);
     store(context, tcp + tcp_field::SEQUENCE as u32, &numbers)?;
 
-    let window = translate::window(segment.window, flow.source_scale, flow.target_scale).to_be();
+    let window = if segment.flags & FLAG_SYN != 0 {
+        segment.window
+    } else {
+        let window = translate::window(segment.window, flow.source_scale, flow.target_scale);
+        translate::window_without(window, missing, flow.target_scale)
+    };
+    let window = window.to_be();
     change = change.and(u32::from(segment.window.to_be()), u32::from(window));
     store(context, tcp + tcp_field::WINDOW as u32, &window)?;
 
@@ -166,17 +178,22 @@ fn translate(
         let at = options.timestamps;
         let [value, echo]: [u32; 2] = load(context, tcp + at)?;
         let old = Timestamps { value: u32::from_be(value), echo: u32::from_be(echo) };
-        if half.timestamp_known == 0 {
+        let mut value_shift = half.timestamp_shift;
+        if half.timestamp_known == 0 || flow.state == STATE_TAIL {
             // SAFETY: the helper has no conditions.
             let now = unsafe { bpf_ktime_get_ns() };
             let clock = translate::clock_at(flow.clock, flow.clock_time, now);
-            // Two CPUs may do so at once: their shifts then differ by one tick at most, which a receiver tolerates
-            // (`TCP_PAWS_WINDOW`).
-            half.timestamp_shift = clock.wrapping_sub(old.value);
-            half.timestamp_known = 1;
+            let shift = clock.wrapping_sub(old.value);
+            // While the local socket still sends, its clock is the measure: what is told here must not be ahead of it,
+            // or its packets would look old (PAWS), nor behind. The largest shift stays, so that time never goes back.
+            if half.timestamp_known == 0 || translate::is_before(half.timestamp_shift, shift) {
+                half.timestamp_shift = shift;
+                half.timestamp_known = 1;
+            }
+            value_shift = shift;
         }
         let reverse_shift = (reverse.timestamp_known != 0).then_some(reverse.timestamp_shift);
-        let new = old.translated(half.timestamp_shift, reverse_shift);
+        let new = old.translated(value_shift, reverse_shift);
         let new = [new.value.to_be(), new.echo.to_be()];
         change = change.and_at(at, value, new[0]).and_at(at, echo, new[1]);
         store(context, tcp + at, &new)?;
@@ -204,6 +221,9 @@ fn translate_addresses(context: &TcContext, segment: &Segment, flow: &Flow) -> R
     for word in 0..8 {
         change = change.and(old[word], new[word]);
     }
+    if flow.flags & FLOW_CLEAR_ECN != 0 {
+        clear_congestion_marks(context, segment)?;
+    }
     match segment.version {
         IpVersion::V4 => {
             store(context, segment.ip_offset + IPV4_SOURCE, &[new[3], new[7]])?;
@@ -219,9 +239,36 @@ fn translate_addresses(context: &TcContext, segment: &Segment, flow: &Flow) -> R
     checksum(context, segment, change, u64::from(BPF_F_PSEUDO_HDR))
 }
 
+/// Takes the marks of explicit congestion notification (RFC 3168, 5) from the IP header.
+#[inline(always)]
+fn clear_congestion_marks(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
+    let offset = segment.ip_offset;
+    // The first two bytes: of IPv4 the version and the type of service, of IPv6 the version and the traffic class.
+    let old: [u8; 2] = load(context, offset)?;
+    let new = match segment.version {
+        IpVersion::V4 => [old[0], old[1] & !ECN_MASK],
+        IpVersion::V6 => [old[0], old[1] & !(ECN_MASK << 4)],
+    };
+    if new == old {
+        return Ok(());
+    }
+    store(context, offset, &new)?;
+    match segment.version {
+        IpVersion::V4 => {
+            let (old, new) = (u16::from_ne_bytes(old), u16::from_ne_bytes(new));
+            // SAFETY: the context is the program's own; the helper checks the offset.
+            let result = unsafe {
+                bpf_l3_csum_replace(context.skb.skb, offset + IPV4_CHECKSUM, old.into(), new.into(), 2)
+            };
+            if result == 0 { Ok(()) } else { Err(Verdict::Unwritable) }
+        }
+        IpVersion::V6 => Ok(()),
+    }
+}
+
 /// Updates the TCP checksum.
 #[inline(always)]
-fn checksum(
+pub(crate) fn checksum(
     context: &TcContext,
     segment: &Segment,
     change: ChecksumChange,
@@ -273,167 +320,13 @@ fn walk_options(context: &TcContext, segment: &Segment) -> Result<Options, Verdi
     Err(Verdict::OptionsRefused)
 }
 
-/// Sends a copy of the packet through the ingress of its interface once more, where [`acknowledge_tail`] takes it.
 #[inline(always)]
-fn clone_for_tail(context: &TcContext) {
-    let skb = context.skb.skb;
-    // SAFETY: the context is the program's own, and its mark and interface may be read and the mark written. A copy that
-    // cannot be made is like one that was lost: the next acknowledgement takes its place.
-    unsafe {
-        let mark = (*skb).mark;
-        (*skb).mark = CLONE_MARK;
-        bpf_clone_redirect(skb, (*skb).ifindex, u64::from(BPF_F_INGRESS));
-        (*skb).mark = mark;
-    }
-}
-
-/// Turns the clone of a packet into what tells the local socket how much of its own data has arrived: an acknowledgement
-/// without payload, of no more than it has sent.
-#[inline(never)]
-fn acknowledge_tail(context: &TcContext, segment: &Segment) -> Outcome {
-    set_mark(context, 0);
-    if segment.flags & FLAG_RST != 0 || segment.flags & FLAG_ACK == 0 || segment.header_length < 20 {
-        return Outcome::drop(Verdict::TailIgnored);
-    }
-    let Some((sent, received)) = local_numbers(context, segment) else {
-        return Outcome::drop(Verdict::TailIgnored);
-    };
-    let acknowledgement =
-        if translate::is_before(sent, segment.acknowledgement) { sent } else { segment.acknowledgement };
-    match bare_acknowledgement(context, segment, received, acknowledgement) {
-        Ok(()) => Outcome { action: aya_ebpf::bindings::TC_ACT_UNSPEC, verdict: Verdict::TailAcknowledged },
-        Err(verdict) => Outcome::drop(verdict),
-    }
-}
-
-/// `snd_nxt` and `rcv_nxt` of the local socket that the packet is for.
-#[inline(always)]
-fn local_numbers(context: &TcContext, segment: &Segment) -> Option<(u32, u32)> {
-    // SAFETY: a plain old structure, for which zeros are valid.
-    let mut tuple: bpf_sock_tuple = unsafe { zeroed() };
-    let words = segment.tuple.address_words();
-    let ports = [segment.tuple.source_port.to_be(), segment.tuple.destination_port.to_be()];
-    let size = match segment.version {
-        IpVersion::V4 => {
-            // SAFETY: the union has only plain members.
-            let v4 = unsafe { &mut tuple.__bindgen_anon_1.ipv4 };
-            (v4.saddr, v4.daddr, v4.sport, v4.dport) = (words[3], words[7], ports[0], ports[1]);
-            size_of_val(v4)
-        }
-        IpVersion::V6 => {
-            // SAFETY: as above.
-            let v6 = unsafe { &mut tuple.__bindgen_anon_1.ipv6 };
-            v6.saddr = [words[0], words[1], words[2], words[3]];
-            v6.daddr = [words[4], words[5], words[6], words[7]];
-            (v6.sport, v6.dport) = (ports[0], ports[1]);
-            size_of_val(v6)
-        }
-    };
-    // SAFETY: the tuple is initialised and of the size given; what is found is released below, on every way.
-    unsafe {
-        let socket = bpf_skc_lookup_tcp(
-            context.skb.skb.cast(),
-            &raw mut tuple,
-            size as u32,
-            BPF_F_CURRENT_NETNS as u64,
-            0,
-        );
-        if socket.is_null() {
-            return None;
-        }
-        let tcp = bpf_tcp_sock(socket);
-        let numbers = if tcp.is_null() { None } else { Some(((*tcp).snd_nxt, (*tcp).rcv_nxt)) };
-        bpf_sk_release(socket.cast());
-        numbers
-    }
-}
-
-/// Cuts the payload off, and sets the numbers and the flags.
-#[inline(always)]
-fn bare_acknowledgement(
-    context: &TcContext,
-    segment: &Segment,
-    sequence: u32,
-    acknowledgement: u32,
-) -> Result<(), Verdict> {
-    let tcp = segment.tcp_offset;
-    let end = tcp + segment.header_length;
-    // SAFETY: the context is the program's own; the helper checks the length.
-    if unsafe { bpf_skb_change_tail(context.skb.skb, end, 0) } != 0 {
-        return Err(Verdict::Unwritable);
-    }
-    store(context, tcp + tcp_field::SEQUENCE as u32, &[sequence.to_be(), acknowledgement.to_be()])?;
-    let flags = segment.flags & !(FLAG_FIN | FLAG_PSH);
-    store(context, tcp + tcp_field::FLAGS as u32, &flags)?;
-    let length = end - segment.ip_offset;
-    match segment.version {
-        IpVersion::V4 => {
-            let offset = segment.ip_offset + IPV4_LENGTH;
-            let new = (length as u16).to_be();
-            // The length on the wire, which may be the short form of a longer one.
-            let old: u16 = load(context, offset)?;
-            store(context, offset, &new)?;
-            let offset = segment.ip_offset + IPV4_CHECKSUM;
-            // SAFETY: the context is the program's own; the helper checks the offset.
-            let result =
-                unsafe { bpf_l3_csum_replace(context.skb.skb, offset, u64::from(old), u64::from(new), 2) };
-            if result != 0 {
-                return Err(Verdict::Unwritable);
-            }
-        }
-        IpVersion::V6 => {
-            let payload = (length - IPV6_HEADER) as u16;
-            store(context, segment.ip_offset + IPV6_LENGTH, &payload.to_be())?;
-        }
-    }
-    sum(context, segment)
-}
-
-/// Computes the TCP checksum of a segment without payload anew.
-#[inline(always)]
-fn sum(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
-    let tcp = segment.tcp_offset;
-    let words = segment.tuple.address_words();
-    let mut sum = ChecksumChange::NONE;
-    let mut word = match segment.version {
-        // Of the form in which the maps know it, only the last word is part of the pseudo-header.
-        IpVersion::V4 => 3,
-        IpVersion::V6 => 0,
-    };
-    while word < 4 {
-        sum = sum.and(0, words[word]).and(0, words[word + 4]);
-        word += 1;
-    }
-    sum = sum.and(0, (u32::from(PROTOCOL_TCP) + segment.header_length).to_be());
-    store(context, tcp + tcp_field::CHECKSUM as u32, &0_u16)?;
-    for word in 0..MAX_HEADER_WORDS {
-        if word * 4 >= segment.header_length {
-            break;
-        }
-        sum = sum.and(0, load(context, tcp + word * 4)?);
-    }
-    store(context, tcp + tcp_field::CHECKSUM as u32, &sum.applied_to(u16::MAX))
-}
-
-#[inline(always)]
-fn mark(context: &TcContext) -> u32 {
-    // SAFETY: the kernel hands the program a valid `__sk_buff`, whose mark may be read.
-    unsafe { (*context.skb.skb).mark }
-}
-
-#[inline(always)]
-fn set_mark(context: &TcContext, mark: u32) {
-    // SAFETY: as above; it may be written too.
-    unsafe { (*context.skb.skb).mark = mark }
-}
-
-#[inline(always)]
-fn load<T>(context: &TcContext, offset: u32) -> Result<T, Verdict> {
+pub(crate) fn load<T>(context: &TcContext, offset: u32) -> Result<T, Verdict> {
     context.load(offset as usize).map_err(|_| Verdict::Truncated)
 }
 
 #[inline(always)]
-fn store<T>(context: &TcContext, offset: u32, value: &T) -> Result<(), Verdict> {
+pub(crate) fn store<T>(context: &TcContext, offset: u32, value: &T) -> Result<(), Verdict> {
     // SAFETY: the value is initialised and of its own size; the helper checks the offset.
     let result = unsafe {
         bpf_skb_store_bytes(context.skb.skb, offset, (&raw const *value).cast(), size_of::<T>() as u32, 0)

@@ -3,22 +3,15 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Args;
-use http_body_util::{BodyExt, Empty};
-use hyper::body::Bytes;
-use hyper_util::rt::TokioIo;
 
 use super::validate::{load, print_problems};
 use super::{Output, print_json, table};
 use crate::resolve::CONTROLLER_NAME;
 use crate::settings::ADMIN;
 use crate::view::{ListenerView, State};
-
-/// How long an agent may take to answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Args, Debug)]
 pub(crate) struct ExplainArgs {
@@ -52,32 +45,9 @@ pub(crate) fn run(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
 
 /// Asks a running agent for its state.
 fn ask(admin: SocketAddr) -> anyhow::Result<State> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime
-        .block_on(async { tokio::time::timeout(ANSWER_TIMEOUT, fetch(admin)).await })
-        .map_err(anyhow::Error::from)
-        .flatten()
-        .with_context(|| {
-            format!(
-                "cannot ask the agent at {admin}; is it running? (else give a PATH, or --admin ADDR:PORT)"
-            )
-        })
-}
-
-async fn fetch(admin: SocketAddr) -> anyhow::Result<State> {
-    let stream = tokio::net::TcpStream::connect(admin).await?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let connection = tokio::spawn(connection);
-    let request = hyper::Request::get("/v1/state")
-        .header(hyper::header::HOST, admin.to_string())
-        .body(Empty::<Bytes>::new())?;
-    let response = sender.send_request(request).await?;
-    if !response.status().is_success() {
-        bail!("the answer to GET /v1/state is {}", response.status());
-    }
-    let body = response.into_body().collect().await?.to_bytes();
-    connection.abort();
-    serde_json::from_slice(&body).context("the answer to GET /v1/state is not an agent's state")
+    super::admin::get(admin, "/v1/state").with_context(|| {
+        format!("cannot ask the agent at {admin}; is it running? (else give a PATH, or --admin ADDR:PORT)")
+    })
 }
 
 fn print(state: &State) {

@@ -1,6 +1,9 @@
 //! The command line.
 
+mod admin;
+mod cleanup;
 mod completions;
+mod conns;
 mod explain;
 mod probe;
 mod validate;
@@ -38,6 +41,10 @@ enum Command {
     Validate(validate::ValidateArgs),
     /// Show which listener leads to which endpoints, and why something is not served
     Explain(explain::ExplainArgs),
+    /// List the connections that an agent keeps, or reset some of them
+    Conns(conns::ConnsArgs),
+    /// Remove from the kernel what agents left there that did not end properly
+    Cleanup(cleanup::CleanupArgs),
     /// Show what this kernel and these privileges allow, with the reason for each no
     Probe(probe::ProbeArgs),
     /// Print a completion script for a shell
@@ -75,6 +82,8 @@ pub fn run() -> ExitCode {
         Command::Agent(args) => run_agent(args).map(|()| ExitCode::SUCCESS),
         Command::Validate(args) => validate::run(&args),
         Command::Explain(args) => explain::run(&args),
+        Command::Conns(args) => conns::run(&args),
+        Command::Cleanup(args) => cleanup::run(&args),
         Command::Probe(args) => probe::run(&args),
         Command::Completions(args) => {
             completions::run(&args);

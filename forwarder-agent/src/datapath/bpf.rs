@@ -3,12 +3,16 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use aya_log::EbpfLogger;
+use forwarder_common::flow::{FLOWS, PAIRS, PAIRS_CAPACITY};
 use forwarder_common::layout::PINNED_MAPS;
-use forwarder_common::{ListenerCounters, PROGRAM_ETHERNET, PROGRAM_IP, Verdict};
+use forwarder_common::{
+    ListenerCounters, PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP, PROGRAM_IP, Verdict,
+};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -17,10 +21,13 @@ pub use super::attach::{AttachKind, AttachProblem, Attachment};
 pub use super::load_error::LoadError;
 
 use super::attach::Attachments;
+use super::flows::{FlowTable, FlowTableError};
 use super::interfaces::{Interface, wanted};
 use super::load_error::kernel_release;
 use super::maps::Maps;
+use super::paths::Paths;
 use super::pins::Pins;
+use super::routes::Routes;
 use super::{BackendEntry, Datapath, DatapathError, ListenerId, ListenerState};
 use crate::model::{BindAddress, ListenerKey};
 
@@ -38,6 +45,9 @@ pub struct BpfOptions {
     pub pin_dir: PathBuf,
     /// Whether the programs log each connection attempt; read it with [`Bpf::take_log`].
     pub trace: bool,
+    /// How many connections may be joined at most; `None` where none may be. Otherwise the guard hangs at the egress of
+    /// the interfaces too, and programs, maps and pins outlive the process.
+    pub most_pairs: Option<u32>,
 }
 
 /// What [`probe`] found.
@@ -56,7 +66,11 @@ pub struct ProbeReport {
 /// # Errors
 /// As [`Bpf::load`].
 pub fn probe() -> Result<ProbeReport, LoadError> {
-    let _ebpf = load(LOG_OFF)?;
+    let settings = LoadSettings { log_level: LOG_OFF, pins: None, most_pairs: PAIRS_CAPACITY };
+    let mut ebpf = load(&settings)?;
+    for name in [PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP] {
+        load_program(&mut ebpf, name)?;
+    }
     Ok(ProbeReport {
         attach: AttachKind::of_kernel(),
         btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
@@ -69,6 +83,8 @@ pub fn probe() -> Result<ProbeReport, LoadError> {
 // Fields are dropped in order: what is attached first, the pins before the maps.
 pub struct Bpf {
     attachments: Attachments,
+    paths: Arc<Paths>,
+    has_flows: bool,
     pins: Pins,
     maps: Maps,
     /// The problems that were told and last.
@@ -86,18 +102,54 @@ impl Bpf {
             return Err(LoadError::NoPrograms);
         }
         let pins = Pins::acquire(&options.pin_dir)?;
-        let mut ebpf = load(if options.trace { LOG_TRACE } else { LOG_OFF })?;
-        for name in PINNED_MAPS {
-            let map = ebpf.map(name).ok_or_else(|| LoadError::no_map(name))?;
-            pins.pin(name, map)?;
+        // What another agent has left is served, whatever this one does for connections of its own.
+        let has_flows = options.most_pairs.is_some() || pins.has_links();
+        let settings = LoadSettings {
+            log_level: if options.trace { LOG_TRACE } else { LOG_OFF },
+            pins: Some(pins.directory()),
+            most_pairs: options.most_pairs.unwrap_or(PAIRS_CAPACITY),
+        };
+        let mut ebpf = load(&settings)?;
+        if has_flows {
+            for name in [PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP] {
+                load_program(&mut ebpf, name)?;
+            }
         }
+        let links = if has_flows { Some(pins.links()?) } else { None };
         Ok(Self {
-            attachments: Attachments::new(AttachKind::of_kernel()),
+            attachments: Attachments::new(AttachKind::of_kernel(), links),
+            paths: Arc::default(),
+            has_flows,
             maps: Maps::take(&mut ebpf)?,
             pins,
             told: BTreeSet::new(),
             ebpf,
         })
+    }
+
+    /// The pairs that the kernel forwards or may forward; `None` where it may not.
+    ///
+    /// # Errors
+    /// The maps cannot be opened, or routes cannot be asked for.
+    pub fn flows(&self) -> Option<Result<FlowTable, FlowTableError>> {
+        let open = || {
+            let routes = Routes::open()?;
+            Ok(FlowTable::open(self.pins.directory(), routes, Arc::clone(&self.paths))?)
+        };
+        self.has_flows.then(open)
+    }
+
+    /// What is known of the interfaces that redirected packets use.
+    pub fn paths(&self) -> &Arc<Paths> {
+        &self.paths
+    }
+
+    /// Leaves programs, maps and pins to the next agent, if connections could be joined.
+    pub fn leave(&mut self) {
+        if self.has_flows {
+            self.attachments.leave();
+            self.pins.leave();
+        }
     }
 
     /// Detaches the programs, unloads them and removes the pins, as dropping does.
@@ -123,8 +175,16 @@ impl Bpf {
     /// be called whenever one of these changes. Returns what fails now and did not in the call before; what fails on one
     /// interface does not concern the others, and is tried again in each call.
     pub fn attach(&mut self, interfaces: &[Interface], bound: &BTreeSet<BindAddress>) -> Vec<AttachProblem> {
-        let wanted = wanted(interfaces, bound);
+        let mut wanted = wanted(interfaces, bound);
+        if self.has_flows {
+            let demanded = self.paths.wanted();
+            let missing = |interface: &&Interface| {
+                demanded.contains(&interface.index) && !wanted.iter().any(|one| one.index == interface.index)
+            };
+            wanted.extend(interfaces.iter().filter(missing).collect::<Vec<_>>());
+        }
         let mut problems = self.attachments.update(&mut self.ebpf, interfaces, &wanted);
+        self.paths.set_attached(self.attachments.indices());
         problems.extend(self.maps.set_local_addresses(interfaces).into_iter().map(AttachProblem::from));
         let before = std::mem::take(&mut self.told);
         problems.retain(|problem| {
@@ -197,22 +257,46 @@ impl Datapath for Bpf {
         self.maps.remove_listener(key, id)
     }
 
+    fn remove_former_listeners(&mut self) -> Result<(), DatapathError> {
+        self.maps.remove_former_listeners()
+    }
+
+    fn leave(&mut self) {
+        Bpf::leave(self);
+    }
+
     fn counters(&self, id: ListenerId) -> Result<ListenerCounters, DatapathError> {
         self.maps.counters(id)
     }
 }
 
-/// Creates the maps and loads the programs.
-fn load(log_level: u8) -> Result<Ebpf, LoadError> {
+/// How the object is loaded.
+struct LoadSettings<'a> {
+    log_level: u8,
+    /// Where maps are pinned, and taken from if they are there.
+    pins: Option<&'a Path>,
+    most_pairs: u32,
+}
+
+/// Creates the maps and loads the classifiers.
+fn load(settings: &LoadSettings<'_>) -> Result<Ebpf, LoadError> {
     if OBJECT.is_empty() {
         return Err(LoadError::NoPrograms);
     }
     // Before 5.11 maps count as locked memory. Where raising the limit fails, so may creating the maps, with a reason.
     let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
-    let mut ebpf = EbpfLoader::new()
-        .override_global(aya_log::LEVEL, &log_level, true)
-        .load(OBJECT)
-        .map_err(|error| LoadError::new("create the BPF maps".to_owned(), "", error))?;
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global(aya_log::LEVEL, &settings.log_level, true)
+        .map_max_entries(PAIRS, settings.most_pairs)
+        .map_max_entries(FLOWS, settings.most_pairs.saturating_mul(2));
+    if let Some(pins) = settings.pins {
+        for name in PINNED_MAPS {
+            loader.map_pin_path(name, pins.join(name));
+        }
+    }
+    let mut ebpf =
+        loader.load(OBJECT).map_err(|error| LoadError::new("create the BPF maps".to_owned(), "", error))?;
     for name in [PROGRAM_ETHERNET, PROGRAM_IP] {
         load_program(&mut ebpf, name)?;
     }

@@ -72,6 +72,12 @@ impl Datapath for Fake {
         Ok(())
     }
 
+    fn remove_former_listeners(&mut self) -> Result<(), DatapathError> {
+        self.check("listeners")
+    }
+
+    fn leave(&mut self) {}
+
     fn counters(&self, _: ListenerId) -> Result<ListenerCounters, DatapathError> {
         self.check("counters").map(|()| ListenerCounters::default())
     }

@@ -48,7 +48,7 @@ impl InterfaceKind {
     }
 }
 
-/// A network interface that is up and holds an address.
+/// A network interface that is up.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Interface {
     /// Its index.
@@ -57,13 +57,27 @@ pub struct Interface {
     pub name: String,
     /// What it is.
     pub kind: InterfaceKind,
-    /// Its addresses, sorted; never empty.
+    /// Its addresses, sorted.
     pub addresses: Vec<IpAddr>,
+    /// The largest packet that it takes, in bytes from the IP header on.
+    pub mtu: u32,
+}
+
+/// The MTU of the interfaces that packets of hosts use, where these differ: the smallest one. A connection between two of
+/// them can be joined only if neither end sends packets that are too large for the other.
+pub fn smallest_mtu(interfaces: &[Interface]) -> Option<u32> {
+    let mtus = || {
+        interfaces
+            .iter()
+            .filter(|interface| !matches!(interface.kind, InterfaceKind::Loopback | InterfaceKind::Dummy))
+            .map(|interface| interface.mtu)
+    };
+    mtus().min().filter(|least| mtus().any(|mtu| mtu > *least))
 }
 
 /// The interfaces through which connections to listeners on `bound` may arrive.
 ///
-/// These are all for a listener on every address, and for one on an address that `lo` or a dummy interface holds (but
+/// These are all that hold an address for a listener on every address, and for one on an address that `lo` or a dummy interface holds (but
 /// for `127.0.0.1` and `::1`), which packets reach through any other. For a listener on another address, the interface that
 /// holds it, and `lo` for the node's own connections.
 pub fn wanted<'a>(interfaces: &'a [Interface], bound: &BTreeSet<BindAddress>) -> Vec<&'a Interface> {
@@ -78,7 +92,7 @@ pub fn wanted<'a>(interfaces: &'a [Interface], bound: &BTreeSet<BindAddress>) ->
             && interface.addresses.iter().filter(is_bound).any(|address| !address.is_loopback())
     };
     if any || interfaces.iter().any(is_reached_through_others) {
-        return interfaces.iter().collect();
+        return interfaces.iter().filter(|interface| !interface.addresses.is_empty()).collect();
     }
     let held = interfaces.iter().any(holds);
     interfaces
@@ -111,7 +125,7 @@ pub enum InterfacesError {
     Closed,
 }
 
-/// Lists the interfaces that are up and hold an address, sorted by index, and keeps the list current: the future, to be
+/// Lists the interfaces that are up, sorted by index, and keeps the list current: the future, to be
 /// spawned, ends when the socket fails or all receivers are gone. Needs a tokio runtime.
 ///
 /// # Errors
@@ -184,12 +198,16 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
         .filter(|link| link.header.flags.contains(LinkFlags::Up))
         .filter_map(|link| {
             let index = link.header.index;
-            let addresses = held.remove(&index)?.into_iter().collect();
+            let addresses = held.remove(&index).unwrap_or_default().into_iter().collect();
+            let mtu = link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::Mtu(mtu) => Some(*mtu),
+                _ => None,
+            })?;
             let name = link.attributes.iter().find_map(|attribute| match attribute {
                 LinkAttribute::IfName(name) => Some(name.clone()),
                 _ => None,
             })?;
-            Some(Interface { index, name, kind: kind(link), addresses })
+            Some(Interface { index, name, kind: kind(link), addresses, mtu })
         })
         .collect();
     interfaces.sort_by_key(|interface| interface.index);
@@ -240,7 +258,7 @@ mod tests {
 
     fn interface(index: u32, kind: InterfaceKind, address: &str) -> Interface {
         let addresses = vec![address.parse().unwrap()];
-        Interface { index, name: format!("if{index}"), kind, addresses }
+        Interface { index, name: format!("if{index}"), kind, addresses, mtu: 1500 }
     }
 
     fn check(bound: &[BindAddress], expected: &[u32]) {
@@ -285,6 +303,29 @@ mod tests {
     fn nothing_is_wanted_for_no_listener_or_an_address_of_none() {
         check(&[], &[]);
         check(&[ip("192.0.2.99")], &[]);
+    }
+
+    #[test]
+    fn the_smallest_mtu_matters_where_there_are_several() {
+        let mut interfaces = [
+            interface(1, InterfaceKind::Loopback, "127.0.0.1"),
+            interface(2, InterfaceKind::Ethernet, "192.0.2.1"),
+            interface(3, InterfaceKind::Ip, "198.51.100.1"),
+        ];
+        interfaces[0].mtu = 65_536;
+        assert_eq!(smallest_mtu(&interfaces), None);
+        interfaces[2].mtu = 1_400;
+        assert_eq!(smallest_mtu(&interfaces), Some(1_400));
+        interfaces[1].mtu = 1_400;
+        assert_eq!(smallest_mtu(&interfaces), None);
+        assert_eq!(smallest_mtu(&[]), None);
+    }
+
+    #[test]
+    fn an_interface_without_an_address_is_not_a_listeners() {
+        let mut bare = interface(2, InterfaceKind::Ethernet, "192.0.2.1");
+        bare.addresses.clear();
+        assert_eq!(wanted(&[bare], &BTreeSet::from([BindAddress::Any])), Vec::<&Interface>::new());
     }
 
     #[tokio::test]

@@ -39,6 +39,15 @@ pub enum LoadError {
         /// The pin directory.
         path: PathBuf,
     },
+    /// The programs of another version still hang on interfaces, and connections may live in them.
+    #[error(
+        "an agent of another version has left connections in {}, whose layout this one does not know: wait until they have ended, or end them with `forwarder cleanup --yes`",
+        .path.display()
+    )]
+    ForeignLayout {
+        /// That version's directory.
+        path: PathBuf,
+    },
     /// The pin directory cannot be worked with.
     #[error("cannot {operation} {}: {source} (names on a BPF file system may not contain dots)", .path.display())]
     PinDir {

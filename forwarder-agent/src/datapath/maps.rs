@@ -1,7 +1,7 @@
 //! The maps that the agent shares with the programs, and a copy of what stands in them, so that only what differs is
 //! written. See [`Datapath`](super::Datapath) and [`Bpf`](super::bpf::Bpf) for what the functions do.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use aya::maps::{HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use aya::{Ebpf, Pod};
@@ -33,6 +33,8 @@ pub(super) struct Maps {
     known_backends: HashMap<ListenerId, Vec<BackendEntry>>,
     /// What stands in `local_addresses`.
     known_addresses: BTreeMap<AddressBytes, u32>,
+    /// The listeners that a former agent has left: their new connections are held back until this one has its own.
+    former_listeners: HashSet<layout::ListenerKey>,
 }
 
 impl Maps {
@@ -41,16 +43,29 @@ impl Maps {
     /// # Errors
     /// One is not there, or of another layout.
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, LoadError> {
+        let listeners: Table<layout::ListenerKey, ListenerValue> = table(ebpf, layout::LISTENERS)?;
+        let mut backends: Table<BackendKey, BackendValue> = table(ebpf, layout::BACKENDS)?;
+        let mut counters: PerCpuHashMap<MapData, u32, ListenerCounters> =
+            typed(ebpf, layout::COUNTERS, PerCpuHashMap::try_from)?;
+        let local_addresses: Table<AddressBytes, u32> = table(ebpf, layout::LOCAL_ADDRESSES)?;
+        // What stands under numbers that this agent gives anew.
+        for key in backends.keys().filter_map(Result::ok).collect::<Vec<_>>() {
+            let _ = backends.remove(&key);
+        }
+        for key in counters.keys().filter_map(Result::ok).collect::<Vec<_>>() {
+            let _ = counters.remove(&key);
+        }
         Ok(Self {
-            listeners: table(ebpf, layout::LISTENERS)?,
-            backends: table(ebpf, layout::BACKENDS)?,
-            counters: typed(ebpf, layout::COUNTERS, PerCpuHashMap::try_from)?,
-            local_addresses: table(ebpf, layout::LOCAL_ADDRESSES)?,
+            former_listeners: listeners.keys().filter_map(Result::ok).collect(),
+            known_addresses: local_addresses.iter().filter_map(Result::ok).collect(),
+            listeners,
+            backends,
+            counters,
+            local_addresses,
             verdicts: typed(ebpf, layout::VERDICTS, PerCpuArray::try_from)?,
             known_listeners: HashMap::new(),
             known_counters: BTreeSet::new(),
             known_backends: HashMap::new(),
-            known_addresses: BTreeMap::new(),
         })
     }
 
@@ -70,6 +85,7 @@ impl Maps {
         let map_key = map_key(key);
         match self.listeners.insert(map_key, ListenerValue { listener_id: id.0, state }, 0) {
             Ok(()) => {
+                self.former_listeners.remove(&map_key);
                 self.known_listeners.insert(map_key, id);
                 Ok(())
             }
@@ -130,6 +146,14 @@ impl Maps {
         }
         let counters = self.remove_counters(id);
         listener.and(backends).and(counters)
+    }
+
+    pub(super) fn remove_former_listeners(&mut self) -> Result<(), DatapathError> {
+        for key in std::mem::take(&mut self.former_listeners) {
+            let removed = self.listeners.remove(&key);
+            absent(layout::LISTENERS, removed, || format!("port {} of a former agent", key.port))?;
+        }
+        Ok(())
     }
 
     pub(super) fn counters(&self, id: ListenerId) -> Result<ListenerCounters, DatapathError> {

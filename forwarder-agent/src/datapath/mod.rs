@@ -3,22 +3,38 @@
 
 pub mod attach;
 pub mod bpf;
+pub mod cleanup;
 #[cfg(test)]
 pub(crate) mod fake;
+pub mod flows;
+pub mod grace;
 pub mod interfaces;
 mod load_error;
 mod maps;
+#[cfg(test)]
+mod namespaces;
+pub mod paths;
 mod pins;
+pub mod routes;
+pub mod segments;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use forwarder_common::{ListenerCounters, Verdict};
 use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
 
 use self::attach::{AttachProblem, Attachment};
 use self::interfaces::Interface;
 use crate::model::{BindAddress, ListenerKey};
+
+/// `CLOCK_MONOTONIC` in nanoseconds: the clock of the programs (`bpf_ktime_get_ns`).
+pub fn monotonic() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or_default() * 1_000_000_000
+        + u64::try_from(now.tv_nsec).unwrap_or_default()
+}
 
 /// The number by which the maps know a listener. Given by the reconciler, never reused while an agent runs.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -67,6 +83,12 @@ pub trait Datapath: Send {
     /// The kernel refuses.
     fn remove_listener(&mut self, key: ListenerKey, id: ListenerId) -> Result<(), DatapathError>;
 
+    /// Removes the listeners that a former agent had and this one has not. To be called once this one's are set.
+    ///
+    /// # Errors
+    /// As [`Datapath::remove_listener`].
+    fn remove_former_listeners(&mut self) -> Result<(), DatapathError>;
+
     /// What the program counted for a listener, over all CPUs; zeros for an unknown one.
     ///
     /// # Errors
@@ -86,6 +108,10 @@ pub trait Datapath: Send {
     /// # Errors
     /// The kernel refuses.
     fn verdicts(&self) -> Result<Vec<(Verdict, u64)>, DatapathError>;
+
+    /// Leaves programs, maps and pins to the next agent, where there is something to leave: otherwise what ends the
+    /// process removes them.
+    fn leave(&mut self);
 }
 
 /// An operation on the kernel's maps that failed.

@@ -1,19 +1,19 @@
 //! The directory on the BPF file system where operators find the maps.
 //!
 //! It belongs to one running agent, by a lock (`flock`) on the directory itself: it excludes whoever sees that file
-//! system, in whatever namespaces, and ends with the process, however that ends. What a dead agent left is removed.
+//! system, in whatever namespaces, and ends with the process, however that ends. What a dead agent left is taken over where
+//! connections may live in it, and removed otherwise.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use aya::maps::Map;
 use forwarder_common::ABI_VERSION;
 use rustix::fs::{FlockOperation, OFlags, flock, statfs};
 use rustix::io::Errno;
 
-use super::load_error::{LoadError, with_causes};
+use super::load_error::LoadError;
 
 /// What `statfs` says of a BPF file system (`BPF_FS_MAGIC` in `linux/magic.h`).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -21,33 +21,63 @@ const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// How often to lock again a directory that its owner removed just before it let go of the lock.
 const ATTEMPTS: usize = 16;
 
-/// The pin directory, ours while this lives. Dropping it removes the pins, and the directories that are empty then.
+/// Where the links are pinned by which the programs hang on interfaces, in the directory of a version.
+pub(super) const LINKS: &str = "links";
+
+/// The pin directory, ours while this lives. Dropping it removes the pins, and the directories that are empty then, unless
+/// they are to be left.
 #[derive(Debug)]
 pub(super) struct Pins {
     parent: PathBuf,
     directory: PathBuf,
+    is_left: bool,
     _lock: File,
 }
 
 impl Pins {
-    /// Takes `parent` for this agent and empties the directory of this version in it.
+    /// Takes `parent` for this agent. What a dead agent left in the directory of this version is kept if its programs still
+    /// hang on interfaces, for connections may live in it.
     ///
     /// # Errors
-    /// It is not on a BPF file system, another running agent has it, or the kernel refuses.
+    /// It is not on a BPF file system, another running agent has it, the programs of another version still hang on
+    /// interfaces, or the kernel refuses.
     pub(super) fn acquire(parent: &Path) -> Result<Self, LoadError> {
         if !is_on_bpffs(parent)? {
             return Err(LoadError::NotBpffs { path: parent.to_owned() });
         }
         let lock = lock(parent)?;
         let directory = parent.join(format!("v{ABI_VERSION}"));
+        refuse_foreign(parent, &directory)?;
         create(&directory)?;
-        let pins = Self { parent: parent.to_owned(), directory, _lock: lock };
-        pins.clear().map_err(|source| LoadError::PinDir {
-            operation: "remove what a former agent left in",
-            path: pins.directory.clone(),
-            source,
-        })?;
+        let pins = Self { parent: parent.to_owned(), directory, is_left: false, _lock: lock };
+        if !pins.has_links() {
+            pins.clear().map_err(|source| LoadError::PinDir {
+                operation: "remove what a former agent left in",
+                path: pins.directory.clone(),
+                source,
+            })?;
+        }
         Ok(pins)
+    }
+
+    /// Whether programs hang on interfaces by links that are pinned here.
+    pub(super) fn has_links(&self) -> bool {
+        has_links(&self.directory)
+    }
+
+    /// Where links are pinned; made if it is not there.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) fn links(&self) -> Result<PathBuf, LoadError> {
+        let links = self.directory.join(LINKS);
+        create(&links)?;
+        Ok(links)
+    }
+
+    /// Leaves what is pinned to the next agent.
+    pub(super) fn leave(&mut self) {
+        self.is_left = true;
     }
 
     /// Where this version's maps are pinned.
@@ -55,22 +85,22 @@ impl Pins {
         &self.directory
     }
 
-    /// Pins a map under its name.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub(super) fn pin(&self, name: &str, map: &Map) -> Result<(), LoadError> {
-        let path = self.directory.join(name);
-        map.pin(&path).map_err(|error| LoadError::PinDir {
-            operation: "pin a map as",
-            path,
-            source: io::Error::other(with_causes(&error)),
-        })
-    }
-
     fn clear(&self) -> io::Result<()> {
-        for entry in fs::read_dir(&self.directory)? {
-            fs::remove_file(entry?.path())?;
+        // The links first: a program that hangs nowhere misses no map.
+        for folder in [self.directory.join(LINKS), self.directory.clone()] {
+            let entries = match fs::read_dir(&folder) {
+                Ok(entries) => entries,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            for entry in entries {
+                let entry = entry?;
+                if entry.file_type()?.is_dir() {
+                    fs::remove_dir(entry.path())?;
+                } else {
+                    fs::remove_file(entry.path())?;
+                }
+            }
         }
         Ok(())
     }
@@ -78,6 +108,9 @@ impl Pins {
 
 impl Drop for Pins {
     fn drop(&mut self) {
+        if self.is_left {
+            return;
+        }
         if let Err(error) = self.clear() {
             tracing::warn!(path = %self.directory.display(), %error, "cannot remove the pinned maps");
         }
@@ -87,8 +120,20 @@ impl Drop for Pins {
     }
 }
 
+fn has_links(directory: &Path) -> bool {
+    fs::read_dir(directory.join(LINKS)).is_ok_and(|mut entries| entries.next().is_some())
+}
+
+/// Refuses to start beside the programs of another version: their flows cannot be known here, and so neither which
+/// addresses they use.
+fn refuse_foreign(parent: &Path, own: &Path) -> Result<(), LoadError> {
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    let foreign = entries.map(|entry| entry.path()).find(|path| path != own && has_links(path));
+    foreign.map_or(Ok(()), |path| Err(LoadError::ForeignLayout { path }))
+}
+
 /// Whether `path`, or what will be its nearest parent, lies on a BPF file system.
-fn is_on_bpffs(path: &Path) -> Result<bool, LoadError> {
+pub(super) fn is_on_bpffs(path: &Path) -> Result<bool, LoadError> {
     for ancestor in path.ancestors() {
         match statfs(ancestor) {
             // The type of `f_type` differs between architectures.
@@ -117,7 +162,7 @@ fn create(path: &Path) -> Result<(), LoadError> {
 }
 
 /// Creates and locks the directory.
-fn lock(path: &Path) -> Result<File, LoadError> {
+pub(super) fn lock(path: &Path) -> Result<File, LoadError> {
     let failed = |source| LoadError::PinDir { operation: "lock", path: path.to_owned(), source };
     for _ in 0..ATTEMPTS {
         create(path)?;

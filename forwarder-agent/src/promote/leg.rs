@@ -5,8 +5,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 
-use rustix::time::{ClockId, clock_gettime};
 use socket2::{SockAddr, SockRef};
+
+use crate::datapath::monotonic;
 
 /// How often a consistent snapshot is tried for: bytes may arrive between two system calls.
 const ATTEMPTS: usize = 64;
@@ -17,6 +18,17 @@ const SEND_QUEUE: libc::c_int = 2;
 /// The values of `TCP_REPAIR`; the last one ends it without probing the peer's window.
 const REPAIR_ON: libc::c_int = 1;
 const REPAIR_OFF_WITHOUT_PROBE: libc::c_int = -1;
+
+/// States of a connection (`net/tcp_states.h`).
+const ESTABLISHED: u8 = 1;
+const TIME_WAIT: u8 = 6;
+const CLOSE: u8 = 7;
+const CLOSE_WAIT: u8 = 8;
+const LAST_ACK: u8 = 9;
+const CLOSING: u8 = 11;
+
+/// What `TCP_REPAIR_WINDOW` tells: five words, of which the second is the peer's window (`struct tcp_repair_window`).
+const REPAIR_WINDOW_LENGTH: usize = 20;
 
 /// Bits of `tcpi_options`.
 const OPTION_TIMESTAMPS: u8 = 1;
@@ -34,12 +46,26 @@ pub struct Leg {
     pub first_sent: u32,
     /// The sequence number of the first byte that it has received.
     pub first_received: u32,
+    /// The sequence number after the last byte that was written to it.
+    pub next_sent: u32,
+    /// The sequence number of the next byte that it expects.
+    pub next_received: u32,
+    /// How many bytes it has received.
+    pub received: u64,
+    /// How many bytes of what was written to it have not been acknowledged.
+    pub unacknowledged: u32,
+    /// How many bytes its peer takes beyond what it has acknowledged.
+    pub send_window: u32,
     /// The window scale that the peer has announced.
     pub peer_scale: u8,
     /// The window scale that the agent's socket has announced.
     pub own_scale: u8,
     /// What both have agreed on.
     pub options: LegOptions,
+    /// The most payload that the agent's socket puts into one packet, in bytes.
+    pub segment: u32,
+    /// The most payload that it has asked its peer to put into one packet.
+    pub advertised_segment: u32,
     /// The timestamp clock of the agent's socket, in milliseconds, at `clock_time`.
     pub clock: u32,
     /// When `clock` was read: `CLOCK_MONOTONIC` in nanoseconds.
@@ -62,8 +88,8 @@ impl Leg {
     /// nothing about the connection changes.
     ///
     /// # Errors
-    /// The socket is not an established TCP connection, the capability `CAP_NET_ADMIN` is missing, or bytes arrive too
-    /// fast for a consistent snapshot.
+    /// One direction of the connection has ended (`NotConnected`), the capability `CAP_NET_ADMIN` is missing, or bytes
+    /// arrive too fast for a consistent snapshot (`WouldBlock`).
     pub fn read(socket: impl AsFd, written: u64) -> io::Result<Self> {
         let socket = socket.as_fd();
         let fd = socket.as_raw_fd();
@@ -81,12 +107,21 @@ impl Leg {
             if before.received != after.received {
                 continue;
             }
+            // An end counts among the numbers.
+            if after.state != ESTABLISHED {
+                return Err(io::ErrorKind::NotConnected.into());
+            }
             let has = |bit| after.options & bit != 0;
             return Ok(Self {
                 local,
                 peer,
                 first_sent: numbers.next_sent.wrapping_sub(low_half(written)),
                 first_received: numbers.next_received.wrapping_sub(low_half(after.received)),
+                next_sent: numbers.next_sent,
+                next_received: numbers.next_received,
+                received: after.received,
+                unacknowledged: unacknowledged(fd)?,
+                send_window: numbers.send_window,
                 peer_scale: after.scales & 15,
                 own_scale: after.scales >> 4,
                 options: LegOptions {
@@ -94,12 +129,55 @@ impl Leg {
                     selective: has(OPTION_SACK),
                     congestion_marks: has(OPTION_ECN),
                 },
+                segment: after.segment,
+                advertised_segment: after.advertised_segment,
                 clock: numbers.clock,
                 clock_time: numbers.clock_time,
             });
         }
         Err(io::Error::new(io::ErrorKind::WouldBlock, "bytes arrive too fast for a consistent snapshot"))
     }
+}
+
+/// What a socket still has to do before it can be taken away.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Remainder {
+    /// Bytes and ends that were written to it, and not acknowledged, or received and not read.
+    pub is_empty: bool,
+    /// Whether its peer has ended its direction: the end may not have been read.
+    pub has_ended: bool,
+}
+
+/// What `socket` still has to do.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn remainder(socket: impl AsFd) -> io::Result<Remainder> {
+    let socket = socket.as_fd();
+    let fd = socket.as_raw_fd();
+    let state = Info::read(fd)?.state;
+    Ok(Remainder {
+        is_empty: unacknowledged(fd)? == 0 && rustix::io::ioctl_fionread(socket)? == 0,
+        has_ended: matches!(state, CLOSE_WAIT | LAST_ACK | CLOSING | TIME_WAIT | CLOSE),
+    })
+}
+
+/// Bytes that were written to a socket and not acknowledged; an end counts as one.
+fn unacknowledged(fd: libc::c_int) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the pointer is to an integer, which is what the request writes (`tcp_ioctl`).
+    let result = unsafe { libc::ioctl(fd, libc::TIOCOUTQ, &raw mut bytes) };
+    if result == 0 { Ok(bytes.unsigned_abs()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes the close of `socket`, which follows, a silent one: its connection is the kernel's.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn silence(socket: impl AsFd) -> io::Result<()> {
+    set(socket.as_fd().as_raw_fd(), libc::TCP_REPAIR, REPAIR_ON)?;
+    // Gone at once: a child process between fork and exec may hold the descriptor longer than its owner does.
+    Ok(rustix::net::connect_unspec(socket)?)
 }
 
 /// Sequence numbers are positions modulo 2^32.
@@ -115,15 +193,20 @@ fn unmapped(address: SocketAddr) -> SocketAddr {
 
 /// The fields of `struct tcp_info` (`linux/tcp.h`) that are of interest.
 struct Info {
+    state: u8,
     options: u8,
     /// The peer's scale in the low four bits, the own one in the others.
     scales: u8,
+    segment: u32,
+    advertised_segment: u32,
     received: u64,
 }
 
 impl Info {
     const OPTIONS: usize = 5;
     const SCALES: usize = 6;
+    const SEGMENT: usize = 16;
+    const ADVERTISED_SEGMENT: usize = 84;
     const RECEIVED: usize = 128;
     const LENGTH: usize = 136;
 
@@ -131,9 +214,17 @@ impl Info {
         let bytes: [u8; Self::LENGTH] = get(fd, libc::TCP_INFO)?;
         let mut received = [0; 8];
         received.copy_from_slice(&bytes[Self::RECEIVED..Self::LENGTH]);
+        let word = |at: usize| {
+            let mut word = [0; 4];
+            word.copy_from_slice(&bytes[at..at + 4]);
+            u32::from_ne_bytes(word)
+        };
         Ok(Self {
+            state: bytes[0],
             options: bytes[Self::OPTIONS],
             scales: bytes[Self::SCALES],
+            segment: word(Self::SEGMENT),
+            advertised_segment: word(Self::ADVERTISED_SEGMENT),
             received: u64::from_ne_bytes(received),
         })
     }
@@ -141,6 +232,7 @@ impl Info {
 
 /// What only a socket under repair tells.
 struct Numbers {
+    send_window: u32,
     next_sent: u32,
     next_received: u32,
     clock: u32,
@@ -161,11 +253,11 @@ impl Numbers {
         let next_received = get(fd, libc::TCP_QUEUE_SEQ)?;
         set(fd, libc::TCP_REPAIR_QUEUE, SEND_QUEUE)?;
         let next_sent = get(fd, libc::TCP_QUEUE_SEQ)?;
+        let window: [u8; REPAIR_WINDOW_LENGTH] = get(fd, libc::TCP_REPAIR_WINDOW)?;
+        let send_window = u32::from_ne_bytes([window[4], window[5], window[6], window[7]]);
         let clock = get(fd, libc::TCP_TIMESTAMP)?;
-        let now = clock_gettime(ClockId::Monotonic);
-        let clock_time = u64::try_from(now.tv_sec).unwrap_or_default() * 1_000_000_000
-            + u64::try_from(now.tv_nsec).unwrap_or_default();
-        Ok(Self { next_sent, next_received, clock, clock_time })
+        let clock_time = monotonic();
+        Ok(Self { send_window, next_sent, next_received, clock, clock_time })
     }
 }
 

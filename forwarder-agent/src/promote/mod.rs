@@ -1,40 +1,25 @@
 //! Joins the two connections of a pair, so that the kernel forwards their packets by itself.
 //!
-//! So far this is the reading and the arithmetic of it: connections are not promoted yet.
+//! What joins them is in `datapath::flows`, and when, in `connection`.
 
 pub mod leg;
+mod probe;
+mod refusal;
 
 use std::net::SocketAddr;
 
-use forwarder_common::flow::{DIRECTION_REQUEST, DIRECTION_RESPONSE, Flow, FlowKey};
+use forwarder_common::flow::{
+    DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOW_TIMESTAMPS, Flow, FlowKey, Half, Pair,
+    STATE_TAIL,
+};
 use forwarder_common::layout::address_bytes;
 
 pub use self::leg::{Leg, LegOptions};
+pub use self::probe::probe;
+pub use self::refusal::Refusal;
 
-/// Why two legs cannot be joined.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Refusal {
-    /// One is IPv4, the other IPv6.
-    Families,
-    /// One uses timestamps, the other does not.
-    Timestamps,
-    /// One uses selective acknowledgements, the other does not.
-    SelectiveAcknowledgements,
-    /// One uses explicit congestion notification, the other does not.
-    CongestionMarks,
-}
-
-impl Refusal {
-    /// Its name in metrics.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Families => "families_differ",
-            Self::Timestamps => "timestamps_differ",
-            Self::SelectiveAcknowledgements => "sack_differs",
-            Self::CongestionMarks => "ecn_differs",
-        }
-    }
-}
+/// Bytes that the timestamps take from each segment's payload (RFC 7323, appendix A).
+const TIMESTAMPS_LENGTH: u32 = 12;
 
 /// Where the packets of a joined pair go, and under which number.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -45,19 +30,25 @@ pub struct Placement {
     pub upstream_interface: u32,
     /// The pair's number.
     pub pair: u32,
-    /// [`STATE_TAIL`](forwarder_common::flow::STATE_TAIL) or
-    /// [`STATE_SPLICED`](forwarder_common::flow::STATE_SPLICED).
-    pub state: u32,
 }
 
-/// The two directions of a pair, from the client first.
+/// What stands in the maps for a joined pair.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Joint {
+    /// The two directions, from the client first.
+    pub flows: [(FlowKey, Flow); 2],
+    /// What is known of them at first.
+    pub pair: Pair,
+}
+
+/// Computes what joins two legs, in state tail.
 ///
 /// What differs between the legs is the same from the first byte on: the agent has written to one leg what it read from
 /// the other, byte for byte, so that the first bytes correspond, and the legs may be read at any moment.
 ///
 /// # Errors
 /// Why packets of one leg would not be understood on the other.
-pub fn join(downstream: &Leg, upstream: &Leg, placement: Placement) -> Result<[(FlowKey, Flow); 2], Refusal> {
+pub fn join(downstream: &Leg, upstream: &Leg, placement: Placement) -> Result<Joint, Refusal> {
     if downstream.peer.is_ipv4() != upstream.peer.is_ipv4() {
         return Err(Refusal::Families);
     }
@@ -68,17 +59,50 @@ pub fn join(downstream: &Leg, upstream: &Leg, placement: Placement) -> Result<[(
     if down.selective != up.selective {
         return Err(Refusal::SelectiveAcknowledgements);
     }
-    if down.congestion_marks != up.congestion_marks {
-        return Err(Refusal::CongestionMarks);
+    if !fits(downstream, upstream) || !fits(upstream, downstream) {
+        return Err(Refusal::SegmentSizes);
     }
-    Ok([
-        direction(downstream, upstream, DIRECTION_REQUEST, placement.upstream_interface, placement),
-        direction(upstream, downstream, DIRECTION_RESPONSE, placement.downstream_interface, placement),
-    ])
+    let now = downstream.clock_time.max(upstream.clock_time);
+    Ok(Joint {
+        flows: [
+            direction(downstream, upstream, DIRECTION_REQUEST, placement.upstream_interface, placement),
+            direction(upstream, downstream, DIRECTION_RESPONSE, placement.downstream_interface, placement),
+        ],
+        pair: Pair {
+            opened: now,
+            promoted: now,
+            request: half(downstream, now),
+            response: half(upstream, now),
+        },
+    })
+}
+
+/// Whether the largest segments that the peer of `from` may send fit into packets on `to`.
+const fn fits(from: &Leg, to: &Leg) -> bool {
+    let options = if from.options.timestamps { TIMESTAMPS_LENGTH } else { 0 };
+    from.advertised_segment.saturating_sub(options) <= to.segment
+}
+
+/// What is known of the direction that comes from a leg's peer.
+const fn half(from: &Leg, now: u64) -> Half {
+    Half {
+        packets: 0,
+        bytes: from.received,
+        repeated: 0,
+        last_seen: now,
+        timestamp_shift: 0,
+        timestamp_known: 0,
+        sequence_end: from.next_received,
+        acknowledged: from.next_sent.wrapping_sub(from.unacknowledged),
+        fin_end: 0,
+        window: 0,
+        flags: 0,
+    }
 }
 
 /// What arrives on `from` and leaves on `to`.
 fn direction(from: &Leg, to: &Leg, direction: u32, interface: u32, placement: Placement) -> (FlowKey, Flow) {
+    let clear_ecn = from.options.congestion_marks && !to.options.congestion_marks;
     let flow = Flow {
         out: tuple(to.local, to.peer),
         interface,
@@ -86,12 +110,14 @@ fn direction(from: &Leg, to: &Leg, direction: u32, interface: u32, placement: Pl
         clock: to.clock,
         pair: placement.pair,
         direction,
-        state: placement.state,
+        state: STATE_TAIL,
         sequence_shift: to.first_sent.wrapping_sub(from.first_received),
         acknowledgement_shift: to.first_received.wrapping_sub(from.first_sent),
         source_scale: from.peer_scale,
         target_scale: to.own_scale,
-        pad: [0; 6],
+        flags: if clear_ecn { FLOW_CLEAR_ECN } else { 0 }
+            | if from.options.timestamps { FLOW_TIMESTAMPS } else { 0 },
+        acknowledged: to.next_received,
     };
     (tuple(from.peer, from.local), flow)
 }
@@ -107,12 +133,9 @@ fn tuple(source: SocketAddr, destination: SocketAddr) -> FlowKey {
 
 #[cfg(test)]
 mod tests {
-    use forwarder_common::flow::STATE_TAIL;
-
     use super::*;
 
-    const PLACEMENT: Placement =
-        Placement { downstream_interface: 3, upstream_interface: 4, pair: 7, state: STATE_TAIL };
+    const PLACEMENT: Placement = Placement { downstream_interface: 3, upstream_interface: 4, pair: 7 };
 
     fn leg(local: &str, peer: &str, first_sent: u32, first_received: u32) -> Leg {
         Leg {
@@ -120,9 +143,16 @@ mod tests {
             peer: peer.parse().unwrap(),
             first_sent,
             first_received,
+            next_sent: first_sent.wrapping_add(50),
+            next_received: first_received.wrapping_add(70),
+            received: 70,
+            unacknowledged: 20,
+            send_window: 65_536,
             peer_scale: 7,
             own_scale: 9,
             options: LegOptions { timestamps: true, selective: true, congestion_marks: false },
+            segment: 1448,
+            advertised_segment: 1460,
             clock: first_sent,
             clock_time: 5,
         }
@@ -136,7 +166,7 @@ mod tests {
     #[test]
     fn each_direction_undoes_the_other() {
         let (downstream, upstream) = legs();
-        let [(request_key, request), (response_key, response)] =
+        let Joint { flows: [(request_key, request), (response_key, response)], pair } =
             join(&downstream, &upstream, PLACEMENT).unwrap();
         assert_eq!(request.out.reversed(), response_key);
         assert_eq!(response.out.reversed(), request_key);
@@ -145,6 +175,8 @@ mod tests {
         assert_eq!(response.sequence_shift.wrapping_add(request.acknowledgement_shift), 0);
         assert_eq!((request.interface, response.interface), (4, 3));
         assert_eq!((request.clock, response.clock), (upstream.clock, downstream.clock));
+        assert_eq!((pair.request.bytes, pair.request.sequence_end), (70, downstream.next_received));
+        assert_eq!(pair.response.acknowledged, upstream.next_sent - 20);
     }
 
     #[test]
@@ -157,6 +189,29 @@ mod tests {
         check(|leg| leg.peer = "[2001:db8::1]:1".parse().unwrap(), Refusal::Families);
         check(|leg| leg.options.timestamps = false, Refusal::Timestamps);
         check(|leg| leg.options.selective = false, Refusal::SelectiveAcknowledgements);
-        check(|leg| leg.options.congestion_marks = true, Refusal::CongestionMarks);
+        check(|leg| leg.segment = 1400, Refusal::SegmentSizes);
+        check(|leg| leg.advertised_segment = 8960, Refusal::SegmentSizes);
+    }
+
+    #[test]
+    fn a_leg_of_smaller_packets_may_be_joined_where_the_other_asks_for_no_larger_ones() {
+        let (mut downstream, mut upstream) = legs();
+        (upstream.segment, upstream.advertised_segment) = (1348, 1360);
+        assert_eq!(join(&downstream, &upstream, PLACEMENT), Err(Refusal::SegmentSizes));
+        downstream.advertised_segment = 1360;
+        join(&downstream, &upstream, PLACEMENT).unwrap();
+    }
+
+    #[test]
+    fn marks_that_only_one_leg_answers_are_cleared_on_the_way_to_the_other() {
+        let (mut downstream, mut upstream) = legs();
+        let cleared = |downstream, upstream| {
+            let joint = join(&downstream, &upstream, PLACEMENT).unwrap();
+            joint.flows.map(|(_, flow)| flow.flags & FLOW_CLEAR_ECN != 0)
+        };
+        downstream.options.congestion_marks = true;
+        assert_eq!(cleared(downstream, upstream), [true, false]);
+        upstream.options.congestion_marks = true;
+        assert_eq!(cleared(downstream, upstream), [false, false]);
     }
 }

@@ -12,6 +12,7 @@ use std::io;
 use std::task::{Context, Poll, ready};
 
 use rustix::net::Shutdown;
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
 use self::copy::Stash;
@@ -30,28 +31,32 @@ const BULK_READ: usize = 64 << 10;
 const SMALL_SPLICES: u8 = 8;
 
 /// How the bytes of a connection are moved.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Tier {
     /// `splice(2)` for bulk data, read and write for the rest.
     Splice,
     /// Read and write only.
     Copy,
+    /// Packets translated and redirected by the kernel.
+    Tc,
 }
 
 impl Tier {
     /// Every tier, in the order of its discriminant.
-    pub const ALL: [Self; 2] = [Self::Splice, Self::Copy];
+    pub const ALL: [Self; 3] = [Self::Splice, Self::Copy, Self::Tc];
 
     /// Its name in metrics and logs.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Splice => "splice",
             Self::Copy => "copy",
+            Self::Tc => "tc",
         }
     }
 }
 
-/// Why bytes that `splice` could have moved were copied.
+/// Why bytes were moved by a slower tier than the one that was wanted.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Fallback {
     /// The kernel refused `splice(2)` on these sockets.
@@ -133,6 +138,7 @@ pub struct Direction {
     may_splice: bool,
     small_splices: u8,
     read_size: usize,
+    holds_end: bool,
 }
 
 impl Direction {
@@ -142,15 +148,41 @@ impl Direction {
             pending: Pending::Nothing,
             phase: Phase::Open,
             splicing: false,
-            may_splice: tier == Tier::Splice,
+            may_splice: tier != Tier::Copy,
             small_splices: 0,
             read_size: FIRST_READ,
+            holds_end: false,
         }
+    }
+
+    /// Whether the end of the source is kept back instead of being passed on.
+    pub fn hold_end(&mut self, holds: bool) {
+        self.holds_end = holds;
+    }
+
+    /// Whether the end of the source would be kept back.
+    pub fn holds_end(&self) -> bool {
+        self.holds_end
+    }
+
+    /// Whether the end of the source has been read, and everything before it been passed on.
+    pub fn is_at_end(&self) -> bool {
+        self.phase == Phase::Ending && self.is_empty()
     }
 
     /// Whether the end of the source has been passed on.
     pub fn is_done(&self) -> bool {
         self.phase == Phase::Done
+    }
+
+    /// Whether the source has not ended.
+    pub fn is_open(&self) -> bool {
+        self.phase == Phase::Open
+    }
+
+    /// Whether nothing is pending.
+    pub fn is_empty(&self) -> bool {
+        matches!(self.pending, Pending::Nothing)
     }
 
     /// Whether the source is being read, so that its reset would be noticed at once.
@@ -176,6 +208,9 @@ impl Direction {
         loop {
             ready!(self.poll_flush(cx, destination, shared, moved))?;
             if self.phase == Phase::Ending {
+                if self.holds_end {
+                    return Poll::Pending;
+                }
                 // The peer may have closed or reset meanwhile: then there is nobody left to tell.
                 match rustix::net::shutdown(destination, Shutdown::Write) {
                     Ok(()) | Err(rustix::io::Errno::NOTCONN) => {}

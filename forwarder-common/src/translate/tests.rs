@@ -174,3 +174,12 @@ fn half_the_numbers_come_before_any_number() {
     assert!(!is_before(0, 0xffff_ffff));
     assert!(!is_before(7, 7));
 }
+
+#[test]
+fn a_window_shrinks_by_what_is_acknowledged_in_advance() {
+    assert_eq!(window_without(1_000, 0, 7), 1_000);
+    assert_eq!(window_without(1_000, 128, 7), 999);
+    assert_eq!(window_without(1_000, 129, 7), 998);
+    assert_eq!(window_without(1_000, 1_000 << 7, 7), 0);
+    assert_eq!(window_without(1_000, u32::MAX, 7), 0);
+}

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use aya::programs::links::LinkOrder;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{SchedClassifier, TcAttachType};
-use forwarder_common::flow::{Flow, FlowKey, HALF_FIN, HALF_RESET, Pair, STATE_SPLICED, STATE_TAIL};
+use forwarder_common::flow::{Flow, FlowKey, HALF_FIN, HALF_RESET, STATE_SPLICED};
 use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, Verdict};
 
 use super::super::{AttachKind, Bpf};
@@ -104,19 +104,18 @@ fn promote(
     bpf: &mut Bpf,
     downstream: (&TcpStream, u64),
     upstream: (&TcpStream, u64),
-    state: u32,
 ) -> Vec<(FlowKey, Flow)> {
-    write_pair(bpf, Pair::default());
     let legs = [downstream, upstream].map(|(socket, written)| Leg::read(socket, written).unwrap());
     let placement = Placement {
         downstream_interface: interface_index("veth-down"),
         upstream_interface: interface_index("veth-up"),
         pair: PAIR,
-        state,
     };
-    let flows = join(&legs[0], &legs[1], placement).unwrap().to_vec();
-    write_flows(bpf, &flows);
-    flows
+    let joint = join(&legs[0], &legs[1], placement).unwrap();
+    write_flows(bpf, &joint.flows);
+    // Both directions begin with it.
+    write_pair(bpf, joint.pair);
+    joint.flows.to_vec()
 }
 
 /// Bytes that tell their place in the stream.
@@ -270,7 +269,7 @@ fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64) {
             up += relay(&downstream, &upstream, &mut request);
             down += relay(&upstream, &downstream, &mut response);
         }
-        let flows = promote(&mut bpf, (&downstream, down), (&upstream, up), STATE_TAIL);
+        let flows = promote(&mut bpf, (&downstream, down), (&upstream, up));
         let inserted = Instant::now();
         // What the sockets had received is delivered, in the meantime new packets pass by.
         loop {
@@ -297,7 +296,7 @@ fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64) {
         let pair = pair(&bpf);
         for half in [pair.request, pair.response] {
             assert_eq!(half.flags & (HALF_FIN | HALF_RESET), HALF_FIN, "{pair:?}");
-            assert!(half.bytes > 0 && half.bytes <= length * 2, "{pair:?}");
+            assert_eq!(half.bytes, length, "{pair:?}");
         }
         let verdicts = verdicts(&bpf);
         assert!(verdicts[&Verdict::Redirected] > 0, "{verdicts:?}");

@@ -4,41 +4,42 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use aya::maps::HashMap as BpfHashMap;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, DIRECTION_RESPONSE, Flow, FlowKey, HALF_FIN, HALF_RESET, Pair, STATE_SPLICED,
-    STATE_TAIL,
+    DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOWS, Flow, FlowKey, HALF_FIN, HALF_RESET,
+    HALF_SYN, Pair, STATE_SPLICED, STATE_TAIL,
 };
 use forwarder_common::layout::{address_bytes, address_of};
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN};
-use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, Verdict};
+use forwarder_common::{PROGRAM_ETHERNET, Verdict};
 
 use super::super::Bpf;
 use super::{Bpffs, PAIR, TC_ACT_UNSPEC, bpffs, load_guard, pair, run, verdicts, write_flows, write_pair};
 
-const TC_ACT_SHOT: i32 = 2;
+pub(super) const TC_ACT_SHOT: i32 = 2;
 const TC_ACT_REDIRECT: i32 = 7;
 /// Shifts that make the numbers of most packets wrap.
-const SEQUENCE_SHIFT: u32 = 0xffff_f000;
+pub(super) const SEQUENCE_SHIFT: u32 = 0xffff_f000;
 const REVERSE_SHIFT: u32 = 0x8000_0001;
 const TIMESTAMP_SHIFT: u32 = 0xdead_beef;
 const REVERSE_TIMESTAMP_SHIFT: u32 = 0x1234_5678;
 
 /// A TCP packet in an Ethernet frame.
 #[derive(Clone, Debug, Eq, PartialEq)]
-struct Frame {
-    tuple: FlowKey,
-    ip_options: Vec<u8>,
-    sequence: u32,
-    acknowledgement: u32,
-    flags: u8,
-    window: u16,
-    options: Vec<Field>,
-    payload: Vec<u8>,
+pub(super) struct Frame {
+    pub(super) tuple: FlowKey,
+    pub(super) ip_options: Vec<u8>,
+    pub(super) sequence: u32,
+    pub(super) acknowledgement: u32,
+    pub(super) flags: u8,
+    pub(super) window: u16,
+    pub(super) options: Vec<Field>,
+    pub(super) payload: Vec<u8>,
 }
 
 /// A TCP option.
 #[derive(Clone, Debug, Eq, PartialEq)]
-enum Field {
+pub(super) enum Field {
     Nop,
     Timestamps(u32, u32),
     Sack(Vec<[u32; 2]>),
@@ -67,7 +68,7 @@ fn checksum(parts: &[&[u8]]) -> u16 {
 }
 
 impl Frame {
-    fn new(tuple: FlowKey) -> Self {
+    pub(super) fn new(tuple: FlowKey) -> Self {
         Self {
             tuple,
             ip_options: Vec::new(),
@@ -80,7 +81,7 @@ impl Frame {
         }
     }
 
-    fn encode(&self) -> Vec<u8> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let mut options = Vec::new();
         for option in &self.options {
             match option {
@@ -181,7 +182,7 @@ fn bytes_of(address: IpAddr) -> Vec<u8> {
     }
 }
 
-fn flow_v4() -> (FlowKey, Flow) {
+pub(super) fn flow_v4() -> (FlowKey, Flow) {
     let key = tuple("192.0.2.1:40000", "198.51.100.7:9001");
     (key, flow(tuple("198.51.100.8:51000", "203.0.113.9:3306")))
 }
@@ -204,20 +205,29 @@ fn flow(out: FlowKey) -> Flow {
         acknowledgement_shift: REVERSE_SHIFT.wrapping_neg(),
         source_scale: 7,
         target_scale: 9,
-        pad: [0; 6],
+        flags: 0,
+        acknowledged: 0,
     }
 }
 
 /// A pair of which both clocks are known.
-fn known_clocks() -> Pair {
+pub(super) fn known_clocks() -> Pair {
     let mut pair = Pair::default();
     (pair.request.timestamp_known, pair.request.timestamp_shift) = (1, TIMESTAMP_SHIFT);
     (pair.response.timestamp_known, pair.response.timestamp_shift) = (1, REVERSE_TIMESTAMP_SHIFT);
     pair
 }
 
+/// The same, at the place of `frame` in the streams of both ends.
+fn at(frame: &Frame) -> Pair {
+    let mut pair = known_clocks();
+    pair.request.sequence_end = frame.sequence;
+    pair.response.acknowledged = frame.sequence.wrapping_add(SEQUENCE_SHIFT);
+    pair
+}
+
 /// Loaded, with the guard, one direction and its pair.
-fn with_flow(key: FlowKey, flow: Flow, pair: Pair) -> Option<(Bpffs, Bpf)> {
+pub(super) fn with_flow(key: FlowKey, flow: Flow, pair: Pair) -> Option<(Bpffs, Bpf)> {
     let bpffs = bpffs()?;
     let mut bpf = Bpf::load(&bpffs.options()).unwrap();
     load_guard(&mut bpf);
@@ -228,19 +238,17 @@ fn with_flow(key: FlowKey, flow: Flow, pair: Pair) -> Option<(Bpffs, Bpf)> {
 
 #[track_caller]
 fn check((key, flow): (FlowKey, Flow), change: impl Fn(&mut Frame)) {
-    let Some((_bpffs, bpf)) = with_flow(key, flow, known_clocks()) else { return };
     let mut frame = Frame::new(key);
     change(&mut frame);
+    let Some((_bpffs, bpf)) = with_flow(key, flow, at(&frame)) else { return };
     let (action, out) = run(&bpf, PROGRAM_ETHERNET, &frame.encode());
     assert_eq!(action, TC_ACT_REDIRECT);
     assert_eq!(out, frame.translated(&flow).encode(), "{frame:?}");
     assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::Redirected, 1)]));
     let half = pair(&bpf).request;
-    let fin = u32::from(frame.flags & FLAG_FIN != 0);
-    let payload = u32::try_from(frame.payload.len()).unwrap();
-    assert_eq!((half.packets, half.bytes), (1, u64::from(payload)));
-    assert_eq!(half.sequence_end, frame.sequence.wrapping_add(payload + fin));
-    assert_eq!(half.flags & HALF_FIN != 0, fin == 1);
+    let payload = u64::try_from(frame.payload.len()).unwrap();
+    assert_eq!((half.packets, half.bytes), (1, payload));
+    assert_eq!(half.flags & HALF_FIN != 0, frame.flags & FLAG_FIN != 0);
     assert_eq!(half.flags & HALF_RESET != 0, frame.flags & FLAG_RST != 0);
     assert!(half.last_seen > 0);
 }
@@ -336,11 +344,93 @@ fn a_clock_is_learnt_from_the_first_packet_and_kept() {
 }
 
 #[test]
-fn a_new_connection_on_the_tuple_is_for_the_local_stack() {
+fn a_new_connection_on_the_tuple_of_a_pair_that_lives_waits() {
     let (key, flow) = flow_v4();
-    let Some((_bpffs, bpf)) = with_flow(key, flow, known_clocks()) else { return };
-    let frame = Frame { flags: FLAG_SYN, ..Frame::new(key) }.encode();
+    let frame = Frame { flags: FLAG_SYN, payload: Vec::new(), ..Frame::new(key) };
+    let Some((_bpffs, bpf)) = with_flow(key, flow, at(&frame)) else { return };
+    assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame.encode()).0, TC_ACT_SHOT);
+    assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::Held, 1)]));
+    assert_eq!(pair(&bpf).request.flags, HALF_SYN);
+}
+
+#[test]
+fn the_answer_to_a_new_connection_passes_with_its_window_as_it_is() {
+    // What the other end sends again until it hears of the handshake's end. It is unscaled (RFC 7323, 2.2).
+    let (key, flow) = flow_v4();
+    let frame = Frame { flags: FLAG_SYN | FLAG_ACK, payload: Vec::new(), ..Frame::new(key) };
+    let Some((_bpffs, bpf)) = with_flow(key, flow, at(&frame)) else { return };
+    let (action, out) = run(&bpf, PROGRAM_ETHERNET, &frame.encode());
+    assert_eq!(action, TC_ACT_REDIRECT);
+    let unscaled = Flow { source_scale: 0, target_scale: 0, ..flow };
+    assert_eq!(out, frame.translated(&unscaled).encode());
+}
+
+#[test]
+fn a_new_connection_on_the_tuple_of_a_pair_that_is_over_is_for_the_local_stack() {
+    let (key, flow) = flow_v4();
+    let frame = Frame { flags: FLAG_SYN, payload: Vec::new(), ..Frame::new(key) };
+    let mut over = at(&frame);
+    over.response.flags = HALF_RESET;
+    let Some((_bpffs, mut bpf)) = with_flow(key, flow, over) else { return };
+    let reverse = Flow { out: key.reversed(), direction: DIRECTION_RESPONSE, ..flow };
+    write_flows(&mut bpf, &[(flow.out.reversed(), reverse)]);
+    let frame = frame.encode();
     assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
+    // Both directions are forgotten, so that the guard does not stand in the way either.
+    let flows: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map(FLOWS).unwrap().try_into().unwrap();
+    assert_eq!(flows.keys().count(), 0);
+}
+
+#[test]
+fn congestion_marks_that_nobody_would_answer_are_taken_off() {
+    for (key, flow) in [flow_v4(), flow_v6()] {
+        let Some((_bpffs, bpf)) = with_flow(key, Flow { flags: FLOW_CLEAR_ECN, ..flow }, known_clocks())
+        else {
+            return;
+        };
+        let plain = Frame::new(key);
+        let mut marked = plain.encode();
+        // ECT(0) in the type of service, or in the traffic class.
+        if is_ipv4(&marked) {
+            marked[15] |= 2;
+            let sum = checksum(&[&[marked[14..24].to_vec(), vec![0; 2], marked[26..34].to_vec()].concat()]);
+            marked[24..26].copy_from_slice(&sum.to_be_bytes());
+        } else {
+            marked[15] |= 2 << 4;
+        }
+        let (action, out) = run(&bpf, PROGRAM_ETHERNET, &marked);
+        assert_eq!(action, TC_ACT_REDIRECT);
+        assert_eq!(out, plain.translated(&flow).encode());
+    }
+}
+
+/// Whether the packet of an Ethernet frame is IPv4.
+fn is_ipv4(frame: &[u8]) -> bool {
+    frame[12..14] == [8, 0]
+}
+
+#[test]
+fn in_state_tail_nothing_that_was_promised_is_taken_back() {
+    // The receiver was told by the local socket that 100 bytes more have arrived: they are still on their way to the
+    // sender, whose window is smaller by them.
+    let (key, flow) = flow_v4();
+    let mut frame = Frame::new(key);
+    frame.window = 1_000;
+    let plain = Flow { source_scale: 0, target_scale: 0, ..flow };
+    let promised = frame.acknowledgement.wrapping_sub(REVERSE_SHIFT).wrapping_add(100);
+    for (state, is_raised) in [(STATE_TAIL, true), (STATE_SPLICED, false)] {
+        let flow = Flow { state, acknowledged: promised, ..plain };
+        let Some((_bpffs, bpf)) = with_flow(key, flow, at(&frame)) else { return };
+        let (_, out) = run(&bpf, PROGRAM_ETHERNET, &frame.encode());
+        let tcp = &out[34..];
+        let numbers = (u32::from_be_bytes(tcp[8..12].try_into().unwrap()), [tcp[14], tcp[15]]);
+        let expected = if is_raised {
+            (promised, 900_u16.to_be_bytes())
+        } else {
+            (promised.wrapping_sub(100), 1_000_u16.to_be_bytes())
+        };
+        assert_eq!(numbers, expected);
+    }
 }
 
 #[test]
@@ -357,10 +447,11 @@ fn options_that_nobody_understands_are_not_translated_in_part() {
 }
 
 #[test]
-fn a_flow_without_its_pair_forwards_nothing() {
+fn a_flow_without_its_pair_is_none() {
     let (key, flow) = flow_v4();
     let Some((_bpffs, bpf)) = with_flow(key, Flow { pair: PAIR + 1, ..flow }, known_clocks()) else { return };
-    assert_eq!(run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode()).0, TC_ACT_SHOT);
+    let frame = Frame::new(key).encode();
+    assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
     assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::PairMissing, 1)]));
 }
 
@@ -374,43 +465,4 @@ fn directions_are_noted_apart() {
     run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode());
     let pair = pair(&bpf);
     assert_eq!((pair.request.packets, pair.response.packets), (0, 1));
-    assert_eq!(pair.response.acknowledged, 0x1000);
-}
-
-/// What the guard makes of what the local socket on a leg sends.
-fn guarded(state: u32, flags: u8, payload: &[u8]) -> (i32, BTreeMap<Verdict, u64>) {
-    let (key, flow) = flow_v4();
-    let Some((_bpffs, bpf)) = with_flow(key, Flow { state, ..flow }, known_clocks()) else {
-        return (TC_ACT_UNSPEC, BTreeMap::new());
-    };
-    let frame = Frame { flags, payload: payload.to_vec(), ..Frame::new(key.reversed()) }.encode();
-    let (action, out) = run(&bpf, PROGRAM_GUARD_ETHERNET, &frame);
-    assert_eq!(out, frame);
-    (action, verdicts(&bpf))
-}
-
-#[test]
-fn the_guard_lets_only_the_tail_out() {
-    if bpffs().is_none() {
-        return;
-    }
-    let sent = |action, verdict| (action, BTreeMap::from([(verdict, 1)]));
-    let passes = sent(TC_ACT_UNSPEC, Verdict::TailSent);
-    let drops = sent(TC_ACT_SHOT, Verdict::Guarded);
-    assert_eq!(guarded(STATE_TAIL, FLAG_ACK, b"tail"), passes);
-    assert_eq!(guarded(STATE_TAIL, FLAG_ACK | FLAG_FIN, b""), passes);
-    assert_eq!(guarded(STATE_TAIL, FLAG_ACK, b""), drops);
-    assert_eq!(guarded(STATE_TAIL, FLAG_RST, b""), drops);
-    assert_eq!(guarded(STATE_SPLICED, FLAG_ACK, b"late"), drops);
-    assert_eq!(guarded(STATE_SPLICED, FLAG_RST | FLAG_ACK, b""), drops);
-}
-
-#[test]
-fn the_guard_touches_nothing_else() {
-    let (key, flow) = flow_v4();
-    let Some((_bpffs, bpf)) = with_flow(key, flow, known_clocks()) else { return };
-    // The direction of the flow itself is what other hosts send.
-    let frame = Frame::new(key).encode();
-    assert_eq!(run(&bpf, PROGRAM_GUARD_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
-    assert_eq!(verdicts(&bpf), BTreeMap::new());
 }

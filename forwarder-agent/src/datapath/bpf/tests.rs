@@ -13,7 +13,7 @@ use aya::maps::{HashMap as BpfHashMap, MapData};
 use aya::{TestRun, TestRunOptions};
 use forwarder_common::flow::{FLOWS, Flow, FlowKey, PAIRS, Pair};
 use forwarder_common::layout::{self, address_of};
-use forwarder_common::{BackendKey, PROGRAM_GUARD_ETHERNET};
+use forwarder_common::{ABI_VERSION, BackendKey, PROGRAM_GUARD_ETHERNET};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -21,8 +21,14 @@ use super::super::attach::AttachKind;
 use super::super::interfaces::watch;
 use super::*;
 
+#[path = "cleanup_tests.rs"]
+mod cleanup_tests;
+
 #[path = "live_tests.rs"]
 mod live_tests;
+
+#[path = "guard_tests.rs"]
+mod guard_tests;
 
 #[path = "redirect_tests.rs"]
 mod redirect_tests;
@@ -50,7 +56,7 @@ struct Bpffs(tempfile::TempDir);
 
 impl Bpffs {
     fn options(&self) -> BpfOptions {
-        BpfOptions { pin_dir: self.0.path().join("forwarder"), trace: false }
+        BpfOptions { pin_dir: self.0.path().join("forwarder"), trace: false, most_pairs: None }
     }
 }
 
@@ -86,6 +92,11 @@ fn load_guard(bpf: &mut Bpf) {
     load_program(&mut bpf.ebpf, PROGRAM_GUARD_ETHERNET).unwrap();
 }
 
+/// Loaded, with maps that are pinned nowhere.
+fn unpinned() -> Ebpf {
+    load(&LoadSettings { log_level: LOG_OFF, pins: None, most_pairs: 16 }).unwrap()
+}
+
 /// Writes directions of a pair.
 fn write_flows(bpf: &mut Bpf, flows: &[(FlowKey, Flow)]) {
     let mut map: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map_mut(FLOWS).unwrap().try_into().unwrap();
@@ -112,7 +123,7 @@ fn key(address: BindAddress, port: u16) -> ListenerKey {
 
 fn interface(addresses: &[IpAddr]) -> Interface {
     let kind = super::super::interfaces::InterfaceKind::Ethernet;
-    Interface { index: 1, name: "test0".to_owned(), kind, addresses: addresses.to_vec() }
+    Interface { index: 1, name: "test0".to_owned(), kind, addresses: addresses.to_vec(), mtu: 1500 }
 }
 
 /// Loaded, with a listener on `V4`, one on `V6`, and one on every address, of which `V4` is local.
@@ -357,7 +368,10 @@ fn pins_are_ours_alone_and_vanish_with_us() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
-    assert_eq!(names, ["backends", "counters", "flows", "listeners", "local_addresses", "pairs", "verdicts"]);
+    assert_eq!(
+        names,
+        ["agent", "backends", "counters", "flows", "listeners", "local_addresses", "pairs", "verdicts"]
+    );
     match Bpf::load(&options) {
         Err(error @ LoadError::InUse { .. }) => {
             assert!(error.to_string().contains("another agent"), "{error}");
@@ -373,9 +387,9 @@ fn pins_are_ours_alone_and_vanish_with_us() {
 fn stale_pins_are_replaced() {
     let Some(bpffs) = bpffs() else { return };
     let options = bpffs.options();
-    let directory = options.pin_dir.join("v1");
+    let directory = options.pin_dir.join(format!("v{ABI_VERSION}"));
     fs::create_dir_all(&directory).unwrap();
-    let stale = load(LOG_OFF).unwrap();
+    let stale = unpinned();
     // What a map of another layout under our name would be, and one that there is no longer.
     stale.map(layout::VERDICTS).unwrap().pin(directory.join(layout::LISTENERS)).unwrap();
     stale.map(layout::VERDICTS).unwrap().pin(directory.join("former")).unwrap();
@@ -386,10 +400,57 @@ fn stale_pins_are_replaced() {
 }
 
 #[test]
+fn connections_of_another_version_are_not_run_over() {
+    let Some(bpffs) = bpffs() else { return };
+    let options = bpffs.options();
+    let foreign = options.pin_dir.join("v99");
+    fs::create_dir_all(foreign.join("links")).unwrap();
+    let other = unpinned();
+    other.map(layout::VERDICTS).unwrap().pin(foreign.join("flows")).unwrap();
+    // Maps alone forward nothing.
+    Bpf::load(&options).unwrap().close();
+    other.map(layout::VERDICTS).unwrap().pin(foreign.join("links/7_ingress")).unwrap();
+    match Bpf::load(&options) {
+        Err(error @ LoadError::ForeignLayout { .. }) => {
+            assert!(error.to_string().contains("forwarder cleanup --yes"), "{error}");
+        }
+        Err(error) => panic!("{error}"),
+        Ok(_) => panic!("loaded beside connections that it does not know"),
+    }
+}
+
+#[test]
+fn what_is_left_is_found_by_the_next_one() {
+    let Some(bpffs) = bpffs() else { return };
+    let options = BpfOptions { most_pairs: Some(16), ..bpffs.options() };
+    in_namespace(|_| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let interfaces = runtime.block_on(async { watch().await.unwrap().0.borrow().clone() });
+        let bound = BTreeSet::from([BindAddress::Any]);
+        let mut first = Bpf::load(&options).unwrap();
+        assert!(first.attach(&interfaces, &bound).is_empty());
+        write_pair(&mut first, Pair { opened: 42, ..Pair::default() });
+        first.leave();
+        drop(first);
+        let links =
+            || fs::read_dir(options.pin_dir.join(format!("v{ABI_VERSION}/links"))).map(Iterator::count);
+        if AttachKind::of_kernel() == AttachKind::Tcx {
+            assert_eq!(links().unwrap(), 2 * interfaces.len());
+        }
+        // One that forwards no connections of its own serves those that it finds all the same.
+        let mut second = Bpf::load(&BpfOptions { most_pairs: None, ..options.clone() }).unwrap();
+        assert!(second.attach(&interfaces, &bound).is_empty());
+        assert_eq!(pair(&second).opened, 42);
+        second.close();
+        assert!(!options.pin_dir.exists());
+    });
+}
+
+#[test]
 fn another_file_system_is_refused() {
     let Some(_bpffs) = bpffs() else { return };
     let directory = tempfile::tempdir().unwrap();
-    let options = BpfOptions { pin_dir: directory.path().join("forwarder"), trace: false };
+    let options = BpfOptions { pin_dir: directory.path().join("forwarder"), trace: false, most_pairs: None };
     match Bpf::load(&options) {
         Err(error @ LoadError::NotBpffs { .. }) => {
             assert!(error.to_string().contains("mount -t bpf bpf /sys/fs/bpf"), "{error}");
@@ -432,7 +493,7 @@ fn enter(name: &str) {
 /// Runs `body` in a network namespace of its own, in which `lo` is up.
 fn in_namespace(body: impl FnOnce(&str) + Send) {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("fwd-bpf-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+    let name = format!("fwd-{}-bpf{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     ip(&format!("netns add {name}"));
     ip(&format!("-n {name} link set lo up"));
     let outcome = thread::scope(|scope| {
@@ -461,15 +522,15 @@ fn counts_a_connection(kind: AttachKind) {
         assert_eq!(interfaces.len(), 1, "{interfaces:?}");
         if kind == AttachKind::Clsact {
             // What an agent leaves that is killed: the filter.
-            let mut dead = load(LOG_OFF).unwrap();
-            let mut attachments = Attachments::new(kind);
+            let mut dead = unpinned();
+            let mut attachments = Attachments::new(kind, None);
             assert!(attachments.update(&mut dead, &interfaces, &[&interfaces[0]]).is_empty());
             std::mem::forget(attachments);
             assert_eq!(filters(namespace, "lo"), 1);
         }
 
         let mut bpf = Bpf::load(&bpffs.options()).unwrap();
-        bpf.attachments = Attachments::new(kind);
+        bpf.attachments = Attachments::new(kind, None);
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let id = ListenerId(1);

@@ -1,0 +1,175 @@
+//! The kernel's part of an agent: what is loaded, and what a former agent has left there.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::Shared;
+use crate::datapath::Datapath;
+use crate::datapath::bpf::{Bpf, BpfOptions};
+use crate::datapath::flows::{FlowTable, FlowTableError};
+use crate::datapath::grace::Grace;
+use crate::datapath::interfaces::{self, Interface};
+use crate::datapath::routes;
+use crate::datapath::segments::SegmentSocket;
+use crate::model::{BindAddress, Datapath as DatapathChoice, ListenerKey};
+use crate::pairs::{FindListener, PairSettings, Pairs, PromoteAfter, Promoter};
+use crate::reconciler::SocketState;
+use crate::settings::Settings;
+use crate::view;
+use crate::worker::SWEEP_PERIOD;
+
+/// The kernel's part, where it can be had.
+pub(super) struct Kernel {
+    pub(super) datapath: Option<Box<dyn Datapath>>,
+    pub(super) interfaces: Option<watch::Receiver<Vec<Interface>>>,
+    pub(super) routes: Option<watch::Receiver<u64>>,
+    pub(super) promoter: Option<Arc<Promoter>>,
+    pub(super) view: view::DatapathView,
+}
+
+impl Kernel {
+    /// Loads the classifier; without it, the agent says why, once, and forwards all the same.
+    pub(super) async fn load(settings: &Settings) -> Self {
+        let is_wanted = match settings.listener_defaults.datapath {
+            DatapathChoice::Auto | DatapathChoice::Tc => true,
+            DatapathChoice::Splice | DatapathChoice::Copy => false,
+        };
+        let options = BpfOptions {
+            most_pairs: is_wanted.then_some(settings.max_pairs),
+            pin_dir: settings.pin_dir.clone(),
+            trace: tracing::enabled!(target: "forwarder_agent::datapath", tracing::Level::TRACE),
+        };
+        let mut bpf = match Bpf::load(&options) {
+            Ok(bpf) => bpf,
+            Err(error) => return Self::without(&error),
+        };
+        let interfaces = match interfaces::watch().await {
+            Ok((interfaces, follow)) => {
+                tokio::spawn(async move {
+                    if let Err(error) = follow.await {
+                        tracing::error!(%error, "interfaces are no longer followed: the classifier stays where it is");
+                    }
+                });
+                interfaces
+            }
+            Err(error) => return Self::without(&error),
+        };
+        match bpf.take_log() {
+            Ok(Some(log)) if options.trace => drop(tokio::spawn(log)),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "the classifier's log cannot be read"),
+        }
+        tracing::info!(pins = %bpf.pin_directory().display(), attach = bpf.attach_kind().as_str(), "classifier loaded");
+        let promoter = bpf.flows().and_then(|flows| match make_promoter(flows, settings) {
+            Ok(made) => Some(Arc::new(made)),
+            Err(error) => {
+                tracing::warn!(%error, "no connection is taken into the kernel: all stay at tier splice");
+                None
+            }
+        });
+        let routes = if promoter.is_some() { follow_routes() } else { None };
+        Self {
+            promoter,
+            routes,
+            datapath: Some(Box::new(bpf)),
+            interfaces: Some(interfaces),
+            view: view::DatapathView { classifier: true, ..view::DatapathView::default() },
+        }
+    }
+
+    fn without(error: &dyn std::error::Error) -> Self {
+        let error = error.to_string();
+        tracing::warn!(reason = %error, "no classifier: forwarding works, the kernel's counters and maps are missing");
+        Self {
+            promoter: None,
+            routes: None,
+            datapath: None,
+            interfaces: None,
+            view: view::DatapathView { error: Some(error), ..view::DatapathView::default() },
+        }
+    }
+}
+
+/// What takes connections into the kernel.
+fn make_promoter(flows: Result<FlowTable, FlowTableError>, settings: &Settings) -> anyhow::Result<Promoter> {
+    let flows = Arc::new(flows?);
+    let pair_settings = PairSettings {
+        keepalive: settings.keepalive,
+        idle_timeout: settings.listener_defaults.idle_timeout,
+        half_closed_timeout: settings.listener_defaults.half_closed_timeout,
+        hold: settings.hold,
+        slot: settings.workers,
+    };
+    let pairs = Pairs::new(Arc::clone(&flows), SegmentSocket::open()?, pair_settings);
+    let sweeps =
+        |age: Duration| u32::try_from(age.as_millis().div_ceil(SWEEP_PERIOD.as_millis())).unwrap_or(u32::MAX);
+    let after =
+        PromoteAfter { bytes: settings.promote_after.bytes, sweeps: settings.promote_after.age.map(sweeps) };
+    Ok(Promoter { flows, grace: Grace::start()?, pairs: Arc::new(pairs), after })
+}
+
+/// A number that rises whenever routes change.
+fn follow_routes() -> Option<watch::Receiver<u64>> {
+    match routes::watch() {
+        Ok((changes, follow)) => {
+            tokio::spawn(async move {
+                if let Err(error) = follow.await {
+                    tracing::error!(%error, "routes are no longer followed: connections in the kernel keep their ways");
+                }
+            });
+            Some(changes)
+        }
+        Err(error) => {
+            tracing::warn!(%error, "routes are not followed: connections in the kernel keep their ways");
+            None
+        }
+    }
+}
+
+/// Takes over what a former agent has left in the kernel.
+pub(super) fn inherit(promoter: &Promoter, shared: &Shared, slot: usize) {
+    let inherited = match promoter.flows.inherit() {
+        Ok(inherited) => inherited,
+        Err(error) => {
+            tracing::error!(%error, "what a former agent has left is not looked after");
+            return;
+        }
+    };
+    let (mut adopted, mut reset) = (0_u64, 0_usize);
+    for pair in inherited.pairs {
+        if pair.is_spliced() {
+            promoter.pairs.add(pair, None);
+            adopted += 1;
+        } else {
+            // What its agent had read and not passed on died with it: a gap that nobody can fill.
+            promoter.pairs.reset(&pair);
+            reset += 1;
+        }
+    }
+    if adopted > 0 || reset + inherited.remnants > 0 {
+        tracing::info!(
+            adopted,
+            reset,
+            remnants = inherited.remnants,
+            "took over a former agent's connections"
+        );
+    }
+    shared.worker_counters.of(slot).inherited.add(adopted);
+}
+
+/// Finds the listener that has an address: the one on just this address, else one on every address.
+pub(super) fn find_listener(shared: &Arc<Shared>) -> FindListener {
+    let in_force = Arc::clone(&shared.in_force);
+    Box::new(move |address| {
+        let in_force = in_force.lock().unwrap_or_else(PoisonError::into_inner);
+        let port = std::num::NonZeroU16::new(address.port())?;
+        [BindAddress::Ip(address.ip()), BindAddress::Any].into_iter().find_map(|address| {
+            match in_force.sockets.get(&ListenerKey { address, port }) {
+                Some(SocketState::Bound(bound)) => Some(Arc::clone(bound)),
+                Some(SocketState::Failed(_)) | None => None,
+            }
+        })
+    })
+}

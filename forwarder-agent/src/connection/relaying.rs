@@ -1,0 +1,119 @@
+//! The time of a connection in userspace: both directions, the worker's orders, and how it ends there.
+
+use std::task::{Context, Poll};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use socket2::SockRef;
+use tokio::net::TcpStream;
+
+use super::{Connection, Order};
+use crate::counters::End;
+use crate::relay::{Direction, Fault, Moved, Tier};
+use crate::upstream;
+use crate::worker::Worker;
+
+/// Both directions of a pair in userspace.
+pub(super) struct Relay {
+    pub(super) request: Direction,
+    pub(super) response: Direction,
+    is_first: bool,
+}
+
+impl Relay {
+    /// Both directions, of which nothing has moved.
+    pub(super) fn new(tier: Tier) -> Self {
+        Self { request: Direction::new(tier), response: Direction::new(tier), is_first: true }
+    }
+
+    /// Whether neither direction has ended.
+    pub(super) fn is_open(&self) -> bool {
+        self.request.is_open() && self.response.is_open()
+    }
+
+    /// Has the ends of both directions kept back, or passed on.
+    pub(super) fn hold_ends(&mut self, holds: bool) {
+        self.request.hold_end(holds);
+        self.response.hold_end(holds);
+    }
+
+    /// Whether everything that was read has been passed on, ends too.
+    pub(super) fn is_delivered(&self) -> bool {
+        [&self.request, &self.response].iter().all(|one| one.is_empty() && (one.is_open() || one.is_done()))
+    }
+
+    /// Relays both directions; ready once both have ended, one has failed, or the worker says so.
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        worker: &Worker,
+        downstream: &TcpStream,
+        upstream: &TcpStream,
+        connection: &Connection,
+    ) -> Poll<End> {
+        let Self { request, response, is_first } = self;
+        connection.listen(cx);
+        match connection.order.take() {
+            Some(Order::End(end)) => return Poll::Ready(end),
+            Some(Order::Look) if has_failed(downstream) => return Poll::Ready(End::DownstreamReset),
+            Some(Order::Look) if has_failed(upstream) => return Poll::Ready(End::UpstreamReset),
+            Some(Order::KeepAlive) => {
+                connection.upstream_local.set(upstream.local_addr().ok());
+                set_keepalive(upstream, worker);
+            }
+            Some(Order::Promote) => connection.promote_at.set(connection.promote_at.get().map(|_| 0)),
+            Some(Order::Look) | None => {}
+        }
+        let (mut received, mut sent) = (Moved::default(), Moved::default());
+        let (up, down) = {
+            let mut shared = worker.shared();
+            let up = request.poll(cx, downstream, upstream, &mut shared, &mut received);
+            // A socket tells an error once, and to the next one who asks, the end of the stream: to read from the one that
+            // has just failed would make a cut stream look whole.
+            let down = match up {
+                Poll::Ready(Err(_)) => Poll::Pending,
+                Poll::Ready(Ok(())) | Poll::Pending => {
+                    response.poll(cx, upstream, downstream, &mut shared, &mut sent)
+                }
+            };
+            (up, down)
+        };
+        connection.count(received, sent, worker);
+        // Nothing was sent that would have carried it.
+        if std::mem::take(is_first) && connection.received.get() == 0 {
+            upstream::send_ack(upstream);
+        }
+        connection.half_closed.set(request.is_done() != response.is_done());
+        connection.blind.set(!(request.is_reading() && response.is_reading()));
+        match (up, down) {
+            (Poll::Ready(Err(Fault::Source(error))), _)
+            | (_, Poll::Ready(Err(Fault::Destination(error)))) => {
+                tracing::trace!(downstream.addr = %connection.downstream, %error, "client side failed");
+                Poll::Ready(End::DownstreamReset)
+            }
+            (Poll::Ready(Err(Fault::Destination(error))), _)
+            | (_, Poll::Ready(Err(Fault::Source(error)))) => {
+                tracing::trace!(downstream.addr = %connection.downstream, %error, "endpoint side failed");
+                Poll::Ready(End::UpstreamReset)
+            }
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(End::Finished),
+            (Poll::Pending, _) | (_, Poll::Pending) => Poll::Pending,
+        }
+    }
+}
+
+fn set_keepalive(upstream: &TcpStream, worker: &Worker) {
+    let Some(idle) = worker.settings().connect.keepalive else { return };
+    if let Err(error) = SockRef::from(upstream).set_tcp_keepalive(&upstream::keepalive(idle)) {
+        tracing::debug!(%error, "cannot set keepalive on the upstream side");
+    }
+}
+
+/// Whether the peer has reset the connection; tells even where nobody reads the socket.
+fn has_failed(stream: &TcpStream) -> bool {
+    let mut polled = [PollFd::new(stream, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    match rustix::event::poll(&mut polled, Some(&now)) {
+        Ok(ready) => ready > 0 && polled.iter().any(|fd| fd.revents().contains(PollFlags::ERR)),
+        Err(_) => false,
+    }
+}

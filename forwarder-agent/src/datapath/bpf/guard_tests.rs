@@ -1,0 +1,79 @@
+//! The guard, run by the kernel over crafted packets.
+
+use std::collections::BTreeMap;
+
+use forwarder_common::flow::{DIRECTION_RESPONSE, FLOW_REVERSE_ENDED, Flow, STATE_SPLICED, STATE_TAIL};
+use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
+use forwarder_common::{PROGRAM_GUARD_ETHERNET, Verdict};
+
+use super::redirect_tests::{Frame, SEQUENCE_SHIFT, TC_ACT_SHOT, flow_v4, known_clocks, with_flow};
+use super::{TC_ACT_UNSPEC, bpffs, run, verdicts, write_flows};
+
+/// What the guard makes of what the local socket on a leg sends.
+fn guarded(state: u32, flags: u8, payload: &[u8]) -> (i32, BTreeMap<Verdict, u64>) {
+    guarded_with(Flow { state, ..flow_v4().1 }, flags, payload)
+}
+
+fn guarded_with(flow: Flow, flags: u8, payload: &[u8]) -> (i32, BTreeMap<Verdict, u64>) {
+    let (key, _) = flow_v4();
+    let Some((_bpffs, bpf)) = with_flow(key, flow, known_clocks()) else {
+        return (TC_ACT_UNSPEC, BTreeMap::new());
+    };
+    let frame = Frame { flags, payload: payload.to_vec(), ..Frame::new(key.reversed()) }.encode();
+    let (action, out) = run(&bpf, PROGRAM_GUARD_ETHERNET, &frame);
+    assert_eq!(out, frame);
+    (action, verdicts(&bpf))
+}
+
+#[test]
+fn the_guard_lets_only_the_tail_out() {
+    if bpffs().is_none() {
+        return;
+    }
+    let sent = |action, verdict| (action, BTreeMap::from([(verdict, 1)]));
+    let passes = sent(TC_ACT_UNSPEC, Verdict::TailSent);
+    let drops = sent(TC_ACT_SHOT, Verdict::Guarded);
+    assert_eq!(guarded(STATE_TAIL, FLAG_ACK, b"tail"), passes);
+    assert_eq!(guarded(STATE_TAIL, FLAG_ACK, b""), passes);
+    assert_eq!(guarded(STATE_TAIL, FLAG_RST, b""), drops);
+    assert_eq!(guarded(STATE_TAIL, FLAG_SYN, b""), drops);
+    // Only an end that came before the promotion is passed on; a dying agent's is none.
+    assert_eq!(guarded(STATE_TAIL, FLAG_ACK | FLAG_FIN, b""), drops);
+    let ended = Flow { state: STATE_TAIL, flags: FLOW_REVERSE_ENDED, ..flow_v4().1 };
+    assert_eq!(guarded_with(ended, FLAG_ACK | FLAG_FIN, b"tail"), passes);
+    assert_eq!(guarded(STATE_SPLICED, FLAG_ACK, b"late"), drops);
+    assert_eq!(guarded(STATE_SPLICED, FLAG_RST | FLAG_ACK, b""), drops);
+}
+
+#[test]
+fn the_guard_has_the_tail_acknowledge_what_the_other_end_has() {
+    let (key, flow) = flow_v4();
+    let flow = Flow { state: STATE_TAIL, ..flow };
+    let reverse = Flow { direction: DIRECTION_RESPONSE, source_scale: 3, target_scale: 4, ..flow };
+    let frame = Frame::new(key.reversed());
+    for ahead in [1_000_u32, 0, u32::MAX] {
+        let mut pair = known_clocks();
+        pair.response.acknowledged = frame.acknowledgement.wrapping_add(ahead).wrapping_add(SEQUENCE_SHIFT);
+        pair.response.window = 500;
+        let Some((_bpffs, mut bpf)) = with_flow(key, flow, pair) else { return };
+        write_flows(&mut bpf, &[(flow.out.reversed(), reverse)]);
+        let (action, out) = run(&bpf, PROGRAM_GUARD_ETHERNET, &frame.encode());
+        assert_eq!(action, TC_ACT_UNSPEC);
+        let mut expected = Frame::new(key.reversed());
+        if ahead == 1_000 {
+            expected.acknowledgement = expected.acknowledgement.wrapping_add(1_000);
+            expected.window = 250;
+        }
+        assert_eq!(out, expected.encode(), "{ahead}");
+    }
+}
+
+#[test]
+fn the_guard_touches_nothing_else() {
+    let (key, flow) = flow_v4();
+    let Some((_bpffs, bpf)) = with_flow(key, flow, known_clocks()) else { return };
+    // The direction of the flow itself is what other hosts send.
+    let frame = Frame::new(key).encode();
+    assert_eq!(run(&bpf, PROGRAM_GUARD_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
+    assert_eq!(verdicts(&bpf), BTreeMap::new());
+}

@@ -1,0 +1,308 @@
+//! What dead agents left in the kernel: pinned maps and links, and filters of clsact.
+//!
+//! To unpin a link that nobody holds detaches its program.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use aya::programs::TcAttachType;
+use aya::programs::tc::qdisc_detach_program;
+use forwarder_common::PROGRAMS;
+use futures_util::TryStreamExt;
+use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::tc::{TcAttribute, TcFilterBpfOption, TcMessage, TcOption};
+use rtnetlink::{Handle, new_connection};
+
+use super::load_error::{LoadError, with_causes};
+use super::pins;
+
+/// Why it cannot be told what is left.
+#[derive(Debug, thiserror::Error)]
+pub enum CleanupError {
+    /// An agent runs: what is there is its own.
+    #[error("an agent is running with the pin directory {}: nothing is removed; stop it first", .path.display())]
+    InUse {
+        /// The pin directory.
+        path: PathBuf,
+    },
+    /// The pin directory cannot be worked with.
+    #[error(transparent)]
+    PinDir(LoadError),
+    /// A folder in it cannot be listed.
+    #[error("cannot list {}: {source}", .path.display())]
+    List {
+        /// The folder.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The socket to the kernel cannot be opened.
+    #[error("cannot open a netlink socket: {0}")]
+    Socket(#[source] io::Error),
+    /// The kernel does not list interfaces.
+    #[error("cannot list the network interfaces: {0}")]
+    Interfaces(#[source] rtnetlink::Error),
+}
+
+/// What could not be removed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot remove {leftover}: {reason}")]
+pub struct RemoveError {
+    leftover: Leftover,
+    reason: String,
+}
+
+/// Something that a dead agent left.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Leftover {
+    /// A pinned map or link.
+    Pin(PathBuf),
+    /// A folder of pins.
+    Folder(PathBuf),
+    /// Filters on an interface.
+    Filter {
+        /// The interface's name.
+        interface: String,
+        /// On which side.
+        side: Side,
+        /// The program's name.
+        program: &'static str,
+    },
+}
+
+/// A side of an interface.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Side {
+    /// What it receives.
+    Ingress,
+    /// What it sends.
+    Egress,
+}
+
+impl Side {
+    const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
+
+    fn attach_type(self) -> TcAttachType {
+        match self {
+            Self::Ingress => TcAttachType::Ingress,
+            Self::Egress => TcAttachType::Egress,
+        }
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        }
+    }
+}
+
+impl fmt::Display for Leftover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pin(path) => write!(f, "pin {}", path.display()),
+            Self::Folder(path) => write!(f, "folder {}", path.display()),
+            Self::Filter { interface, side, program } => {
+                write!(f, "filter {program} at {} of interface {interface}", side.as_str())
+            }
+        }
+    }
+}
+
+impl Leftover {
+    /// Removes it.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn remove(&self) -> Result<(), RemoveError> {
+        let failed = |reason| RemoveError { leftover: self.clone(), reason };
+        match self {
+            Self::Pin(path) => fs::remove_file(path).map_err(|error| failed(error.to_string())),
+            Self::Folder(path) => fs::remove_dir(path).map_err(|error| failed(error.to_string())),
+            Self::Filter { interface, side, program } => {
+                qdisc_detach_program(interface, side.attach_type(), program)
+                    .map_err(|error| failed(with_causes(&error)))
+            }
+        }
+    }
+}
+
+/// What dead agents left. While it lives, no agent can start with that pin directory.
+#[derive(Debug)]
+pub struct Leftovers {
+    /// In the order in which it is to be removed.
+    pub leftovers: Vec<Leftover>,
+    pin_dir: PathBuf,
+    _lock: Option<File>,
+}
+
+impl Leftovers {
+    /// Removes the pin directory itself, if nothing is left in it.
+    pub fn finish(self) {
+        // It may hold what is not ours.
+        let _ = fs::remove_dir(&self.pin_dir);
+    }
+}
+
+/// Finds what agents of any version left in `pin_dir`, and filters of theirs on all interfaces. Needs a tokio runtime.
+///
+/// # Errors
+/// An agent is running with this pin directory, it is not on a BPF file system, or the kernel refuses.
+pub async fn find(pin_dir: &Path) -> Result<Leftovers, CleanupError> {
+    let lock = lock(pin_dir)?;
+    let mut leftovers = filters().await?;
+    if lock.is_some() {
+        for (path, _) in list(pin_dir)?.into_iter().filter(|(path, is_folder)| *is_folder && is_version(path))
+        {
+            find_pins(path, &mut leftovers)?;
+        }
+    }
+    Ok(Leftovers { leftovers, pin_dir: pin_dir.to_owned(), _lock: lock })
+}
+
+/// Locks the pin directory, if there is one.
+fn lock(pin_dir: &Path) -> Result<Option<File>, CleanupError> {
+    if !pins::is_on_bpffs(pin_dir).map_err(CleanupError::PinDir)? {
+        return Err(CleanupError::PinDir(LoadError::NotBpffs { path: pin_dir.to_owned() }));
+    }
+    if !pin_dir.exists() {
+        return Ok(None);
+    }
+    match pins::lock(pin_dir) {
+        Ok(lock) => Ok(Some(lock)),
+        Err(LoadError::InUse { path }) => Err(CleanupError::InUse { path }),
+        Err(error) => Err(CleanupError::PinDir(error)),
+    }
+}
+
+/// Whether a folder is that of a version: `v` and a number.
+fn is_version(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name.strip_prefix('v').is_some_and(|number| number.parse::<u32>().is_ok())
+}
+
+/// What is in a folder, and whether it is a folder itself; sorted.
+fn list(folder: &Path) -> Result<Vec<(PathBuf, bool)>, CleanupError> {
+    let entries = fs::read_dir(folder).and_then(|entries| {
+        // The type of a symbolic link is that of the link: none is followed.
+        entries.map(|entry| entry.and_then(|entry| Ok((entry.path(), entry.file_type()?.is_dir())))).collect()
+    });
+    let mut entries: Vec<_> =
+        entries.map_err(|source| CleanupError::List { path: folder.to_owned(), source })?;
+    entries.sort();
+    Ok(entries)
+}
+
+/// Everything in a folder, inner folders first, then the folder.
+fn find_pins(folder: PathBuf, found: &mut Vec<Leftover>) -> Result<(), CleanupError> {
+    let (folders, files): (Vec<_>, Vec<_>) =
+        list(&folder)?.into_iter().partition(|(_, is_folder)| *is_folder);
+    for (inner, _) in folders {
+        find_pins(inner, found)?;
+    }
+    found.extend(files.into_iter().map(|(path, _)| Leftover::Pin(path)));
+    found.push(Leftover::Folder(folder));
+    Ok(())
+}
+
+/// The filters of our programs on every interface.
+async fn filters() -> Result<Vec<Leftover>, CleanupError> {
+    let (connection, handle, _) = new_connection().map_err(CleanupError::Socket)?;
+    // It ends when the handle is dropped.
+    tokio::spawn(connection);
+    let links: Vec<_> =
+        handle.link().get().execute().try_collect().await.map_err(CleanupError::Interfaces)?;
+    let mut found = Vec::new();
+    for link in links {
+        let name = link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name),
+            _ => None,
+        });
+        let Some(interface) = name else { continue };
+        for side in Side::ALL {
+            let names = filter_names(&handle, link.header.index, side).await;
+            let ours = PROGRAMS.into_iter().filter(|program| names.iter().any(|name| name == program));
+            found.extend(ours.map(|program| Leftover::Filter {
+                interface: interface.clone(),
+                side,
+                program,
+            }));
+        }
+    }
+    Ok(found)
+}
+
+/// The names of the BPF filters on a side of an interface; none where there is no clsact.
+async fn filter_names(handle: &Handle, interface: u32, side: Side) -> Vec<String> {
+    let mut handle = handle.traffic_filter(interface.cast_signed());
+    let request = match side {
+        Side::Ingress => handle.get().ingress(),
+        Side::Egress => handle.get().egress(),
+    };
+    let messages: Vec<TcMessage> = request.execute().try_collect().await.unwrap_or_else(|error| {
+        // The kernel refuses where there is no such queueing discipline (`tc_dump_tfilter`).
+        tracing::trace!(interface, side = side.as_str(), %error, "no filters");
+        Vec::new()
+    });
+    let options = messages.iter().flat_map(|message| &message.attributes).flat_map(|attribute| {
+        let options: &[TcOption] = match attribute {
+            TcAttribute::Options(options) => options,
+            _ => &[],
+        };
+        options
+    });
+    options
+        .filter_map(|option| match option {
+            TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => Some(name.clone()),
+            _ => None,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pins_are_found_in_folders_of_versions_only_inner_ones_first() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |path: &str| root.path().join(path);
+        fs::create_dir_all(at("v1/links/eth0")).unwrap();
+        fs::create_dir_all(at("valuables")).unwrap();
+        for file in ["v1/flows", "v1/links/eth0/ingress", "valuables/x", "v2"] {
+            fs::write(at(file), "").unwrap();
+        }
+        std::os::unix::fs::symlink(at("valuables"), at("v3")).unwrap();
+        let versions: Vec<_> = list(root.path()).unwrap();
+        let versions: Vec<_> =
+            versions.into_iter().filter(|(path, is_folder)| *is_folder && is_version(path)).collect();
+        assert_eq!(versions, [(at("v1"), true)]);
+        let mut found = Vec::new();
+        find_pins(at("v1"), &mut found).unwrap();
+        assert_eq!(
+            found,
+            [
+                Leftover::Pin(at("v1/links/eth0/ingress")),
+                Leftover::Folder(at("v1/links/eth0")),
+                Leftover::Folder(at("v1/links")),
+                Leftover::Pin(at("v1/flows")),
+                Leftover::Folder(at("v1")),
+            ]
+        );
+        for leftover in &found {
+            leftover.remove().unwrap();
+        }
+        assert!(!at("v1").exists());
+        assert!(at("valuables/x").exists());
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_is_not_on_a_bpf_file_system_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let error = find(root.path()).await.unwrap_err();
+        assert!(error.to_string().contains("not on a BPF file system"), "{error}");
+    }
+}

@@ -1,0 +1,222 @@
+//! Questions for routes and the kernel's answers, as they stand in netlink messages (rtnetlink(7)): in the host's byte
+//! order, but for addresses.
+
+use std::io;
+use std::net::IpAddr;
+
+use forwarder_common::packet::PROTOCOL_TCP;
+
+use super::{Egress, LookupError};
+
+/// Bytes of `struct nlmsghdr`, and where its fields stand.
+const MESSAGE_HEADER: usize = 16;
+const MESSAGE_LENGTH: usize = 0;
+const MESSAGE_KIND: usize = 4;
+const MESSAGE_SEQUENCE: usize = 8;
+/// Bytes of `struct rtmsg`, and where the route's type stands in it.
+const ROUTE_HEADER: usize = 12;
+const ROUTE_KIND: usize = 7;
+/// Bytes of `struct rtattr`.
+const ATTRIBUTE_HEADER: usize = 4;
+/// The bits of an attribute's kind that are no flags (`NLA_TYPE_MASK`).
+const ATTRIBUTE_KIND: u16 = 0x3fff;
+
+/// From `linux/netlink.h` and `linux/rtnetlink.h`.
+const NLM_F_REQUEST: u16 = 1;
+const NLMSG_ERROR: u16 = 2;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_GETROUTE: u16 = 26;
+const RTA_DST: u16 = 1;
+const RTA_SRC: u16 = 2;
+const RTA_OIF: u16 = 4;
+const RTA_METRICS: u16 = 8;
+const RTA_IP_PROTO: u16 = 27;
+const RTAX_MTU: u16 = 2;
+const RTN_UNICAST: u8 = 1;
+const RTN_LOCAL: u8 = 2;
+const RTN_ANYCAST: u8 = 4;
+/// From `sys/socket.h`.
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+/// Writes the question for the route of TCP packets between two addresses of the same family.
+pub(super) fn write_question(question: &mut Vec<u8>, sequence: u32, local: IpAddr, peer: IpAddr) {
+    question.clear();
+    // The length, once it is known.
+    question.extend([0; 4]);
+    question.extend(RTM_GETROUTE.to_ne_bytes());
+    question.extend(NLM_F_REQUEST.to_ne_bytes());
+    question.extend(sequence.to_ne_bytes());
+    // The port, which the kernel chooses.
+    question.extend([0; 4]);
+    let (family, bits) = if peer.is_ipv4() { (AF_INET, 32) } else { (AF_INET6, 128) };
+    let source_bits = if local.is_unspecified() { 0 } else { bits };
+    question.extend([family, bits, source_bits, 0, 0, 0, 0, 0]);
+    // No flags.
+    question.extend([0; 4]);
+    write_address(question, RTA_DST, peer);
+    if !local.is_unspecified() {
+        write_address(question, RTA_SRC, local);
+    }
+    // Rules may be for TCP alone.
+    write_attribute(question, RTA_IP_PROTO, &[PROTOCOL_TCP]);
+    let length = u32::try_from(question.len()).unwrap_or_default();
+    if let Some(field) = question.get_mut(MESSAGE_LENGTH..MESSAGE_KIND) {
+        field.copy_from_slice(&length.to_ne_bytes());
+    }
+}
+
+fn write_address(question: &mut Vec<u8>, kind: u16, address: IpAddr) {
+    match address {
+        IpAddr::V4(v4) => write_attribute(question, kind, &v4.octets()),
+        IpAddr::V6(v6) => write_attribute(question, kind, &v6.octets()),
+    }
+}
+
+fn write_attribute(question: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    let length = u16::try_from(ATTRIBUTE_HEADER + value.len()).unwrap_or_default();
+    question.extend(length.to_ne_bytes());
+    question.extend(kind.to_ne_bytes());
+    question.extend(value);
+    // The next one begins at a multiple of four.
+    question.resize(question.len().next_multiple_of(4), 0);
+}
+
+/// What the answer to the question `sequence` says; `None` if it answers another question.
+pub(super) fn read_answer(answer: &[u8], sequence: u32) -> Result<Option<Egress>, LookupError> {
+    let malformed = |what| LookupError::Malformed { what };
+    let length = word(answer, MESSAGE_LENGTH).and_then(|length| usize::try_from(length).ok());
+    let message = length.and_then(|length| answer.get(..length)).ok_or(malformed("it is cut short"))?;
+    let (Some(kind), Some(answered), Some(body)) =
+        (half_word(message, MESSAGE_KIND), word(message, MESSAGE_SEQUENCE), message.get(MESSAGE_HEADER..))
+    else {
+        return Err(malformed("it has no header"));
+    };
+    if answered != sequence {
+        return Ok(None);
+    }
+    match kind {
+        NLMSG_ERROR => {
+            let errno = word(body, 0).ok_or(malformed("the error has no number"))?.cast_signed();
+            Err(LookupError::Refused { source: io::Error::from_raw_os_error(errno.wrapping_neg()) })
+        }
+        RTM_NEWROUTE => read_route(body).map(Some),
+        _ => Err(malformed("it is neither a route nor an error")),
+    }
+}
+
+fn read_route(route: &[u8]) -> Result<Egress, LookupError> {
+    let malformed = |what| LookupError::Malformed { what };
+    let kind = *route.get(ROUTE_KIND).ok_or(malformed("the route has no header"))?;
+    let is_local = match kind {
+        RTN_UNICAST => false,
+        // The node takes packets to an anycast address (IPv6) as it takes those to its own.
+        RTN_LOCAL | RTN_ANYCAST => true,
+        _ => return Err(LookupError::Kind { kind }),
+    };
+    let (mut interface, mut mtu) = (None, None);
+    for (kind, value) in attributes(route.get(ROUTE_HEADER..).unwrap_or_default()) {
+        match kind {
+            RTA_OIF => interface = word(value, 0),
+            RTA_METRICS => mtu = metric(value, RTAX_MTU),
+            _ => {}
+        }
+    }
+    let interface = interface.ok_or(malformed("the route has no interface"))?;
+    Ok(Egress { interface, is_local, mtu })
+}
+
+/// One of the numbers among a route's metrics, if it is set.
+fn metric(metrics: &[u8], wanted: u16) -> Option<u32> {
+    let (_, value) = attributes(metrics).find(|(kind, _)| *kind == wanted)?;
+    word(value, 0).filter(|value| *value != 0)
+}
+
+/// The attributes, by their kinds, up to the first that is cut short.
+fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = usize::from(half_word(bytes, 0)?);
+        let kind = half_word(bytes, 2)? & ATTRIBUTE_KIND;
+        let value = bytes.get(ATTRIBUTE_HEADER..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..)?.first_chunk().copied().map(u32::from_ne_bytes)
+}
+
+fn half_word(bytes: &[u8], at: usize) -> Option<u16> {
+    bytes.get(at..)?.first_chunk().copied().map(u16::from_ne_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn message(kind: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(MESSAGE_HEADER + body.len()).unwrap();
+        let mut message = length.to_ne_bytes().to_vec();
+        message.extend(kind.to_ne_bytes());
+        message.extend([0; 2]);
+        message.extend(sequence.to_ne_bytes());
+        message.extend([0; 4]);
+        message.extend(body);
+        message
+    }
+
+    fn route(kind: u8, attributes: &[(u16, &[u8])]) -> Vec<u8> {
+        let mut route = vec![AF_INET, 32, 0, 0, 0, 0, 0, kind, 0, 0, 0, 0];
+        for (kind, value) in attributes {
+            write_attribute(&mut route, *kind, value);
+        }
+        route
+    }
+
+    #[test]
+    fn a_route_is_read() {
+        let mut metrics = Vec::new();
+        write_attribute(&mut metrics, 1, &[1, 0, 0, 0]);
+        write_attribute(&mut metrics, RTAX_MTU, &1400_u32.to_ne_bytes());
+        let oif: &[u8] = &7_u32.to_ne_bytes();
+        for (kind, is_local) in [(RTN_UNICAST, false), (RTN_LOCAL, true), (RTN_ANYCAST, true)] {
+            let attributes = [(99, [1, 2, 3].as_slice()), (RTA_OIF, oif), (RTA_METRICS | 0x8000, &metrics)];
+            let answer = message(RTM_NEWROUTE, 5, &route(kind, &attributes));
+            let expected = Egress { interface: 7, is_local, mtu: Some(1400) };
+            assert_eq!(read_answer(&answer, 5).unwrap(), Some(expected));
+        }
+    }
+
+    #[test]
+    fn the_answer_to_another_question_is_passed_over() {
+        assert_eq!(read_answer(&message(NLMSG_ERROR, 4, &[0; 4]), 5).unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_no_route_is_told() {
+        let check = |answer: &[u8], expected: &str| {
+            assert_eq!(read_answer(answer, 5).unwrap_err().to_string(), expected);
+        };
+        let unreachable = message(NLMSG_ERROR, 5, &(-101_i32).to_ne_bytes());
+        check(&unreachable, "Network is unreachable (os error 101)");
+        check(&message(3, 5, &[]), "malformed answer from the kernel: it is neither a route nor an error");
+        check(&message(RTM_NEWROUTE, 5, &[]), "malformed answer from the kernel: the route has no header");
+        let no_interface = message(RTM_NEWROUTE, 5, &route(RTN_UNICAST, &[]));
+        check(&no_interface, "malformed answer from the kernel: the route has no interface");
+        check(&message(RTM_NEWROUTE, 5, &route(3, &[])), "a route of type 3 leads to no single host");
+        check(&no_interface[..20], "malformed answer from the kernel: it is cut short");
+        check(&[], "malformed answer from the kernel: it is cut short");
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(bytes in vec(any::<u8>(), 0..200), kind in 0_u16..30) {
+            let _ = read_answer(&bytes, 5);
+            let _ = read_answer(&message(kind, 5, &bytes), 5);
+        }
+    }
+}

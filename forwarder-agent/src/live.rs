@@ -1,0 +1,39 @@
+//! The connections that are open, wherever they are kept.
+
+use std::sync::Arc;
+
+use crate::pairs::Pairs;
+use crate::view::{ConnectionList, ResetReport, Selector};
+use crate::worker::WorkerConnections;
+
+/// Everything that keeps connections.
+#[derive(Clone)]
+pub struct LiveConnections {
+    /// The connections that workers relay.
+    pub workers: WorkerConnections,
+    /// The connections that the kernel forwards, where it does.
+    pub pairs: Option<Arc<Pairs>>,
+}
+
+impl LiveConnections {
+    /// The connections that match, at most `limit` of them. An empty selector matches all.
+    pub async fn list(&self, selector: Selector, limit: Option<usize>) -> ConnectionList {
+        let selector = Arc::new(selector);
+        let of_workers = self.workers.list(&selector).await;
+        let mut found: Vec<_> = of_workers.answers.into_iter().flatten().collect();
+        found.extend(self.pairs.iter().flat_map(|pairs| pairs.list(&selector)));
+        // Thousands take a while to sort: health checks are answered meanwhile.
+        let sorted =
+            tokio::task::spawn_blocking(move || ConnectionList::new(found, limit, of_workers.unanswered));
+        sorted.await.expect("sorting and adding up do not panic")
+    }
+
+    /// Resets both sides of the connections that match.
+    pub async fn reset(&self, selector: Selector) -> ResetReport {
+        let selector = Arc::new(selector);
+        let of_workers = self.workers.reset(&selector).await;
+        let of_kernel = self.pairs.iter().map(|pairs| pairs.reset_matching(&selector)).sum::<usize>();
+        let reset = of_workers.answers.into_iter().sum::<usize>() + of_kernel;
+        ResetReport { reset, unanswered: of_workers.unanswered }
+    }
+}

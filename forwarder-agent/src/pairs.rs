@@ -1,0 +1,435 @@
+//! Promoted pairs, which the kernel forwards by itself: counted, timed out, ended, and taken over from a former agent.
+//!
+//! A pair has no socket and no task. What is known of it stands in the maps, and is looked at a few times a second.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use forwarder_common::flow::{HALF_FIN, HALF_RESET, HALF_SYN, Pair};
+
+use crate::counters::End;
+use crate::datapath::flows::{FlowTable, JoinedPair};
+use crate::datapath::grace::Grace;
+use crate::datapath::monotonic;
+use crate::datapath::segments::SegmentSocket;
+use crate::listener::BoundListener;
+use crate::record::Record;
+
+mod segments;
+mod view;
+
+pub use self::view::{from_pins, reset_pinned};
+
+/// How often pairs are looked at.
+const PERIOD: Duration = Duration::from_millis(250);
+/// Where there are many, how much longer than looking at them takes the thread waits before the next time, and at most:
+/// what is over has to make room for others.
+const MOST_WORK: u32 = 40;
+const LONGEST_PERIOD: Duration = Duration::from_secs(1);
+/// How long after its last packet a pair that is over is kept, for what is sent again.
+const LINGER: Duration = Duration::from_secs(2);
+/// How long a reset is given to be followed by something else of the same sender: then it was a stranger's.
+const RESET_STANDS: Duration = Duration::from_millis(200);
+/// How many probes may go without an answer before an end is taken for dead.
+const PROBES: u32 = 6;
+/// When a reset that the agent sends is sent again: it may be lost, and an end with nothing to say tells nobody.
+const RESET_AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(1)];
+
+/// When a connection is promoted: whichever comes first.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct PromoteAfter {
+    /// After it has moved so many bytes.
+    pub bytes: Option<u64>,
+    /// After it has lived through so many sweeps of its worker.
+    pub sweeps: Option<u32>,
+}
+
+/// What takes connections into the kernel. Shared by the workers.
+pub struct Promoter {
+    /// The flows.
+    pub flows: Arc<FlowTable>,
+    /// Tells when packets have landed.
+    pub grace: Grace,
+    /// Where a pair lives then.
+    pub pairs: Arc<Pairs>,
+    /// When.
+    pub after: PromoteAfter,
+}
+
+/// Settings of promoted pairs.
+#[derive(Clone, Copy, Debug)]
+pub struct PairSettings {
+    /// For how long an end may be silent before it is probed; `None` is off.
+    pub keepalive: Option<Duration>,
+    /// The time-outs of pairs whose listener is not known.
+    pub idle_timeout: Option<Duration>,
+    /// The same for those of which one direction has ended.
+    pub half_closed_timeout: Option<Duration>,
+    /// For how long after the agent's end new connections are held back.
+    pub hold: Duration,
+    /// Whose counters the pairs are counted in.
+    pub slot: usize,
+}
+
+/// Finds the listener that has an address.
+pub type FindListener = Box<dyn Fn(SocketAddr) -> Option<Arc<BoundListener>> + Send>;
+
+/// The promoted pairs.
+pub struct Pairs {
+    flows: Arc<FlowTable>,
+    socket: SegmentSocket,
+    settings: PairSettings,
+    table: Mutex<HashMap<u32, Entry>>,
+    /// Those that have come since the table was last looked at: workers do not wait for that.
+    incoming: Mutex<Vec<Entry>>,
+    resets: Mutex<Vec<PendingReset>>,
+    routes_changed: AtomicBool,
+    leaves: AtomicBool,
+    stops: AtomicBool,
+}
+
+struct Entry {
+    pair: JoinedPair,
+    /// `None` for one that is over, and for one of a former agent until its listener is there.
+    record: Option<Record>,
+    is_counted: bool,
+    /// When bytes were last seen to have moved, and how many had.
+    active: Instant,
+    bytes: [u64; 2],
+    /// Since when it is over.
+    over: Option<Instant>,
+    /// How many probes each end has not answered.
+    probes: [u32; 2],
+}
+
+struct PendingReset {
+    pair: JoinedPair,
+    due: Instant,
+    /// How often it was sent.
+    sent: usize,
+    segments: [crate::datapath::segments::Bare; 2],
+}
+
+/// What becomes of a pair that was looked at.
+enum Fate {
+    Stays,
+    /// It is over and nothing more is to be expected.
+    Leaves,
+    /// The agent ends it.
+    Reset(End),
+}
+
+impl Pairs {
+    /// None yet.
+    pub fn new(flows: Arc<FlowTable>, socket: SegmentSocket, settings: PairSettings) -> Self {
+        Self {
+            flows,
+            socket,
+            settings,
+            table: Mutex::default(),
+            incoming: Mutex::default(),
+            resets: Mutex::default(),
+            routes_changed: AtomicBool::new(false),
+            leaves: AtomicBool::new(false),
+            stops: AtomicBool::new(false),
+        }
+    }
+
+    /// Looks after a pair from now on; `record` is that of its connection, if it is known.
+    pub(crate) fn add(&self, pair: JoinedPair, record: Option<Record>) {
+        let entry = Entry {
+            bytes: record.as_ref().map_or([0; 2], |record| [record.received, record.sent]),
+            is_counted: record.is_some(),
+            record,
+            pair,
+            active: Instant::now(),
+            over: None,
+            probes: [0; 2],
+        };
+        lock(&self.incoming).push(entry);
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        lock(&self.table).len() + lock(&self.incoming).len()
+    }
+
+    /// Has every pair look for its way anew.
+    pub fn routes_changed(&self) {
+        self.routes_changed.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends a pair from outside: its packets are nobody's from now on, and both ends are told.
+    ///
+    /// An end that takes the number of the reset for a wrong one answers with the right one (RFC 5961, 3.2), and so does
+    /// whoever sends something later: the node's own stack, which has no socket for it, resets it then.
+    pub fn reset(&self, pair: &JoinedPair) {
+        let state = self.flows.pair(pair.number);
+        self.flows.deactivate(pair);
+        let Some(state) = state else { return self.flows.remove(pair) };
+        let segments = segments::resets(pair, &state, monotonic());
+        let reset = PendingReset { pair: *pair, due: Instant::now(), sent: 0, segments };
+        if let Some(reset) = self.send_reset(reset) {
+            lock(&self.resets).push(reset);
+        }
+    }
+
+    /// Tells both ends, unless the pair's addresses are another connection's by now, and says what is left to do.
+    fn send_reset(&self, mut reset: PendingReset) -> Option<PendingReset> {
+        if !self.flows.holds(&reset.pair) {
+            return None;
+        }
+        self.send(&reset.segments);
+        let Some(after) = RESET_AGAIN.get(reset.sent) else {
+            self.flows.remove(&reset.pair);
+            return None;
+        };
+        reset.due += *after;
+        reset.sent += 1;
+        Some(reset)
+    }
+
+    /// Ends every pair, for an agent that leaves nothing behind.
+    pub fn reset_all(&self) {
+        let mut table = lock(&self.table);
+        // Those that have come since the last look, too.
+        let incoming = std::mem::take(&mut *lock(&self.incoming));
+        for mut entry in table.drain().map(|(_, entry)| entry).chain(incoming) {
+            self.reset(&entry.pair);
+            end(&mut entry, End::Drained);
+        }
+        for reset in lock(&self.resets).drain(..) {
+            self.flows.remove(&reset.pair);
+        }
+    }
+
+    /// Starts the thread that looks after the pairs; it ends after [`Self::stop`].
+    ///
+    /// # Errors
+    /// No thread can be made.
+    pub fn start(self: &Arc<Self>, find: FindListener) -> std::io::Result<JoinHandle<()>> {
+        let pairs = Arc::clone(self);
+        thread::Builder::new().name("pairs".to_owned()).spawn(move || {
+            while !pairs.stops.load(Ordering::Relaxed) {
+                let started = Instant::now();
+                pairs.sweep(&find);
+                thread::park_timeout((started.elapsed() * MOST_WORK).clamp(PERIOD, LONGEST_PERIOD));
+            }
+        })
+    }
+
+    /// Has new connections held back from now on, for the agent's successor.
+    pub fn leave(&self) {
+        self.leaves.store(true, Ordering::Relaxed);
+        self.hold();
+    }
+
+    /// Whether new connections are held back after the agent's end.
+    pub fn holds(&self) -> bool {
+        !self.settings.hold.is_zero()
+    }
+
+    fn hold(&self) {
+        if self.holds()
+            && let Err(error) = self.flows.hold(self.settings.hold, self.leaves.load(Ordering::Relaxed))
+        {
+            tracing::warn!(%error, "new connections may be refused while no agent runs");
+        }
+    }
+
+    /// Has the thread end soon; what is promoted lives on.
+    pub fn stop(&self) {
+        self.stops.store(true, Ordering::Relaxed);
+    }
+
+    /// Looks at every pair once.
+    fn sweep(&self, find: &FindListener) {
+        self.hold();
+        let reroutes = self.routes_changed.swap(false, Ordering::Relaxed);
+        let mut table = lock(&self.table);
+        for entry in std::mem::take(&mut *lock(&self.incoming)) {
+            table.insert(entry.pair.number, entry);
+        }
+        table.retain(|_, entry| {
+            if reroutes {
+                self.reroute(entry);
+            }
+            match self.look(entry, find) {
+                Fate::Stays => true,
+                Fate::Leaves => {
+                    self.flows.remove(&entry.pair);
+                    false
+                }
+                Fate::Reset(reason) => {
+                    self.reset(&entry.pair);
+                    end(entry, reason);
+                    false
+                }
+            }
+        });
+        drop(table);
+        self.send_resets_again();
+    }
+
+    fn look(&self, entry: &mut Entry, find: &FindListener) -> Fate {
+        let Some(state) = self.flows.pair(entry.pair.number) else {
+            end(entry, End::Lost);
+            return Fate::Leaves;
+        };
+        if entry.record.is_none() && !entry.is_counted {
+            entry.record = self.inherit(&entry.pair, &state, find);
+            entry.is_counted = entry.record.is_some();
+        }
+        let bytes = [state.request.bytes, state.response.bytes];
+        if bytes != entry.bytes {
+            entry.bytes = bytes;
+            entry.active = Instant::now();
+            if let Some(record) = &mut entry.record {
+                record.count_forwarded(bytes[0], bytes[1]);
+            }
+        }
+        let [(_, request), _] = &entry.pair.flows;
+        if state.is_over(request) {
+            return close(entry, &state);
+        }
+        entry.over = None;
+        // The answer of the other end tells the one that has forgotten the connection to reset it.
+        for (side, half) in [(1, &state.request), (0, &state.response)] {
+            if half.flags & HALF_SYN != 0 {
+                self.send(&[segments::probe(&entry.pair, &state, side, monotonic())]);
+            }
+        }
+        self.time_out(entry, &state)
+    }
+
+    /// Whether a pair has been idle for too long, or one of its ends is dead.
+    fn time_out(&self, entry: &mut Entry, state: &Pair) -> Fate {
+        let (idle_timeout, half_closed_timeout) = match &entry.record {
+            Some(record) => {
+                let settings = &record.serving.listener.settings;
+                (settings.idle_timeout, settings.half_closed_timeout)
+            }
+            None => (self.settings.idle_timeout, self.settings.half_closed_timeout),
+        };
+        let idle = entry.active.elapsed();
+        let over = |timeout: Option<Duration>| timeout.is_some_and(|timeout| idle >= timeout);
+        if (state.request.flags | state.response.flags) & HALF_FIN != 0 && over(half_closed_timeout) {
+            return Fate::Reset(End::HalfClosedTimeout);
+        }
+        if over(idle_timeout) {
+            return Fate::Reset(End::IdleTimeout);
+        }
+        let Some(keepalive) = self.settings.keepalive else { return Fate::Stays };
+        let interval = (keepalive / PROBES).max(Duration::from_secs(1));
+        let now = monotonic();
+        let ends =
+            [(state.request.last_seen, End::DownstreamReset), (state.response.last_seen, End::UpstreamReset)];
+        for (side, (last, reason)) in ends.into_iter().enumerate() {
+            let quiet = Duration::from_nanos(now.saturating_sub(last));
+            if quiet < keepalive {
+                entry.probes[side] = 0;
+                continue;
+            }
+            if quiet < keepalive + interval * entry.probes[side] {
+                continue;
+            }
+            if entry.probes[side] == PROBES {
+                return Fate::Reset(reason);
+            }
+            entry.probes[side] += 1;
+            self.send(&[segments::probe(&entry.pair, state, side, now)]);
+        }
+        Fate::Stays
+    }
+
+    /// The record of a pair that a former agent has promoted, once its listener is there.
+    fn inherit(&self, pair: &JoinedPair, state: &Pair, find: &FindListener) -> Option<Record> {
+        let (client, address) = pair.downstream();
+        let listener = find(address)?;
+        let serving = listener.serving.load_full();
+        let (endpoint, _) = pair.upstream();
+        let leads_there =
+            |upstream: &&Arc<crate::upstream::Upstream>| upstream.endpoints.load().contains(&endpoint);
+        let upstream = serving.upstreams.iter().flatten().find(leads_there).cloned();
+        listener.counters.of(self.settings.slot).accepted.add(1);
+        if let Some(upstream) = &upstream {
+            upstream.counters.of(self.settings.slot).connected.add(1);
+        }
+        let age = Duration::from_nanos(monotonic().saturating_sub(state.opened));
+        Some(Record {
+            listener,
+            serving,
+            downstream: client,
+            upstream: upstream.map(|upstream| (upstream, endpoint)),
+            slot: self.settings.slot,
+            opened: Instant::now().checked_sub(age).unwrap_or_else(Instant::now),
+            received: state.request.bytes,
+            sent: state.response.bytes,
+            end: End::Drained,
+        })
+    }
+
+    fn reroute(&self, entry: &mut Entry) {
+        match self.flows.reroute(&mut entry.pair) {
+            Ok(true) => tracing::debug!(pair = entry.pair.number, "a pair takes another way"),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "a pair may go a way that is none any more"),
+        }
+    }
+
+    fn send_resets_again(&self) {
+        let resets = std::mem::take(&mut *lock(&self.resets));
+        let now = Instant::now();
+        let left: Vec<_> = resets
+            .into_iter()
+            .filter_map(|reset| if now < reset.due { Some(reset) } else { self.send_reset(reset) })
+            .collect();
+        lock(&self.resets).extend(left);
+    }
+
+    fn send(&self, segments: &[crate::datapath::segments::Bare]) {
+        for segment in segments {
+            if let Err(error) = self.socket.send(segment) {
+                tracing::debug!(%error, "an end of a pair is not told");
+            }
+        }
+    }
+}
+
+/// What becomes of a pair that is over.
+fn close(entry: &mut Entry, state: &Pair) -> Fate {
+    let since = *entry.over.get_or_insert_with(Instant::now);
+    let reason = if state.request.flags & HALF_RESET != 0 {
+        End::DownstreamReset
+    } else if state.response.flags & HALF_RESET != 0 {
+        End::UpstreamReset
+    } else {
+        End::Finished
+    };
+    if reason == End::Finished || since.elapsed() >= RESET_STANDS {
+        end(entry, reason);
+    }
+    let last = state.request.last_seen.max(state.response.last_seen);
+    let quiet = Duration::from_nanos(monotonic().saturating_sub(last));
+    match reason {
+        _ if quiet < LINGER => Fate::Stays,
+        End::Finished => Fate::Leaves,
+        // The reset may have been lost, and the other end have nothing to say.
+        _ => Fate::Reset(reason),
+    }
+}
+
+/// Counts and logs the end of a pair's connection.
+fn end(entry: &mut Entry, reason: End) {
+    if let Some(mut record) = entry.record.take() {
+        record.end = reason;
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

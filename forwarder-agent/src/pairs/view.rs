@@ -1,0 +1,134 @@
+//! What operators see of promoted pairs, from the maps alone where no agent runs.
+
+use std::path::Path;
+use std::time::Duration;
+
+use forwarder_common::flow::{HALF_FIN, Pair};
+
+use super::{Entry, Pairs, end, lock, segments};
+use crate::connection::listing::milliseconds;
+use crate::counters::End;
+use crate::datapath::flows::{self, JoinedPair};
+use crate::datapath::segments::SegmentSocket;
+use crate::datapath::{DatapathError, monotonic};
+use crate::relay::Tier;
+use crate::view::{ConnectionState, ConnectionView, Selector};
+
+impl Pairs {
+    /// The connections that match.
+    pub fn list(&self, selector: &Selector) -> Vec<ConnectionView> {
+        let mut found = Vec::new();
+        self.each(|entry| {
+            found.extend(self.view(entry).filter(|view| selector.matches(view)));
+            true
+        });
+        found
+    }
+
+    /// Resets both ends of the connections that match; tells how many.
+    pub fn reset_matching(&self, selector: &Selector) -> usize {
+        let mut count = 0;
+        self.each(|entry| {
+            let is_meant = self.view(entry).is_some_and(|view| selector.matches(&view));
+            if is_meant {
+                self.reset(&entry.pair);
+                end(entry, End::ResetByOperator);
+                count += 1;
+            }
+            !is_meant
+        });
+        count
+    }
+
+    /// Visits every pair, and keeps those for which `visit` says so.
+    fn each(&self, mut visit: impl FnMut(&mut Entry) -> bool) {
+        let mut table = lock(&self.table);
+        for entry in std::mem::take(&mut *lock(&self.incoming)) {
+            table.insert(entry.pair.number, entry);
+        }
+        table.retain(|_, entry| visit(entry));
+    }
+
+    /// `None` for a pair that is over.
+    fn view(&self, entry: &Entry) -> Option<ConnectionView> {
+        if entry.over.is_some() {
+            return None;
+        }
+        let state = self.flows.pair(entry.pair.number)?;
+        let of_pair = view(&entry.pair, &state, monotonic());
+        let Some(record) = &entry.record else { return Some(of_pair) };
+        Some(ConnectionView {
+            upstream: of_pair.upstream,
+            upstream_local: of_pair.upstream_local,
+            tier: of_pair.tier,
+            state: of_pair.state,
+            received_bytes: of_pair.received_bytes,
+            sent_bytes: of_pair.sent_bytes,
+            idle_ms: milliseconds(entry.active.elapsed()),
+            ..record.view()
+        })
+    }
+}
+
+/// The connections that a dead agent has left in the kernel. What served them is not known there.
+///
+/// # Errors
+/// Nothing is pinned, or it cannot be read.
+pub fn from_pins(pin_dir: &Path) -> Result<Vec<ConnectionView>, DatapathError> {
+    let now = monotonic();
+    Ok(flows::read(pin_dir)?.iter().map(|(pair, state)| view(pair, state, now)).collect())
+}
+
+/// Resets both ends of the matching connections that a dead agent has left in the kernel; tells how many, or `None` where
+/// nothing is pinned.
+///
+/// # Errors
+/// The kernel does not let it.
+pub fn reset_pinned(pin_dir: &Path, selector: &Selector) -> anyhow::Result<Option<usize>> {
+    let Ok(pairs) = flows::read(pin_dir) else { return Ok(None) };
+    let (now, socket) = (monotonic(), SegmentSocket::open()?);
+    let mut count = 0;
+    for (pair, state) in pairs {
+        if selector.matches(&view(&pair, &state, now)) {
+            flows::forget(pin_dir, &pair)?;
+            for segment in segments::resets(&pair, &state, now) {
+                socket.send(&segment)?;
+            }
+            count += 1;
+        }
+    }
+    Ok(Some(count))
+}
+
+/// What the maps tell of a pair at `now`.
+fn view(pair: &JoinedPair, state: &Pair, now: u64) -> ConnectionView {
+    let (client, address) = pair.downstream();
+    let (endpoint, local) = pair.upstream();
+    let [(_, request), _] = &pair.flows;
+    let since = |time: u64| milliseconds(Duration::from_nanos(now.saturating_sub(time)));
+    let ends = (state.request.flags | state.response.flags) & HALF_FIN;
+    ConnectionView {
+        listener: String::new(),
+        address: address.to_string(),
+        route: None,
+        backend: None,
+        downstream: client,
+        upstream: Some(endpoint),
+        upstream_local: Some(local),
+        tier: Tier::Tc,
+        state: if state.is_over(request) {
+            ConnectionState::Closing
+        } else if !pair.is_spliced() {
+            ConnectionState::Tail
+        } else if ends != 0 {
+            ConnectionState::HalfClosed
+        } else {
+            ConnectionState::Spliced
+        },
+        received_bytes: state.request.bytes,
+        sent_bytes: state.response.bytes,
+        age_ms: since(state.opened),
+        idle_ms: since(state.request.last_seen.max(state.response.last_seen)),
+        reason: None,
+    }
+}

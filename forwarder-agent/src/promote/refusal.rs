@@ -1,0 +1,94 @@
+//! Why a connection stays in userspace.
+
+/// Why a connection is not promoted to tier `tc`, at the moment or for good.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Refusal {
+    /// The programs are not loaded.
+    NoPrograms,
+    /// One leg is IPv4, the other IPv6.
+    Families,
+    /// One leg uses timestamps, the other does not.
+    Timestamps,
+    /// One leg uses selective acknowledgements, the other does not.
+    SelectiveAcknowledgements,
+    /// Packets of one leg may be too large for the other.
+    SegmentSizes,
+    /// The client or the endpoint is on this node: its packets come through no interface.
+    SameHost,
+    /// One direction has ended.
+    Ended,
+    /// More is on its way through userspace than the receiver could take beside what would come from the kernel.
+    SlowReceiver,
+    /// The kernel knows no route to one end.
+    NoRoute,
+    /// No program hangs on the interface that one end's packets use.
+    NotAttached,
+    /// What was redirected through the interface to one end did not arrive lately.
+    PathBroken,
+    /// The map of pairs is full.
+    MapFull,
+    /// The state of a socket cannot be read: `CAP_NET_ADMIN` is missing, or bytes come too fast.
+    Unreadable,
+    /// The kernel refuses a change of the maps.
+    Kernel,
+}
+
+impl Refusal {
+    /// Every one, in the order of its discriminant.
+    pub const ALL: [Self; 14] = [
+        Self::NoPrograms,
+        Self::Families,
+        Self::Timestamps,
+        Self::SelectiveAcknowledgements,
+        Self::SegmentSizes,
+        Self::SameHost,
+        Self::Ended,
+        Self::SlowReceiver,
+        Self::NoRoute,
+        Self::NotAttached,
+        Self::PathBroken,
+        Self::MapFull,
+        Self::Unreadable,
+        Self::Kernel,
+    ];
+
+    /// Its name in metrics and logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NoPrograms => "no_programs",
+            Self::Families => "families_differ",
+            Self::Timestamps => "timestamps_differ",
+            Self::SelectiveAcknowledgements => "sack_differs",
+            Self::SegmentSizes => "segment_sizes_differ",
+            Self::SameHost => "same_host",
+            Self::Ended => "ended",
+            Self::SlowReceiver => "slow_receiver",
+            Self::NoRoute => "no_route",
+            Self::NotAttached => "not_attached",
+            Self::PathBroken => "path_broken",
+            Self::MapFull => "map_full",
+            Self::Unreadable => "unreadable",
+            Self::Kernel => "kernel",
+        }
+    }
+
+    /// Whether the connection may be promoted later.
+    pub fn may_pass(self) -> bool {
+        match self {
+            Self::SlowReceiver
+            | Self::NoRoute
+            | Self::NotAttached
+            | Self::PathBroken
+            | Self::MapFull
+            | Self::Unreadable
+            | Self::Kernel => true,
+            Self::NoPrograms
+            | Self::Families
+            | Self::Timestamps
+            | Self::SelectiveAcknowledgements
+            | Self::SegmentSizes
+            | Self::SameHost
+            | Self::Ended => false,
+        }
+    }
+}

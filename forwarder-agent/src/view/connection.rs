@@ -1,0 +1,207 @@
+//! Connections as `GET /v1/connections` and `forwarder conns` show them.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::relay::Tier;
+
+/// A connection that is open.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConnectionView {
+    /// Namespace, Gateway and listener.
+    pub listener: String,
+    /// Address and port that the listener is bound to.
+    pub address: String,
+    /// The route that served the listener when the connection was accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub route: Option<String>,
+    /// Namespace, Service and port; absent until an endpoint is connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backend: Option<String>,
+    /// The client.
+    pub downstream: SocketAddr,
+    /// The endpoint; absent until it is connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upstream: Option<SocketAddr>,
+    /// The node's address and port towards the endpoint; absent during the first second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upstream_local: Option<SocketAddr>,
+    /// What moves its bytes, at best.
+    pub tier: Tier,
+    /// How far it is.
+    pub state: ConnectionState,
+    /// Bytes passed on from the client.
+    pub received_bytes: u64,
+    /// Bytes passed on to the client.
+    pub sent_bytes: u64,
+    /// How long ago it was accepted, in milliseconds.
+    pub age_ms: u64,
+    /// How long ago a byte last moved, in milliseconds; exact to a quarter of a second.
+    pub idle_ms: u64,
+    /// Why it is not at tier `tc`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// How far a connection is.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ConnectionState {
+    /// No endpoint is connected yet.
+    Connecting,
+    /// Both directions are open.
+    Open,
+    /// One direction has ended.
+    HalfClosed,
+    /// The kernel forwards what arrives; what had arrived before is still delivered by the agent.
+    Tail,
+    /// The kernel forwards it alone.
+    Spliced,
+    /// It was told to end.
+    Closing,
+}
+
+impl ConnectionState {
+    /// Its name, as in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Open => "open",
+            Self::HalfClosed => "half-closed",
+            Self::Tail => "tail",
+            Self::Spliced => "spliced",
+            Self::Closing => "closing",
+        }
+    }
+}
+
+/// The answer to `GET /v1/connections`.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConnectionList {
+    /// The connections, by listener, the oldest first.
+    pub connections: Vec<ConnectionView>,
+    /// What they add up to, with those that a limit left out.
+    pub totals: ConnectionTotals,
+    /// Workers that did not answer in time: their connections are missing.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub unanswered: usize,
+}
+
+/// What a list of connections adds up to.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConnectionTotals {
+    /// How many there are.
+    pub connections: usize,
+    /// How many at each tier.
+    pub tiers: BTreeMap<Tier, usize>,
+    /// How many in each state.
+    pub states: BTreeMap<ConnectionState, usize>,
+    /// Bytes passed on from their clients.
+    pub received_bytes: u64,
+    /// Bytes passed on to their clients.
+    pub sent_bytes: u64,
+}
+
+/// The answer to `POST /v1/connections/reset`.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ResetReport {
+    /// How many connections were told to end, which they do at once.
+    pub reset: usize,
+    /// Workers that did not answer in time: they may still reset theirs.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub unanswered: usize,
+}
+
+impl ConnectionList {
+    /// Sorts and adds up `connections`, and keeps the first `limit`.
+    pub fn new(mut connections: Vec<ConnectionView>, limit: Option<usize>, unanswered: usize) -> Self {
+        connections.sort_by(|a, b| {
+            let by_age = || b.age_ms.cmp(&a.age_ms).then_with(|| a.downstream.cmp(&b.downstream));
+            a.listener.cmp(&b.listener).then_with(by_age)
+        });
+        let totals = ConnectionTotals::of(&connections);
+        connections.truncate(limit.unwrap_or(usize::MAX));
+        Self { connections, totals, unanswered }
+    }
+}
+
+impl ConnectionTotals {
+    fn of(connections: &[ConnectionView]) -> Self {
+        let mut totals = Self { connections: connections.len(), ..Self::default() };
+        for connection in connections {
+            *totals.tiers.entry(connection.tier).or_default() += 1;
+            *totals.states.entry(connection.state).or_default() += 1;
+            totals.received_bytes += connection.received_bytes;
+            totals.sent_bytes += connection.sent_bytes;
+        }
+        totals
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference to the field")]
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn sample() -> ConnectionView {
+        ConnectionView {
+            listener: "default/gw/a".to_owned(),
+            address: "*:9001".to_owned(),
+            route: Some("default/a".to_owned()),
+            backend: Some("default/a:3306".to_owned()),
+            downstream: "10.0.1.2:40000".parse().unwrap(),
+            upstream: Some("10.0.2.2:5000".parse().unwrap()),
+            upstream_local: None,
+            tier: Tier::Splice,
+            state: ConnectionState::HalfClosed,
+            received_bytes: 1,
+            sent_bytes: 2,
+            age_ms: 3000,
+            idle_ms: 1000,
+            reason: None,
+        }
+    }
+
+    #[test]
+    fn it_is_json_in_camel_case_without_what_is_absent() {
+        let json = serde_json::to_value(sample()).unwrap();
+        assert_eq!(json["state"], "half-closed");
+        assert_eq!(json["tier"], "splice");
+        assert_eq!(json["receivedBytes"], 1);
+        assert_eq!(json["upstream"], "10.0.2.2:5000");
+        assert!(json.get("upstreamLocal").is_none());
+        assert_eq!(serde_json::from_value::<ConnectionView>(json).unwrap(), sample());
+    }
+
+    #[test]
+    fn names_of_states_are_those_of_json() {
+        use ConnectionState::{Closing, Connecting, HalfClosed, Open, Spliced, Tail};
+        for state in [Connecting, Open, HalfClosed, Tail, Spliced, Closing] {
+            assert_eq!(serde_json::to_value(state).unwrap(), state.as_str());
+        }
+    }
+
+    #[test]
+    fn a_list_is_sorted_by_listener_and_age_and_totals_count_what_a_limit_leaves_out() {
+        let view = |listener: &str, age_ms| ConnectionView { listener: listener.into(), age_ms, ..sample() };
+        let list = ConnectionList::new(vec![view("b", 9), view("a", 1), view("a", 5)], Some(2), 0);
+        let order: Vec<_> = list.connections.iter().map(|one| (one.listener.as_str(), one.age_ms)).collect();
+        assert_eq!(order, [("a", 5), ("a", 1)]);
+        assert_eq!(list.totals.connections, 3);
+        assert_eq!(list.totals.tiers[&Tier::Splice], 3);
+        assert_eq!((list.totals.received_bytes, list.totals.sent_bytes), (3, 6));
+        let json = serde_json::to_value(&list).unwrap();
+        assert_eq!(json["totals"]["states"]["half-closed"], 3);
+        assert_eq!(serde_json::from_value::<ConnectionList>(json).unwrap(), list);
+    }
+}

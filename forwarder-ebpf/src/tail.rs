@@ -1,0 +1,209 @@
+//! The tail: what the local sockets of a pair had received before the promotion and still deliver. They see the
+//! acknowledgements of it as clones of the packets that are redirected.
+
+use core::mem::zeroed;
+
+use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, BPF_F_INGRESS, TC_ACT_UNSPEC, bpf_sock, bpf_sock_tuple};
+use aya_ebpf::helpers::generated::{
+    bpf_clone_redirect, bpf_l3_csum_replace, bpf_sk_release, bpf_skb_change_tail, bpf_skc_lookup_tcp,
+    bpf_tcp_sock,
+};
+use aya_ebpf::programs::TcContext;
+use forwarder_common::packet::{
+    FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, IpVersion, PROTOCOL_TCP, Segment, tcp_field,
+};
+use forwarder_common::translate::{self, ChecksumChange};
+use forwarder_common::verdict::Verdict;
+
+use crate::redirect::{IPV4_CHECKSUM, Outcome, load, store};
+
+/// The mark of a packet that this program has cloned for the local socket. It is on no other packet: it is set after
+/// the packet arrived, and taken away when the clone arrives in its turn.
+const CLONE_MARK: u32 = 0x666c_6f77;
+
+/// Where the lengths stand in the IP headers, in bytes from their first.
+const IPV4_LENGTH: u32 = 2;
+const IPV6_LENGTH: u32 = 4;
+/// Bytes of the IPv6 header, which its length does not count.
+const IPV6_HEADER: u32 = 40;
+/// Words of the longest TCP header.
+const MAX_HEADER_WORDS: u32 = 15;
+
+/// Sends a copy of the packet through the ingress of its interface once more, where [`acknowledge`] takes it.
+#[inline(always)]
+pub(crate) fn send_clone(context: &TcContext) {
+    let skb = context.skb.skb;
+    // SAFETY: the context is the program's own, and its mark and interface may be read and the mark written. A copy that
+    // cannot be made is like one that was lost: the next acknowledgement takes its place.
+    unsafe {
+        let mark = (*skb).mark;
+        (*skb).mark = CLONE_MARK;
+        bpf_clone_redirect(skb, (*skb).ifindex, u64::from(BPF_F_INGRESS));
+        (*skb).mark = mark;
+    }
+}
+
+/// Turns the clone of a packet into what tells the local socket how much of its own data has arrived: an acknowledgement
+/// without payload, of no more than it has sent.
+#[inline(never)]
+pub(crate) fn acknowledge(context: &TcContext, segment: &Segment) -> Outcome {
+    set_mark(context, 0);
+    if segment.flags & FLAG_RST != 0 || segment.flags & FLAG_ACK == 0 || segment.header_length < 20 {
+        return Outcome::drop(Verdict::TailIgnored);
+    }
+    let Some((sent, received)) = local_numbers(context, segment) else {
+        return Outcome::drop(Verdict::TailIgnored);
+    };
+    let acknowledgement =
+        if translate::is_before(sent, segment.acknowledgement) { sent } else { segment.acknowledgement };
+    match bare_acknowledgement(context, segment, received, acknowledgement) {
+        Ok(()) => Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::TailAcknowledged },
+        Err(verdict) => Outcome::drop(verdict),
+    }
+}
+
+/// `snd_nxt` and `rcv_nxt` of the local socket that the packet is for.
+#[inline(always)]
+fn local_numbers(context: &TcContext, segment: &Segment) -> Option<(u32, u32)> {
+    // SAFETY: what is found is released below, on every way.
+    unsafe {
+        let socket = find_socket(context, segment);
+        if socket.is_null() {
+            return None;
+        }
+        let tcp = bpf_tcp_sock(socket);
+        let numbers = if tcp.is_null() { None } else { Some(((*tcp).snd_nxt, (*tcp).rcv_nxt)) };
+        bpf_sk_release(socket.cast());
+        numbers
+    }
+}
+
+/// Whether the local stack has a socket for the packet, a listening one too.
+#[inline(always)]
+pub(crate) fn has_socket(context: &TcContext, segment: &Segment) -> bool {
+    // SAFETY: what is found is released below.
+    unsafe {
+        let socket = find_socket(context, segment);
+        if socket.is_null() {
+            return false;
+        }
+        bpf_sk_release(socket.cast());
+        true
+    }
+}
+
+/// The local socket that the packet is for, or null.
+///
+/// # Safety
+/// What is not null must be released.
+#[inline(always)]
+unsafe fn find_socket(context: &TcContext, segment: &Segment) -> *mut bpf_sock {
+    // SAFETY: a plain old structure, for which zeros are valid.
+    let mut tuple: bpf_sock_tuple = unsafe { zeroed() };
+    let words = segment.tuple.address_words();
+    let ports = [segment.tuple.source_port.to_be(), segment.tuple.destination_port.to_be()];
+    let size = match segment.version {
+        IpVersion::V4 => {
+            // SAFETY: the union has only plain members.
+            let v4 = unsafe { &mut tuple.__bindgen_anon_1.ipv4 };
+            (v4.saddr, v4.daddr, v4.sport, v4.dport) = (words[3], words[7], ports[0], ports[1]);
+            size_of_val(v4)
+        }
+        IpVersion::V6 => {
+            // SAFETY: as above.
+            let v6 = unsafe { &mut tuple.__bindgen_anon_1.ipv6 };
+            v6.saddr = [words[0], words[1], words[2], words[3]];
+            v6.daddr = [words[4], words[5], words[6], words[7]];
+            (v6.sport, v6.dport) = (ports[0], ports[1]);
+            size_of_val(v6)
+        }
+    };
+    let netns = BPF_F_CURRENT_NETNS as u64;
+    // SAFETY: the tuple is initialised and of the size given.
+    unsafe { bpf_skc_lookup_tcp(context.skb.skb.cast(), &raw mut tuple, size as u32, netns, 0) }
+}
+
+/// Cuts the payload off, and sets the numbers and the flags.
+#[inline(always)]
+fn bare_acknowledgement(
+    context: &TcContext,
+    segment: &Segment,
+    sequence: u32,
+    acknowledgement: u32,
+) -> Result<(), Verdict> {
+    let tcp = segment.tcp_offset;
+    let end = tcp + segment.header_length;
+    // SAFETY: the context is the program's own; the helper checks the length.
+    if unsafe { bpf_skb_change_tail(context.skb.skb, end, 0) } != 0 {
+        return Err(Verdict::Unwritable);
+    }
+    store(context, tcp + tcp_field::SEQUENCE as u32, &[sequence.to_be(), acknowledgement.to_be()])?;
+    let flags = segment.flags & !(FLAG_FIN | FLAG_PSH);
+    store(context, tcp + tcp_field::FLAGS as u32, &flags)?;
+    let length = end - segment.ip_offset;
+    match segment.version {
+        IpVersion::V4 => {
+            let offset = segment.ip_offset + IPV4_LENGTH;
+            let new = (length as u16).to_be();
+            // The length on the wire, which may be the short form of a longer one.
+            let old: u16 = load(context, offset)?;
+            store(context, offset, &new)?;
+            let offset = segment.ip_offset + IPV4_CHECKSUM;
+            // SAFETY: the context is the program's own; the helper checks the offset.
+            let result =
+                unsafe { bpf_l3_csum_replace(context.skb.skb, offset, u64::from(old), u64::from(new), 2) };
+            if result != 0 {
+                return Err(Verdict::Unwritable);
+            }
+        }
+        IpVersion::V6 => {
+            let payload = (length - IPV6_HEADER) as u16;
+            store(context, segment.ip_offset + IPV6_LENGTH, &payload.to_be())?;
+        }
+    }
+    sum(context, segment)
+}
+
+/// Computes the TCP checksum of a segment without payload anew.
+#[inline(always)]
+fn sum(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
+    let tcp = segment.tcp_offset;
+    let words = segment.tuple.address_words();
+    let mut sum = ChecksumChange::NONE;
+    let mut word = match segment.version {
+        // Of the form in which the maps know it, only the last word is part of the pseudo-header.
+        IpVersion::V4 => 3,
+        IpVersion::V6 => 0,
+    };
+    while word < 4 {
+        sum = sum.and(0, words[word]).and(0, words[word + 4]);
+        word += 1;
+    }
+    sum = sum.and(0, (u32::from(PROTOCOL_TCP) + segment.header_length).to_be());
+    store(context, tcp + tcp_field::CHECKSUM as u32, &0_u16)?;
+    for word in 0..MAX_HEADER_WORDS {
+        if word * 4 >= segment.header_length {
+            break;
+        }
+        sum = sum.and(0, load(context, tcp + word * 4)?);
+    }
+    store(context, tcp + tcp_field::CHECKSUM as u32, &sum.applied_to(u16::MAX))
+}
+
+/// Whether the packet is a clone that [`send_clone`] has made.
+#[inline(always)]
+pub(crate) fn is_clone(context: &TcContext) -> bool {
+    mark(context) == CLONE_MARK
+}
+
+#[inline(always)]
+fn mark(context: &TcContext) -> u32 {
+    // SAFETY: the kernel hands the program a valid `__sk_buff`, whose mark may be read.
+    unsafe { (*context.skb.skb).mark }
+}
+
+#[inline(always)]
+fn set_mark(context: &TcContext, mark: u32) {
+    // SAFETY: as above; it may be written too.
+    unsafe { (*context.skb.skb).mark = mark }
+}
