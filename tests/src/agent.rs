@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use std::{env, process};
 
@@ -52,6 +52,27 @@ pub struct AgentCommand {
     pub arguments: Vec<OsString>,
     /// Environment variables.
     pub environment: Vec<(&'static str, &'static str)>,
+    /// Where it pins its maps; a folder of its own if `None`.
+    pub pins: Option<Arc<PinDir>>,
+}
+
+/// A folder on the BPF file system, removed with all that is pinned there when its last user is dropped.
+#[derive(Debug)]
+pub struct PinDir(PathBuf);
+
+impl PinDir {
+    fn unique() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("fwd-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        Self(Path::new(BPFFS).join(name))
+    }
+}
+
+impl Drop for PinDir {
+    fn drop(&mut self) {
+        // It may be gone, which is well.
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 impl AgentCommand {
@@ -74,20 +95,25 @@ impl AgentCommand {
         self
     }
 
+    /// Has the agent take over what `former` leaves pinned.
+    #[must_use]
+    pub fn succeeding(mut self, former: &Agent) -> Self {
+        self.pins = Some(Arc::clone(&former.pins));
+        self
+    }
+
     /// Starts the agent in `netns` and waits until its admin interface answers. It may not be ready then.
     pub fn spawn(&self, netns: &NetNs, manifests: &Path) -> Result<Agent> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
         mount_bpffs()?;
         let folder = TempDir::with_prefix("forwarder-agent-")?;
-        let unique = format!("fwd-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let pin_dir = Path::new(BPFFS).join(unique);
+        let pins = self.pins.clone().unwrap_or_else(|| Arc::new(PinDir::unique()));
         let mut words = self.wrapper.iter().cloned().chain([binary().into_os_string()]);
         let mut command = Command::new(words.next().context("an empty command")?);
         command.args(words).arg("agent").arg("--manifests").arg(manifests);
-        command.args(["--admin", ADMIN]).arg("--pin-dir").arg(&pin_dir).args(&self.arguments);
+        command.args(["--admin", ADMIN]).arg("--pin-dir").arg(&pins.0).args(&self.arguments);
         command.envs(self.environment.iter().copied());
         let process = Process::start(netns, &mut command, &folder.path().join("log"))?;
-        let mut agent = Agent { process, netns: netns.clone(), pin_dir, _folder: folder };
+        let mut agent = Agent { process, netns: netns.clone(), pins, _folder: folder };
         let ended = wait_for(DEADLINE, || {
             if let Ok(Some(status)) = agent.process.try_wait() {
                 return Some(Some(status));
@@ -109,12 +135,12 @@ impl AgentCommand {
     }
 }
 
-/// A running agent, killed when dropped, with its pins.
+/// A running agent, killed when dropped. Its pins go with it, unless a successor has them.
 #[derive(Debug)]
 pub struct Agent {
     process: Process,
     netns: NetNs,
-    pin_dir: PathBuf,
+    pins: Arc<PinDir>,
     _folder: TempDir,
 }
 
@@ -136,6 +162,19 @@ impl Agent {
     /// Asks the admin interface.
     pub fn get(&self, path: &str) -> Result<Response> {
         http::get(&self.netns, ADMIN.parse::<SocketAddr>()?, path)
+    }
+
+    /// Sends JSON to the admin interface.
+    pub fn post(&self, path: &str, body: &str) -> Result<Response> {
+        http::post(&self.netns, ADMIN.parse::<SocketAddr>()?, path, body)
+    }
+
+    /// The connections that it lists, those that match a query such as `?listener=default/gw/a`.
+    pub fn connections(&self, query: &str) -> Result<Vec<Value>> {
+        let response = self.get(&format!("/v1/connections{query}"))?;
+        let list: Value = serde_json::from_str(&response.body)
+            .with_context(|| format!("/v1/connections is not JSON: {}", response.body))?;
+        list["connections"].as_array().cloned().context("a list without connections")
     }
 
     /// Asks whether it is ready.
@@ -198,7 +237,7 @@ impl Agent {
 
     /// Where its BPF maps are pinned.
     pub fn pin_dir(&self) -> &Path {
-        &self.pin_dir
+        &self.pins.0
     }
 
     /// Its process id.
@@ -222,6 +261,11 @@ impl Agent {
     /// How many file descriptors it has open.
     pub fn descriptors(&self) -> Result<usize> {
         Ok(fs::read_dir(format!("/proc/{}/fd", self.id()))?.count())
+    }
+
+    /// Asks it to end and to leave nothing behind.
+    pub fn interrupt(&mut self) -> Result<()> {
+        Ok(self.process.signal(Signal::INT)?)
     }
 
     /// Asks it to drain and end.
@@ -249,9 +293,8 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        // The pins of a process that still runs could come back; it ends first. Both may have happened already.
+        // The pins of a process that still runs could come back; it ends first. It may have ended already.
         let _ = self.kill();
-        let _ = fs::remove_dir_all(&self.pin_dir);
     }
 }
 

@@ -1,4 +1,4 @@
-//! A GET request over a fresh connection: all that the admin interface needs.
+//! One request over a fresh connection: all that the admin interface needs.
 
 use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
@@ -22,13 +22,25 @@ pub struct Response {
 
 /// Asks the server at `address` in `netns` for `path`.
 pub fn get(netns: &NetNs, address: SocketAddr, path: &str) -> Result<Response> {
+    exchange(netns, address, &format!("GET {path} HTTP/1.0\r\nHost: {address}\r\nAccept: */*\r\n\r\n"))
+        .with_context(|| format!("GET {path}"))
+}
+
+/// Sends `body` as JSON to `path` of the server at `address` in `netns`.
+pub fn post(netns: &NetNs, address: SocketAddr, path: &str, body: &str) -> Result<Response> {
+    let head = format!("POST {path} HTTP/1.0\r\nHost: {address}\r\nContent-Type: application/json\r\n");
+    exchange(netns, address, &format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()))
+        .with_context(|| format!("POST {path}"))
+}
+
+fn exchange(netns: &NetNs, address: SocketAddr, request: &str) -> Result<Response> {
     let mut stream = netns.connect(address).with_context(|| format!("connect to {address}"))?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     // HTTP/1.0 forbids chunks and closes the connection after the answer.
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\nAccept: */*\r\n\r\n")?;
+    stream.write_all(request.as_bytes())?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).with_context(|| format!("read the answer to {path}"))?;
+    stream.read_to_string(&mut answer).context("read the answer")?;
     let (head, body) = answer.split_once("\r\n\r\n").context("an answer without an end of its head")?;
     let status =
         head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("an answer without a status")?;

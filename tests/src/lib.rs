@@ -6,18 +6,27 @@
 pub mod agent;
 pub mod client;
 pub mod database;
+pub mod datapath;
 pub mod fixture;
 pub mod http;
+pub mod kernel;
 pub mod manifests;
+pub mod mariadb;
 pub mod metrics;
 pub mod netns;
 pub mod peer;
 pub mod process;
 pub mod random;
+pub mod sequence;
+pub mod shape;
 pub mod swarm;
+mod tap;
+pub mod traffic;
 pub mod wait;
+pub mod wire;
 
 pub use agent::{Agent, AgentCommand};
+pub use datapath::Datapath;
 pub use fixture::Forwarding;
 pub use manifests::{BackendRef, Manifests};
 pub use netns::{NetNs, Topology, require_root};

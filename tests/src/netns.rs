@@ -119,6 +119,23 @@ impl NetNs {
         ip(&[&["-n", self.name()], arguments].concat())
     }
 
+    /// Sets a variable below `/proc/sys/net`, such as `ipv4/tcp_sack`.
+    pub fn sysctl(&self, name: &str, value: &str) -> Result<()> {
+        let path = Path::new("/proc/sys/net").join(name);
+        self.run(|| fs::write(&path, value)).with_context(|| format!("write {value} to {}", path.display()))
+    }
+
+    /// A counter of the namespace, such as `TCPToZeroWindowAdv`, by `/proc/net/netstat`.
+    pub fn counter(&self, name: &str) -> Result<u64> {
+        let table = self.run(|| fs::read_to_string("/proc/thread-self/net/netstat"))?;
+        let lines: Vec<&str> = table.lines().collect();
+        let value = lines.iter().zip(lines.iter().skip(1)).find_map(|(names, values)| {
+            let index = names.split(' ').position(|field| field == name)?;
+            values.split(' ').nth(index)
+        });
+        Ok(value.with_context(|| format!("no counter {name}"))?.parse()?)
+    }
+
     /// The inodes of the sockets that listen on `port`, by `/proc/net/tcp` and `tcp6`: the identity of a bound socket.
     pub fn listening_inodes(&self, port: u16) -> Vec<u64> {
         const LISTEN: &str = "0A";
@@ -185,22 +202,45 @@ pub struct Topology {
 impl Topology {
     /// Builds the network.
     pub fn new() -> Result<Self> {
+        Self::joined(veth)
+    }
+
+    /// Builds the network with devices that `join` makes: one in the node and one in a host, whose names it is given.
+    pub fn joined(mut join: impl FnMut(&NetNs, &str, &NetNs, &str) -> Result<()>) -> Result<Self> {
         let topology = Self {
             client: NetNs::new()?,
             node: NetNs::new()?,
             backend1: NetNs::new()?,
             backend2: NetNs::new()?,
         };
-        topology.node.run(|| {
-            fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
-            fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")
-        })?;
+        topology.node.sysctl("ipv4/ip_forward", "1")?;
+        topology.node.sysctl("ipv6/conf/all/forwarding", "1")?;
         for (index, host) in
             [&topology.client, &topology.backend1, &topology.backend2].into_iter().enumerate()
         {
-            join(&topology.node, host, index + 1)?;
+            let near = near(index + 1);
+            join(&topology.node, &near, host, FAR)?;
+            address(&topology.node, &near, host, index + 1)?;
         }
         Ok(topology)
+    }
+
+    /// Sets the MTU of both ends of network `index`, which leads to `host`.
+    pub fn set_mtu(&self, index: usize, host: &NetNs, mtu: u16) -> Result<()> {
+        let mtu = mtu.to_string();
+        self.node.ip(&["link", "set", "dev", &near(index), "mtu", &mtu])?;
+        host.ip(&["link", "set", "dev", FAR, "mtu", &mtu])
+    }
+
+    /// Removes the link between the node and the first host of backends, as the end of that host would.
+    pub fn remove_backend1_link(&self) -> Result<()> {
+        self.node.ip(&["link", "del", "veth2"])
+    }
+
+    /// Makes that link anew, with the same addresses.
+    pub fn restore_backend1_link(&self) -> Result<()> {
+        veth(&self.node, &near(2), &self.backend1, FAR)?;
+        address(&self.node, &near(2), &self.backend1, 2)
     }
 
     /// An address of the node, as seen from the client.
@@ -234,11 +274,22 @@ impl Topology {
     }
 }
 
-/// Joins `host` to `node` by a veth pair with the addresses of network `index`.
-fn join(node: &NetNs, host: &NetNs, index: usize) -> Result<()> {
-    let near = format!("veth{index}");
-    node.ip(&["link", "add", &near, "type", "veth", "peer", "name", "eth0", "netns", host.name()])?;
-    for (netns, device, last) in [(node, near.as_str(), 1), (host, "eth0", 2)] {
+/// The device of a host.
+pub const FAR: &str = "eth0";
+
+/// The device of the node in network `index`: 1 is the client's, 2 and 3 are the backends'.
+pub fn near(index: usize) -> String {
+    format!("veth{index}")
+}
+
+/// Joins a device of the node and one of a host.
+fn veth(node: &NetNs, near: &str, host: &NetNs, far: &str) -> Result<()> {
+    node.ip(&["link", "add", near, "type", "veth", "peer", "name", far, "netns", host.name()])
+}
+
+/// Gives the devices that join `host` to `node` the addresses of network `index`.
+fn address(node: &NetNs, near: &str, host: &NetNs, index: usize) -> Result<()> {
+    for (netns, device, last) in [(node, near, 1), (host, FAR, 2)] {
         netns.ip(&["address", "add", &format!("10.0.{index}.{last}/24"), "dev", device])?;
         netns.ip(&["address", "add", &format!("fd00:{index}::{last}/64"), "dev", device, "nodad"])?;
         netns.ip(&["link", "set", device, "up"])?;

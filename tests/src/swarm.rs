@@ -10,6 +10,7 @@ use std::thread::{self, JoinHandle};
 
 use anyhow::{Context as _, Result};
 use rustix::event::{Timespec, epoll};
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::netns::NetNs;
@@ -56,7 +57,11 @@ fn serve(listener: &TcpListener, stop: &AtomicBool) -> io::Result<()> {
     let mut events = Vec::with_capacity(1024);
     while !stop.load(Ordering::Relaxed) {
         events.clear();
-        epoll::wait(&epoll, rustix::buffer::spare_capacity(&mut events), Some(&STOP_INTERVAL))?;
+        match epoll::wait(&epoll, rustix::buffer::spare_capacity(&mut events), Some(&STOP_INTERVAL)) {
+            // A signal to the process, such as that a child has ended or was stopped.
+            Err(Errno::INTR) => continue,
+            result => result?,
+        };
         for event in &events {
             match event.data.u64() {
                 LISTENER => {

@@ -1,92 +1,16 @@
 //! Real database servers behind the forwarder, spoken to by their own clients.
 
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::SocketAddr;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
 use forwarder_tests::database::{Database, postgresql_binaries, require_program};
 use forwarder_tests::fixture::LISTENER_PORT;
-use forwarder_tests::{Agent, BackendRef, Manifests, NetNs, Topology, require_root};
+use forwarder_tests::mariadb::{Session, dump_and_restore, query};
+use forwarder_tests::random::Random;
+use forwarder_tests::{Agent, BackendRef, Datapath, Manifests, Topology, require_root};
 
 const MARIADB_PORT: u16 = 3306;
-
-/// The MariaDB client, set up to speak to `address`.
-fn mariadb(program: &str, address: SocketAddr) -> Command {
-    let mut command = Command::new(program);
-    command.args(["--no-defaults", "--user=test", "--protocol=TCP", "--max-allowed-packet=64M"]);
-    command.arg(format!("--host={}", address.ip())).arg(format!("--port={}", address.port()));
-    command
-}
-
-/// What the server answers to `sql`: values separated by tabs, without headers.
-fn query(netns: &NetNs, address: SocketAddr, sql: &str) -> Result<String> {
-    let mut command = mariadb("mariadb", address);
-    command
-        .args(["--batch", "--skip-column-names", "--connect-timeout=10", "test"])
-        .arg(format!("--execute={sql}"));
-    Ok(netns.stdout(&mut command)?.trim().to_owned())
-}
-
-/// A client that stays connected.
-struct Session {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-}
-
-impl Session {
-    fn open(netns: &NetNs, address: SocketAddr) -> Result<Self> {
-        let mut command = mariadb("mariadb", address);
-        // Without a reconnect, or a lost connection could go unnoticed.
-        command.args(["--batch", "--skip-column-names", "--unbuffered", "--skip-reconnect", "test"]);
-        let mut child = netns.spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
-        let input = child.stdin.take().context("a piped input")?;
-        let output = BufReader::new(child.stdout.take().context("a piped output")?);
-        Ok(Self { child, input, output })
-    }
-
-    /// Sends a statement and returns the one line of its answer.
-    fn ask(&mut self, sql: &str) -> Result<String> {
-        writeln!(self.input, "{sql};")?;
-        self.input.flush()?;
-        let mut line = String::new();
-        self.output.read_line(&mut line)?;
-        ensure!(line.ends_with('\n'), "the session ended: {line:?}");
-        Ok(line.trim_end().to_owned())
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Dumps the table `source` and restores it as table `source` of the database `restored`, all through `address`.
-fn dump_and_restore(netns: &NetNs, address: SocketAddr) -> Result<u64> {
-    query(netns, address, "CREATE DATABASE restored")?;
-    let mut dump = mariadb("mariadb-dump", address);
-    dump.args(["--hex-blob", "--skip-comments", "test", "source"]).stdout(Stdio::piped());
-    let mut dump = netns.spawn(&mut dump)?;
-    let mut restore = mariadb("mariadb", address);
-    restore.arg("restored").stdin(Stdio::piped());
-    let mut restore = netns.spawn(&mut restore)?;
-    let mut output = dump.stdout.take().context("a piped output")?;
-    let mut input = restore.stdin.take().context("a piped input")?;
-    let bytes = std::io::copy(&mut output, &mut input)?;
-    drop(input);
-    let (dumped, restored) = (dump.wait()?, restore.wait()?);
-    ensure!(dumped.success() && restored.success(), "dump: {dumped}, restore: {restored}");
-    let checksum = |table| query(netns, address, &format!("CHECKSUM TABLE {table}"));
-    let (before, after) = (checksum("test.source")?, checksum("restored.source")?);
-    let value = |line: &str| line.split('\t').nth(1).map(str::to_owned);
-    ensure!(value(&before).is_some() && value(&before) == value(&after), "{before}; {after}");
-    Ok(bytes)
-}
 
 #[test]
 fn two_mariadb_servers_on_one_target_port_are_two_things() {
@@ -148,6 +72,43 @@ fn two_mariadb_servers_on_one_target_port_are_two_things() {
     }
     assert_eq!([orders.ask(identity).unwrap(), billing.ask(identity).unwrap()], before);
     drop((one, two));
+}
+
+#[test]
+fn a_mariadb_session_with_think_time_outlives_dumps() {
+    const MAKE: &str = "CREATE TABLE source (id INT PRIMARY KEY, data MEDIUMBLOB) \
+                        SELECT seq AS id, RANDOM_BYTES(1024) AS data FROM seq_1_to_12000";
+    if !require_root() || !require_program("mariadbd") {
+        return;
+    }
+    let topology = Topology::new().unwrap();
+    let client = &topology.client;
+    let endpoint = topology.backend1_address(MARIADB_PORT);
+    let server = Database::mariadb(&topology.backend1, endpoint, 303).unwrap();
+    query(client, endpoint, MAKE).unwrap();
+    let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).unwrap();
+    let listener = topology.node_address(LISTENER_PORT);
+    for datapath in Datapath::chosen() {
+        let agent = datapath.agent().start(&topology.node, &manifests.path()).unwrap();
+        let mut session = Session::open(client, listener).unwrap();
+        let identity = session.ask("SELECT CONNECTION_ID()").unwrap();
+        let mut random = Random::new(1);
+        for round in 1..10_u32 {
+            // The application thinks.
+            thread::sleep(Duration::from_millis(random.below(600)));
+            let answer = session.ask(&format!("SELECT {round}, REPEAT('x', {})", round * 20_000)).unwrap();
+            assert_eq!(answer.len(), 2 + 20_000 * usize::try_from(round).unwrap(), "{datapath}: {round}");
+            if round == 5 {
+                let bytes = dump_and_restore(client, listener).unwrap();
+                assert!(bytes > 22_000_000, "{datapath}: the dump has only {bytes} bytes");
+                session.ask("DROP DATABASE restored; SELECT 1").unwrap();
+            }
+        }
+        assert_eq!(session.ask("SELECT CONNECTION_ID()").unwrap(), identity, "{datapath}");
+        let by_kernel = datapath.forwarded(&agent).unwrap();
+        assert_eq!(by_kernel > 0, datapath.is_tc(), "{datapath}: the kernel forwarded {by_kernel} bytes");
+    }
+    drop(server);
 }
 
 #[test]

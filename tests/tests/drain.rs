@@ -36,7 +36,8 @@ fn a_drain_refuses_new_connections_and_ends_with_the_last_old_one() {
     if !require_root() {
         return;
     }
-    let mut forwarding = Forwarding::start(&["--drain-timeout", "60s"], peer::echo).unwrap();
+    let mut forwarding =
+        Forwarding::start(&["--datapath", "splice", "--drain-timeout", "60s"], peer::echo).unwrap();
     let session = forwarding.connect().unwrap();
     client::ping(&session, b"before").unwrap();
     let start = Instant::now();
@@ -56,7 +57,8 @@ fn an_idle_agent_ends_at_once() {
     if !require_root() {
         return;
     }
-    let mut forwarding = Forwarding::start(&["--drain-timeout", "60s"], peer::echo).unwrap();
+    let mut forwarding =
+        Forwarding::start(&["--datapath", "splice", "--drain-timeout", "60s"], peer::echo).unwrap();
     forwarding.agent.terminate().unwrap();
     let status = forwarding.agent.wait(WAIT).expect("nothing holds the agent");
     assert_eq!(status.code(), Some(0), "{status}");
@@ -68,7 +70,8 @@ fn what_outlasts_the_drain_is_reset_bit_by_bit() {
     if !require_root() {
         return;
     }
-    let mut forwarding = Forwarding::start(&["--drain-timeout", "3s"], peer::echo).unwrap();
+    let mut forwarding =
+        Forwarding::start(&["--datapath", "splice", "--drain-timeout", "3s"], peer::echo).unwrap();
     let sessions: Vec<TcpStream> = (0..SESSIONS).map(|_| forwarding.connect().unwrap()).collect();
     for session in &sessions {
         client::ping(session, b"x").unwrap();
@@ -96,7 +99,8 @@ fn a_second_signal_ends_the_drain_at_once() {
     if !require_root() {
         return;
     }
-    let mut forwarding = Forwarding::start(&["--drain-timeout", "60s"], peer::echo).unwrap();
+    let mut forwarding =
+        Forwarding::start(&["--datapath", "splice", "--drain-timeout", "60s"], peer::echo).unwrap();
     let session = forwarding.connect().unwrap();
     client::ping(&session, b"x").unwrap();
     forwarding.agent.terminate().unwrap();

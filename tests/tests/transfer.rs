@@ -9,7 +9,7 @@ use forwarder_tests::random::Random;
 use forwarder_tests::{Forwarding, client, peer, require_root, serialise};
 
 static HEAVY: Mutex<()> = Mutex::new(());
-const DATAPATHS: [&str; 2] = ["splice", "copy"];
+const DATAPATHS: [&str; 3] = ["splice", "copy", "tc"];
 const SIZES: [u64; 4] = [0, 1, 100_000, 64 << 20];
 
 #[test]

@@ -1,0 +1,69 @@
+//! The tiers that tests of whole conversations go through, and the proof that it was them who carried the bytes.
+
+use std::time::Duration;
+use std::{env, fmt};
+
+use anyhow::Result;
+
+use crate::agent::{Agent, AgentCommand};
+use crate::wait::wait_for;
+
+/// What such tests go through unless `FORWARDER_TEST_DATAPATHS`, separated by commas, names others.
+const USUAL: [Datapath; 2] = [Datapath("splice"), Datapath("tc")];
+/// When tier `tc` takes a connection over, unless `FORWARDER_TEST_TC_ARGUMENTS` says something else: early, since
+/// conversations are short.
+const TC_ARGUMENTS: &str = "--promote-after 16KiB,250ms";
+/// How long the agent may take to count what the kernel has forwarded.
+const COUNTED: Duration = Duration::from_secs(5);
+
+/// A value of the agent's flag `--datapath`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Datapath(&'static str);
+
+impl Datapath {
+    /// Those that tests go through.
+    pub fn chosen() -> Vec<Self> {
+        let all = [Self("splice"), Self("copy"), Self("tc")];
+        env::var("FORWARDER_TEST_DATAPATHS").map_or_else(
+            |_| USUAL.to_vec(),
+            |names| {
+                let known = |name: &str| all.into_iter().find(|datapath| datapath.0 == name);
+                names.split(',').map(|name| known(name).expect("splice, copy or tc")).collect()
+            },
+        )
+    }
+
+    /// How to start an agent that goes through it.
+    pub fn agent(self) -> AgentCommand {
+        let more = env::var("FORWARDER_TEST_TC_ARGUMENTS").unwrap_or_else(|_| TC_ARGUMENTS.to_owned());
+        let more = if self.is_tc() { more.split_ascii_whitespace().collect() } else { Vec::new() };
+        AgentCommand::new(&[&["--datapath", self.0], more.as_slice()].concat())
+    }
+
+    /// Whether the kernel forwards promoted connections.
+    pub fn is_tc(self) -> bool {
+        self.0 == "tc"
+    }
+
+    /// Prints how many bytes each tier has forwarded; yields those of tier `tc`.
+    pub fn forwarded(self, agent: &Agent) -> Result<i64> {
+        let tier = |tier: &'static str| {
+            let metrics = agent.metrics()?;
+            let names = ["forwarder_received_bytes_total", "forwarder_sent_bytes_total"];
+            anyhow::Ok(names.iter().map(|name| metrics.sum(name, &[("tier", tier)])).sum::<i64>())
+        };
+        let by_kernel = if self.is_tc() {
+            wait_for(COUNTED, || tier("tc").ok().filter(|&bytes| bytes > 0)).unwrap_or_default()
+        } else {
+            0
+        };
+        println!("{self}: {by_kernel} bytes by tc, {} by splice, {} by copy", tier("splice")?, tier("copy")?);
+        Ok(by_kernel)
+    }
+}
+
+impl fmt::Display for Datapath {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.0)
+    }
+}

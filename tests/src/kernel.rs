@@ -1,0 +1,116 @@
+//! Connections that the kernel forwards by itself, as tests see them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use crate::agent::{Agent, DEADLINE};
+use crate::fixture::Forwarding;
+use crate::{AgentCommand, client, process, wait_until};
+
+/// The settings that take every connection into the kernel at once.
+pub const AT_ONCE: [&str; 4] = ["--datapath", "tc", "--promote-after", "0B"];
+
+impl Agent {
+    /// The sum of a metric, whatever its labels.
+    pub fn metric(&self, name: &str) -> i64 {
+        self.metrics().expect("metrics").sum(name, &[])
+    }
+
+    /// How many connections the kernel forwards, those that have just ended included.
+    pub fn pairs(&self) -> i64 {
+        self.metric("forwarder_pairs")
+    }
+
+    /// How often a connection was not promoted for `reason`.
+    pub fn refusals(&self, reason: &str) -> i64 {
+        self.metrics().expect("metrics").sum("forwarder_tier_fallbacks_total", &[("reason", reason)])
+    }
+
+    /// How many connections have ended by `end`.
+    pub fn ended(&self, end: &str) -> i64 {
+        self.metrics().expect("metrics").sum("forwarder_connections_ended_total", &[("end", end)])
+    }
+
+    /// The downstream addresses of the connections that are listed at tier `tc`.
+    pub fn promoted(&self) -> Vec<SocketAddr> {
+        let connections = self.connections("").expect("a list");
+        let promoted = connections.iter().filter(|one| one["tier"] == "tc");
+        promoted.filter_map(|one| one["downstream"].as_str()?.parse().ok()).collect()
+    }
+
+    /// Waits until the kernel forwards so many connections.
+    #[track_caller]
+    pub fn wait_pairs(&self, count: usize) {
+        wait_until(&format!("{count} connections are promoted"), DEADLINE, || {
+            usize::try_from(self.pairs()) == Ok(count)
+        });
+    }
+
+    /// Waits until nothing is left of promoted connections in the kernel.
+    #[track_caller]
+    pub fn wait_empty(&self) {
+        wait_until("nothing is left in the kernel", DEADLINE, || {
+            self.pairs() == 0
+                && ["flows", "pairs"]
+                    .iter()
+                    .all(|map| entries(self.pin_dir(), map).is_ok_and(|count| count == 0))
+        });
+    }
+}
+
+impl Forwarding {
+    /// Opens `count` connections to an echo server, and waits until the kernel forwards all of them.
+    #[track_caller]
+    pub fn connect_promoted(&self, count: usize) -> Vec<TcpStream> {
+        let streams: Vec<TcpStream> = (0..count).map(|_| self.connect().expect("connect")).collect();
+        self.promote(&streams);
+        streams
+    }
+
+    /// Sends on connections to an echo server until the kernel forwards all of them: a way on which nothing has moved yet
+    /// proves nothing.
+    #[track_caller]
+    pub fn promote(&self, streams: &[TcpStream]) {
+        let locals: BTreeSet<SocketAddr> =
+            streams.iter().map(|stream| stream.local_addr().expect("a connected socket")).collect();
+        wait_until("all connections are promoted", DEADLINE, || {
+            for stream in streams {
+                client::ping(stream, b"promote me").expect("an echo");
+            }
+            let connections = self.agent.connections("").expect("a list");
+            let spliced = connections.iter().filter(|one| one["state"] == "spliced");
+            let spliced: BTreeSet<SocketAddr> =
+                spliced.filter_map(|one| one["downstream"].as_str()?.parse().ok()).collect();
+            locals.is_subset(&spliced)
+        });
+    }
+
+    /// Starts an agent on the pins of the present one, which has ended, and waits until it is ready.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn succeed(&mut self, arguments: &[&str]) -> Result<()> {
+        let command = AgentCommand::new(arguments).succeeding(&self.agent);
+        self.agent = command.start(&self.topology.node, &self.manifests.path())?;
+        Ok(())
+    }
+}
+
+/// How many entries a pinned map has, by bpftool.
+///
+/// # Errors
+/// There is no such map, or bpftool fails.
+pub fn entries(pin_dir: &Path, map: &str) -> Result<usize> {
+    let mut versions = fs::read_dir(pin_dir)?.flatten().map(|entry| entry.path());
+    let path = versions.find(|path| path.join(map).exists()).context("no such map")?.join(map);
+    let mut command = Command::new("bpftool");
+    command.args(["-j", "map", "dump", "pinned"]).arg(path);
+    let dump: Value = serde_json::from_str(&process::stdout(&mut command)?)?;
+    Ok(dump.as_array().context("a dump that is no list")?.len())
+}

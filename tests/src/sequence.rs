@@ -1,0 +1,70 @@
+//! The sequence numbers of live connections, by the kernel's repair mode.
+#![expect(unsafe_code, reason = "options of sockets that no crate offers")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, RawFd};
+
+use nix::libc;
+
+/// The queues that `TCP_REPAIR_QUEUE` chooses from (`linux/tcp.h`).
+const RECEIVE_QUEUE: libc::c_int = 1;
+const SEND_QUEUE: libc::c_int = 2;
+/// The values of `TCP_REPAIR`; the last one ends it without probing the peer's window.
+const REPAIR_ON: libc::c_int = 1;
+const REPAIR_OFF_WITHOUT_PROBE: libc::c_int = -1;
+
+/// Where both directions of a connection stand.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Positions {
+    /// The number of the next byte to send.
+    pub send: u32,
+    /// The number of the next byte to receive.
+    pub receive: u32,
+}
+
+/// Reads a connected socket; sends nothing.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn read(socket: impl AsFd) -> io::Result<Positions> {
+    let fd = socket.as_fd().as_raw_fd();
+    let position = |queue| {
+        set(fd, libc::TCP_REPAIR_QUEUE, queue)?;
+        Ok(get(fd, libc::TCP_QUEUE_SEQ)?.cast_unsigned())
+    };
+    set(fd, libc::TCP_REPAIR, REPAIR_ON)?;
+    let positions: io::Result<[u32; 2]> =
+        position(SEND_QUEUE).and_then(|send| Ok([send, position(RECEIVE_QUEUE)?]));
+    set(fd, libc::TCP_REPAIR, REPAIR_OFF_WITHOUT_PROBE)?;
+    positions.map(|[send, receive]| Positions { send, receive })
+}
+
+/// Makes `first` the initial sequence number of a socket that is not yet connected. 0 leaves the choice to the kernel.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn choose(socket: impl AsFd, first: u32) -> io::Result<()> {
+    let fd = socket.as_fd().as_raw_fd();
+    set(fd, libc::TCP_REPAIR, REPAIR_ON)?;
+    set(fd, libc::TCP_REPAIR_QUEUE, SEND_QUEUE)?;
+    // What is chosen stays when repair mode ends (`tcp_v4_connect` makes a number where there is none).
+    set(fd, libc::TCP_QUEUE_SEQ, first.cast_signed())?;
+    set(fd, libc::TCP_REPAIR, REPAIR_OFF_WITHOUT_PROBE)
+}
+
+fn set(fd: RawFd, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(size_of_val(&value)).expect("an integer is small");
+    // SAFETY: the pointer is to an integer of the length that is given, and the kernel only reads it.
+    let result =
+        unsafe { libc::setsockopt(fd, libc::IPPROTO_TCP, option, (&raw const value).cast(), length) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn get(fd: RawFd, option: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut length = libc::socklen_t::try_from(size_of_val(&value)).expect("an integer is small");
+    // SAFETY: the pointer is to an integer of the length that is given, which the kernel does not exceed.
+    let result =
+        unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, option, (&raw mut value).cast(), &raw mut length) };
+    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,158 @@
+//! What promoted connections do when the ways that their packets take change, vanish or swallow.
+
+use std::net::TcpStream;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use forwarder_tests::client::{self, End};
+use forwarder_tests::database::require_program;
+use forwarder_tests::kernel::AT_ONCE;
+use forwarder_tests::{Forwarding, peer, process, require_root, wait_until};
+
+const WAIT: Duration = Duration::from_secs(10);
+/// A deadline for what a lost packet may delay.
+const LONG: Duration = Duration::from_secs(25);
+
+fn is_ready() -> bool {
+    require_root() && require_program("bpftool")
+}
+
+/// The arguments of an agent that promotes at once, and more.
+fn at_once<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    [&AT_ONCE[..], more].concat()
+}
+
+#[test]
+fn an_interface_that_comes_back_is_used_again() {
+    if !is_ready() {
+        return;
+    }
+    let mut forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
+    let old = forwarding.connect_promoted(1).remove(0);
+    for round in 0..2 {
+        forwarding.topology.remove_backend1_link().expect("it works");
+        forwarding.topology.restore_backend1_link().expect("it works");
+        wait_until("connections are promoted again", LONG, || {
+            assert!(forwarding.agent.is_running());
+            forwarding.connect().is_ok_and(|stream| {
+                let promoted = |stream: &TcpStream| {
+                    forwarding.agent.promoted().contains(&stream.local_addr().expect("a connected socket"))
+                };
+                let alive = client::ping(&stream, b"anew").is_ok();
+                alive
+                    && forwarder_tests::wait_for(Duration::from_secs(1), || {
+                        (client::ping(&stream, b"more").is_ok() && promoted(&stream)).then_some(())
+                    })
+                    .is_some()
+            })
+        });
+        client::ping(&old, b"the one from before").unwrap_or_else(|error| panic!("round {round}: {error}"));
+    }
+    drop(old);
+    forwarding.agent.wait_empty();
+}
+
+#[test]
+fn the_clients_of_an_endpoint_that_is_gone_are_told() {
+    if !is_ready() {
+        return;
+    }
+    let forwarding = Forwarding::start(&at_once(&["--keepalive", "1s"]), peer::echo).expect("it works");
+    let streams = forwarding.connect_promoted(3);
+    let died = Instant::now();
+    forwarding.topology.remove_backend1_link().expect("it works");
+    for stream in &streams {
+        assert_eq!(client::end(stream, LONG).expect("it works"), End::Reset);
+    }
+    println!("told after {:?}", died.elapsed());
+    assert!(died.elapsed() < Duration::from_secs(15), "{:?}", died.elapsed());
+    forwarding.agent.wait_empty();
+    assert_eq!(forwarding.agent.active().expect("it works"), 0);
+}
+
+/// Has the first host of backends drop what the node redirects, but not what the node says itself. Redirected packets have
+/// the time to live that their sender gave them.
+fn swallow(forwarding: &Forwarding) {
+    forwarding
+        .topology
+        .client
+        .run(|| std::fs::write("/proc/sys/net/ipv4/ip_default_ttl", "63").expect("it works"));
+    let rules = "add table ip swallow\n\
+        add chain ip swallow arriving { type filter hook prerouting priority -300; }\n\
+        add rule ip swallow arriving ip ttl 63 drop\n";
+    let folder = tempfile::tempdir().expect("it works");
+    let path = folder.path().join("rules");
+    std::fs::write(&path, rules).expect("it works");
+    let mut nft = Command::new("nft");
+    forwarding.topology.backend1.run(|| process::stdout(nft.arg("-f").arg(&path))).expect("it works");
+}
+
+#[test]
+fn what_a_swallowing_way_took_is_taken_back() {
+    const SIZE: u64 = 3 << 20;
+    if !is_ready() || !require_program("nft") {
+        return;
+    }
+    // At once, and in the middle of an upload.
+    for promote_after in ["0B", "64KiB"] {
+        let arguments = ["--datapath", "tc", "--promote-after", promote_after];
+        let forwarding = Forwarding::start(&arguments, peer::digest).expect("it works");
+        swallow(&forwarding);
+        let upload = |seed| {
+            let mut stream = forwarding.connect().expect("it works");
+            let sent = forwarder_tests::random::send(&mut stream, seed, SIZE).expect("it works");
+            stream.shutdown(std::net::Shutdown::Write).expect("it works");
+            let mut answer = String::new();
+            std::io::Read::read_to_string(&mut stream, &mut answer).unwrap_or_else(|error| {
+                panic!("{promote_after}: no answer: {error}\n{}", forwarding.agent.log())
+            });
+            assert_eq!(answer, format!("{} {SIZE}", forwarder_tests::random::hex(sent)), "{promote_after}");
+        };
+        let started = Instant::now();
+        upload(1);
+        println!("{promote_after}: the first took {:?}", started.elapsed());
+        let agent = &forwarding.agent;
+        assert_eq!(agent.metric("forwarder_promotions_taken_back_total"), 1, "{promote_after}");
+        let promotions = agent.metric("forwarder_promotions_total");
+        for seed in 2..5 {
+            upload(seed);
+        }
+        assert_eq!(agent.metric("forwarder_promotions_total"), promotions, "{promote_after}: tried again");
+        assert!(agent.refusals("path_broken") >= 3, "{promote_after}");
+        wait_until("all have ended", WAIT, || agent.active().expect("it works") == 0);
+        agent.wait_empty();
+    }
+}
+
+#[test]
+fn a_conversation_on_a_swallowing_way_goes_on_in_userspace() {
+    if !is_ready() || !require_program("nft") {
+        return;
+    }
+    let forwarding =
+        Forwarding::start(&["--datapath", "tc", "--promote-after", "300ms"], peer::echo).expect("it works");
+    swallow(&forwarding);
+    let agent = &forwarding.agent;
+    let talk = |stream: &TcpStream| {
+        for number in 0..100 {
+            client::ping(stream, format!("message {number}").as_bytes())
+                .unwrap_or_else(|error| panic!("message {number}: {error}\n{}", agent.log()));
+        }
+    };
+    let first = forwarding.connect().expect("it works");
+    client::ping(&first, b"before").expect("it works");
+    wait_until("it is promoted", WAIT, || agent.metric("forwarder_promotions_total") == 1);
+    talk(&first);
+    assert_eq!(forwarding.agent.metric("forwarder_promotions_taken_back_total"), 1);
+    let promotions = forwarding.agent.metric("forwarder_promotions_total");
+    let second = forwarding.connect().expect("it works");
+    client::ping(&second, b"before").expect("it works");
+    wait_until("it is refused", WAIT, || agent.refusals("path_broken") >= 1);
+    talk(&second);
+    assert_eq!(forwarding.agent.metric("forwarder_promotions_total"), promotions);
+    let connections = forwarding.agent.connections("").expect("it works");
+    assert!(
+        connections.len() == 2 && connections.iter().all(|one| one["tier"] == "splice"),
+        "{connections:?}"
+    );
+}
