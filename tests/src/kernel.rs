@@ -10,11 +10,23 @@ use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 use crate::agent::{Agent, DEADLINE};
+use crate::database::require_program;
 use crate::fixture::Forwarding;
+use crate::netns::require_root;
 use crate::{AgentCommand, client, process, wait_until};
 
 /// The settings that take every connection into the kernel at once.
 pub const AT_ONCE: [&str; 4] = ["--datapath", "tc", "--promote-after", "0B"];
+
+/// These settings, and more.
+pub fn at_once<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    [&AT_ONCE[..], more].concat()
+}
+
+/// Whether tests of promoted connections can run here; says if not.
+pub fn is_ready() -> bool {
+    require_root() && require_program("bpftool")
+}
 
 impl Agent {
     /// The sum of a metric, whatever its labels.

@@ -11,12 +11,9 @@ use std::time::{Duration, Instant};
 
 use forwarder_tests::agent::binary;
 use forwarder_tests::client::{self, End};
-use forwarder_tests::database::require_program;
-use forwarder_tests::kernel::AT_ONCE;
+use forwarder_tests::kernel::{AT_ONCE, at_once, is_ready};
 use forwarder_tests::swarm::{Swarm, raise_descriptor_limit};
-use forwarder_tests::{
-    Agent, Forwarding, Manifests, Topology, peer, require_root, serialise, wait_for, wait_until,
-};
+use forwarder_tests::{Agent, Forwarding, Manifests, Topology, peer, serialise, wait_for, wait_until};
 use nix::errno::Errno;
 use socket2::{Domain, Socket, Type};
 
@@ -24,15 +21,6 @@ static HEAVY: Mutex<()> = Mutex::new(());
 const WAIT: Duration = Duration::from_secs(10);
 /// How connections are told apart on both sides: by the first byte.
 type Mark = u8;
-
-fn is_ready() -> bool {
-    require_root() && require_program("bpftool")
-}
-
-/// The arguments of an agent that promotes at once, and more.
-fn at_once<'a>(more: &[&'a str]) -> Vec<&'a str> {
-    [&AT_ONCE[..], more].concat()
-}
 
 /// A server that echoes until the connection ends, and tells then how it did, by the mark: the first byte. An end of the
 /// client is not passed on: what comes after it is told.

@@ -6,21 +6,12 @@ use std::time::{Duration, Instant};
 
 use forwarder_tests::client::{self, End};
 use forwarder_tests::database::require_program;
-use forwarder_tests::kernel::AT_ONCE;
-use forwarder_tests::{Forwarding, peer, process, require_root, wait_until};
+use forwarder_tests::kernel::{AT_ONCE, at_once, is_ready};
+use forwarder_tests::{Forwarding, peer, process, wait_until};
 
 const WAIT: Duration = Duration::from_secs(10);
 /// A deadline for what a lost packet may delay.
 const LONG: Duration = Duration::from_secs(25);
-
-fn is_ready() -> bool {
-    require_root() && require_program("bpftool")
-}
-
-/// The arguments of an agent that promotes at once, and more.
-fn at_once<'a>(more: &[&'a str]) -> Vec<&'a str> {
-    [&AT_ONCE[..], more].concat()
-}
 
 #[test]
 fn an_interface_that_comes_back_is_used_again() {
