@@ -15,7 +15,7 @@ use crate::counters::End;
 use crate::datapath::flows::{FlowTable, JoinedPair};
 use crate::datapath::grace::Grace;
 use crate::datapath::monotonic;
-use crate::datapath::segments::SegmentSocket;
+use crate::datapath::segments::{Bare, SegmentSocket};
 use crate::listener::BoundListener;
 use crate::record::Record;
 
@@ -111,7 +111,7 @@ struct PendingReset {
     due: Instant,
     /// How often it was sent.
     sent: usize,
-    segments: [crate::datapath::segments::Bare; 2],
+    segments: [Bare; 2],
 }
 
 /// What becomes of a pair that was looked at.
@@ -153,6 +153,15 @@ impl Pairs {
         lock(&self.incoming).push(entry);
     }
 
+    /// The pairs, with those that have come since the table was last looked at.
+    fn table(&self) -> MutexGuard<'_, HashMap<u32, Entry>> {
+        let mut table = lock(&self.table);
+        for entry in std::mem::take(&mut *lock(&self.incoming)) {
+            table.insert(entry.pair.number, entry);
+        }
+        table
+    }
+
     /// How many there are.
     pub fn count(&self) -> usize {
         lock(&self.table).len() + lock(&self.incoming).len()
@@ -180,11 +189,11 @@ impl Pairs {
 
     /// Tells both ends, unless the pair's addresses are another connection's by now, and says what is left to do.
     fn send_reset(&self, mut reset: PendingReset) -> Option<PendingReset> {
-        if !self.flows.holds(&reset.pair) {
-            return None;
+        let is_ours = self.flows.holds(&reset.pair);
+        if is_ours {
+            self.send(&reset.segments);
         }
-        self.send(&reset.segments);
-        let Some(after) = RESET_AGAIN.get(reset.sent) else {
+        let Some(after) = RESET_AGAIN.get(reset.sent).filter(|_| is_ours) else {
             self.flows.remove(&reset.pair);
             return None;
         };
@@ -195,10 +204,7 @@ impl Pairs {
 
     /// Ends every pair, for an agent that leaves nothing behind.
     pub fn reset_all(&self) {
-        let mut table = lock(&self.table);
-        // Those that have come since the last look, too.
-        let incoming = std::mem::take(&mut *lock(&self.incoming));
-        for mut entry in table.drain().map(|(_, entry)| entry).chain(incoming) {
+        for (_, mut entry) in self.table().drain() {
             self.reset(&entry.pair);
             end(&mut entry, End::Drained);
         }
@@ -250,11 +256,7 @@ impl Pairs {
     fn sweep(&self, find: &FindListener) {
         self.hold();
         let reroutes = self.routes_changed.swap(false, Ordering::Relaxed);
-        let mut table = lock(&self.table);
-        for entry in std::mem::take(&mut *lock(&self.incoming)) {
-            table.insert(entry.pair.number, entry);
-        }
-        table.retain(|_, entry| {
+        self.table().retain(|_, entry| {
             if reroutes {
                 self.reroute(entry);
             }
@@ -271,7 +273,6 @@ impl Pairs {
                 }
             }
         });
-        drop(table);
         self.send_resets_again();
     }
 
@@ -391,7 +392,7 @@ impl Pairs {
         lock(&self.resets).extend(left);
     }
 
-    fn send(&self, segments: &[crate::datapath::segments::Bare]) {
+    fn send(&self, segments: &[Bare]) {
         for segment in segments {
             if let Err(error) = self.socket.send(segment) {
                 tracing::debug!(%error, "an end of a pair is not told");

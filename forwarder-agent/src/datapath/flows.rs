@@ -137,20 +137,17 @@ impl FlowMaps {
         }
         Ok(Listed { pairs, orphans })
     }
-}
 
-impl FlowMaps {
-    /// Removes a pair; tells whether anything of it was there.
-    fn remove(&mut self, pair: &JoinedPair) -> bool {
+    /// Removes what is there of a pair.
+    fn remove(&mut self, pair: &JoinedPair) {
         // The pair first: it turns both directions off at once. What is gone needs no removal.
-        let mut was_there = self.pairs.remove(&pair.number).is_ok();
+        let _ = self.pairs.remove(&pair.number);
         for (key, _) in &pair.flows {
             // The tuple may be another pair's by now.
             if self.flows.get(key, 0).is_ok_and(|flow| flow.pair == pair.number) {
-                was_there |= self.flows.remove(key).is_ok();
+                let _ = self.flows.remove(key);
             }
         }
-        was_there
     }
 }
 
@@ -163,12 +160,16 @@ pub fn read(pin_dir: &Path) -> Result<Vec<(JoinedPair, Pair)>, DatapathError> {
     Ok(maps.list()?.pairs)
 }
 
-/// Takes a pair out of the maps that a dead agent has pinned in a directory.
+/// Takes pairs out of the maps that a dead agent has pinned in a directory.
 ///
 /// # Errors
 /// They cannot be opened.
-pub fn forget(pin_dir: &Path, pair: &JoinedPair) -> Result<(), DatapathError> {
-    FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?.remove(pair);
+pub fn forget<'a>(
+    pin_dir: &Path,
+    pairs: impl IntoIterator<Item = &'a JoinedPair>,
+) -> Result<(), DatapathError> {
+    let mut maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
+    pairs.into_iter().for_each(|pair| maps.remove(pair));
     Ok(())
 }
 
@@ -231,9 +232,8 @@ impl FlowTable {
             written = written.and_then(|()| maps.flows.insert(key, flow, BPF_NOEXIST));
         }
         written = written.and_then(|()| maps.pairs.insert(pair.number, joint.pair, BPF_NOEXIST));
-        drop(maps);
         written.map_err(|source| {
-            self.remove(&pair);
+            maps.remove(&pair);
             if errno_of(&source) == Some(Errno::TOOBIG) {
                 return Refusal::MapFull;
             }
@@ -320,11 +320,11 @@ impl FlowTable {
         self.maps().pairs.get(&number, 0).ok()
     }
 
-    /// Takes a pair out of the kernel, both directions at once: its packets are the local stack's again.
+    /// Takes a pair out of the kernel, both directions at once: its packets are the local stack's again. To be called once
+    /// for each pair that was joined or inherited.
     pub fn remove(&self, pair: &JoinedPair) {
-        if self.maps().remove(pair) {
-            self.live.fetch_sub(1, Ordering::Relaxed);
-        }
+        self.maps().remove(pair);
+        self.live.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Has the kernel forward nothing of a pair any more, and keeps its addresses from being used by another until it is

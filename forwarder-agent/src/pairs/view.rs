@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use forwarder_common::flow::{HALF_FIN, Pair};
 
-use super::{Entry, Pairs, end, lock, segments};
+use super::{Entry, Pairs, end, segments};
 use crate::connection::listing::milliseconds;
 use crate::counters::End;
 use crate::datapath::flows::{self, JoinedPair};
@@ -42,11 +42,7 @@ impl Pairs {
 
     /// Visits every pair, and keeps those for which `visit` says so.
     fn each(&self, mut visit: impl FnMut(&mut Entry) -> bool) {
-        let mut table = lock(&self.table);
-        for entry in std::mem::take(&mut *lock(&self.incoming)) {
-            table.insert(entry.pair.number, entry);
-        }
-        table.retain(|_, entry| visit(entry));
+        self.table().retain(|_, entry| visit(entry));
     }
 
     /// `None` for a pair that is over.
@@ -85,19 +81,16 @@ pub fn from_pins(pin_dir: &Path) -> Result<Vec<ConnectionView>, DatapathError> {
 /// # Errors
 /// The kernel does not let it.
 pub fn reset_pinned(pin_dir: &Path, selector: &Selector) -> anyhow::Result<Option<usize>> {
-    let Ok(pairs) = flows::read(pin_dir) else { return Ok(None) };
+    let Ok(mut pairs) = flows::read(pin_dir) else { return Ok(None) };
     let (now, socket) = (monotonic(), SegmentSocket::open()?);
-    let mut count = 0;
-    for (pair, state) in pairs {
-        if selector.matches(&view(&pair, &state, now)) {
-            flows::forget(pin_dir, &pair)?;
-            for segment in segments::resets(&pair, &state, now) {
-                socket.send(&segment)?;
-            }
-            count += 1;
+    pairs.retain(|(pair, state)| selector.matches(&view(pair, state, now)));
+    flows::forget(pin_dir, pairs.iter().map(|(pair, _)| pair))?;
+    for (pair, state) in &pairs {
+        for segment in segments::resets(pair, state, now) {
+            socket.send(&segment)?;
         }
     }
-    Ok(Some(count))
+    Ok(Some(pairs.len()))
 }
 
 /// What the maps tell of a pair at `now`.
