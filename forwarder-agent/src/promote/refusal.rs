@@ -17,6 +17,8 @@ pub enum Refusal {
     SameHost,
     /// One direction has ended.
     Ended,
+    /// The endpoint has neither sent nor acknowledged anything: it may not have completed the handshake.
+    Unanswered,
     /// More is on its way through userspace than the receiver could take beside what would come from the kernel.
     SlowReceiver,
     /// The kernel knows no route to one end.
@@ -35,7 +37,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every one, in the order of its discriminant.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::NoPrograms,
         Self::Families,
         Self::Timestamps,
@@ -43,6 +45,7 @@ impl Refusal {
         Self::SegmentSizes,
         Self::SameHost,
         Self::Ended,
+        Self::Unanswered,
         Self::SlowReceiver,
         Self::NoRoute,
         Self::NotAttached,
@@ -62,6 +65,7 @@ impl Refusal {
             Self::SegmentSizes => "segment_sizes_differ",
             Self::SameHost => "same_host",
             Self::Ended => "ended",
+            Self::Unanswered => "unanswered",
             Self::SlowReceiver => "slow_receiver",
             Self::NoRoute => "no_route",
             Self::NotAttached => "not_attached",
@@ -75,7 +79,8 @@ impl Refusal {
     /// Whether the connection may be promoted later.
     pub fn may_pass(self) -> bool {
         match self {
-            Self::SlowReceiver
+            Self::Unanswered
+            | Self::SlowReceiver
             | Self::NoRoute
             | Self::NotAttached
             | Self::PathBroken
