@@ -11,8 +11,8 @@
 use core::mem::{align_of, offset_of, size_of};
 
 use crate::layout::AddressBytes;
-use crate::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
-use crate::translate::is_before;
+use crate::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, Segment};
+use crate::translate::{self, is_before};
 
 /// Hash of [`FlowKey`] to [`Flow`]: both directions of every pair.
 pub const FLOWS: &str = "flows";
@@ -255,7 +255,42 @@ pub struct Pair {
     pub response: Half,
 }
 
+/// The numbers of a segment, in host byte order.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Numbers {
+    /// The sequence number.
+    pub sequence: u32,
+    /// The acknowledgement number.
+    pub acknowledgement: u32,
+    /// The window, unscaled.
+    pub window: u16,
+}
+
 impl Flow {
+    /// The numbers of `segment` on the other leg.
+    #[inline(always)]
+    #[must_use]
+    pub const fn numbers(&self, segment: &Segment) -> Numbers {
+        let sequence = segment.sequence.wrapping_add(self.sequence_shift);
+        let mut acknowledgement = segment.acknowledgement;
+        // What the receiver has been told already and the sender still has to get from the local socket.
+        let mut missing = 0;
+        if segment.flags & FLAG_ACK != 0 {
+            acknowledgement = acknowledgement.wrapping_add(self.acknowledgement_shift);
+            if self.state == STATE_TAIL && is_before(acknowledgement, self.acknowledged) {
+                missing = self.acknowledged.wrapping_sub(acknowledgement);
+                acknowledgement = self.acknowledged;
+            }
+        }
+        let window = if segment.flags & FLAG_SYN != 0 {
+            segment.window
+        } else {
+            let window = translate::window(segment.window, self.source_scale, self.target_scale);
+            translate::window_without(window, missing, self.target_scale)
+        };
+        Numbers { sequence, acknowledgement, window }
+    }
+
     /// Whether nothing more is to be forwarded but what is sent again: both ends have ended their directions and know it of
     /// each other, or one has reset the connection. `half` is what is known of this direction, `reverse` of the other.
     #[inline(always)]

@@ -225,6 +225,14 @@ impl ChecksumChange {
         }
     }
 
+    /// `checksum` after the change, as it lies in the packet, where it is the plain sum of the pseudo-header, which whoever
+    /// sends the packet completes (`CHECKSUM_PARTIAL`).
+    #[inline(always)]
+    #[must_use]
+    pub const fn added_to(self, checksum: u16) -> u16 {
+        !self.applied_to(!checksum)
+    }
+
     /// `checksum`, as it lies in the packet, after the change.
     #[inline(always)]
     #[must_use]

@@ -6,11 +6,14 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::trace;
 use forwarder_common::layout::{ANY_ADDRESS, AgentState, ListenerKey};
-use forwarder_common::packet::{Header, LinkLayer, Packet, Segment, parse};
+use forwarder_common::packet::{
+    Header, LinkLayer, Packet, Segment, USUAL_OFFSET, UsualHeaders, parse, parse_usual,
+};
 use forwarder_common::verdict::Verdict;
 
-use crate::maps::{AGENT, COUNTERS, LISTENERS, LOCAL_ADDRESSES, VERDICTS};
+use crate::maps::{AGENT, COUNTERS, FOUND, LISTENERS, LOCAL_ADDRESSES, VERDICTS};
 use crate::redirect::redirect;
+use crate::rewrite;
 use crate::tail::has_socket;
 
 /// `__sk_buff::pkt_type` of what is addressed to the interface; TCP takes nothing else (`tcp_v4_rcv`).
@@ -55,14 +58,14 @@ fn judge(context: &TcContext, link: LinkLayer) -> (i32, Verdict) {
     if !is_for_interface(context) {
         return (TC_ACT_UNSPEC, Verdict::NotForInterface);
     }
-    let mut segment = Segment::EMPTY;
-    if let Err(verdict) = read_segment(context, link, &mut segment) {
-        return (TC_ACT_UNSPEC, verdict);
-    }
-    if let Some(outcome) = redirect(context, &segment) {
+    let found = match find_segment(context, link, INGRESS) {
+        Ok(found) => found,
+        Err(verdict) => return (TC_ACT_UNSPEC, verdict),
+    };
+    if let Some(outcome) = redirect(context, found) {
         return (outcome.action, outcome.verdict);
     }
-    match count(context, &segment) {
+    match count(context, &found.segment) {
         Ok(()) => (TC_ACT_UNSPEC, Verdict::Counted),
         Err(Verdict::Held) => (TC_ACT_SHOT, Verdict::Held),
         Err(verdict) => (TC_ACT_UNSPEC, verdict),
@@ -116,17 +119,52 @@ fn is_held(context: &TcContext, segment: &Segment) -> bool {
     is_leaving != 0 || !has_socket(context, segment)
 }
 
-/// Finds the TCP segment in the packet: a function of its own, so that the headers that it reads leave the stack with it.
-/// (A segment as part of its result would need a type whose description the kernel refuses.)
+/// The TCP segment in a packet. Kept in a map, for there is no room for it on the stack.
+#[repr(C)]
+pub(crate) struct Found {
+    /// The segment.
+    pub(crate) segment: Segment,
+    /// The packet's headers, if `is_usual`.
+    pub(crate) headers: UsualHeaders,
+    /// Whether the headers are such as most are.
+    pub(crate) is_usual: bool,
+}
+
+/// Which programs a [`Found`] is for: those at ingress, or those at egress. Neither interrupts its like on one CPU.
+pub(crate) const INGRESS: u32 = 0;
+pub(crate) const EGRESS: u32 = 1;
+
+/// Finds the TCP segment in the packet. `side` is [`INGRESS`] or [`EGRESS`].
 ///
 /// # Errors
 /// The verdict on a packet in which there is none.
-#[inline(never)]
-pub(crate) fn read_segment(
+#[inline(always)]
+pub(crate) fn find_segment<'a>(
     context: &TcContext,
     link: LinkLayer,
-    segment: &mut Segment,
-) -> Result<(), Verdict> {
+    side: u32,
+) -> Result<&'a Found, Verdict> {
+    let found = FOUND.get_ptr_mut(side).ok_or(Verdict::Truncated)?;
+    // SAFETY: the pointer is to this CPU's value, and of programs that do not interrupt each other; it begins as zeros, which
+    // are valid.
+    let found = unsafe { &mut *found };
+    if let LinkLayer::Ethernet = link
+        && rewrite::load_into(context, USUAL_OFFSET as u32, &mut found.headers)
+        && let Some(segment) = parse_usual(&found.headers)
+    {
+        found.segment = segment;
+        found.is_usual = true;
+    } else {
+        walk_headers(context, link, &mut found.segment)?;
+        found.is_usual = false;
+    }
+    Ok(found)
+}
+
+/// The same for any headers: a function of its own, so that those that it reads leave the stack with it. (A segment as part of
+/// its result would need a type whose description the kernel refuses.)
+#[inline(never)]
+fn walk_headers(context: &TcContext, link: LinkLayer, segment: &mut Segment) -> Result<(), Verdict> {
     *segment = parse(&SocketBuffer(context), link)?;
     Ok(())
 }
@@ -163,18 +201,14 @@ fn find_listener(segment: &Segment) -> Result<u32, Verdict> {
     Ok(listener_id)
 }
 
-/// The packet, read where it lies where that part is linear, else copied by the kernel.
+/// The packet, of which the kernel copies what is read: headers lie at odd places, and a copy, which does not, is cheaper
+/// than putting words together byte by byte.
 struct SocketBuffer<'a>(&'a TcContext);
 
 impl Packet for SocketBuffer<'_> {
     #[inline(always)]
     fn read<T: Header>(&self, offset: usize) -> Option<T> {
         let Self(context) = self;
-        let start = context.data() + offset;
-        if start + size_of::<T>() <= context.data_end() {
-            // SAFETY: in bounds as just tested, read unaligned, and `Header` promises that any bits are valid.
-            return Some(unsafe { (start as *const T).read_unaligned() });
-        }
         context.load(offset).ok()
     }
 }

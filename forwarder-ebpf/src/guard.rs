@@ -9,9 +9,9 @@ use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, LinkLayer
 use forwarder_common::translate::{self, ChecksumChange};
 use forwarder_common::verdict::Verdict;
 
-use crate::classify::{count_verdict, read_segment};
+use crate::classify::{EGRESS, Found, count_verdict, find_segment};
 use crate::maps::{FLOWS, PAIRS};
-use crate::redirect::{checksum, store};
+use crate::rewrite::{checksum, store};
 
 /// For interfaces whose packets begin with an Ethernet header.
 #[classifier]
@@ -33,11 +33,8 @@ fn guard(context: &TcContext, link: LinkLayer) -> i32 {
     if ingress != 0 || priority == AGENT_PRIORITY {
         return TC_ACT_UNSPEC;
     }
-    let mut segment = Segment::EMPTY;
-    if read_segment(context, link, &mut segment).is_err() {
-        return TC_ACT_UNSPEC;
-    }
-    let Some(verdict) = judge(context, &segment) else { return TC_ACT_UNSPEC };
+    let Ok(Found { segment, .. }) = find_segment(context, link, EGRESS) else { return TC_ACT_UNSPEC };
+    let Some(verdict) = judge(context, segment) else { return TC_ACT_UNSPEC };
     count_verdict(verdict);
     match verdict {
         Verdict::TailSent => TC_ACT_UNSPEC,

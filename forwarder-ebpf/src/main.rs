@@ -10,6 +10,7 @@ mod classify;
 mod guard;
 mod maps;
 mod redirect;
+mod rewrite;
 mod tail;
 
 /// What the kernel demands of programs that call its GPL-only helpers.

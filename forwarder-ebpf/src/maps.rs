@@ -13,6 +13,8 @@ use forwarder_common::layout::{
 use forwarder_common::translate::OptionsWalk;
 use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue, Verdict};
 
+use crate::classify::Found;
+
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
 /// The listeners by address and port.
@@ -63,6 +65,24 @@ pub(crate) static VERDICTS: PerCpuArray<u64, { Verdict::COUNT as usize }> = PerC
 /// The state of a walk over TCP options.
 #[btf_map(name = "options_walk")]
 pub(crate) static OPTIONS_WALK: PerCpuArray<OptionsWalk, 1> = PerCpuArray::new();
+
+/// Where the programs put the segment that they find.
+#[btf_map(name = "found")]
+pub(crate) static FOUND: PerCpuArray<Found, 2> = PerCpuArray::new();
+
+/// The clock as it stood at the first packet of a tick.
+#[btf_map(name = "clock")]
+pub(crate) static CLOCK: PerCpuArray<CoarseClock, 1> = PerCpuArray::new();
+
+/// Value of [`CLOCK`].
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct CoarseClock {
+    /// The tick of the kernel's timer (`jiffies`).
+    pub(crate) tick: u64,
+    /// `CLOCK_MONOTONIC` in nanoseconds.
+    pub(crate) time: u64,
+}
 
 /// Whether an agent accepts connections.
 #[btf_map(name = "agent")]

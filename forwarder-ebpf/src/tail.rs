@@ -15,7 +15,8 @@ use forwarder_common::packet::{
 use forwarder_common::translate::{self, ChecksumChange};
 use forwarder_common::verdict::Verdict;
 
-use crate::redirect::{IPV4_CHECKSUM, Outcome, load, store};
+use crate::redirect::Outcome;
+use crate::rewrite::{IPV4_CHECKSUM, load, store};
 
 /// The mark of a packet that this program has cloned for the local socket. It is on no other packet: it is set after
 /// the packet arrived, and taken away when the clone arrives in its turn.

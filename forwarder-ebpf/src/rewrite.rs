@@ -1,0 +1,350 @@
+//! Rewrites a packet of one leg of a pair into the packet of the other leg.
+//!
+//! See [`forwarder_common::translate`] for the arithmetic. Each call of the kernel costs as much as all of this arithmetic, so
+//! that what can be written at once is.
+
+use aya_ebpf::bindings::BPF_F_PSEUDO_HDR;
+use aya_ebpf::helpers::generated::{
+    bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes,
+};
+use aya_ebpf::programs::TcContext;
+use forwarder_common::flow::{FLOW_CLEAR_ECN, Flow, Half, STATE_TAIL};
+use forwarder_common::packet::{IpVersion, Segment, USUAL_OFFSET, tcp_field};
+use forwarder_common::translate::{
+    self, ChecksumChange, MAX_OPTIONS, MAX_SACK_BLOCKS, Options, OptionsWalk, Timestamps,
+};
+use forwarder_common::verdict::Verdict;
+
+use crate::classify::Found;
+use crate::maps::OPTIONS_WALK;
+
+pub(crate) const IPV4_CHECKSUM: u32 = 10;
+const IPV6_SOURCE: u32 = 8;
+/// The bits of explicit congestion notification in the type of service.
+const ECN_MASK: u8 = 3;
+/// Bytes of the TCP header before the options, and 32-bit words of it.
+const FIXED_HEADER: u32 = 20;
+const FIXED_WORDS: usize = 5;
+/// Bytes of the TCP header, and the beginning of its options, as Linux writes them where there are only timestamps: two NOPs,
+/// then kind and length.
+const USUAL_HEADER: u32 = 32;
+const USUAL_OPTIONS: u32 = 0x0101_080a;
+/// The first word of `UsualHeaders` that changes: the one with the checksum of IPv4.
+const USUAL_CHANGED: usize = 3;
+
+/// Rewrites the packet for the other leg.
+///
+/// # Errors
+/// Why it cannot be: it may be rewritten in part, and must be dropped.
+#[inline(always)]
+pub(crate) fn rewrite(
+    context: &TcContext,
+    found: &Found,
+    flow: &Flow,
+    half: &mut Half,
+    reverse: &Half,
+) -> Result<(), Verdict> {
+    if found.is_usual && flow.flags & FLOW_CLEAR_ECN == 0 {
+        rewrite_usual(context, found, flow, half, reverse)
+    } else {
+        rewrite_any(context, &found.segment, flow, half, reverse)
+    }
+}
+
+/// The short cut of [`rewrite_any`] for packets as most are.
+#[inline(never)]
+fn rewrite_usual(
+    context: &TcContext,
+    found: &Found,
+    flow: &Flow,
+    half: &mut Half,
+    reverse: &Half,
+) -> Result<(), Verdict> {
+    let segment = &found.segment;
+    let [
+        _,
+        _,
+        _,
+        protocol,
+        source,
+        destination,
+        ports,
+        sequence,
+        acknowledgement,
+        misc,
+        last,
+        kinds,
+        value,
+        echo,
+    ] = found.headers;
+    let [.., new_source, _, _, _, new_destination] = *flow.out.address_words();
+    let addresses = ChecksumChange::NONE.and(source, new_source).and(destination, new_destination);
+    let [new_ports, new_sequence, new_acknowledgement, new_misc, _] = new_words(segment, flow, misc, last);
+    let [new_value, new_echo] = timestamps(flow, half, reverse, [value, echo]);
+    let change = ChecksumChange::NONE
+        .and(ports, new_ports)
+        .and(sequence, new_sequence)
+        .and(acknowledgement, new_acknowledgement)
+        .and(misc, new_misc)
+        .and(value, new_value)
+        .and(echo, new_echo);
+    let protocol = u32::from_be(protocol);
+    let ip_checksum = addresses.applied_to((protocol as u16).to_be());
+    let protocol = protocol & 0xffff_0000 | u32::from(u16::from_be(ip_checksum));
+    // SAFETY: the kernel hands the program a valid `__sk_buff`; the field may be read.
+    let is_super_packet = unsafe { (*context.skb.skb).gso_size } != 0;
+    // The checksum of a super-packet is one of the pseudo-header alone (`tcp4_gro_complete`, `__tcp_v4_send_check`).
+    let last = if is_super_packet {
+        let last = u32::from_be(last);
+        let checksum = u16::from_be(addresses.added_to(((last >> 16) as u16).to_be()));
+        (u32::from(checksum) << 16 | last & 0xffff).to_be()
+    } else {
+        last
+    };
+    let new = [
+        protocol.to_be(),
+        new_source,
+        new_destination,
+        new_ports,
+        new_sequence,
+        new_acknowledgement,
+        new_misc,
+        last,
+        kinds,
+        new_value,
+        new_echo,
+    ];
+    store(context, (USUAL_OFFSET + USUAL_CHANGED * 4) as u32, &new)?;
+    if is_super_packet {
+        return Ok(());
+    }
+    // Of a checksum that the device will complete, only the addresses are part: the kernel knows.
+    checksum(context, segment, change, 0)?;
+    checksum(context, segment, addresses, u64::from(BPF_F_PSEUDO_HDR))
+}
+
+/// The fixed part of the TCP header on the other leg, as it will lie in the packet; `misc` and `last` are its fourth and fifth
+/// word as they lie there.
+#[inline(always)]
+fn new_words(segment: &Segment, flow: &Flow, misc: u32, last: u32) -> [u32; FIXED_WORDS] {
+    let numbers = flow.numbers(segment);
+    let ports = u32::from(flow.out.source_port) << 16 | u32::from(flow.out.destination_port);
+    let misc = u32::from_be(misc) & 0xffff_0000 | u32::from(numbers.window);
+    [ports.to_be(), numbers.sequence.to_be(), numbers.acknowledgement.to_be(), misc.to_be(), last]
+}
+
+/// Rewrites any packet for the other leg, wherever its headers and options stand.
+///
+/// # Errors
+/// Why it cannot be: it may be rewritten in part, and must be dropped.
+#[inline(never)]
+fn rewrite_any(
+    context: &TcContext,
+    segment: &Segment,
+    flow: &Flow,
+    half: &mut Half,
+    reverse: &Half,
+) -> Result<(), Verdict> {
+    let tcp = segment.tcp_offset;
+    let old: [u32; FIXED_WORDS] = load(context, tcp)?;
+    let [_, _, _, misc, last] = old;
+    let new = new_words(segment, flow, misc, last);
+    let mut change = ChecksumChange::NONE;
+    for word in 0..FIXED_WORDS {
+        change = change.and(old[word], new[word]);
+    }
+    let options: [u32; 3] =
+        if segment.header_length == USUAL_HEADER { load(context, tcp + FIXED_HEADER)? } else { [0; 3] };
+    if options[0] == USUAL_OPTIONS.to_be() {
+        let [kinds, value, echo] = options;
+        let [new_value, new_echo] = timestamps(flow, half, reverse, [value, echo]);
+        change = change.and(value, new_value).and(echo, new_echo);
+        let [ports, sequence, acknowledgement, misc, last] = new;
+        let new = [ports, sequence, acknowledgement, misc, last, kinds, new_value, new_echo];
+        store(context, tcp, &new)?;
+    } else {
+        store(context, tcp, &new)?;
+        if segment.header_length > FIXED_HEADER {
+            change = translate_options(context, segment, flow, half, reverse, change)?;
+        }
+    }
+    checksum(context, segment, change, 0)?;
+    translate_addresses(context, segment, flow)
+}
+
+/// Puts what the options mean on the other leg into them, wherever they stand; adds that to `change`.
+#[inline(always)]
+fn translate_options(
+    context: &TcContext,
+    segment: &Segment,
+    flow: &Flow,
+    half: &mut Half,
+    reverse: &Half,
+    mut change: ChecksumChange,
+) -> Result<ChecksumChange, Verdict> {
+    let tcp = segment.tcp_offset;
+    let options = walk_options(context, segment)?;
+    if options.timestamps != 0 {
+        let at = options.timestamps;
+        let old: [u32; 2] = load(context, tcp + at)?;
+        let new = timestamps(flow, half, reverse, old);
+        change = change.and_at(at, old[0], new[0]).and_at(at, old[1], new[1]);
+        store(context, tcp + at, &new)?;
+    }
+    for block in 0..MAX_SACK_BLOCKS {
+        if block >= options.sack_blocks {
+            break;
+        }
+        let at = options.sack + block * 8;
+        let old: [u32; 2] = load(context, tcp + at)?;
+        let new = old.map(|edge| u32::from_be(edge).wrapping_add(flow.acknowledgement_shift).to_be());
+        change = change.and_at(at, old[0], new[0]).and_at(at, old[1], new[1]);
+        store(context, tcp + at, &new)?;
+    }
+    Ok(change)
+}
+
+/// The timestamps `TSval` and `TSecr` of the segment on the other leg, in network byte order as those on this one. Learns how
+/// far the clocks are apart.
+#[inline(always)]
+fn timestamps(flow: &Flow, half: &mut Half, reverse: &Half, old: [u32; 2]) -> [u32; 2] {
+    let old = Timestamps { value: u32::from_be(old[0]), echo: u32::from_be(old[1]) };
+    let mut value_shift = half.timestamp_shift;
+    if half.timestamp_known == 0 || flow.state == STATE_TAIL {
+        // SAFETY: the helper has no conditions.
+        let now = unsafe { bpf_ktime_get_ns() };
+        let clock = translate::clock_at(flow.clock, flow.clock_time, now);
+        let shift = clock.wrapping_sub(old.value);
+        // While the local socket still sends, its clock is the measure: what is told here must not be ahead of it,
+        // or its packets would look old (PAWS), nor behind. The largest shift stays, so that time never goes back.
+        if half.timestamp_known == 0 || translate::is_before(half.timestamp_shift, shift) {
+            half.timestamp_shift = shift;
+            half.timestamp_known = 1;
+        }
+        value_shift = shift;
+    }
+    let reverse_shift = (reverse.timestamp_known != 0).then_some(reverse.timestamp_shift);
+    let new = old.translated(value_shift, reverse_shift);
+    [new.value.to_be(), new.echo.to_be()]
+}
+
+/// Puts the other leg's addresses into the IP header.
+#[inline(always)]
+fn translate_addresses(context: &TcContext, segment: &Segment, flow: &Flow) -> Result<(), Verdict> {
+    let old = segment.tuple.address_words();
+    let new = flow.out.address_words();
+    let mut change = ChecksumChange::NONE;
+    for word in 0..8 {
+        change = change.and(old[word], new[word]);
+    }
+    if flow.flags & FLOW_CLEAR_ECN != 0 {
+        clear_congestion_marks(context, segment)?;
+    }
+    match segment.version {
+        IpVersion::V4 => {
+            // The checksum stands before the addresses; they leave together.
+            let offset = segment.ip_offset + IPV4_CHECKSUM;
+            let checksum = change.applied_to(load(context, offset)?);
+            store(context, offset, &Ipv4Tail { checksum, addresses: [new[3], new[7]] })?;
+        }
+        IpVersion::V6 => store(context, segment.ip_offset + IPV6_SOURCE, new)?,
+    }
+    checksum(context, segment, change, u64::from(BPF_F_PSEUDO_HDR))
+}
+
+/// The end of the IPv4 header without options, as it lies in the packet.
+#[repr(C, packed)]
+struct Ipv4Tail {
+    checksum: u16,
+    addresses: [u32; 2],
+}
+
+/// Takes the marks of explicit congestion notification (RFC 3168, 5) from the IP header.
+#[inline(always)]
+fn clear_congestion_marks(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
+    let offset = segment.ip_offset;
+    // The first two bytes: of IPv4 the version and the type of service, of IPv6 the version and the traffic class.
+    let old: [u8; 2] = load(context, offset)?;
+    let new = match segment.version {
+        IpVersion::V4 => [old[0], old[1] & !ECN_MASK],
+        IpVersion::V6 => [old[0], old[1] & !(ECN_MASK << 4)],
+    };
+    if new == old {
+        return Ok(());
+    }
+    store(context, offset, &new)?;
+    match segment.version {
+        IpVersion::V4 => {
+            let (old, new) = (u16::from_ne_bytes(old), u16::from_ne_bytes(new));
+            // SAFETY: the context is the program's own; the helper checks the offset.
+            let result = unsafe {
+                bpf_l3_csum_replace(context.skb.skb, offset + IPV4_CHECKSUM, old.into(), new.into(), 2)
+            };
+            if result == 0 { Ok(()) } else { Err(Verdict::Unwritable) }
+        }
+        IpVersion::V6 => Ok(()),
+    }
+}
+
+/// Updates the TCP checksum.
+#[inline(always)]
+pub(crate) fn checksum(
+    context: &TcContext,
+    segment: &Segment,
+    change: ChecksumChange,
+    flags: u64,
+) -> Result<(), Verdict> {
+    let offset = segment.tcp_offset + tcp_field::CHECKSUM as u32;
+    let change = u64::from(change.folded());
+    // SAFETY: the context is the program's own; the helper checks the offset.
+    match unsafe { bpf_l4_csum_replace(context.skb.skb, offset, 0, change, flags) } {
+        0 => Ok(()),
+        _ => Err(Verdict::Unwritable),
+    }
+}
+
+/// Walks the options, with the state of the walk in memory that the verifier does not follow.
+#[inline(always)]
+fn walk_options(context: &TcContext, segment: &Segment) -> Result<Options, Verdict> {
+    let walk = OPTIONS_WALK.get_ptr_mut(0).ok_or(Verdict::OptionsRefused)?;
+    // SAFETY: the pointer is to this CPU's value, which no other program uses meanwhile: packets are not interrupted by
+    // packets on one CPU. Volatile, so that the state goes through memory.
+    unsafe { walk.write_volatile(OptionsWalk::new()) };
+    for _ in 0..MAX_OPTIONS {
+        // SAFETY: as above.
+        let mut state = unsafe { walk.read_volatile() };
+        let read = |offset| load(context, segment.tcp_offset + offset).ok();
+        let is_last = state.step(segment.header_length, read).map_err(|_| Verdict::OptionsRefused)?;
+        // SAFETY: as above.
+        unsafe { walk.write_volatile(state) };
+        if is_last {
+            // SAFETY: as above.
+            return Ok(unsafe { walk.read_volatile() }.found);
+        }
+    }
+    Err(Verdict::OptionsRefused)
+}
+
+#[inline(always)]
+pub(crate) fn load<T>(context: &TcContext, offset: u32) -> Result<T, Verdict> {
+    context.load(offset as usize).map_err(|_| Verdict::Truncated)
+}
+
+/// Reads into `place`, which keeps what it was where the packet ends before.
+#[inline(always)]
+pub(crate) fn load_into<T>(context: &TcContext, offset: u32, place: &mut T) -> bool {
+    // SAFETY: the place is of its own size; of what is read there any bits are valid.
+    unsafe {
+        bpf_skb_load_bytes(context.skb.skb.cast(), offset, (&raw mut *place).cast(), size_of::<T>() as u32)
+            == 0
+    }
+}
+
+#[inline(always)]
+pub(crate) fn store<T>(context: &TcContext, offset: u32, value: &T) -> Result<(), Verdict> {
+    // SAFETY: the value is initialised and of its own size; the helper checks the offset.
+    let result = unsafe {
+        bpf_skb_store_bytes(context.skb.skb, offset, (&raw const *value).cast(), size_of::<T>() as u32, 0)
+    };
+    if result == 0 { Ok(()) } else { Err(Verdict::Unwritable) }
+}
