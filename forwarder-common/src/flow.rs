@@ -9,6 +9,7 @@
 //! entry turns both directions on and off at the same moment.
 
 use core::mem::{align_of, offset_of, size_of};
+use core::net::IpAddr;
 
 use crate::layout::AddressBytes;
 use crate::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, Segment};
@@ -95,6 +96,30 @@ impl FlowKey {
     }
 }
 
+/// The neighbour that packets are handed to: `struct bpf_redir_neigh`, as `bpf_redirect_neigh` takes it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct NextHop {
+    /// The family of the address: `AF_INET` (2) or `AF_INET6` (10). A gateway to an IPv4 host may have either (RFC 8950).
+    pub family: u32,
+    /// The address, in network byte order; one of IPv4 stands in the first four bytes.
+    pub address: AddressBytes,
+}
+
+impl NextHop {
+    /// That of an address. One of IPv4 that is mapped into IPv6 is taken for one of IPv4.
+    #[must_use]
+    pub const fn new(address: IpAddr) -> Self {
+        match address.to_canonical() {
+            IpAddr::V4(v4) => {
+                let [a, b, c, d] = v4.octets();
+                Self { family: 2, address: [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0] }
+            }
+            IpAddr::V6(v6) => Self { family: 10, address: v6.octets() },
+        }
+    }
+}
+
 /// Value of [`FLOWS`]: one direction of a pair. Written by the agent.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -103,6 +128,10 @@ pub struct Flow {
     pub out: FlowKey,
     /// The index of the interface that they leave by.
     pub interface: u32,
+    /// The neighbour that they are handed to there: the receiver, or the gateway towards it.
+    pub next_hop: NextHop,
+    /// Zero.
+    pub pad: u32,
     /// When `clock` was read: `CLOCK_MONOTONIC` in nanoseconds, as `bpf_ktime_get_ns` tells it.
     pub clock_time: u64,
     /// The timestamp clock of the agent's socket on the outgoing leg (RFC 7323, milliseconds) at `clock_time`.
@@ -326,19 +355,22 @@ const _: () = {
     assert!(offset_of!(FlowKey, source_port) == 32);
     assert!(offset_of!(FlowKey, destination_port) == 34);
 
-    assert!(size_of::<Flow>() == 80 && align_of::<Flow>() == 8);
+    assert!(size_of::<Flow>() == 104 && align_of::<Flow>() == 8);
     assert!(offset_of!(Flow, interface) == 36);
-    assert!(offset_of!(Flow, clock_time) == 40);
-    assert!(offset_of!(Flow, clock) == 48);
-    assert!(offset_of!(Flow, pair) == 52);
-    assert!(offset_of!(Flow, direction) == 56);
-    assert!(offset_of!(Flow, state) == 60);
-    assert!(offset_of!(Flow, sequence_shift) == 64);
-    assert!(offset_of!(Flow, acknowledgement_shift) == 68);
-    assert!(offset_of!(Flow, source_scale) == 72);
-    assert!(offset_of!(Flow, target_scale) == 73);
-    assert!(offset_of!(Flow, flags) == 74);
-    assert!(offset_of!(Flow, acknowledged) == 76);
+    assert!(offset_of!(Flow, next_hop) == 40);
+    assert!(offset_of!(Flow, pad) == 60);
+    assert!(offset_of!(Flow, clock_time) == 64);
+    assert!(offset_of!(Flow, clock) == 72);
+    assert!(offset_of!(Flow, pair) == 76);
+    assert!(offset_of!(Flow, direction) == 80);
+    assert!(offset_of!(Flow, state) == 84);
+    assert!(offset_of!(Flow, sequence_shift) == 88);
+    assert!(offset_of!(Flow, acknowledgement_shift) == 92);
+    assert!(offset_of!(Flow, source_scale) == 96);
+    assert!(offset_of!(Flow, target_scale) == 97);
+    assert!(offset_of!(Flow, flags) == 98);
+    assert!(offset_of!(Flow, acknowledged) == 100);
+    assert!(size_of::<NextHop>() == 20 && offset_of!(NextHop, address) == 4);
 
     assert!(size_of::<Half>() == 56 && align_of::<Half>() == 8);
     assert!(offset_of!(Half, timestamp_shift) == 32);
@@ -374,6 +406,8 @@ mod tests {
         let request = Flow {
             out: key,
             interface: 1,
+            next_hop: NextHop { family: 2, address: [0; 16] },
+            pad: 0,
             clock_time: 0,
             clock: 0,
             pair: 1,

@@ -5,7 +5,7 @@
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::{DIRECTION_REQUEST, Flow, Half, STATE_SPLICED, STATE_TAIL, Seen};
+use forwarder_common::flow::{DIRECTION_REQUEST, Flow, Half, NextHop, STATE_SPLICED, STATE_TAIL, Seen};
 use forwarder_common::packet::{FLAG_ACK, FLAG_SYN, Segment};
 use forwarder_common::verdict::Verdict;
 
@@ -73,8 +73,11 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     Some(match rewrite(context, found, flow, half, reverse) {
         Ok(()) => {
             note(context, segment, flow, half, reverse);
-            // SAFETY: no parameters: the kernel looks up the next hop by the packet's destination.
-            let action = unsafe { bpf_redirect_neigh(flow.interface, core::ptr::null_mut(), 0, 0) };
+            // SAFETY: `NextHop` is laid out as the helper's parameters, which it copies.
+            let action = unsafe {
+                let next_hop = (&raw const flow.next_hop).cast_mut().cast();
+                bpf_redirect_neigh(flow.interface, next_hop, size_of::<NextHop>() as i32, 0)
+            };
             Outcome { action: action as i32, verdict: Verdict::Redirected }
         }
         Err(verdict) => Outcome::drop(verdict),

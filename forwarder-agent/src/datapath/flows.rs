@@ -10,7 +10,8 @@ use std::time::Duration;
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError};
 use forwarder_common::ABI_VERSION;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, FLOW_ENDED, FLOW_REVERSE_ENDED, FLOWS, Flow, FlowKey, PAIRS, Pair, STATE_SPLICED,
+    DIRECTION_REQUEST, FLOW_ENDED, FLOW_REVERSE_ENDED, FLOWS, Flow, FlowKey, NextHop, PAIRS, Pair,
+    STATE_SPLICED,
 };
 use forwarder_common::layout::{AGENT, AgentState, address_bytes, address_of};
 use rustix::io::Errno;
@@ -19,7 +20,7 @@ use super::load_error::errno_of;
 use super::paths::Paths;
 use super::routes::{RouteError, Routes};
 use super::{DatapathError, monotonic};
-use crate::promote::{Leg, Placement, Refusal, join};
+use crate::promote::{Hop, Leg, Placement, Refusal, join};
 
 /// The flags of `bpf(BPF_MAP_UPDATE_ELEM)` by which an entry must not be there yet, or must be there.
 const BPF_NOEXIST: u64 = 1;
@@ -218,8 +219,8 @@ impl FlowTable {
     /// Why they stay as they are.
     pub fn join(&self, opened: u64, downstream: &Leg, upstream: &Leg) -> Result<JoinedPair, Refusal> {
         let placement = Placement {
-            downstream_interface: self.interface(downstream)?,
-            upstream_interface: self.interface(upstream)?,
+            downstream: self.hop(downstream)?,
+            upstream: self.hop(upstream)?,
             pair: self.next.fetch_add(1, Ordering::Relaxed),
         };
         let mut joint = join(downstream, upstream, placement)?;
@@ -245,8 +246,8 @@ impl FlowTable {
         Ok(pair)
     }
 
-    /// The interface that a leg's packets leave by, on which programs hang.
-    fn interface(&self, leg: &Leg) -> Result<u32, Refusal> {
+    /// Where a leg's packets leave: by an interface on which programs hang.
+    fn hop(&self, leg: &Leg) -> Result<Hop, Refusal> {
         let egress = self.routes.egress(leg.local.ip(), leg.peer.ip()).map_err(|error| {
             tracing::debug!(%error, "a connection stays in userspace");
             Refusal::NoRoute
@@ -255,7 +256,7 @@ impl FlowTable {
             return Err(Refusal::SameHost);
         }
         self.paths.check(egress.interface)?;
-        Ok(egress.interface)
+        Ok(Hop { interface: egress.interface, next_hop: NextHop::new(egress.next_hop) })
     }
 
     /// Notes that the end of a direction reached a local socket before the promotion: the guard then lets the agent's
@@ -294,8 +295,9 @@ impl FlowTable {
                 && !egress.is_local
                 && self.paths.check(egress.interface).is_ok()
             {
-                has_moved |= flow.interface != egress.interface;
-                flow.interface = egress.interface;
+                let next_hop = NextHop::new(egress.next_hop);
+                has_moved |= flow.interface != egress.interface || flow.next_hop != next_hop;
+                (flow.interface, flow.next_hop) = (egress.interface, next_hop);
             }
         }
         if has_moved {

@@ -26,6 +26,8 @@ const ANSWER: usize = 4096;
 pub struct Egress {
     /// The index of the interface that they leave by: that of `lo` for an address of the node.
     pub interface: u32,
+    /// The neighbour that they are handed to there: the peer itself, or the gateway towards it.
+    pub next_hop: IpAddr,
     /// Whether the peer's address is one of the node's own.
     pub is_local: bool,
     /// The path MTU in bytes, where the route has one of its own, set or learnt; otherwise the interface's holds.
@@ -177,7 +179,7 @@ impl Exchange {
             };
             let answer = self.answer.get(..length).unwrap_or_default();
             // What was waited for in vain may come later: then it is passed over.
-            if let Some(egress) = message::read_answer(answer, self.sequence)? {
+            if let Some(egress) = message::read_answer(answer, self.sequence, peer)? {
                 return Ok(egress);
             }
         }

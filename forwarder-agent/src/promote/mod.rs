@@ -9,8 +9,8 @@ mod refusal;
 use std::net::SocketAddr;
 
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOW_TIMESTAMPS, Flow, FlowKey, Half, Pair,
-    STATE_TAIL,
+    DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOW_TIMESTAMPS, Flow, FlowKey, Half, NextHop,
+    Pair, STATE_TAIL,
 };
 use forwarder_common::layout::address_bytes;
 
@@ -24,12 +24,21 @@ const TIMESTAMPS_LENGTH: u32 = 12;
 /// Where the packets of a joined pair go, and under which number.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Placement {
-    /// The index of the interface towards the client.
-    pub downstream_interface: u32,
-    /// The index of the interface towards the endpoint.
-    pub upstream_interface: u32,
+    /// The way to the client.
+    pub downstream: Hop,
+    /// The way to the endpoint.
+    pub upstream: Hop,
     /// The pair's number.
     pub pair: u32,
+}
+
+/// Where packets leave the node.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Hop {
+    /// The index of the interface.
+    pub interface: u32,
+    /// The neighbour that they are handed to there.
+    pub next_hop: NextHop,
 }
 
 /// What stands in the maps for a joined pair.
@@ -65,8 +74,8 @@ pub fn join(downstream: &Leg, upstream: &Leg, placement: Placement) -> Result<Jo
     let now = downstream.clock_time.max(upstream.clock_time);
     Ok(Joint {
         flows: [
-            direction(downstream, upstream, DIRECTION_REQUEST, placement.upstream_interface, placement),
-            direction(upstream, downstream, DIRECTION_RESPONSE, placement.downstream_interface, placement),
+            direction(downstream, upstream, DIRECTION_REQUEST, placement.upstream, placement.pair),
+            direction(upstream, downstream, DIRECTION_RESPONSE, placement.downstream, placement.pair),
         ],
         pair: Pair {
             opened: now,
@@ -101,14 +110,16 @@ const fn half(from: &Leg, now: u64) -> Half {
 }
 
 /// What arrives on `from` and leaves on `to`.
-fn direction(from: &Leg, to: &Leg, direction: u32, interface: u32, placement: Placement) -> (FlowKey, Flow) {
+fn direction(from: &Leg, to: &Leg, direction: u32, hop: Hop, pair: u32) -> (FlowKey, Flow) {
     let clear_ecn = from.options.congestion_marks && !to.options.congestion_marks;
     let flow = Flow {
         out: tuple(to.local, to.peer),
-        interface,
+        interface: hop.interface,
+        next_hop: hop.next_hop,
+        pad: 0,
         clock_time: to.clock_time,
         clock: to.clock,
-        pair: placement.pair,
+        pair,
         direction,
         state: STATE_TAIL,
         sequence_shift: to.first_sent.wrapping_sub(from.first_received),
@@ -135,7 +146,11 @@ fn tuple(source: SocketAddr, destination: SocketAddr) -> FlowKey {
 mod tests {
     use super::*;
 
-    const PLACEMENT: Placement = Placement { downstream_interface: 3, upstream_interface: 4, pair: 7 };
+    const fn hop(interface: u32) -> Hop {
+        Hop { interface, next_hop: NextHop { family: 2, address: [0; 16] } }
+    }
+
+    const PLACEMENT: Placement = Placement { downstream: hop(3), upstream: hop(4), pair: 7 };
 
     fn leg(local: &str, peer: &str, first_sent: u32, first_received: u32) -> Leg {
         Leg {

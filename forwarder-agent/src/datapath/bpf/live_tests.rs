@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use aya::programs::links::LinkOrder;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{SchedClassifier, TcAttachType};
-use forwarder_common::flow::{Flow, FlowKey, HALF_FIN, HALF_RESET, STATE_SPLICED};
+use forwarder_common::flow::{Flow, FlowKey, HALF_FIN, HALF_RESET, NextHop, STATE_SPLICED};
 use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, Verdict};
 
 use super::super::{AttachKind, Bpf};
 use super::{PAIR, bpffs, enter, ip, load_guard, pair, skip, verdicts, write_flows, write_pair};
-use crate::promote::{Leg, Placement, join};
+use crate::promote::{Hop, Leg, Placement, join};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 /// How long after the insertion of a flow packets may still be on their way past the programs.
@@ -106,11 +106,12 @@ fn promote(
     upstream: (&TcpStream, u64),
 ) -> Vec<(FlowKey, Flow)> {
     let legs = [downstream, upstream].map(|(socket, written)| Leg::read(socket, written).unwrap());
-    let placement = Placement {
-        downstream_interface: interface_index("veth-down"),
-        upstream_interface: interface_index("veth-up"),
-        pair: PAIR,
+    let hop = |interface: &str, leg: &Leg| Hop {
+        interface: interface_index(interface),
+        next_hop: NextHop::new(leg.peer.ip()),
     };
+    let placement =
+        Placement { downstream: hop("veth-down", &legs[0]), upstream: hop("veth-up", &legs[1]), pair: PAIR };
     let joint = join(&legs[0], &legs[1], placement).unwrap();
     write_flows(bpf, &joint.flows);
     // Both directions begin with it.

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use aya::maps::HashMap as BpfHashMap;
 use forwarder_common::flow::{
     DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOWS, Flow, FlowKey, HALF_FIN, HALF_RESET,
-    HALF_SYN, Pair, STATE_SPLICED, STATE_TAIL,
+    HALF_SYN, NextHop, Pair, STATE_SPLICED, STATE_TAIL,
 };
 use forwarder_common::layout::{address_bytes, address_of};
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN};
@@ -196,6 +196,8 @@ fn flow(out: FlowKey) -> Flow {
     Flow {
         out,
         interface: 1,
+        next_hop: NextHop::new(address_of(out.destination)),
+        pad: 0,
         clock_time: 0,
         clock: 0,
         pair: PAIR,

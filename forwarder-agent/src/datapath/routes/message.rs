@@ -29,7 +29,9 @@ const RTM_GETROUTE: u16 = 26;
 const RTA_DST: u16 = 1;
 const RTA_SRC: u16 = 2;
 const RTA_OIF: u16 = 4;
+const RTA_GATEWAY: u16 = 5;
 const RTA_METRICS: u16 = 8;
+const RTA_VIA: u16 = 18;
 const RTA_IP_PROTO: u16 = 27;
 const RTAX_MTU: u16 = 2;
 const RTN_UNICAST: u8 = 1;
@@ -82,8 +84,8 @@ fn write_attribute(question: &mut Vec<u8>, kind: u16, value: &[u8]) {
     question.resize(question.len().next_multiple_of(4), 0);
 }
 
-/// What the answer to the question `sequence` says; `None` if it answers another question.
-pub(super) fn read_answer(answer: &[u8], sequence: u32) -> Result<Option<Egress>, LookupError> {
+/// What the answer to the question `sequence` for the route to `peer` says; `None` if it answers another question.
+pub(super) fn read_answer(answer: &[u8], sequence: u32, peer: IpAddr) -> Result<Option<Egress>, LookupError> {
     let malformed = |what| LookupError::Malformed { what };
     let length = word(answer, MESSAGE_LENGTH).and_then(|length| usize::try_from(length).ok());
     let message = length.and_then(|length| answer.get(..length)).ok_or(malformed("it is cut short"))?;
@@ -100,12 +102,12 @@ pub(super) fn read_answer(answer: &[u8], sequence: u32) -> Result<Option<Egress>
             let errno = word(body, 0).ok_or(malformed("the error has no number"))?.cast_signed();
             Err(LookupError::Refused { source: io::Error::from_raw_os_error(errno.wrapping_neg()) })
         }
-        RTM_NEWROUTE => read_route(body).map(Some),
+        RTM_NEWROUTE => read_route(body, peer).map(Some),
         _ => Err(malformed("it is neither a route nor an error")),
     }
 }
 
-fn read_route(route: &[u8]) -> Result<Egress, LookupError> {
+fn read_route(route: &[u8], peer: IpAddr) -> Result<Egress, LookupError> {
     let malformed = |what| LookupError::Malformed { what };
     let kind = *route.get(ROUTE_KIND).ok_or(malformed("the route has no header"))?;
     let is_local = match kind {
@@ -114,16 +116,28 @@ fn read_route(route: &[u8]) -> Result<Egress, LookupError> {
         RTN_LOCAL | RTN_ANYCAST => true,
         _ => return Err(LookupError::Kind { kind }),
     };
-    let (mut interface, mut mtu) = (None, None);
+    let (mut interface, mut mtu, mut next_hop) = (None, None, peer);
     for (kind, value) in attributes(route.get(ROUTE_HEADER..).unwrap_or_default()) {
         match kind {
             RTA_OIF => interface = word(value, 0),
+            RTA_GATEWAY => next_hop = address(value).ok_or(malformed("the gateway is no address"))?,
+            // A gateway of the other family, behind that family's number.
+            RTA_VIA => {
+                let via = value.get(2..).and_then(address);
+                next_hop = via.ok_or(malformed("the gateway is no address"))?;
+            }
             RTA_METRICS => mtu = metric(value, RTAX_MTU),
             _ => {}
         }
     }
     let interface = interface.ok_or(malformed("the route has no interface"))?;
-    Ok(Egress { interface, is_local, mtu })
+    Ok(Egress { interface, next_hop, is_local, mtu })
+}
+
+/// The address that is all of `value`.
+fn address(value: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(value).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(value).map(IpAddr::from)).ok()
 }
 
 /// One of the numbers among a route's metrics, if it is set.
@@ -158,6 +172,8 @@ mod tests {
 
     use super::*;
 
+    const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
+
     fn message(kind: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
         let length = u32::try_from(MESSAGE_HEADER + body.len()).unwrap();
         let mut message = length.to_ne_bytes().to_vec();
@@ -186,20 +202,20 @@ mod tests {
         for (kind, is_local) in [(RTN_UNICAST, false), (RTN_LOCAL, true), (RTN_ANYCAST, true)] {
             let attributes = [(99, [1, 2, 3].as_slice()), (RTA_OIF, oif), (RTA_METRICS | 0x8000, &metrics)];
             let answer = message(RTM_NEWROUTE, 5, &route(kind, &attributes));
-            let expected = Egress { interface: 7, is_local, mtu: Some(1400) };
-            assert_eq!(read_answer(&answer, 5).unwrap(), Some(expected));
+            let expected = Egress { interface: 7, next_hop: PEER, is_local, mtu: Some(1400) };
+            assert_eq!(read_answer(&answer, 5, PEER).unwrap(), Some(expected));
         }
     }
 
     #[test]
     fn the_answer_to_another_question_is_passed_over() {
-        assert_eq!(read_answer(&message(NLMSG_ERROR, 4, &[0; 4]), 5).unwrap(), None);
+        assert_eq!(read_answer(&message(NLMSG_ERROR, 4, &[0; 4]), 5, PEER).unwrap(), None);
     }
 
     #[test]
     fn what_is_no_route_is_told() {
         let check = |answer: &[u8], expected: &str| {
-            assert_eq!(read_answer(answer, 5).unwrap_err().to_string(), expected);
+            assert_eq!(read_answer(answer, 5, PEER).unwrap_err().to_string(), expected);
         };
         let unreachable = message(NLMSG_ERROR, 5, &(-101_i32).to_ne_bytes());
         check(&unreachable, "Network is unreachable (os error 101)");
@@ -215,8 +231,8 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_are_survived(bytes in vec(any::<u8>(), 0..200), kind in 0_u16..30) {
-            let _ = read_answer(&bytes, 5);
-            let _ = read_answer(&message(kind, 5, &bytes), 5);
+            let _ = read_answer(&bytes, 5, PEER);
+            let _ = read_answer(&message(kind, 5, &bytes), 5, PEER);
         }
     }
 }

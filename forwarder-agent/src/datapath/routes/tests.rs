@@ -1,5 +1,6 @@
 //! Routes of real kernels: they need root.
 
+use std::net::Ipv4Addr;
 use std::thread;
 use std::time::Instant;
 
@@ -38,11 +39,24 @@ fn routes(node: &Namespace) -> Routes {
 
 #[track_caller]
 fn check(routes: &Routes, local: &str, peer: &str, expected: Egress) {
+    // Where no gateway is expected, the peer itself.
+    let direct = expected.next_hop.is_unspecified();
+    let next_hop = if direct { address(peer).to_canonical() } else { expected.next_hop };
+    let expected = Egress { next_hop, ..expected };
     assert_eq!(routes.egress(address(local), address(peer)).unwrap(), expected, "from {local} to {peer}");
 }
 
+/// Without a gateway.
+const DIRECT: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+
 fn leaving_by(interface: u32) -> Egress {
-    Egress { interface, is_local: false, mtu: None }
+    Egress { interface, next_hop: DIRECT, is_local: false, mtu: None }
+}
+
+impl Egress {
+    fn through(self, gateway: &str) -> Self {
+        Self { next_hop: address(gateway), ..self }
+    }
 }
 
 #[test]
@@ -67,8 +81,10 @@ fn a_distant_peer_is_reached_through_the_gateway() {
     let (routes, b) = (routes(&node), leaving_by(node.index("eth1")));
     node.ip("route add default via 10.9.2.254");
     node.ip("route add default via fd00:b::fe");
-    check(&routes, "10.9.1.1", "192.0.2.1", b);
-    check(&routes, "fd00:a::1", "2001:db8::1", b);
+    check(&routes, "10.9.1.1", "192.0.2.1", b.through("10.9.2.254"));
+    check(&routes, "fd00:a::1", "2001:db8::1", b.through("fd00:b::fe"));
+    node.ip("route add 198.51.100.0/24 via inet6 fd00:b::fd");
+    check(&routes, "10.9.1.1", "198.51.100.1", b.through("fd00:b::fd"));
 }
 
 #[test]
@@ -77,15 +93,15 @@ fn the_routes_mtu_is_told() {
     let (routes, a) = (routes(&node), leaving_by(node.index("eth0")));
     node.ip("route add 192.0.2.0/24 via 10.9.1.254 mtu 1400");
     node.ip("route add 2001:db8::/64 via fd00:a::fe mtu 1380");
-    check(&routes, "10.9.1.1", "192.0.2.1", Egress { mtu: Some(1400), ..a });
-    check(&routes, "fd00:a::1", "2001:db8::1", Egress { mtu: Some(1380), ..a });
+    check(&routes, "10.9.1.1", "192.0.2.1", Egress { mtu: Some(1400), ..a.through("10.9.1.254") });
+    check(&routes, "fd00:a::1", "2001:db8::1", Egress { mtu: Some(1380), ..a.through("fd00:a::fe") });
 }
 
 #[test]
 fn addresses_of_the_node_are_local() {
     let Some(node) = node() else { return };
     let routes = routes(&node);
-    let local = Egress { interface: LOOPBACK, is_local: true, mtu: None };
+    let local = Egress { interface: LOOPBACK, next_hop: DIRECT, is_local: true, mtu: None };
     for peer in ["10.9.1.1", "10.9.2.1", "127.0.0.1", "::ffff:10.9.1.1"] {
         check(&routes, "10.9.1.1", peer, local);
     }
@@ -156,10 +172,10 @@ fn a_rule_for_the_source_is_obeyed() {
         node.ip(&format!("{family} route add default via {to_b} table 7"));
         node.ip(&format!("{family} rule add from {source} lookup 7"));
     }
-    check(&routes, "10.9.1.1", "192.0.2.1", a);
-    check(&routes, "10.9.2.1", "192.0.2.1", b);
-    check(&routes, "fd00:a::1", "2001:db8::1", a);
-    check(&routes, "fd00:b::1", "2001:db8::1", b);
+    check(&routes, "10.9.1.1", "192.0.2.1", a.through("10.9.1.254"));
+    check(&routes, "10.9.2.1", "192.0.2.1", b.through("10.9.2.254"));
+    check(&routes, "fd00:a::1", "2001:db8::1", a.through("fd00:a::fe"));
+    check(&routes, "fd00:b::1", "2001:db8::1", b.through("fd00:b::fe"));
 }
 
 #[test]
@@ -171,8 +187,8 @@ fn a_rule_for_tcp_is_obeyed() {
         node.ip(&format!("{family} route add default via {to_b} table 7"));
         node.ip(&format!("{family} rule add ipproto tcp lookup 7"));
     }
-    check(&routes, "10.9.1.1", "192.0.2.1", b);
-    check(&routes, "fd00:a::1", "2001:db8::1", b);
+    check(&routes, "10.9.1.1", "192.0.2.1", b.through("10.9.2.254"));
+    check(&routes, "fd00:a::1", "2001:db8::1", b.through("fd00:b::fe"));
 }
 
 #[test]
@@ -220,10 +236,10 @@ fn changes_are_announced() {
         let routes = Routes::open().unwrap();
         node.ip("route add default via 10.9.1.254");
         let mut known = next(&mut generation, 0).await;
-        check(&routes, "10.9.1.1", "192.0.2.1", leaving_by(index[0]));
+        check(&routes, "10.9.1.1", "192.0.2.1", leaving_by(index[0]).through("10.9.1.254"));
         node.ip("route replace default via 10.9.2.254");
         known = next(&mut generation, known).await;
-        check(&routes, "10.9.1.1", "192.0.2.1", leaving_by(index[1]));
+        check(&routes, "10.9.1.1", "192.0.2.1", leaving_by(index[1]).through("10.9.2.254"));
         for change in ["address add 192.0.2.7/32 dev eth0", "link set eth0 mtu 1400", "link set eth0 down"] {
             node.ip(change);
             known = next(&mut generation, known).await;
