@@ -1,5 +1,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use proptest::prelude::*;
+
 use super::samples::*;
 use super::*;
 use crate::layout::address_of;
@@ -58,6 +60,50 @@ fn the_walk_of_extension_headers_is_bounded() {
     };
     check_framed(&chain(MAX_EXTENSION_HEADERS), Ok(true));
     check_framed(&chain(MAX_EXTENSION_HEADERS + 1), Err(Verdict::TooManyHeaders));
+}
+
+/// The short cut finds what the walk does, or leaves it to the walk.
+fn check_usual(frame: &[u8]) -> bool {
+    let Some(headers) = frame.get(USUAL_OFFSET..).and_then(|rest| rest.first_chunk::<56>()) else {
+        return false;
+    };
+    let (words, _) = headers.as_chunks::<4>();
+    let mut usual = UsualHeaders::default();
+    usual.iter_mut().zip(words).for_each(|(word, bytes)| *word = u32::from_ne_bytes(*bytes));
+    let found = parse_usual(&usual);
+    if let Some(segment) = found {
+        assert_eq!(Ok(segment), parse(frame, LinkLayer::Ethernet), "{frame:02x?}");
+    }
+    found.is_some()
+}
+
+/// A frame with timestamps as Linux writes them, and a payload.
+fn usual_frame() -> Vec<u8> {
+    let mut segment = tcp(PORT, ACK);
+    segment[12] = 8 << 4;
+    segment.extend([1, 1, 8, 10, 1, 2, 3, 4, 5, 6, 7, 8]);
+    segment.extend(b"payload");
+    framed(&ipv4(V4, TCP, &[], 0x4000, &segment))
+}
+
+#[test]
+fn what_most_packets_are_is_found_at_once() {
+    assert!(check_usual(&usual_frame()));
+    assert!(!check_usual(&usual_frame()[..65]));
+    assert!(check_usual(&usual_frame()[..66]));
+}
+
+proptest! {
+    #[test]
+    fn the_short_cut_finds_what_the_walk_does(
+        changes in proptest::collection::vec((10_usize..66, any::<u8>()), 0..4),
+    ) {
+        let mut frame = usual_frame();
+        for (place, byte) in changes {
+            frame[place] = byte;
+        }
+        check_usual(&frame);
+    }
 }
 
 #[test]

@@ -146,10 +146,19 @@ fn verdicts(bpf: &Bpf) -> BTreeMap<Verdict, u64> {
 
 /// What a program returns for a packet, and makes of it.
 fn run(bpf: &Bpf, program: &str, packet: &[u8]) -> (i32, Vec<u8>) {
+    run_in(bpf, program, packet, None)
+}
+
+/// The same where `context` says more of the packet: a `struct __sk_buff`.
+fn run_in(bpf: &Bpf, program: &str, packet: &[u8], context: Option<&[u8]>) -> (i32, Vec<u8>) {
     let program: &SchedClassifier = bpf.ebpf.program(program).unwrap().try_into().unwrap();
     let mut out = vec![0; packet.len() + 64];
-    let options =
-        TestRunOptions { data_in: Some(packet), data_out: Some(&mut out), ..TestRunOptions::default() };
+    let options = TestRunOptions {
+        data_in: Some(packet),
+        data_out: Some(&mut out),
+        ctx_in: context,
+        ..TestRunOptions::default()
+    };
     let result = program.test_run(options).unwrap();
     out.truncate(usize::try_from(result.data_size_out).unwrap());
     (result.return_value.cast_signed(), out)
