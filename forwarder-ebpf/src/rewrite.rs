@@ -9,7 +9,7 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{FLOW_CLEAR_ECN, Flow, Half, STATE_TAIL};
-use forwarder_common::packet::{IpVersion, Segment, USUAL_OFFSET, tcp_field};
+use forwarder_common::packet::{FLAG_SYN, IpVersion, Segment, USUAL_OFFSET, tcp_field};
 use forwarder_common::translate::{
     self, ChecksumChange, MAX_OPTIONS, MAX_SACK_BLOCKS, Options, OptionsWalk, Timestamps,
 };
@@ -80,7 +80,7 @@ fn rewrite_usual(
     let [.., new_source, _, _, _, new_destination] = *flow.out.address_words();
     let addresses = ChecksumChange::NONE.and(source, new_source).and(destination, new_destination);
     let [new_ports, new_sequence, new_acknowledgement, new_misc, _] = new_words(segment, flow, misc, last);
-    let [new_value, new_echo] = timestamps(flow, half, reverse, [value, echo]);
+    let [new_value, new_echo] = timestamps(segment, flow, half, reverse, [value, echo]);
     let change = ChecksumChange::NONE
         .and(ports, new_ports)
         .and(sequence, new_sequence)
@@ -157,7 +157,7 @@ fn rewrite_any(
         if segment.header_length == USUAL_HEADER { load(context, tcp + FIXED_HEADER)? } else { [0; 3] };
     if options[0] == USUAL_OPTIONS.to_be() {
         let [kinds, value, echo] = options;
-        let [new_value, new_echo] = timestamps(flow, half, reverse, [value, echo]);
+        let [new_value, new_echo] = timestamps(segment, flow, half, reverse, [value, echo]);
         change = change.and(value, new_value).and(echo, new_echo);
         let [ports, sequence, acknowledgement, misc, last] = new;
         let new = [ports, sequence, acknowledgement, misc, last, kinds, new_value, new_echo];
@@ -187,7 +187,7 @@ fn translate_options(
     if options.timestamps != 0 {
         let at = options.timestamps;
         let old: [u32; 2] = load(context, tcp + at)?;
-        let new = timestamps(flow, half, reverse, old);
+        let new = timestamps(segment, flow, half, reverse, old);
         change = change.and_at(at, old[0], new[0]).and_at(at, old[1], new[1]);
         store(context, tcp + at, &new)?;
     }
@@ -207,7 +207,7 @@ fn translate_options(
 /// The timestamps `TSval` and `TSecr` of the segment on the other leg, in network byte order as those on this one. Learns how
 /// far the clocks are apart.
 #[inline(always)]
-fn timestamps(flow: &Flow, half: &mut Half, reverse: &Half, old: [u32; 2]) -> [u32; 2] {
+fn timestamps(segment: &Segment, flow: &Flow, half: &mut Half, reverse: &Half, old: [u32; 2]) -> [u32; 2] {
     let old = Timestamps { value: u32::from_be(old[0]), echo: u32::from_be(old[1]) };
     let mut value_shift = half.timestamp_shift;
     if half.timestamp_known == 0 || flow.state == STATE_TAIL {
@@ -215,9 +215,12 @@ fn timestamps(flow: &Flow, half: &mut Half, reverse: &Half, old: [u32; 2]) -> [u
         let now = unsafe { bpf_ktime_get_ns() };
         let clock = translate::clock_at(flow.clock, flow.clock_time, now);
         let shift = clock.wrapping_sub(old.value);
+        // Who repeats a SYN has not completed the handshake, and refuses echoes of other clocks than that of its SYNs
+        // (`tcp_check_req`), but not their absence: so nothing is learnt from it.
+        let is_learnt = segment.flags & FLAG_SYN == 0;
         // While the local socket still sends, its clock is the measure: what is told here must not be ahead of it,
         // or its packets would look old (PAWS), nor behind. The largest shift stays, so that time never goes back.
-        if half.timestamp_known == 0 || translate::is_before(half.timestamp_shift, shift) {
+        if is_learnt && (half.timestamp_known == 0 || translate::is_before(half.timestamp_shift, shift)) {
             half.timestamp_shift = shift;
             half.timestamp_known = 1;
         }

@@ -460,8 +460,9 @@ fn cleanup_removes_what_a_killed_agent_left_and_nothing_of_one_that_runs() {
     // What an agent of another version could have left, in folders.
     let inner = pin_dir.join("v0/links");
     fs::create_dir_all(&inner).unwrap();
+    let map = before.iter().find(|path| path.ends_with("listeners")).expect("a map");
     let mut pin = Command::new("bpftool");
-    pin.args(["map", "pin", "pinned"]).arg(pin_dir.join("v2/listeners")).arg(inner.join("eth0"));
+    pin.args(["map", "pin", "pinned"]).arg(map).arg(inner.join("eth0"));
     forwarder_tests::process::stdout(&mut pin).unwrap();
     let before = everything(&pin_dir);
 

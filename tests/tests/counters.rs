@@ -31,7 +31,7 @@ fn require_classifier(agent: &Agent) -> bool {
 /// The entries of a pinned map as `bpftool` prints them by its type information.
 fn dump(pin_dir: &Path, map: &str) -> Result<Vec<Value>> {
     let mut command = Command::new("bpftool");
-    command.args(["-j", "map", "dump", "pinned"]).arg(pin_dir.join("v2").join(map));
+    command.args(["-j", "map", "dump", "pinned"]).arg(pin_dir.join("v3").join(map));
     let entries: Vec<Value> =
         serde_json::from_str(&process::stdout(&mut command)?).context("bpftool's JSON")?;
     // Without type information there would be no such part.

@@ -87,9 +87,7 @@ pub(super) async fn carry(
         if refusal.may_pass() {
             // An agent that leaves has little time.
             let sweeps = if worker.promotes_all() { 1 } else { RETRY_SWEEPS };
-            // An answer may come with the very next byte.
-            let bytes = if refusal == Refusal::Unanswered { 1 } else { RETRY_BYTES };
-            connection.promote_at.set(Some(connection.moved().saturating_add(bytes)));
+            connection.promote_at.set(Some(connection.moved().saturating_add(RETRY_BYTES)));
             connection.promote_from.set(Some(worker.sweep().wrapping_add(sweeps)));
         } else {
             connection.promote_at.set(None);
@@ -119,11 +117,6 @@ fn join(
         })
     };
     let (down, up) = (leg(downstream, connection.sent.get())?, leg(upstream, connection.received.get())?);
-    // An endpoint that waits for the ACK of its SYN, or for data, compares echoed timestamps with its own few
-    // (`tcp_check_req`): what another clock was translated to does not match, and nothing would be taken.
-    if up.received == 0 && connection.received.get() <= u64::from(up.unacknowledged) {
-        return Err(Refusal::Unanswered);
-    }
     for (from, to, relayed) in [(&down, &up, connection.received.get()), (&up, &down, connection.sent.get())]
     {
         // The receiver drops what comes beyond its window while the tail is on its way: it would be sent again only after

@@ -17,8 +17,6 @@ pub enum Refusal {
     SameHost,
     /// One direction has ended.
     Ended,
-    /// The endpoint has neither sent nor acknowledged anything: it may not have completed the handshake.
-    Unanswered,
     /// More is on its way through userspace than the receiver could take beside what would come from the kernel.
     SlowReceiver,
     /// The kernel knows no route to one end.
@@ -37,7 +35,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every one, in the order of its discriminant.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 14] = [
         Self::NoPrograms,
         Self::Families,
         Self::Timestamps,
@@ -45,7 +43,6 @@ impl Refusal {
         Self::SegmentSizes,
         Self::SameHost,
         Self::Ended,
-        Self::Unanswered,
         Self::SlowReceiver,
         Self::NoRoute,
         Self::NotAttached,
@@ -65,7 +62,6 @@ impl Refusal {
             Self::SegmentSizes => "segment_sizes_differ",
             Self::SameHost => "same_host",
             Self::Ended => "ended",
-            Self::Unanswered => "unanswered",
             Self::SlowReceiver => "slow_receiver",
             Self::NoRoute => "no_route",
             Self::NotAttached => "not_attached",
@@ -79,8 +75,7 @@ impl Refusal {
     /// Whether the connection may be promoted later.
     pub fn may_pass(self) -> bool {
         match self {
-            Self::Unanswered
-            | Self::SlowReceiver
+            Self::SlowReceiver
             | Self::NoRoute
             | Self::NotAttached
             | Self::PathBroken
