@@ -225,6 +225,10 @@ impl Half {
             return;
         }
         if segment.flags & FLAG_RST != 0 {
+            // Where both ends have ended and know it, it answers something late, and ends nothing.
+            if flow.has_ended(self, reverse) {
+                return;
+            }
             // One in flight, or the one that the receiver is waiting for (RFC 5961, 3).
             let first = reverse.acknowledged.wrapping_sub(flow.sequence_shift);
             let width = self.sequence_end.wrapping_sub(first).wrapping_add(PLAUSIBLE_RESET_GAP);
@@ -320,6 +324,20 @@ impl Flow {
         Numbers { sequence, acknowledgement, window }
     }
 
+    /// Whether both ends have ended their directions and know it of each other, `half` being what is known of this direction,
+    /// `reverse` of the other. An end that reached a local socket before the promotion counts once that has delivered it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_ended(&self, half: &Half, reverse: &Half) -> bool {
+        let is_spliced = self.state == STATE_SPLICED;
+        // What the receiver acknowledges becomes the sender's number by undoing what was added to that.
+        let is_finished = is_spliced && self.flags & FLOW_ENDED != 0
+            || half.is_finished(reverse, self.sequence_shift.wrapping_neg());
+        let is_reverse_finished = is_spliced && self.flags & FLOW_REVERSE_ENDED != 0
+            || reverse.is_finished(half, self.acknowledgement_shift);
+        is_finished && is_reverse_finished
+    }
+
     /// Whether nothing more is to be forwarded but what is sent again: both ends have ended their directions and know it of
     /// each other, or one has reset the connection. `half` is what is known of this direction, `reverse` of the other.
     #[inline(always)]
@@ -341,10 +359,25 @@ impl Pair {
     /// [`Flow::is_over`], for either of the pair's two flows.
     #[must_use]
     pub const fn is_over(&self, flow: &Flow) -> bool {
+        let (half, reverse) = self.halves(flow);
+        flow.is_over(half, reverse)
+    }
+
+    /// [`Flow::has_ended`], for either of the pair's two flows.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_ended(&self, flow: &Flow) -> bool {
+        let (half, reverse) = self.halves(flow);
+        flow.has_ended(half, reverse)
+    }
+
+    /// What is known of a flow's direction, and of the opposite one.
+    #[inline(always)]
+    const fn halves(&self, flow: &Flow) -> (&Half, &Half) {
         if flow.direction == DIRECTION_REQUEST {
-            flow.is_over(&self.request, &self.response)
+            (&self.request, &self.response)
         } else {
-            flow.is_over(&self.response, &self.request)
+            (&self.response, &self.request)
         }
     }
 }
@@ -527,6 +560,19 @@ mod tests {
     fn a_reset_counts_until_its_sender_goes_on() {
         assert_eq!(noted(&[seen(5_000, 0, 700, FLAG_RST)]).flags, HALF_RESET);
         assert_eq!(noted(&[seen(5_000, 0, 700, FLAG_RST), seen(5_000, 1, 700, 0)]).flags, 0);
+    }
+
+    #[test]
+    fn a_reset_after_both_ends_says_nothing() {
+        let [flow, _] = flows();
+        let reset = seen(5_000, 0, 700, FLAG_RST);
+        // The sender has ended its direction at 5,000, and the receiver both acknowledged that and ended its own.
+        let over = ended(200, 4_000);
+        for (reverse, expected) in [(over, HALF_FIN), (Half { flags: 0, ..over }, HALF_FIN | HALF_RESET)] {
+            let mut half = Half { sequence_end: 5_000, ..ended(5_000, 700) };
+            half.note(&reverse, &flow, &reset);
+            assert_eq!(half.flags, expected);
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::{AGENT_PRIORITY, DIRECTION_REQUEST, FLOW_REVERSE_ENDED, Flow, STATE_TAIL};
+use forwarder_common::flow::{AGENT_PRIORITY, DIRECTION_REQUEST, FLOW_REVERSE_ENDED, Flow, Pair, STATE_TAIL};
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, LinkLayer, Segment, tcp_field};
 use forwarder_common::translate::{self, ChecksumChange};
 use forwarder_common::verdict::Verdict;
@@ -48,7 +48,13 @@ fn judge(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     let flow = FLOWS.get_ptr(segment.tuple.reversed())?;
     // SAFETY: the element lives until every running program has left it, for the map is not preallocated.
     let flow = unsafe { &*flow };
-    PAIRS.get_ptr(flow.pair)?;
+    let pair = PAIRS.get_ptr(flow.pair)?;
+    // SAFETY: as above.
+    let pair = unsafe { &*pair };
+    // Both ends know that it is over; one that has forgotten the connection would answer with a reset.
+    if pair.has_ended(flow) {
+        return Some(Verdict::Guarded);
+    }
     // What the socket had received before the promotion it still delivers and acknowledges. An end it passes on only if
     // it came before the promotion too, as the agent has noted then; the one that a dying agent's socket sends would
     // make a cut stream look whole.
@@ -57,7 +63,7 @@ fn judge(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     if !is_tail {
         return Some(Verdict::Guarded);
     }
-    Some(match bring_up_to_date(context, segment, flow) {
+    Some(match bring_up_to_date(context, segment, flow, pair) {
         Ok(()) => Verdict::TailSent,
         Err(verdict) => verdict,
     })
@@ -69,11 +75,10 @@ fn judge(context: &TcContext, segment: &Segment) -> Option<Verdict> {
 /// # Errors
 /// The packet cannot be rewritten, and must be dropped.
 #[inline(always)]
-fn bring_up_to_date(context: &TcContext, segment: &Segment, flow: &Flow) -> Result<(), Verdict> {
-    let Some(pair) = PAIRS.get_ptr(flow.pair) else { return Ok(()) };
+fn bring_up_to_date(context: &TcContext, segment: &Segment, flow: &Flow, pair: &Pair) -> Result<(), Verdict> {
     let Some(reverse) = FLOWS.get_ptr(flow.out.reversed()) else { return Ok(()) };
-    // SAFETY: as above, of both.
-    let (pair, reverse) = unsafe { (&*pair, &*reverse) };
+    // SAFETY: as above.
+    let reverse = unsafe { &*reverse };
     let other = if flow.direction == DIRECTION_REQUEST { &pair.response } else { &pair.request };
     let acknowledged = other.acknowledged.wrapping_sub(flow.sequence_shift);
     if segment.flags & FLAG_ACK == 0 || !translate::is_before(segment.acknowledgement, acknowledged) {

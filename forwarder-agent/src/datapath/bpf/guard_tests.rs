@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use forwarder_common::flow::{DIRECTION_RESPONSE, FLOW_REVERSE_ENDED, Flow, STATE_SPLICED, STATE_TAIL};
+use forwarder_common::flow::{
+    DIRECTION_RESPONSE, FLOW_REVERSE_ENDED, Flow, HALF_FIN, STATE_SPLICED, STATE_TAIL,
+};
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
 use forwarder_common::{PROGRAM_GUARD_ETHERNET, Verdict};
 
@@ -43,6 +45,28 @@ fn the_guard_lets_only_the_tail_out() {
     assert_eq!(guarded_with(ended, FLAG_ACK | FLAG_FIN, b"tail"), passes);
     assert_eq!(guarded(STATE_SPLICED, FLAG_ACK, b"late"), drops);
     assert_eq!(guarded(STATE_SPLICED, FLAG_RST | FLAG_ACK, b""), drops);
+}
+
+#[test]
+fn the_guard_lets_nothing_out_once_both_ends_have_ended() {
+    let (key, flow) = flow_v4();
+    let flow = Flow { state: STATE_TAIL, ..flow };
+    // The sender's end at 1,000, the other's at 2,000, each in its own numbers, and acknowledged in those of the other.
+    let mut over = known_clocks();
+    for (half, end, acknowledged) in [
+        (&mut over.request, 1_000_u32, 2_000_u32.wrapping_sub(flow.acknowledgement_shift)),
+        (&mut over.response, 2_000, 1_000_u32.wrapping_add(flow.sequence_shift)),
+    ] {
+        (half.flags, half.fin_end, half.acknowledged) = (HALF_FIN, end, acknowledged);
+    }
+    let mut unacknowledged = over;
+    unacknowledged.response.acknowledged = unacknowledged.response.acknowledged.wrapping_sub(1);
+    for (pair, expected) in [(over, Verdict::Guarded), (unacknowledged, Verdict::TailSent)] {
+        let Some((_bpffs, bpf)) = with_flow(key, flow, pair) else { return };
+        let frame = Frame::new(key.reversed()).encode();
+        run(&bpf, PROGRAM_GUARD_ETHERNET, &frame);
+        assert_eq!(verdicts(&bpf), BTreeMap::from([(expected, 1)]));
+    }
 }
 
 #[test]
