@@ -49,7 +49,7 @@ impl Upstream {
         }
     }
 
-    /// Replaces the endpoints; connections to former ones live on.
+    /// Replaces the endpoints; what becomes of connections to former ones, their listeners decide.
     pub fn set_endpoints(&self, endpoints: &Endpoints) {
         self.endpoints.store(Arc::new(endpoints.to_vec()));
     }
