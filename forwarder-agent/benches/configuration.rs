@@ -15,7 +15,7 @@ use forwarder_agent::manifests::{
     GatewayClassSpec, GatewaySpec, Listener, Manifests, Metadata, NamespacedName, ParentRef,
     SERVICE_NAME_LABEL, Service, ServicePort, ServiceSpec, TcpRoute, TcpRouteRule, TcpRouteSpec,
 };
-use forwarder_agent::model::{Datapath, ListenerSettings, RouteTable};
+use forwarder_agent::model::{Datapath, ListenerSettings, OnRemoval, RouteTable};
 use forwarder_agent::plan;
 use forwarder_agent::resolve::{CONTROLLER_NAME, ResolveSettings, resolve, update_endpoints};
 
@@ -30,6 +30,8 @@ fn settings() -> ResolveSettings {
         idle_timeout: Some(Duration::from_hours(1)),
         half_closed_timeout: Some(Duration::from_mins(10)),
         connect_timeout: Duration::from_secs(5),
+        on_removal: OnRemoval::Keep,
+        removal_drain: Duration::from_secs(30),
     })
 }
 

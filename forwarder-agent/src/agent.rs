@@ -195,6 +195,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
             keepalive: settings.keepalive,
             flows: kernel.promoter.as_ref().map(|promoter| Arc::clone(&promoter.flows)),
             segment_size: Arc::clone(&segment_size),
+            port_range: Arc::default(),
         },
         max_connections: max_connections(raise_file_limit()),
         promoter: kernel.promoter.clone(),

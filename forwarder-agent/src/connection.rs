@@ -23,6 +23,7 @@ use crate::model::Datapath;
 use crate::promote::Refusal;
 use crate::record::Record;
 use crate::relay::{Moved, Tier};
+use crate::removal::Standing;
 use crate::upstream::{self, Upstream};
 use crate::worker::Worker;
 
@@ -90,6 +91,8 @@ impl Connection {
             serving: Arc::clone(&serving),
             downstream,
             upstream: None,
+            stray: None,
+            standing: Standing::default(),
             slot: worker,
             opened: Instant::now(),
             received: 0,
@@ -127,6 +130,9 @@ impl Connection {
 
     /// What is due for a connection at this sweep, given how long a sweep takes.
     pub(crate) fn due(&self, sweep: u32, period: Duration) -> Option<Order> {
+        if self.record.borrow_mut().as_mut().is_some_and(Record::is_removed) {
+            return Some(Order::End(End::Removed));
+        }
         let settings = &self.serving.listener.settings;
         let idle = period * sweep.wrapping_sub(self.active.get());
         let over = |timeout: Option<Duration>| timeout.is_some_and(|timeout| idle >= timeout);

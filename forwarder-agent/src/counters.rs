@@ -61,6 +61,8 @@ pub enum End {
     Drained,
     /// An operator asked for it: both sides were reset.
     ResetByOperator,
+    /// Its listener, backend or endpoint was removed, and the listener's settings say so: both sides were reset.
+    Removed,
     /// The listener has no route: the client was reset.
     NoRoute,
     /// The route has no backend with a weight: the client was reset.
@@ -77,7 +79,7 @@ pub enum End {
 
 impl End {
     /// Every end, in the order of its discriminant.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Finished,
         Self::DownstreamReset,
         Self::UpstreamReset,
@@ -85,6 +87,7 @@ impl End {
         Self::HalfClosedTimeout,
         Self::Drained,
         Self::ResetByOperator,
+        Self::Removed,
         Self::NoRoute,
         Self::NoDestination,
         Self::InvalidBackend,
@@ -103,6 +106,7 @@ impl End {
             Self::HalfClosedTimeout => "half_closed_timeout",
             Self::Drained => "drained",
             Self::ResetByOperator => "reset_by_operator",
+            Self::Removed => "removed",
             Self::NoRoute => "no_route",
             Self::NoDestination => "no_destination",
             Self::InvalidBackend => "invalid_backend",

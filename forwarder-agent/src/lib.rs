@@ -24,6 +24,7 @@ pub mod promote;
 pub mod reconciler;
 mod record;
 pub mod relay;
+pub mod removal;
 pub mod report;
 pub mod resolve;
 pub mod segment_size;

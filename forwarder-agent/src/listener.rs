@@ -13,7 +13,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::balancer::Balancer;
 use crate::counters::{ListenerCounters, PerWorker};
 use crate::datapath::ListenerId;
-use crate::model::{BindAddress, Listener, ListenerKey};
+use crate::model::{BackendKey, BindAddress, Listener, ListenerKey};
+use crate::removal::Removals;
 use crate::segment_size::SegmentSize;
 use crate::upstream::{Upstream, keepalive};
 
@@ -27,8 +28,10 @@ pub struct BoundListener {
     pub id: ListenerId,
     /// Where it is bound.
     pub key: ListenerKey,
-    /// What serves new connections; replaced when the route changes, which touches no connection.
+    /// What serves new connections; replaced when the route changes.
     pub serving: ArcSwap<Serving>,
+    /// What its connections may have relied on, and is gone.
+    pub removals: Removals,
     /// What was counted.
     pub counters: PerWorker<ListenerCounters>,
     /// The turn of the next connection, for the [`Balancer`].
@@ -44,6 +47,16 @@ pub struct Serving {
     pub balancer: Balancer,
     /// For each backend of the route: where it leads, or `None` where it is invalid.
     pub upstreams: Vec<Option<Arc<Upstream>>>,
+}
+
+impl Serving {
+    /// Whether new connections may go to an endpoint: by `backend`, or by any where that is not known.
+    pub(crate) fn leads_to(&self, backend: Option<&BackendKey>, endpoint: SocketAddr) -> bool {
+        let upstreams = self.upstreams.iter().flatten();
+        let mut meant = upstreams.filter(|upstream| backend.is_none_or(|backend| *backend == upstream.key));
+        // They are sorted.
+        meant.any(|upstream| upstream.endpoints.load().binary_search(&endpoint).is_ok())
+    }
 }
 
 /// How listeners are bound: settings of the agent.

@@ -137,6 +137,43 @@ impl fmt::Display for Datapath {
     }
 }
 
+/// What becomes of open connections whose listener, backend or endpoint is removed.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    Eq,
+    Hash,
+    Ord,
+    PartialEq,
+    PartialOrd,
+    Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum OnRemoval {
+    /// They go on until they end by themselves.
+    #[default]
+    Keep,
+    /// They may end by themselves for a while, and are reset then, unless what was removed comes back.
+    Drain,
+    /// Both ends are reset at once.
+    Reset,
+}
+
+impl OnRemoval {
+    /// Its name on the command line and in annotations.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::Drain => "drain",
+            Self::Reset => "reset",
+        }
+    }
+}
+
 /// Settings of the connections that a listener accepts. `None` for a time-out means off.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -152,6 +189,22 @@ pub struct ListenerSettings {
     /// How long one attempt to connect to an endpoint may take.
     #[serde(serialize_with = "duration_text_always")]
     pub connect_timeout: Duration,
+    /// What becomes of a connection whose listener, backend or endpoint is removed.
+    pub on_removal: OnRemoval,
+    /// For how long it may go on where `on_removal` is [`OnRemoval::Drain`].
+    #[serde(serialize_with = "duration_text_always")]
+    pub removal_drain: Duration,
+}
+
+impl ListenerSettings {
+    /// For how long a connection may go on after its listener, backend or endpoint is removed; `None` is for ever.
+    pub fn removal_window(&self) -> Option<Duration> {
+        match self.on_removal {
+            OnRemoval::Keep => None,
+            OnRemoval::Drain => Some(self.removal_drain),
+            OnRemoval::Reset => Some(Duration::ZERO),
+        }
+    }
 }
 
 #[expect(clippy::ref_option, reason = "serde passes a reference to the field")]

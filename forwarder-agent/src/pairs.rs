@@ -18,6 +18,7 @@ use crate::datapath::monotonic;
 use crate::datapath::segments::{Bare, SegmentSocket};
 use crate::listener::BoundListener;
 use crate::record::Record;
+use crate::removal::{self, Standing};
 
 mod segments;
 mod view;
@@ -69,6 +70,8 @@ pub struct PairSettings {
     pub idle_timeout: Option<Duration>,
     /// The same for those of which one direction has ended.
     pub half_closed_timeout: Option<Duration>,
+    /// For how long pairs may go on whose listener is gone for all that is known of it; `None` is for ever.
+    pub removal_window: Option<Duration>,
     /// For how long after the agent's end new connections are held back.
     pub hold: Duration,
     /// Whose counters the pairs are counted in.
@@ -76,7 +79,18 @@ pub struct PairSettings {
 }
 
 /// Finds the listener that has an address.
-pub type FindListener = Box<dyn Fn(SocketAddr) -> Option<Arc<BoundListener>> + Send>;
+pub type FindListener = Box<dyn Fn(SocketAddr) -> Found + Send>;
+
+/// What is known of the listener that has an address.
+#[derive(Debug)]
+pub enum Found {
+    /// It is bound.
+    Bound(Arc<BoundListener>),
+    /// It may come to be bound.
+    Awaited,
+    /// There is to be none.
+    Gone,
+}
 
 /// The promoted pairs.
 pub struct Pairs {
@@ -97,6 +111,8 @@ struct Entry {
     /// `None` for one that is over, and for one of a former agent until its listener is there.
     record: Option<Record>,
     is_counted: bool,
+    /// Since when the listener of a pair of a former agent is known to be gone.
+    gone: Option<Instant>,
     /// When bytes were last seen to have moved, and how many had.
     active: Instant,
     bytes: [u64; 2],
@@ -146,6 +162,7 @@ impl Pairs {
             is_counted: record.is_some(),
             record,
             pair,
+            gone: None,
             active: Instant::now(),
             over: None,
             probes: [0; 2],
@@ -282,8 +299,15 @@ impl Pairs {
             return Fate::Leaves;
         };
         if entry.record.is_none() && !entry.is_counted {
-            entry.record = self.inherit(&entry.pair, &state, find);
-            entry.is_counted = entry.record.is_some();
+            match find(entry.pair.downstream().1) {
+                Found::Bound(listener) => {
+                    entry.record = Some(self.inherit(&entry.pair, &state, listener));
+                    entry.is_counted = true;
+                    entry.gone = None;
+                }
+                Found::Awaited => entry.gone = None,
+                Found::Gone => drop(entry.gone.get_or_insert_with(Instant::now)),
+            }
         }
         let bytes = [state.request.bytes, state.response.bytes];
         if bytes != entry.bytes {
@@ -304,7 +328,21 @@ impl Pairs {
                 self.send(&[segments::probe(&entry.pair, &state, side, monotonic())]);
             }
         }
+        if self.is_removed(entry) {
+            return Fate::Reset(End::Removed);
+        }
         self.time_out(entry, &state)
+    }
+
+    /// Whether a pair has to end since its listener, backend or endpoint was removed.
+    fn is_removed(&self, entry: &mut Entry) -> bool {
+        let Some(record) = &mut entry.record else {
+            let spread = entry.pair.downstream().0.port();
+            let since = entry.gone.zip(self.settings.removal_window);
+            return since
+                .is_some_and(|(gone, window)| Instant::now() >= removal::deadline(gone, window, spread));
+        };
+        record.is_removed()
     }
 
     /// Whether a pair has been idle for too long, or one of its ends is dead.
@@ -348,9 +386,8 @@ impl Pairs {
     }
 
     /// The record of a pair that a former agent has promoted, once its listener is there.
-    fn inherit(&self, pair: &JoinedPair, state: &Pair, find: &FindListener) -> Option<Record> {
-        let (client, address) = pair.downstream();
-        let listener = find(address)?;
+    fn inherit(&self, pair: &JoinedPair, state: &Pair, listener: Arc<BoundListener>) -> Record {
+        let (client, _) = pair.downstream();
         let serving = listener.serving.load_full();
         let (endpoint, _) = pair.upstream();
         let leads_there =
@@ -360,8 +397,15 @@ impl Pairs {
         if let Some(upstream) = &upstream {
             upstream.counters.of(self.settings.slot).connected.add(1);
         }
+        // What was removed while no agent ran counts as removed now.
+        let standing = match &upstream {
+            Some(_) => Standing::default(),
+            None => Standing::lost(&listener.removals, &serving.listener.settings, client.port()),
+        };
         let age = Duration::from_nanos(monotonic().saturating_sub(state.opened));
-        Some(Record {
+        Record {
+            stray: upstream.is_none().then_some(endpoint),
+            standing,
             listener,
             serving,
             downstream: client,
@@ -371,7 +415,7 @@ impl Pairs {
             received: state.request.bytes,
             sent: state.response.bytes,
             end: End::Drained,
-        })
+        }
     }
 
     fn reroute(&self, entry: &mut Entry) {

@@ -7,7 +7,7 @@ use crate::model::{BackendKey, Endpoints, Listener, ListenerKey, RouteTable};
 /// One operation on a table, or on what a table stands for.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Op {
-    /// Stop to listen. Connections live on.
+    /// Stop to listen. What becomes of its connections is up to its settings.
     RemoveListener(ListenerKey),
     /// Give a backend, known or new, these endpoints.
     SetEndpoints {
@@ -103,7 +103,9 @@ mod tests {
 
     use super::*;
     use crate::manifests::NamespacedName;
-    use crate::model::{Backend, BindAddress, Datapath, ListenerName, ListenerSettings, Route, Target};
+    use crate::model::{
+        Backend, BindAddress, Datapath, ListenerName, ListenerSettings, OnRemoval, Route, Target,
+    };
     use crate::problem::Reason;
 
     fn port(number: u16) -> NonZeroU16 {
@@ -154,6 +156,8 @@ mod tests {
                 idle_timeout: (idle > 0).then(|| Duration::from_secs(idle)),
                 half_closed_timeout: None,
                 connect_timeout: Duration::from_secs(5),
+                on_removal: OnRemoval::Keep,
+                removal_drain: Duration::from_secs(30),
             },
             route,
         })

@@ -16,6 +16,7 @@ use crate::datapath::{BackendEntry, Datapath, ListenerId, ListenerState};
 use crate::listener::{self, BoundListener, ListenSettings, Serving};
 use crate::model::{BackendKey, Listener, ListenerKey, RouteTable, Target};
 use crate::plan::{self, Op};
+use crate::removal::{Removals, Removed};
 use crate::status::BindFailure;
 use crate::upstream::Upstream;
 use crate::worker::Workers;
@@ -119,6 +120,34 @@ impl InForce {
         }
     }
 
+    /// What connections may rely on that an operation, which has not been performed yet, removes: by their listeners.
+    fn removed_by(&self, op: &Op) -> Vec<(Arc<BoundListener>, Removed)> {
+        let of = |key: &ListenerKey, removed: Removed| match self.sockets.get(key) {
+            Some(SocketState::Bound(bound)) => Some((Arc::clone(bound), removed)),
+            Some(SocketState::Failed(_)) | None => None,
+        };
+        match op {
+            Op::RemoveListener(key) => of(key, Removed::Listener).into_iter().collect(),
+            Op::SetEndpoints { backend, endpoints } => {
+                let before = self.table.backends.get(backend).into_iter().flat_map(|before| before.iter());
+                // They are sorted.
+                let gone = before.filter(|one| endpoints.binary_search(one).is_err());
+                let gone: Arc<[_]> = gone.copied().collect();
+                let users = self.users.get(backend).filter(|_| !gone.is_empty()).into_iter().flatten();
+                let removed = || Removed::Endpoints { backend: backend.clone(), gone: Arc::clone(&gone) };
+                users.filter_map(|key| of(key, removed())).collect()
+            }
+            Op::UpdateListener { key, listener } => {
+                let before = self.table.listeners.get(key).into_iter().flat_map(backend_keys);
+                let gone = before.filter(|before| !backend_keys(listener).any(|after| after == *before));
+                let gone: Vec<_> = gone.cloned().collect();
+                let removed = (!gone.is_empty()).then_some(Removed::Backends(gone));
+                removed.and_then(|removed| of(key, removed)).into_iter().collect()
+            }
+            Op::AddListener { .. } | Op::RemoveBackend(_) => Vec::new(),
+        }
+    }
+
     fn set_users(&mut self, key: ListenerKey, old: Option<&Listener>, new: Option<&Listener>) {
         for backend in old.into_iter().flat_map(backend_keys) {
             if let Some(users) = self.users.get_mut(backend) {
@@ -190,14 +219,21 @@ impl Reconciler {
 
     /// Performs operations that a plan for the table in force would hold, in their order.
     pub async fn perform(&self, ops: Vec<Op>) {
+        let mut removed = Vec::new();
         for op in ops {
             tracing::debug!(?op, "applying");
+            removed.extend(self.lock().removed_by(&op));
             if let Op::RemoveListener(key) = &op {
                 self.remove(*key).await;
             } else {
                 self.apply_one(&op);
             }
             plan::apply(&mut self.lock().table, op);
+        }
+        // Noted when all is in force, so that settings count that came with it.
+        for (listener, removed) in removed {
+            tracing::debug!(listener = %listener.key, ?removed, "removed");
+            listener.removals.note(removed, &listener.serving.load().listener.settings);
         }
     }
 
@@ -247,6 +283,7 @@ impl Reconciler {
                     id,
                     key,
                     serving: ArcSwap::from_pointee(in_force.serving(listener)),
+                    removals: Removals::default(),
                     counters: PerWorker::new(self.workers.slots()),
                     turn: AtomicU64::new(0),
                 });
@@ -347,7 +384,7 @@ mod tests {
     use super::*;
     use crate::datapath::fake::{Fake, Told};
     use crate::manifests::NamespacedName;
-    use crate::model::{Backend, BindAddress, Datapath, ListenerName, ListenerSettings, Route};
+    use crate::model::{Backend, BindAddress, Datapath, ListenerName, ListenerSettings, OnRemoval, Route};
     use crate::upstream::ConnectSettings;
     use crate::worker::WorkerSettings;
 
@@ -375,6 +412,8 @@ mod tests {
             idle_timeout: None,
             half_closed_timeout: None,
             connect_timeout: Duration::from_secs(3),
+            on_removal: OnRemoval::Keep,
+            removal_drain: Duration::from_secs(30),
         };
         let listener = Listener {
             name: ListenerName { gateway: NamespacedName::new("default", "gw"), section: name.to_owned() },

@@ -8,6 +8,7 @@ use crate::connection::listing::{canonical, milliseconds};
 use crate::counters::{Counter, End};
 use crate::listener::{BoundListener, Serving};
 use crate::relay::{Moved, Tier};
+use crate::removal::Standing;
 use crate::upstream::Upstream;
 use crate::view::{ConnectionState, ConnectionView};
 
@@ -22,6 +23,10 @@ pub(crate) struct Record {
     pub(crate) downstream: SocketAddr,
     /// The backend and the endpoint, once connected.
     pub(crate) upstream: Option<(Arc<Upstream>, SocketAddr)>,
+    /// The endpoint of a pair of a former agent that no backend leads to.
+    pub(crate) stray: Option<SocketAddr>,
+    /// How it stands with what was removed of its listener.
+    pub(crate) standing: Standing,
     /// Whose counters it is counted in.
     pub(crate) slot: usize,
     /// When it was accepted.
@@ -54,6 +59,31 @@ impl Record {
         }
         self.received += up;
         self.sent += down;
+    }
+
+    /// Whether it has to end since its listener, backend or endpoint was removed. To be asked a few times a second.
+    pub(crate) fn is_removed(&mut self) -> bool {
+        let listener = &self.listener;
+        let removals = &listener.removals;
+        if self.standing.is_settled(removals) {
+            return false;
+        }
+        let latest = removals.latest();
+        let (backend, endpoint) = match &self.upstream {
+            Some((upstream, endpoint)) => (Some(&upstream.key), Some(*endpoint)),
+            None => (None, self.stray),
+        };
+        let serving = listener.serving.load();
+        if !removals.is_gone() {
+            // While it is being connected its endpoint is not known: what is removed meanwhile is looked at then.
+            let Some(endpoint) = endpoint else { return false };
+            if serving.leads_to(backend, endpoint) {
+                self.standing.settle(latest);
+                return false;
+            }
+        }
+        let present = &serving.listener.settings;
+        self.standing.lose(removals, (backend, endpoint), present, self.downstream.port())
     }
 
     /// What operators see of it, as far as it is recorded.

@@ -8,7 +8,7 @@ use clap::Args;
 use forwarder_common::flow::PAIRS_CAPACITY;
 use serde::Deserialize;
 
-use crate::model::{Datapath, ListenerSettings};
+use crate::model::{Datapath, ListenerSettings, OnRemoval};
 use crate::resolve::CONTROLLER_NAME;
 
 /// Where settings come from; everything is optional, and what nobody sets has the default that its description names.
@@ -73,6 +73,17 @@ pub struct Options {
     /// How long connections may go on after SIGTERM; what is left is reset, spread over the last quarter [default: 30s]
     #[arg(long, env = "FORWARDER_DRAIN_TIMEOUT", value_name = "DURATION")]
     pub drain_timeout: Option<DurationText>,
+
+    /// What becomes of open connections whose listener, backend or endpoint is removed from the manifests, where a
+    /// Gateway's annotation says nothing else: `keep` lets them go on, `drain` resets them after --removal-drain unless
+    /// what was removed comes back, `reset` does so at once [default: keep]
+    #[arg(long, env = "FORWARDER_ON_REMOVAL", value_enum)]
+    pub on_removal: Option<OnRemoval>,
+
+    /// How long such connections may go on with `--on-removal drain`; what is left is reset, spread over the last quarter
+    /// [default: 30s]
+    #[arg(long, env = "FORWARDER_REMOVAL_DRAIN", value_name = "DURATION")]
+    pub removal_drain: Option<DurationText>,
 
     /// Local addresses to connect to endpoints from, in turn: each adds some 28,000 connections per endpoint
     #[arg(long, env = "FORWARDER_SOURCE_ADDRESSES", value_name = "ADDR", value_delimiter = ',')]
@@ -276,6 +287,8 @@ impl Options {
             connect_timeout: self.connect_timeout.or(other.connect_timeout),
             keepalive: self.keepalive.or(other.keepalive),
             drain_timeout: self.drain_timeout.or(other.drain_timeout),
+            on_removal: self.on_removal.or(other.on_removal),
+            removal_drain: self.removal_drain.or(other.removal_drain),
             source_addresses: if self.source_addresses.is_empty() {
                 other.source_addresses
             } else {
@@ -302,6 +315,8 @@ impl Options {
             idle_timeout: off_if_zero(or_default(self.idle_timeout, Duration::ZERO)),
             half_closed_timeout: off_if_zero(or_default(self.half_closed_timeout, Duration::from_mins(15))),
             connect_timeout,
+            on_removal: self.on_removal.unwrap_or_default(),
+            removal_drain: or_default(self.removal_drain, REMOVAL_DRAIN),
         })
     }
 
@@ -350,6 +365,9 @@ impl Options {
 pub const PROMOTE_AFTER: PromoteAfter =
     PromoteAfter { bytes: Some(64 << 10), age: Some(Duration::from_millis(500)) };
 
+/// How long connections may go on by default after what they relied on was removed, where they are drained.
+pub const REMOVAL_DRAIN: Duration = Duration::from_secs(30);
+
 /// Where the admin endpoint is by default.
 pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9902);
 
@@ -394,6 +412,21 @@ mod tests {
     fn a_bad_duration_names_the_value() {
         let message = from_text("idleTimeout: soon\n").unwrap_err();
         assert!(message.contains("`soon`"), "{message}");
+    }
+
+    #[test]
+    fn what_is_removed_is_kept_drained_or_reset() {
+        for (text, window) in [
+            ("", None),
+            ("onRemoval: keep\nremovalDrain: 5s\n", None),
+            ("onRemoval: drain\n", Some(REMOVAL_DRAIN)),
+            ("onRemoval: drain\nremovalDrain: 5s\n", Some(Duration::from_secs(5))),
+            ("onRemoval: reset\nremovalDrain: 5s\n", Some(Duration::ZERO)),
+        ] {
+            let defaults = from_text(text).unwrap().listener_defaults().unwrap();
+            assert_eq!(defaults.removal_window(), window, "{text}");
+        }
+        assert!(from_text("onRemoval: kill\n").is_err());
     }
 
     #[test]

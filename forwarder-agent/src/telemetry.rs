@@ -34,7 +34,11 @@ pub fn init(filter: &str, format: LogFormat) -> Result<(), FilterError> {
     };
     // The file watcher traces every event in the watched folder and its parent: a log file there would feed itself.
     let filter = parse(&format!("notify=warn,{filter}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Where standard error is a pipe that nobody reads any more, to complain there would panic.
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false);
     match format {
         LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),

@@ -1,5 +1,7 @@
 //! Connecting an endpoint of a backend, and another one when that fails.
 
+mod port;
+
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -18,10 +20,10 @@ use crate::datapath::flows::FlowTable;
 use crate::model::{BackendKey, Endpoints};
 use crate::segment_size::SegmentSize;
 
+pub use self::port::PortRange;
+
 /// How many endpoints are tried for one connection.
 const ATTEMPTS: usize = 3;
-/// How many local ports are tried for one connection where promoted pairs use most of them.
-const PORT_ATTEMPTS: usize = 256;
 /// How long to wait for a local port to become free before the next attempt.
 const LOCAL_PORT_BACKOFF: Duration = Duration::from_millis(50);
 
@@ -49,7 +51,7 @@ impl Upstream {
         }
     }
 
-    /// Replaces the endpoints; connections to former ones live on.
+    /// Replaces the endpoints; what becomes of connections to former ones, their listeners decide.
     pub fn set_endpoints(&self, endpoints: &Endpoints) {
         self.endpoints.store(Arc::new(endpoints.to_vec()));
     }
@@ -65,8 +67,19 @@ pub struct ConnectSettings {
     /// Local addresses to connect from, in turn, so that more connections to one endpoint fit than there are local
     /// ports (some 28,000 by default); none leaves the choice to the kernel.
     pub source_addresses: Vec<IpAddr>,
+    /// The ports that the kernel chooses from.
+    pub port_range: Arc<PortRange>,
     /// Keepalive of both sides; `None` is off.
     pub keepalive: Option<Duration>,
+}
+
+impl ConnectSettings {
+    /// The local address whose turn it is to connect an endpoint; `None` leaves the choice to the kernel.
+    fn source(&self, endpoint: SocketAddr, turn: usize) -> Option<IpAddr> {
+        let sources = self.source_addresses.iter().filter(|source| source.is_ipv4() == endpoint.is_ipv4());
+        let count = sources.clone().count();
+        sources.cycle().nth(turn % count.max(1)).copied()
+    }
 }
 
 /// TCP keepalive that finds a dead peer in about twice `idle`.
@@ -139,7 +152,7 @@ async fn connect_once(
     settings: &ConnectSettings,
     turn: usize,
 ) -> io::Result<TcpStream> {
-    let socket = start_connecting(endpoint, settings, turn)?;
+    let socket = port::start_connecting(endpoint, settings, turn)?;
     let stream = TcpStream::from_std(socket.into())?;
     let ready = stream.ready(Interest::WRITABLE | Interest::ERROR).await?;
     if ready.is_error() || ready.is_write_closed() {
@@ -148,34 +161,8 @@ async fn connect_once(
     Ok(stream)
 }
 
-/// A socket that has sent its SYN from addresses and ports that no promoted pair uses.
-fn start_connecting(endpoint: SocketAddr, settings: &ConnectSettings, turn: usize) -> io::Result<Socket> {
-    // What the kernel gave in vain is kept until another port is found: it would give the same ones again, and the odd
-    // ports only while no even one is free (`__inet_hash_connect`).
-    let mut in_vain = Vec::new();
-    for _ in 0..PORT_ATTEMPTS {
-        let socket = open(endpoint, settings, turn)?;
-        match socket.connect(&endpoint.into()) {
-            Ok(()) => {}
-            Err(error) if Errno::from_io_error(&error) == Some(Errno::INPROGRESS) => {}
-            Err(error) => return Err(error),
-        }
-        // A pair has no socket, so the kernel may give its port away. The guard has stopped the SYN then.
-        let is_taken = match &settings.flows {
-            Some(flows) if flows.count() > 0 => {
-                socket.local_addr()?.as_socket().is_some_and(|local| flows.is_taken(local, endpoint))
-            }
-            Some(_) | None => false,
-        };
-        if !is_taken {
-            return Ok(socket);
-        }
-        in_vain.push(socket);
-    }
-    Err(Errno::ADDRNOTAVAIL.into())
-}
-
-fn open(endpoint: SocketAddr, settings: &ConnectSettings, turn: usize) -> io::Result<Socket> {
+/// A socket that is to connect an endpoint.
+fn open(endpoint: SocketAddr, settings: &ConnectSettings) -> io::Result<Socket> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(endpoint), kind, Some(Protocol::TCP))?;
     socket.set_tcp_nodelay(true)?;
@@ -183,13 +170,6 @@ fn open(endpoint: SocketAddr, settings: &ConnectSettings, turn: usize) -> io::Re
     // less for each connection.
     socket.set_tcp_quickack(false)?;
     settings.segment_size.apply(&socket)?;
-    let sources = settings.source_addresses.iter().filter(|source| source.is_ipv4() == endpoint.is_ipv4());
-    let count = sources.clone().count();
-    if let Some(source) = sources.cycle().nth(turn % count.max(1)) {
-        // The port is chosen at connect, by the whole 4-tuple, instead of being taken for every destination at bind.
-        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
-        socket.bind(&SocketAddr::new(*source, 0).into())?;
-    }
     Ok(socket)
 }
 

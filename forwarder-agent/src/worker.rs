@@ -143,7 +143,7 @@ impl Workers {
         }
     }
 
-    /// Stops accepting on a listener, once what waits in its backlog has been accepted; its connections live on. Returns
+    /// Stops accepting on a listener, once what waits in its backlog has been accepted; this ends no connection. Returns
     /// when the port is free.
     pub async fn unlisten(&self, id: ListenerId) {
         self.everywhere(|done| Command::Unlisten { id, done }).await;

@@ -14,7 +14,7 @@ use forwarder_agent::manifests::{
     Change, EndpointSlice, Gateway, Manifests, Metadata, NamespacedName, TcpRoute,
 };
 use forwarder_agent::model::{
-    BackendKey, Datapath, ListenerKey, ListenerName, ListenerSettings, RouteTable, Target,
+    BackendKey, Datapath, ListenerKey, ListenerName, ListenerSettings, OnRemoval, RouteTable, Target,
 };
 use forwarder_agent::plan;
 use forwarder_agent::resolve::{self, ResolveSettings, Resolved, resolve, update_endpoints};
@@ -30,6 +30,8 @@ fn settings() -> ResolveSettings {
         idle_timeout: Some(Duration::from_hours(1)),
         half_closed_timeout: Some(Duration::from_mins(10)),
         connect_timeout: Duration::from_secs(5),
+        on_removal: OnRemoval::Keep,
+        removal_drain: Duration::from_secs(30),
     })
 }
 

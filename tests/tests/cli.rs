@@ -6,9 +6,9 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use forwarder_tests::agent::binary;
+use forwarder_tests::agent::{DEADLINE, binary};
 use forwarder_tests::fixture::Forwarding;
-use forwarder_tests::{BackendRef, Manifests, manifests, peer, require_root};
+use forwarder_tests::{BackendRef, Manifests, client, manifests, peer, require_root, wait_for};
 use serde_json::Value;
 
 /// Runs the binary; it must end by itself and without a panic.
@@ -205,6 +205,60 @@ fn a_path_that_does_not_exist_and_wrong_usage_are_errors() {
     }
     assert_eq!(forwarder(&["--help"], None).status.code(), Some(0));
     assert_eq!(forwarder(&["--version"], None).status.code(), Some(0));
+}
+
+/// Runs the binary with an output that nobody reads.
+fn unread(command: &mut Command) -> Output {
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped());
+    command.output().expect("run the binary")
+}
+
+#[test]
+fn a_command_ends_silently_when_nobody_reads_what_it_prints() {
+    const SIGPIPE: i32 = 13;
+    let good = good();
+    let folder = good.path();
+    let folder = folder.to_str().unwrap();
+    for arguments in [
+        &["validate", folder][..],
+        &["validate", "--output", "json", folder],
+        &["explain", folder],
+        &["probe"],
+        &["completions", "bash"],
+        &["--help"],
+    ] {
+        let output = unread(Command::new(binary()).args(arguments));
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(!stderr.contains("panicked") && !stderr.contains("pipe"), "{arguments:?}: {stderr}");
+        // What clap prints by itself, it does not insist on.
+        let ended = output.status.signal() == Some(SIGPIPE) || arguments == ["--help"];
+        assert!(ended, "{arguments:?}: {}: {stderr}", output.status);
+    }
+}
+
+#[test]
+fn an_agent_goes_on_when_nobody_reads_its_log() {
+    if !require_root() {
+        return;
+    }
+    let forwarding = Forwarding::start(&[], peer::echo).unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = Command::new(binary());
+    command.args(["agent", "--admin", "off", "--datapath", "splice", "--manifests"]);
+    command.arg(forwarding.manifests.path()).arg("--pin-dir").arg(forwarding.manifests.beside("pins"));
+    command.stdin(Stdio::null()).stdout(writer.try_clone().unwrap()).stderr(writer);
+    let mut agent = forwarding.topology.backend2.spawn(&mut command).unwrap();
+    let address = forwarding.topology.backend2_address(9001);
+    let connected = wait_for(DEADLINE, || client::connect(&forwarding.topology.client, address).ok());
+    let echoed = connected.map(|stream| client::ping(&stream, b"unread"));
+    let status = agent.try_wait().unwrap();
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    assert_eq!(status, None, "it has ended");
+    echoed.expect("it listens").expect("it forwards");
 }
 
 #[test]

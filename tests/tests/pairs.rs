@@ -247,6 +247,87 @@ fn the_upstream_port_of_a_live_pair_is_never_used_again() {
     ping_all(&streams, "to the end");
 }
 
+/// A listener with one endpoint on a node that has so many local ports.
+struct FewPorts {
+    agent: Agent,
+    topology: Topology,
+    _manifests: Manifests,
+    _server: Swarm,
+}
+
+impl FewPorts {
+    fn start(count: u32, more: &[&str]) -> Self {
+        raise_descriptor_limit().expect("it works");
+        let topology = Topology::new().expect("it works");
+        let range = format!("20000 {}", 20_000 + count - 1);
+        topology.node.sysctl("ipv4/ip_local_port_range", &range).expect("it works");
+        topology.client.sysctl("ipv4/ip_local_port_range", "1024 65535").expect("it works");
+        let endpoint = topology.backend1_address(5000);
+        let manifests = Manifests::forward(9001, &[endpoint]).expect("it works");
+        let server = Swarm::start(&topology.backend1, endpoint).expect("it works");
+        let agent = Agent::start(&topology.node, &manifests.path(), &at_once(more)).expect("it works");
+        Self { agent, topology, _manifests: manifests, _server: server }
+    }
+
+    /// Opens so many connections, one after the other, that answer; tells how long they took at the mean.
+    fn connect(&self, count: usize) -> (Vec<TcpStream>, Duration) {
+        let address = self.topology.node_address(9001);
+        let started = Instant::now();
+        let connect = |_| {
+            let stream = TcpStream::connect(address).expect("it works");
+            stream.set_nodelay(true).expect("it works");
+            stream.set_read_timeout(Some(WAIT)).expect("it works");
+            client::ping(&stream, b"first").expect("it works");
+            stream
+        };
+        let streams: Vec<_> = self.topology.client.run(|| (0..count).map(connect).collect());
+        let took = started.elapsed() / u32::try_from(count).expect("a count").max(1);
+        (streams, took)
+    }
+}
+
+#[test]
+fn pairs_to_one_endpoint_may_use_every_local_port() {
+    const PORTS: usize = 1000;
+    const RESERVED: usize = 10;
+    if !is_ready() {
+        return;
+    }
+    let _guard = serialise(&HEAVY);
+    let few = FewPorts::start(1000, &[]);
+    few.topology.node.sysctl("ipv4/ip_local_reserved_ports", "20300-20309").expect("it works");
+    let mut streams = Vec::new();
+    let ping_all = |streams: &[TcpStream], when: &str| {
+        for (number, stream) in streams.iter().enumerate() {
+            if let Err(error) = client::ping(stream, when.as_bytes()) {
+                panic!("connection {number} {when}: {error}");
+            }
+        }
+    };
+    for share in [500, 900, 950, PORTS - RESERVED] {
+        let (more, took) = few.connect(share - streams.len());
+        streams.extend(more);
+        println!("up to {share} pairs: {took:?} for each connection");
+        wait_until("all are promoted", Duration::from_secs(30), || {
+            ping_all(&streams, "on its way");
+            few.agent.pairs() == i64::try_from(share).expect("it works")
+        });
+    }
+    ping_all(&streams, "when all ports are taken");
+    assert_eq!(few.agent.promoted().len(), PORTS - RESERVED);
+    let metrics = few.agent.metrics().expect("it works");
+    assert_eq!(metrics.sum("forwarder_backend_connect_failures_total", &[]), 0);
+
+    // One that is free again is found among all the others.
+    for _ in 0..3 {
+        drop(streams.pop());
+        few.agent.wait_pairs(PORTS - RESERVED - 1);
+        streams.extend(few.connect(1).0);
+        ping_all(&streams, "after a change");
+        few.agent.wait_pairs(PORTS - RESERVED);
+    }
+}
+
 /// Connects from a given port, as soon as the kernel lets it be used again.
 fn connect_from(forwarding: &Forwarding, port: u16) -> TcpStream {
     let connect = || {
@@ -350,6 +431,18 @@ fn twenty_thousand_connections_leave_nothing_behind() {
     let (descriptors_after, rss_after) = run(BATCHES / 2);
     println!("{:?}; {rss} KiB, then {rss_after} KiB", started.elapsed());
     assert_eq!(agent.metric("forwarder_promotions_total"), i64::try_from(BATCH * BATCHES).expect("it works"));
+    for e in [
+        "finished",
+        "downstream_reset",
+        "upstream_reset",
+        "lost",
+        "removed",
+        "drained",
+        "connect_failed",
+        "half_closed_timeout",
+    ] {
+        println!("{e} {}", agent.ended(e));
+    }
     assert_eq!(agent.ended("finished"), agent.metric("forwarder_promotions_total"));
     assert!(descriptors_after <= descriptors + 8, "{descriptors} descriptors, then {descriptors_after}");
     // The allocator grows by steps of some MiB; a leak of a KiB for each connection would be more.

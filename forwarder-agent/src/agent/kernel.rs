@@ -14,7 +14,7 @@ use crate::datapath::interfaces::{self, Interface};
 use crate::datapath::routes;
 use crate::datapath::segments::SegmentSocket;
 use crate::model::{BindAddress, Datapath as DatapathChoice, ListenerKey};
-use crate::pairs::{FindListener, PairSettings, Pairs, PromoteAfter, Promoter};
+use crate::pairs::{FindListener, Found, PairSettings, Pairs, PromoteAfter, Promoter};
 use crate::reconciler::SocketState;
 use crate::settings::Settings;
 use crate::view;
@@ -99,6 +99,7 @@ fn make_promoter(flows: Result<FlowTable, FlowTableError>, settings: &Settings) 
         keepalive: settings.keepalive,
         idle_timeout: settings.listener_defaults.idle_timeout,
         half_closed_timeout: settings.listener_defaults.half_closed_timeout,
+        removal_window: settings.listener_defaults.removal_window(),
         hold: settings.hold,
         slot: settings.workers,
     };
@@ -159,17 +160,26 @@ pub(super) fn inherit(promoter: &Promoter, shared: &Shared, slot: usize) {
     shared.worker_counters.of(slot).inherited.add(adopted);
 }
 
-/// Finds the listener that has an address: the one on just this address, else one on every address.
+/// Finds the listener that has an address: the one on just this address, else one on every address. Where no listener is in
+/// force at all, the manifests have not been read, or could not be.
 pub(super) fn find_listener(shared: &Arc<Shared>) -> FindListener {
     let in_force = Arc::clone(&shared.in_force);
     Box::new(move |address| {
         let in_force = in_force.lock().unwrap_or_else(PoisonError::into_inner);
-        let port = std::num::NonZeroU16::new(address.port())?;
-        [BindAddress::Ip(address.ip()), BindAddress::Any].into_iter().find_map(|address| {
-            match in_force.sockets.get(&ListenerKey { address, port }) {
-                Some(SocketState::Bound(bound)) => Some(Arc::clone(bound)),
-                Some(SocketState::Failed(_)) | None => None,
+        let Some(port) = std::num::NonZeroU16::new(address.port()) else { return Found::Gone };
+        let keys =
+            [BindAddress::Ip(address.ip()), BindAddress::Any].map(|address| ListenerKey { address, port });
+        let bound = keys.iter().find_map(|key| match in_force.sockets.get(key) {
+            Some(SocketState::Bound(bound)) => Some(Arc::clone(bound)),
+            Some(SocketState::Failed(_)) | None => None,
+        });
+        let listeners = &in_force.table.listeners;
+        match bound {
+            Some(bound) => Found::Bound(bound),
+            None if listeners.is_empty() || keys.iter().any(|key| listeners.contains_key(key)) => {
+                Found::Awaited
             }
-        })
+            None => Found::Gone,
+        }
     })
 }

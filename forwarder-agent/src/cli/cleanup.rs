@@ -33,9 +33,13 @@ pub(crate) fn run(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
         println!("run again with --yes to remove this");
         return Ok(ExitCode::SUCCESS);
     }
+    // All is done before anything is printed, which may end the process.
+    let removed: Vec<_> =
+        found.leftovers.iter().map(|leftover| (leftover.to_string(), leftover.remove())).collect();
+    found.finish();
     let mut code = ExitCode::SUCCESS;
-    for leftover in &found.leftovers {
-        match leftover.remove() {
+    for (leftover, result) in removed {
+        match result {
             Ok(()) => println!("removed {leftover}"),
             Err(error) => {
                 eprintln!("error: {error}");
@@ -43,6 +47,5 @@ pub(crate) fn run(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
             }
         }
     }
-    found.finish();
     Ok(code)
 }

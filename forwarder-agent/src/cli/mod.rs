@@ -6,6 +6,7 @@ mod completions;
 mod conns;
 mod explain;
 mod probe;
+mod reader;
 mod validate;
 
 use std::path::PathBuf;
@@ -77,6 +78,9 @@ pub fn run() -> ExitCode {
     if let Err(error) = telemetry::init(&cli.log, cli.log_format) {
         eprintln!("error: {error}");
         return ExitCode::from(2);
+    }
+    if !matches!(cli.command, Command::Agent(_)) {
+        reader::end_with_it();
     }
     let outcome = match cli.command {
         Command::Agent(args) => run_agent(args).map(|()| ExitCode::SUCCESS),

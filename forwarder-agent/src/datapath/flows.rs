@@ -18,6 +18,7 @@ use rustix::io::Errno;
 
 use super::load_error::errno_of;
 use super::paths::Paths;
+use super::ports::TakenPorts;
 use super::routes::{RouteError, Routes};
 use super::{DatapathError, monotonic};
 use crate::promote::{Hop, Leg, Placement, Refusal, join};
@@ -31,6 +32,7 @@ pub struct FlowTable {
     maps: Mutex<FlowMaps>,
     routes: Routes,
     paths: Arc<Paths>,
+    ports: TakenPorts,
     next: AtomicU32,
     /// How many pairs there are.
     live: AtomicUsize,
@@ -181,7 +183,8 @@ impl FlowTable {
     /// They cannot be opened.
     pub fn open(pins: &Path, routes: Routes, paths: Arc<Paths>) -> Result<Self, DatapathError> {
         let maps = Mutex::new(FlowMaps::open(pins)?);
-        Ok(Self { maps, routes, paths, next: AtomicU32::new(1), live: AtomicUsize::new(0) })
+        let (next, live) = (AtomicU32::new(1), AtomicUsize::new(0));
+        Ok(Self { maps, routes, paths, ports: TakenPorts::default(), next, live })
     }
 
     fn maps(&self) -> MutexGuard<'_, FlowMaps> {
@@ -191,6 +194,11 @@ impl FlowTable {
     /// What is known of the interfaces.
     pub fn paths(&self) -> &Paths {
         &self.paths
+    }
+
+    /// The local ports that pairs use.
+    pub fn ports(&self) -> &TakenPorts {
+        &self.ports
     }
 
     /// How many pairs there are.
@@ -242,6 +250,8 @@ impl FlowTable {
             tracing::warn!(%error, "a connection stays in userspace");
             Refusal::Kernel
         })?;
+        let (endpoint, local) = pair.upstream();
+        self.ports.take(local, endpoint);
         self.live.fetch_add(1, Ordering::Relaxed);
         Ok(pair)
     }
@@ -326,6 +336,8 @@ impl FlowTable {
     /// for each pair that was joined or inherited.
     pub fn remove(&self, pair: &JoinedPair) {
         self.maps().remove(pair);
+        let (endpoint, local) = pair.upstream();
+        self.ports.free(local, endpoint);
         self.live.fetch_sub(1, Ordering::Relaxed);
     }
 
@@ -378,6 +390,8 @@ impl FlowTable {
         drop(maps);
         self.live.store(pairs.len(), Ordering::Relaxed);
         for pair in &pairs {
+            let (endpoint, local) = pair.upstream();
+            self.ports.take(local, endpoint);
             let [request, response] = pair.flows.map(|(_, flow)| flow.interface);
             self.paths.want(request);
             self.paths.want(response);

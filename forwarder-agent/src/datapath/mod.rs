@@ -15,6 +15,7 @@ mod maps;
 mod namespaces;
 pub mod paths;
 mod pins;
+pub mod ports;
 pub mod routes;
 pub mod segments;
 

@@ -6,10 +6,10 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use clap::ValueEnum as _;
+use clap::ValueEnum;
 
 use crate::manifests::{Gateway, ObjectRef};
-use crate::model::{Datapath, ListenerSettings};
+use crate::model::{Datapath, ListenerSettings, OnRemoval};
 use crate::problem::{Problem, Reason};
 
 /// What all annotations of the forwarder begin with.
@@ -38,9 +38,11 @@ pub(super) fn read(
             "half-closed-timeout" => annotation.apply(timeout, |s, v| s.half_closed_timeout = v),
             "connect-timeout" => annotation.apply(connect_timeout, |s, v| s.connect_timeout = v),
             "datapath" => annotation.apply(datapath, |s, v| s.datapath = v),
+            "on-removal" => annotation.apply(on_removal, |s, v| s.on_removal = v),
+            "removal-drain" => annotation.apply(duration, |s, v| s.removal_drain = v),
             _ => annotation.complaints.push(
-                "no such setting: it is ignored; there are idle-timeout, half-closed-timeout, connect-timeout and \
-                 datapath"
+                "no such setting: it is ignored; there are idle-timeout, half-closed-timeout, connect-timeout, \
+                 datapath, on-removal and removal-drain"
                     .to_owned(),
             ),
         }
@@ -142,9 +144,18 @@ fn connect_timeout(text: &str) -> Result<Duration, String> {
 }
 
 fn datapath(text: &str) -> Result<Datapath, String> {
-    let known = Datapath::value_variants();
-    known.iter().copied().find(|datapath| datapath.as_str() == text).ok_or_else(|| {
-        let names: Vec<&str> = known.iter().map(|datapath| datapath.as_str()).collect();
+    one_of(text, Datapath::as_str)
+}
+
+fn on_removal(text: &str) -> Result<OnRemoval, String> {
+    one_of(text, OnRemoval::as_str)
+}
+
+/// The choice that has a name.
+fn one_of<T: ValueEnum + Copy>(text: &str, name: impl Fn(T) -> &'static str) -> Result<T, String> {
+    let known = T::value_variants();
+    known.iter().copied().find(|choice| name(*choice) == text).ok_or_else(|| {
+        let names: Vec<&str> = known.iter().map(|choice| name(*choice)).collect();
         format!("{text:?} is none of {}: the default is used", names.join(", "))
     })
 }
