@@ -4,12 +4,12 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use forwarder_common::flow::{HALF_FIN, HALF_RESET, HALF_SYN, Pair};
+use forwarder_common::flow::{Flow, HALF_FIN, HALF_RESET, HALF_SYN, Pair};
 
 use crate::counters::End;
 use crate::datapath::flows::{FlowTable, JoinedPair};
@@ -88,6 +88,8 @@ pub struct Pairs {
     incoming: Mutex<Vec<Entry>>,
     resets: Mutex<Vec<PendingReset>>,
     routes_changed: AtomicBool,
+    /// When pairs looked for their ways anew, last: `CLOCK_MONOTONIC` in nanoseconds.
+    rerouted: AtomicU64,
     leaves: AtomicBool,
     stops: AtomicBool,
 }
@@ -134,6 +136,7 @@ impl Pairs {
             incoming: Mutex::default(),
             resets: Mutex::default(),
             routes_changed: AtomicBool::new(false),
+            rerouted: AtomicU64::new(0),
             leaves: AtomicBool::new(false),
             stops: AtomicBool::new(false),
         }
@@ -141,7 +144,7 @@ impl Pairs {
 
     /// Looks after a pair from now on; `record` is that of its connection, if it is known.
     pub(crate) fn add(&self, pair: JoinedPair, record: Option<Record>) {
-        let entry = Entry {
+        let mut entry = Entry {
             bytes: record.as_ref().map_or([0; 2], |record| [record.received, record.sent]),
             is_counted: record.is_some(),
             record,
@@ -150,6 +153,11 @@ impl Pairs {
             over: None,
             probes: [0; 2],
         };
+        // Its way was looked for when it was joined; what has changed since, the sweep told those that were here.
+        let [(_, Flow { clock_time, .. }), _] = entry.pair.flows;
+        if clock_time <= self.rerouted.load(Ordering::Relaxed) {
+            self.reroute(&mut entry);
+        }
         lock(&self.incoming).push(entry);
     }
 
@@ -255,7 +263,11 @@ impl Pairs {
     /// Looks at every pair once.
     fn sweep(&self, find: &FindListener) {
         self.hold();
-        let reroutes = self.routes_changed.swap(false, Ordering::Relaxed);
+        let reroutes =
+            self.routes_changed.swap(false, Ordering::Relaxed) | self.flows.paths().take_changed_mtus();
+        if reroutes {
+            self.rerouted.store(monotonic(), Ordering::Relaxed);
+        }
         self.table().retain(|_, entry| {
             if reroutes {
                 self.reroute(entry);

@@ -130,8 +130,8 @@ pub struct Flow {
     pub interface: u32,
     /// The neighbour that they are handed to there: the receiver, or the gateway towards it.
     pub next_hop: NextHop,
-    /// Zero.
-    pub pad: u32,
+    /// The largest packet that may leave, in bytes from the IP header on; 0 where there is no limit.
+    pub mtu: u32,
     /// When `clock` was read: `CLOCK_MONOTONIC` in nanoseconds, as `bpf_ktime_get_ns` tells it.
     pub clock_time: u64,
     /// The timestamp clock of the agent's socket on the outgoing leg (RFC 7323, milliseconds) at `clock_time`.
@@ -300,6 +300,13 @@ pub struct Numbers {
 }
 
 impl Flow {
+    /// Whether packets of `length`, in bytes from the IP header on, are too large to leave.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_too_big(&self, length: u32) -> bool {
+        self.mtu != 0 && length > self.mtu
+    }
+
     /// The numbers of `segment` on the other leg.
     #[inline(always)]
     #[must_use]
@@ -391,7 +398,7 @@ const _: () = {
     assert!(size_of::<Flow>() == 104 && align_of::<Flow>() == 8);
     assert!(offset_of!(Flow, interface) == 36);
     assert!(offset_of!(Flow, next_hop) == 40);
-    assert!(offset_of!(Flow, pad) == 60);
+    assert!(offset_of!(Flow, mtu) == 60);
     assert!(offset_of!(Flow, clock_time) == 64);
     assert!(offset_of!(Flow, clock) == 72);
     assert!(offset_of!(Flow, pair) == 76);
@@ -440,7 +447,7 @@ mod tests {
             out: key,
             interface: 1,
             next_hop: NextHop { family: 2, address: [0; 16] },
-            pad: 0,
+            mtu: 0,
             clock_time: 0,
             clock: 0,
             pair: 1,

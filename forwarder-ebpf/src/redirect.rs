@@ -12,7 +12,7 @@ use forwarder_common::verdict::Verdict;
 use crate::classify::Found;
 use crate::maps::{CLOCK, FLOWS, PAIRS};
 use crate::rewrite::rewrite;
-use crate::tail;
+use crate::{icmp, tail};
 
 /// What becomes of a packet that belongs to a flow.
 pub(crate) struct Outcome {
@@ -70,18 +70,27 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     if flow.state == STATE_TAIL {
         tail::send_clone(context);
     }
+    if icmp::is_too_big(context, segment, flow) {
+        return Some(Outcome { action: icmp::refuse(context, segment, flow), verdict: Verdict::TooBig });
+    }
     Some(match rewrite(context, found, flow, half, reverse) {
         Ok(()) => {
             note(context, segment, flow, half, reverse);
-            // SAFETY: `NextHop` is laid out as the helper's parameters, which it copies.
-            let action = unsafe {
-                let next_hop = (&raw const flow.next_hop).cast_mut().cast();
-                bpf_redirect_neigh(flow.interface, next_hop, size_of::<NextHop>() as i32, 0)
-            };
-            Outcome { action: action as i32, verdict: Verdict::Redirected }
+            leave(flow)
         }
         Err(verdict) => Outcome::drop(verdict),
     })
+}
+
+/// Sends what has been translated on its way.
+#[inline(always)]
+pub(crate) fn leave(flow: &Flow) -> Outcome {
+    // SAFETY: `NextHop` is laid out as the helper's parameters, which it copies.
+    let action = unsafe {
+        let next_hop = (&raw const flow.next_hop).cast_mut().cast();
+        bpf_redirect_neigh(flow.interface, next_hop, size_of::<NextHop>() as i32, 0)
+    };
+    Outcome { action: action as i32, verdict: Verdict::Redirected }
 }
 
 /// Forgets both directions of a pair that is over; the agent removes the rest.

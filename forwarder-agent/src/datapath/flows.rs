@@ -18,7 +18,7 @@ use rustix::io::Errno;
 
 use super::load_error::errno_of;
 use super::paths::Paths;
-use super::routes::{RouteError, Routes};
+use super::routes::{Egress, RouteError, Routes};
 use super::{DatapathError, monotonic};
 use crate::promote::{Hop, Leg, Placement, Refusal, join};
 
@@ -256,7 +256,17 @@ impl FlowTable {
             return Err(Refusal::SameHost);
         }
         self.paths.check(egress.interface)?;
-        Ok(Hop { interface: egress.interface, next_hop: NextHop::new(egress.next_hop) })
+        Ok(Hop {
+            interface: egress.interface,
+            next_hop: NextHop::new(egress.next_hop),
+            mtu: self.mtu(&egress),
+        })
+    }
+
+    /// The largest packet that may leave, as [`Flow::mtu`]: what the route says, or the interface.
+    fn mtu(&self, egress: &Egress) -> u32 {
+        let mtus = egress.mtu.into_iter().chain(self.paths.mtu(egress.interface));
+        mtus.min().unwrap_or(0)
     }
 
     /// Notes that the end of a direction reached a local socket before the promotion: the guard then lets the agent's
@@ -282,7 +292,7 @@ impl FlowTable {
         self.rewrite(pair)
     }
 
-    /// Looks up anew where a pair's packets leave, after routes have changed; tells whether that is elsewhere now.
+    /// Looks up anew how a pair's packets leave, after routes or MTUs have changed; tells whether that is another way now.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -291,14 +301,15 @@ impl FlowTable {
         for (_, flow) in &mut pair.flows {
             let (local, peer) = ends(&flow.out);
             // Where there is no route for the moment, the old one is as good.
-            if let Ok(egress) = self.routes.egress(local.ip(), peer.ip())
-                && !egress.is_local
-                && self.paths.check(egress.interface).is_ok()
-            {
-                let next_hop = NextHop::new(egress.next_hop);
-                has_moved |= flow.interface != egress.interface || flow.next_hop != next_hop;
-                (flow.interface, flow.next_hop) = (egress.interface, next_hop);
+            let Ok(egress) = self.routes.egress(local.ip(), peer.ip()) else { continue };
+            let is_other = flow.interface != egress.interface;
+            if egress.is_local || is_other && self.paths.check(egress.interface).is_err() {
+                continue;
             }
+            let before = *flow;
+            (flow.interface, flow.next_hop) = (egress.interface, NextHop::new(egress.next_hop));
+            flow.mtu = self.mtu(&egress);
+            has_moved |= before != *flow;
         }
         if has_moved {
             self.rewrite(pair)?;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
+use super::interfaces::Interface;
 use crate::promote::Refusal;
 
 /// How long an interface is avoided after what was redirected through it did not arrive.
@@ -25,6 +26,8 @@ struct Known {
     /// Pairs of interfaces through which the two ends of a pair have heard each other.
     proven: BTreeSet<[u32; 2]>,
     broken: BTreeMap<u32, Instant>,
+    mtus: BTreeMap<u32, u32>,
+    mtus_changed: bool,
 }
 
 impl Paths {
@@ -76,6 +79,25 @@ impl Paths {
         known.attached = attached;
     }
 
+    /// Notes the MTUs of the node's interfaces.
+    pub fn set_mtus(&self, interfaces: &[Interface]) {
+        let mtus = interfaces.iter().map(|interface| (interface.index, interface.mtu)).collect();
+        let mut known = self.known();
+        if known.mtus != mtus {
+            (known.mtus, known.mtus_changed) = (mtus, true);
+        }
+    }
+
+    /// The MTU of an interface, if it is known, in bytes from the IP header on.
+    pub fn mtu(&self, interface: u32) -> Option<u32> {
+        self.known().mtus.get(&interface).copied()
+    }
+
+    /// Whether MTUs have changed since this was asked last.
+    pub fn take_changed_mtus(&self) -> bool {
+        std::mem::take(&mut self.known().mtus_changed)
+    }
+
     /// Whether packets are known to pass between two interfaces.
     pub fn is_proven(&self, interfaces: [u32; 2]) -> bool {
         self.known().proven.contains(&interfaces)
@@ -96,6 +118,7 @@ impl Paths {
 
 #[cfg(test)]
 mod tests {
+    use super::super::interfaces::InterfaceKind;
     use super::*;
 
     #[test]
@@ -105,6 +128,24 @@ mod tests {
         assert_eq!(paths.wanted(), BTreeSet::from([3]));
         paths.set_attached(BTreeSet::from([3]));
         assert_eq!(paths.check(3), Ok(()));
+    }
+
+    #[test]
+    fn a_changed_mtu_is_told_once() {
+        let interface = |mtu| Interface {
+            index: 3,
+            name: "test0".to_owned(),
+            kind: InterfaceKind::Ethernet,
+            addresses: Vec::new(),
+            mtu,
+        };
+        let paths = Paths::default();
+        assert_eq!((paths.mtu(3), paths.take_changed_mtus()), (None, false));
+        for (mtu, is_new) in [(1500, true), (1500, false), (1400, true)] {
+            paths.set_mtus(&[interface(mtu)]);
+            assert_eq!((paths.mtu(3), paths.take_changed_mtus()), (Some(mtu), is_new));
+            assert!(!paths.take_changed_mtus());
+        }
     }
 
     #[test]

@@ -39,6 +39,8 @@ pub struct Hop {
     pub interface: u32,
     /// The neighbour that they are handed to there.
     pub next_hop: NextHop,
+    /// The largest that may, as [`Flow::mtu`].
+    pub mtu: u32,
 }
 
 /// What stands in the maps for a joined pair.
@@ -116,7 +118,7 @@ fn direction(from: &Leg, to: &Leg, direction: u32, hop: Hop, pair: u32) -> (Flow
         out: tuple(to.local, to.peer),
         interface: hop.interface,
         next_hop: hop.next_hop,
-        pad: 0,
+        mtu: hop.mtu,
         clock_time: to.clock_time,
         clock: to.clock,
         pair,
@@ -147,7 +149,7 @@ mod tests {
     use super::*;
 
     const fn hop(interface: u32) -> Hop {
-        Hop { interface, next_hop: NextHop { family: 2, address: [0; 16] } }
+        Hop { interface, next_hop: NextHop { family: 2, address: [0; 16] }, mtu: interface + 1500 }
     }
 
     const PLACEMENT: Placement = Placement { downstream: hop(3), upstream: hop(4), pair: 7 };
@@ -189,6 +191,7 @@ mod tests {
         assert_eq!(request.sequence_shift.wrapping_add(response.acknowledgement_shift), 0);
         assert_eq!(response.sequence_shift.wrapping_add(request.acknowledgement_shift), 0);
         assert_eq!((request.interface, response.interface), (4, 3));
+        assert_eq!((request.mtu, response.mtu), (1504, 1503));
         assert_eq!((request.clock, response.clock), (upstream.clock, downstream.clock));
         assert_eq!((pair.request.bytes, pair.request.sequence_end), (70, downstream.next_received));
         assert_eq!(pair.response.acknowledged, upstream.next_sent - 20);

@@ -109,6 +109,7 @@ fn promote(
     let hop = |interface: &str, leg: &Leg| Hop {
         interface: interface_index(interface),
         next_hop: NextHop::new(leg.peer.ip()),
+        mtu: 1500,
     };
     let placement =
         Placement { downstream: hop("veth-down", &legs[0]), upstream: hop("veth-up", &legs[1]), pair: PAIR };

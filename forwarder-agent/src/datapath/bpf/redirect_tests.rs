@@ -19,10 +19,10 @@ use super::{
 };
 
 pub(super) const TC_ACT_SHOT: i32 = 2;
-const TC_ACT_REDIRECT: i32 = 7;
+pub(super) const TC_ACT_REDIRECT: i32 = 7;
 /// Shifts that make the numbers of most packets wrap.
 pub(super) const SEQUENCE_SHIFT: u32 = 0xffff_f000;
-const REVERSE_SHIFT: u32 = 0x8000_0001;
+pub(super) const REVERSE_SHIFT: u32 = 0x8000_0001;
 const TIMESTAMP_SHIFT: u32 = 0xdead_beef;
 const REVERSE_TIMESTAMP_SHIFT: u32 = 0x1234_5678;
 
@@ -59,7 +59,7 @@ fn tuple(source: &str, destination: &str) -> FlowKey {
     }
 }
 
-fn checksum(parts: &[&[u8]]) -> u16 {
+pub(super) fn checksum(parts: &[&[u8]]) -> u16 {
     let bytes = parts.concat();
     let mut sum: u32 =
         bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0))).sum();
@@ -189,7 +189,7 @@ impl Frame {
     }
 }
 
-fn bytes_of(address: IpAddr) -> Vec<u8> {
+pub(super) fn bytes_of(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(v4) => v4.octets().to_vec(),
         IpAddr::V6(v6) => v6.octets().to_vec(),
@@ -201,7 +201,7 @@ pub(super) fn flow_v4() -> (FlowKey, Flow) {
     (key, flow(tuple("198.51.100.8:51000", "203.0.113.9:3306")))
 }
 
-fn flow_v6() -> (FlowKey, Flow) {
+pub(super) fn flow_v6() -> (FlowKey, Flow) {
     let key = tuple("[2001:db8::1]:40000", "[2001:db8::7]:9001");
     (key, flow(tuple("[2001:db8:1::8]:51000", "[2001:db8:2::9]:3306")))
 }
@@ -211,7 +211,7 @@ fn flow(out: FlowKey) -> Flow {
         out,
         interface: 1,
         next_hop: NextHop::new(address_of(out.destination)),
-        pad: 0,
+        mtu: 0,
         clock_time: 0,
         clock: 0,
         pair: PAIR,
@@ -235,7 +235,7 @@ pub(super) fn known_clocks() -> Pair {
 }
 
 /// The same, at the place of `frame` in the streams of both ends.
-fn at(frame: &Frame) -> Pair {
+pub(super) fn at(frame: &Frame) -> Pair {
     let mut pair = known_clocks();
     pair.request.sequence_end = frame.sequence;
     pair.response.acknowledged = frame.sequence.wrapping_add(SEQUENCE_SHIFT);

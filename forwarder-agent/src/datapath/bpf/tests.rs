@@ -33,6 +33,9 @@ mod guard_tests;
 #[path = "redirect_tests.rs"]
 mod redirect_tests;
 
+#[path = "icmp_tests.rs"]
+mod icmp_tests;
+
 #[path = "../../../../forwarder-common/src/packet/samples.rs"]
 mod samples;
 
