@@ -49,6 +49,9 @@ pub const FLOW_REVERSE_ENDED: u16 = 4;
 /// [`Flow::flags`]: both legs use timestamps.
 pub const FLOW_TIMESTAMPS: u16 = 8;
 
+/// [`Flow::flags`]: the stack sends the packets on, as a router, once they have been translated, instead of being redirected.
+pub const FLOW_BY_STACK: u16 = 16;
+
 /// [`Half::flags`]: the sender has ended its direction; [`Half::fin_end`] is set.
 pub const HALF_FIN: u16 = 1;
 /// [`Half::flags`]: the sender has reset the connection, and has sent nothing else since.
@@ -151,7 +154,7 @@ pub struct Flow {
     pub source_scale: u8,
     /// The window scale that the agent announced to the receiver, 0 to 14.
     pub target_scale: u8,
-    /// [`FLOW_CLEAR_ECN`], [`FLOW_ENDED`], [`FLOW_REVERSE_ENDED`], [`FLOW_TIMESTAMPS`].
+    /// [`FLOW_CLEAR_ECN`], [`FLOW_ENDED`], [`FLOW_REVERSE_ENDED`], [`FLOW_TIMESTAMPS`], [`FLOW_BY_STACK`].
     pub flags: u16,
     /// How far the agent's socket on the outgoing leg had acknowledged at the promotion, in the receiver's own numbers. In
     /// [`STATE_TAIL`] nothing less is acknowledged: what has been promised is on its way.

@@ -50,11 +50,13 @@ pub enum Verdict {
     TooBigPassedOn = 19,
     /// Of a flow, but too large for the interface that it would leave by: dropped, and its sender told.
     TooBig = 20,
+    /// Of a flow: translated, and left to the stack, which sends it on.
+    LeftToStack = 21,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -76,10 +78,11 @@ impl Verdict {
         Self::Held,
         Self::TooBigPassedOn,
         Self::TooBig,
+        Self::LeftToStack,
     ];
 
     /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 21;
+    pub const COUNT: u32 = 22;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -111,6 +114,7 @@ impl Verdict {
             Self::Held => "held",
             Self::TooBigPassedOn => "too_big_passed_on",
             Self::TooBig => "too_big",
+            Self::LeftToStack => "left_to_stack",
         }
     }
 }

@@ -65,7 +65,7 @@ fn judge(context: &TcContext, link: LinkLayer) -> (i32, Verdict) {
         Err(Verdict::NotTcp) => {
             let verdict = icmp::pass_on(context, link);
             let action = match verdict {
-                Verdict::NotTcp => TC_ACT_UNSPEC,
+                Verdict::NotTcp | Verdict::LeftToStack => TC_ACT_UNSPEC,
                 Verdict::TooBigPassedOn => TC_ACT_REDIRECT,
                 _ => TC_ACT_SHOT,
             };

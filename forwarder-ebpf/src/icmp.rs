@@ -53,8 +53,10 @@ pub(crate) fn pass_on(context: &TcContext, link: LinkLayer) -> Verdict {
     if let Err(verdict) = translate(context, &word, flow) {
         return verdict;
     }
-    leave(flow);
-    Verdict::TooBigPassedOn
+    match leave(flow).verdict {
+        Verdict::LeftToStack => Verdict::LeftToStack,
+        _ => Verdict::TooBigPassedOn,
+    }
 }
 
 /// Has the message quote the packet as its sender knows it, and come from the address that it was sent to. `flow` is that

@@ -5,7 +5,9 @@
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::{DIRECTION_REQUEST, Flow, Half, NextHop, STATE_SPLICED, STATE_TAIL, Seen};
+use forwarder_common::flow::{
+    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, Half, NextHop, STATE_SPLICED, STATE_TAIL, Seen,
+};
 use forwarder_common::packet::{FLAG_ACK, FLAG_SYN, Segment};
 use forwarder_common::verdict::Verdict;
 
@@ -85,6 +87,9 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
 /// Sends what has been translated on its way.
 #[inline(always)]
 pub(crate) fn leave(flow: &Flow) -> Outcome {
+    if flow.flags & FLOW_BY_STACK != 0 {
+        return Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::LeftToStack };
+    }
     // SAFETY: `NextHop` is laid out as the helper's parameters, which it copies.
     let action = unsafe {
         let next_hop = (&raw const flow.next_hop).cast_mut().cast();

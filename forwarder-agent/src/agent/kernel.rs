@@ -95,6 +95,7 @@ impl Kernel {
 /// What takes connections into the kernel.
 fn make_promoter(flows: Result<FlowTable, FlowTableError>, settings: &Settings) -> anyhow::Result<Promoter> {
     let flows = Arc::new(flows?);
+    flows.paths().set_egress(settings.egress);
     let pair_settings = PairSettings {
         keepalive: settings.keepalive,
         idle_timeout: settings.listener_defaults.idle_timeout,

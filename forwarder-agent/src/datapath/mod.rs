@@ -17,6 +17,7 @@ pub mod paths;
 mod pins;
 pub mod routes;
 pub mod segments;
+pub mod stack;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
