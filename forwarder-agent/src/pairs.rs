@@ -143,12 +143,12 @@ impl Pairs {
     }
 
     /// Looks after a pair from now on; `record` is that of its connection, if it is known.
-    pub(crate) fn add(&self, pair: JoinedPair, record: Option<Record>) {
+    pub(crate) fn add(&self, pair: &JoinedPair, record: Option<Record>) {
         let mut entry = Entry {
             bytes: record.as_ref().map_or([0; 2], |record| [record.received, record.sent]),
             is_counted: record.is_some(),
             record,
-            pair,
+            pair: *pair,
             active: Instant::now(),
             over: None,
             probes: [0; 2],

@@ -141,7 +141,7 @@ pub(super) fn inherit(promoter: &Promoter, shared: &Shared, slot: usize) {
     let (mut adopted, mut reset) = (0_u64, 0_usize);
     for pair in inherited.pairs {
         if pair.is_spliced() {
-            promoter.pairs.add(pair, None);
+            promoter.pairs.add(&pair, None);
             adopted += 1;
         } else {
             // What its agent had read and not passed on died with it: a gap that nobody can fill.

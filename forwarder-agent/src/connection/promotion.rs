@@ -254,7 +254,7 @@ async fn deliver_tail(
             "promoted"
         );
         if let (Some(pair), Some(record)) = (joined.pair.take(), connection.hand_over()) {
-            promoter.pairs.add(pair, Some(record));
+            promoter.pairs.add(&pair, Some(record));
         }
         return Tail::Delivered;
     }
