@@ -131,6 +131,20 @@ impl Datapath {
     }
 }
 
+/// How packets that have been translated leave the node.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Egress {
+    /// Redirected; where they do not arrive, by the stack.
+    #[default]
+    Auto,
+    /// Straight from interface to interface.
+    Redirect,
+    /// As the stack forwards them, through netfilter: it has to be a router, and, over IPv4, to accept its own addresses as
+    /// sources (`accept_local`).
+    Stack,
+}
+
 impl fmt::Display for Datapath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())

@@ -4,12 +4,12 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use forwarder_common::flow::{HALF_FIN, HALF_RESET, HALF_SYN, Pair};
+use forwarder_common::flow::{Flow, HALF_FIN, HALF_RESET, HALF_SYN, Pair};
 
 use crate::counters::End;
 use crate::datapath::flows::{FlowTable, JoinedPair};
@@ -102,6 +102,8 @@ pub struct Pairs {
     incoming: Mutex<Vec<Entry>>,
     resets: Mutex<Vec<PendingReset>>,
     routes_changed: AtomicBool,
+    /// When pairs looked for their ways anew, last: `CLOCK_MONOTONIC` in nanoseconds.
+    rerouted: AtomicU64,
     leaves: AtomicBool,
     stops: AtomicBool,
 }
@@ -150,23 +152,29 @@ impl Pairs {
             incoming: Mutex::default(),
             resets: Mutex::default(),
             routes_changed: AtomicBool::new(false),
+            rerouted: AtomicU64::new(0),
             leaves: AtomicBool::new(false),
             stops: AtomicBool::new(false),
         }
     }
 
     /// Looks after a pair from now on; `record` is that of its connection, if it is known.
-    pub(crate) fn add(&self, pair: JoinedPair, record: Option<Record>) {
-        let entry = Entry {
+    pub(crate) fn add(&self, pair: &JoinedPair, record: Option<Record>) {
+        let mut entry = Entry {
             bytes: record.as_ref().map_or([0; 2], |record| [record.received, record.sent]),
             is_counted: record.is_some(),
             record,
-            pair,
+            pair: *pair,
             gone: None,
             active: Instant::now(),
             over: None,
             probes: [0; 2],
         };
+        // Its way was looked for when it was joined; what has changed since, the sweep told those that were here.
+        let [(_, Flow { clock_time, .. }), _] = entry.pair.flows;
+        if clock_time <= self.rerouted.load(Ordering::Relaxed) {
+            self.reroute(&mut entry);
+        }
         lock(&self.incoming).push(entry);
     }
 
@@ -272,7 +280,11 @@ impl Pairs {
     /// Looks at every pair once.
     fn sweep(&self, find: &FindListener) {
         self.hold();
-        let reroutes = self.routes_changed.swap(false, Ordering::Relaxed);
+        let reroutes =
+            self.routes_changed.swap(false, Ordering::Relaxed) | self.flows.paths().take_changed_mtus();
+        if reroutes {
+            self.rerouted.store(monotonic(), Ordering::Relaxed);
+        }
         self.table().retain(|_, entry| {
             if reroutes {
                 self.reroute(entry);

@@ -8,7 +8,7 @@ use clap::Args;
 use forwarder_common::flow::PAIRS_CAPACITY;
 use serde::Deserialize;
 
-use crate::model::{Datapath, ListenerSettings, OnRemoval};
+use crate::model::{Datapath, Egress, ListenerSettings, OnRemoval};
 use crate::resolve::CONTROLLER_NAME;
 
 /// Where settings come from; everything is optional, and what nobody sets has the default that its description names.
@@ -36,6 +36,10 @@ pub struct Options {
     /// or whichever comes first (`64KiB,500ms`) [default: 64KiB,500ms]
     #[arg(long, env = "FORWARDER_PROMOTE_AFTER", value_name = "BYTES,DURATION")]
     pub promote_after: Option<PromoteAfter>,
+
+    /// How packets of connections in the kernel leave the node [default: auto]
+    #[arg(long, env = "FORWARDER_EGRESS", value_enum)]
+    pub egress: Option<Egress>,
 
     /// How many connections the kernel may forward at once; more stay in userspace [default: 262144]
     #[arg(long, env = "FORWARDER_MAX_PAIRS", value_name = "N")]
@@ -203,6 +207,8 @@ pub struct Settings {
     pub workers: usize,
     /// When connections are taken into the kernel.
     pub promote_after: PromoteAfter,
+    /// How their packets leave the node.
+    pub egress: Egress,
     /// How many of them the kernel may forward at once.
     pub max_pairs: u32,
     /// For how long after the agent's end new connections are held back.
@@ -278,6 +284,7 @@ impl Options {
             controller_name: self.controller_name.or(other.controller_name),
             datapath: self.datapath.or(other.datapath),
             promote_after: self.promote_after.or(other.promote_after),
+            egress: self.egress.or(other.egress),
             max_pairs: self.max_pairs.or(other.max_pairs),
             hold: self.hold.or(other.hold),
             pin_dir: self.pin_dir.or(other.pin_dir),
@@ -351,6 +358,7 @@ impl Options {
             pin_dir: self.pin_dir.unwrap_or_else(|| PathBuf::from(PIN_DIR)),
             workers,
             promote_after: self.promote_after.unwrap_or(PROMOTE_AFTER),
+            egress: self.egress.unwrap_or_default(),
             max_pairs: self.max_pairs.unwrap_or(PAIRS_CAPACITY).max(1),
             hold: or_default(self.hold, Duration::from_secs(30)),
             listener_defaults,

@@ -49,6 +49,9 @@ pub const FLOW_REVERSE_ENDED: u16 = 4;
 /// [`Flow::flags`]: both legs use timestamps.
 pub const FLOW_TIMESTAMPS: u16 = 8;
 
+/// [`Flow::flags`]: the stack sends the packets on, as a router, once they have been translated, instead of being redirected.
+pub const FLOW_BY_STACK: u16 = 16;
+
 /// [`Half::flags`]: the sender has ended its direction; [`Half::fin_end`] is set.
 pub const HALF_FIN: u16 = 1;
 /// [`Half::flags`]: the sender has reset the connection, and has sent nothing else since.
@@ -130,8 +133,8 @@ pub struct Flow {
     pub interface: u32,
     /// The neighbour that they are handed to there: the receiver, or the gateway towards it.
     pub next_hop: NextHop,
-    /// Zero.
-    pub pad: u32,
+    /// The largest packet that may leave, in bytes from the IP header on; 0 where there is no limit.
+    pub mtu: u32,
     /// When `clock` was read: `CLOCK_MONOTONIC` in nanoseconds, as `bpf_ktime_get_ns` tells it.
     pub clock_time: u64,
     /// The timestamp clock of the agent's socket on the outgoing leg (RFC 7323, milliseconds) at `clock_time`.
@@ -151,7 +154,7 @@ pub struct Flow {
     pub source_scale: u8,
     /// The window scale that the agent announced to the receiver, 0 to 14.
     pub target_scale: u8,
-    /// [`FLOW_CLEAR_ECN`], [`FLOW_ENDED`], [`FLOW_REVERSE_ENDED`], [`FLOW_TIMESTAMPS`].
+    /// [`FLOW_CLEAR_ECN`], [`FLOW_ENDED`], [`FLOW_REVERSE_ENDED`], [`FLOW_TIMESTAMPS`], [`FLOW_BY_STACK`].
     pub flags: u16,
     /// How far the agent's socket on the outgoing leg had acknowledged at the promotion, in the receiver's own numbers. In
     /// [`STATE_TAIL`] nothing less is acknowledged: what has been promised is on its way.
@@ -300,6 +303,13 @@ pub struct Numbers {
 }
 
 impl Flow {
+    /// Whether packets of `length`, in bytes from the IP header on, are too large to leave.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_too_big(&self, length: u32) -> bool {
+        self.mtu != 0 && length > self.mtu
+    }
+
     /// The numbers of `segment` on the other leg.
     #[inline(always)]
     #[must_use]
@@ -391,7 +401,7 @@ const _: () = {
     assert!(size_of::<Flow>() == 104 && align_of::<Flow>() == 8);
     assert!(offset_of!(Flow, interface) == 36);
     assert!(offset_of!(Flow, next_hop) == 40);
-    assert!(offset_of!(Flow, pad) == 60);
+    assert!(offset_of!(Flow, mtu) == 60);
     assert!(offset_of!(Flow, clock_time) == 64);
     assert!(offset_of!(Flow, clock) == 72);
     assert!(offset_of!(Flow, pair) == 76);
@@ -440,7 +450,7 @@ mod tests {
             out: key,
             interface: 1,
             next_hop: NextHop { family: 2, address: [0; 16] },
-            pad: 0,
+            mtu: 0,
             clock_time: 0,
             clock: 0,
             pair: 1,

@@ -10,6 +10,7 @@
 )]
 
 pub mod flow;
+pub mod icmp;
 pub mod layout;
 pub mod packet;
 pub mod translate;

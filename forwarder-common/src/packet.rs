@@ -218,13 +218,22 @@ pub const fn parse_usual(headers: &UsualHeaders) -> Option<Segment> {
 /// The verdict on a packet in which there is none.
 #[inline(always)]
 pub fn parse<P: Packet + ?Sized>(packet: &P, link: LinkLayer) -> Result<Segment, Verdict> {
-    let (version, ip_offset) = match link {
-        LinkLayer::Ethernet => parse_ethernet(packet)?,
-        LinkLayer::Ip => (parse_version(packet)?, 0),
-    };
+    let (version, ip_offset) = ip_header(packet, link)?;
     match version {
         IpVersion::V4 => parse_ipv4(packet, ip_offset),
         IpVersion::V6 => parse_ipv6(packet, ip_offset),
+    }
+}
+
+/// The version of IP, and where its header begins.
+///
+/// # Errors
+/// The verdict on a packet of neither version.
+#[inline(always)]
+pub fn ip_header<P: Packet + ?Sized>(packet: &P, link: LinkLayer) -> Result<(IpVersion, usize), Verdict> {
+    match link {
+        LinkLayer::Ethernet => parse_ethernet(packet),
+        LinkLayer::Ip => Ok((parse_version(packet)?, 0)),
     }
 }
 

@@ -45,11 +45,18 @@ pub enum Verdict {
     /// A new connection to a listener whose agent is gone or going, or on the tuple of a pair whose other end has not
     /// forgotten it: dropped, so that the client tries again.
     Held = 18,
+    /// The word of a router that a flow's packet is too large for the way behind it: translated and sent to the end that
+    /// the packet came from.
+    TooBigPassedOn = 19,
+    /// Of a flow, but too large for the interface that it would leave by: dropped, and its sender told.
+    TooBig = 20,
+    /// Of a flow: translated, and left to the stack, which sends it on.
+    LeftToStack = 21,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 22] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -69,10 +76,13 @@ impl Verdict {
         Self::TailSent,
         Self::Guarded,
         Self::Held,
+        Self::TooBigPassedOn,
+        Self::TooBig,
+        Self::LeftToStack,
     ];
 
     /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 19;
+    pub const COUNT: u32 = 22;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -102,6 +112,9 @@ impl Verdict {
             Self::TailSent => "tail_sent",
             Self::Guarded => "guarded",
             Self::Held => "held",
+            Self::TooBigPassedOn => "too_big_passed_on",
+            Self::TooBig => "too_big",
+            Self::LeftToStack => "left_to_stack",
         }
     }
 }

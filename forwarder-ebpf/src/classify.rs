@@ -1,6 +1,6 @@
 //! The classifier: counts the TCP packets that arrive for the listeners.
 
-use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -11,6 +11,7 @@ use forwarder_common::packet::{
 };
 use forwarder_common::verdict::Verdict;
 
+use crate::icmp;
 use crate::maps::{AGENT, COUNTERS, FOUND, LISTENERS, LOCAL_ADDRESSES, VERDICTS};
 use crate::redirect::redirect;
 use crate::rewrite;
@@ -60,6 +61,16 @@ fn judge(context: &TcContext, link: LinkLayer) -> (i32, Verdict) {
     }
     let found = match find_segment(context, link, INGRESS) {
         Ok(found) => found,
+        // It may be about TCP.
+        Err(Verdict::NotTcp) => {
+            let verdict = icmp::pass_on(context, link);
+            let action = match verdict {
+                Verdict::NotTcp | Verdict::LeftToStack => TC_ACT_UNSPEC,
+                Verdict::TooBigPassedOn => TC_ACT_REDIRECT,
+                _ => TC_ACT_SHOT,
+            };
+            return (action, verdict);
+        }
         Err(verdict) => return (TC_ACT_UNSPEC, verdict),
     };
     if let Some(outcome) = redirect(context, found) {
@@ -203,7 +214,7 @@ fn find_listener(segment: &Segment) -> Result<u32, Verdict> {
 
 /// The packet, of which the kernel copies what is read: headers lie at odd places, and a copy, which does not, is cheaper
 /// than putting words together byte by byte.
-struct SocketBuffer<'a>(&'a TcContext);
+pub(crate) struct SocketBuffer<'a>(pub(crate) &'a TcContext);
 
 impl Packet for SocketBuffer<'_> {
     #[inline(always)]

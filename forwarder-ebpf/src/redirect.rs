@@ -5,14 +5,16 @@
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::{DIRECTION_REQUEST, Flow, Half, NextHop, STATE_SPLICED, STATE_TAIL, Seen};
+use forwarder_common::flow::{
+    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, Half, NextHop, STATE_SPLICED, STATE_TAIL, Seen,
+};
 use forwarder_common::packet::{FLAG_ACK, FLAG_SYN, Segment};
 use forwarder_common::verdict::Verdict;
 
 use crate::classify::Found;
 use crate::maps::{CLOCK, FLOWS, PAIRS};
 use crate::rewrite::rewrite;
-use crate::tail;
+use crate::{icmp, tail};
 
 /// What becomes of a packet that belongs to a flow.
 pub(crate) struct Outcome {
@@ -33,6 +35,7 @@ impl Outcome {
 #[inline(always)]
 pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     let segment = &found.segment;
+    #[expect(clippy::needless_borrows_for_generic_args, reason = "a copy would stand on the stack")]
     let flow = FLOWS.get_ptr(&segment.tuple)?;
     // SAFETY: the element lives until every running program has left it, for the map is not preallocated; a value is
     // replaced as a whole by a new element, so what is read is of one version.
@@ -70,18 +73,30 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     if flow.state == STATE_TAIL {
         tail::send_clone(context);
     }
+    if icmp::is_too_big(context, segment, flow) {
+        return Some(Outcome { action: icmp::refuse(context, segment, flow), verdict: Verdict::TooBig });
+    }
     Some(match rewrite(context, found, flow, half, reverse) {
         Ok(()) => {
             note(context, segment, flow, half, reverse);
-            // SAFETY: `NextHop` is laid out as the helper's parameters, which it copies.
-            let action = unsafe {
-                let next_hop = (&raw const flow.next_hop).cast_mut().cast();
-                bpf_redirect_neigh(flow.interface, next_hop, size_of::<NextHop>() as i32, 0)
-            };
-            Outcome { action: action as i32, verdict: Verdict::Redirected }
+            leave(flow)
         }
         Err(verdict) => Outcome::drop(verdict),
     })
+}
+
+/// Sends what has been translated on its way.
+#[inline(always)]
+pub(crate) fn leave(flow: &Flow) -> Outcome {
+    if flow.flags & FLOW_BY_STACK != 0 {
+        return Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::LeftToStack };
+    }
+    // SAFETY: `NextHop` is laid out as the helper's parameters, which it copies.
+    let action = unsafe {
+        let next_hop = (&raw const flow.next_hop).cast_mut().cast();
+        bpf_redirect_neigh(flow.interface, next_hop, size_of::<NextHop>() as i32, 0)
+    };
+    Outcome { action: action as i32, verdict: Verdict::Redirected }
 }
 
 /// Forgets both directions of a pair that is over; the agent removes the rest.
@@ -89,7 +104,7 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
 fn release(segment: &Segment, flow: &Flow) -> u32 {
     // What is not there any more needs no removal.
     let _ = FLOWS.remove(flow.out.reversed());
-    let _ = FLOWS.remove(&segment.tuple);
+    let _ = FLOWS.remove(segment.tuple);
     0
 }
 

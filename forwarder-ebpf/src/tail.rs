@@ -197,6 +197,16 @@ pub(crate) fn is_clone(context: &TcContext) -> bool {
     mark(context) == CLONE_MARK
 }
 
+/// Takes the mark from such a clone of a packet that the local stack is to see as it is; tells whether it is one.
+#[inline(always)]
+pub(crate) fn take_clone(context: &TcContext) -> bool {
+    let is_one = is_clone(context);
+    if is_one {
+        set_mark(context, 0);
+    }
+    is_one
+}
+
 #[inline(always)]
 fn mark(context: &TcContext) -> u32 {
     // SAFETY: the kernel hands the program a valid `__sk_buff`, whose mark may be read.

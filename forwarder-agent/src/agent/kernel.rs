@@ -95,6 +95,7 @@ impl Kernel {
 /// What takes connections into the kernel.
 fn make_promoter(flows: Result<FlowTable, FlowTableError>, settings: &Settings) -> anyhow::Result<Promoter> {
     let flows = Arc::new(flows?);
+    flows.paths().set_egress(settings.egress);
     let pair_settings = PairSettings {
         keepalive: settings.keepalive,
         idle_timeout: settings.listener_defaults.idle_timeout,
@@ -141,7 +142,7 @@ pub(super) fn inherit(promoter: &Promoter, shared: &Shared, slot: usize) {
     let (mut adopted, mut reset) = (0_u64, 0_usize);
     for pair in inherited.pairs {
         if pair.is_spliced() {
-            promoter.pairs.add(pair, None);
+            promoter.pairs.add(&pair, None);
             adopted += 1;
         } else {
             // What its agent had read and not passed on died with it: a gap that nobody can fill.

@@ -14,6 +14,7 @@ use super::Connection;
 use super::relaying::Relay;
 use crate::counters::End;
 use crate::datapath::flows::JoinedPair;
+use crate::datapath::paths::Exit;
 use crate::pairs::Promoter;
 use crate::promote::{Leg, Refusal, leg};
 use crate::relay::Direction;
@@ -222,14 +223,20 @@ async fn deliver_tail(
         match hearing.judge(promoter, pair, &state, connection) {
             Verdict::Heard => {}
             Verdict::Waiting => continue,
-            Verdict::Swallowed(interface) => {
-                avoid(promoter, interface);
+            Verdict::Swallowed(exit) => {
+                if goes_otherwise(promoter, pair, exit) {
+                    hearing = Hearing::after(&state);
+                    continue;
+                }
                 worker.counters().taken_back.add(1);
                 relay.hold_ends(false);
                 return Tail::TakenBack;
             }
-            Verdict::Deaf(interface) => {
-                avoid(promoter, interface);
+            Verdict::Deaf(exit) => {
+                if goes_otherwise(promoter, pair, exit) {
+                    hearing = Hearing::after(&state);
+                    continue;
+                }
                 joined.abort();
                 return Tail::Ended(End::Lost);
             }
@@ -247,20 +254,25 @@ async fn deliver_tail(
             "promoted"
         );
         if let (Some(pair), Some(record)) = (joined.pair.take(), connection.hand_over()) {
-            promoter.pairs.add(pair, Some(record));
+            promoter.pairs.add(&pair, Some(record));
         }
         return Tail::Delivered;
     }
 }
 
-/// Has nothing redirected through an interface for a while.
-fn avoid(promoter: &Promoter, interface: u32) {
-    if promoter.flows.paths().avoid(interface) {
+/// Has nothing sent by an exit for a while; whether the pair that has found out goes on in another way.
+fn goes_otherwise(promoter: &Promoter, pair: &mut JoinedPair, exit: Exit) -> bool {
+    if promoter.flows.paths().avoid(exit) {
         tracing::warn!(
-            interface,
-            "what is redirected through this interface does not arrive: connections through it stay in userspace"
+            interface = exit.interface,
+            way = exit.way.as_str(),
+            "what is sent through this interface does not arrive: it is not sent so for a while"
         );
     }
+    promoter.flows.change_ways(pair).unwrap_or_else(|error| {
+        tracing::warn!(%error, "a connection keeps its way, on which nothing arrives");
+        false
+    })
 }
 
 /// Passes on the ends that reached a local socket before the promotion.
@@ -300,20 +312,28 @@ fn silence(downstream: &TcpStream, upstream: &TcpStream) {
 struct Hearing {
     /// How far the ends had sent, and how much of it again, when one was first seen to be acknowledged by the other.
     first: Option<([u32; 2], [u64; 2])>,
-    /// How many packets had come from the other end of each direction when the last of them was seen, and when that was.
+    /// How many packets had come from the other end of each direction when the last of them was seen, and when that was, or
+    /// when something was first sent again after that.
     silent: [Option<(u64, Instant)>; 2],
+    /// How many bytes had been sent again when the present way was taken.
+    repeated: [u64; 2],
 }
 
 enum Verdict {
     Heard,
     Waiting,
-    /// Nothing that was redirected has arrived; the index of the interface that it left by.
-    Swallowed(u32),
+    /// Nothing that was sent on has arrived; how it left.
+    Swallowed(Exit),
     /// Nothing of one direction has arrived, but something of the other has, so that the sockets do not know all.
-    Deaf(u32),
+    Deaf(Exit),
 }
 
 impl Hearing {
+    /// Anew, of a pair that goes another way from now on.
+    fn after(state: &Pair) -> Self {
+        Self { repeated: [state.request.repeated, state.response.repeated], ..Self::default() }
+    }
+
     fn judge(
         &mut self,
         promoter: &Promoter,
@@ -322,8 +342,8 @@ impl Hearing {
         connection: &Connection,
     ) -> Verdict {
         let [request, response] = pair.flows.map(|(_, flow)| flow);
-        let interfaces = [response.interface, request.interface];
-        if promoter.flows.paths().is_proven(interfaces) {
+        let exits = [Exit::of(&response), Exit::of(&request)];
+        if promoter.flows.paths().is_proven(exits) {
             return Verdict::Heard;
         }
         let (client, endpoint) = (&state.request, &state.response);
@@ -337,7 +357,7 @@ impl Hearing {
             let sent = ([client.sequence_end, endpoint.sequence_end], [client.repeated, endpoint.repeated]);
             let goes_on = self.first.is_some_and(|first| first.0 != sent.0 && first.1 == sent.1);
             if up.is_heard && down.is_heard || goes_on {
-                promoter.flows.paths().prove(interfaces);
+                promoter.flows.paths().prove(exits);
                 return Verdict::Heard;
             }
             if self.first.is_none_or(|first| first.1 != sent.1) {
@@ -346,15 +366,18 @@ impl Hearing {
         }
         // Sent more than once, and no answer of any kind since. What has acknowledged the tail before is no answer.
         let directions = [(client, endpoint, &request), (endpoint, client, &response)];
-        for (silent, (half, other, flow)) in self.silent.iter_mut().zip(directions) {
+        for ((silent, repeated), (half, other, flow)) in
+            self.silent.iter_mut().zip(self.repeated).zip(directions)
+        {
+            let is_repeated = half.repeated > repeated;
             let since = match *silent {
-                Some((packets, since)) if packets == other.packets => since,
+                Some((packets, since)) if packets == other.packets && is_repeated => since,
                 _ => silent.insert((other.packets, Instant::now())).1,
             };
             let end = half.sequence_end.wrapping_add(flow.sequence_shift);
-            if since.elapsed() >= PROBATION && half.repeated > 0 && is_before(other.acknowledged, end) {
+            if since.elapsed() >= PROBATION && is_before(other.acknowledged, end) {
                 let verdict = if is_heard { Verdict::Deaf } else { Verdict::Swallowed };
-                return verdict(flow.interface);
+                return verdict(Exit::of(flow));
             }
         }
         Verdict::Waiting

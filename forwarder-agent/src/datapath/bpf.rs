@@ -184,6 +184,7 @@ impl Bpf {
             wanted.extend(interfaces.iter().filter(missing).collect::<Vec<_>>());
         }
         let mut problems = self.attachments.update(&mut self.ebpf, interfaces, &wanted);
+        self.paths.set_links(interfaces);
         self.paths.set_attached(self.attachments.indices());
         problems.extend(self.maps.set_local_addresses(interfaces).into_iter().map(AttachProblem::from));
         let before = std::mem::take(&mut self.told);

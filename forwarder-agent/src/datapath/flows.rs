@@ -10,18 +10,19 @@ use std::time::Duration;
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError};
 use forwarder_common::ABI_VERSION;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, FLOW_ENDED, FLOW_REVERSE_ENDED, FLOWS, Flow, FlowKey, NextHop, PAIRS, Pair,
-    STATE_SPLICED,
+    DIRECTION_REQUEST, FLOW_BY_STACK, FLOW_ENDED, FLOW_REVERSE_ENDED, FLOWS, Flow, FlowKey, NextHop, PAIRS,
+    Pair, STATE_SPLICED,
 };
 use forwarder_common::layout::{AGENT, AgentState, address_bytes, address_of};
 use rustix::io::Errno;
 
 use super::load_error::errno_of;
-use super::paths::Paths;
+use super::paths::{Exit, Paths};
 use super::ports::TakenPorts;
-use super::routes::{RouteError, Routes};
+use super::routes::{Egress, RouteError, Routes};
+use super::stack::Family;
 use super::{DatapathError, monotonic};
-use crate::promote::{Hop, Leg, Placement, Refusal, join};
+use crate::promote::{Hop, Leg, Placement, Refusal, Way, join};
 
 /// The flags of `bpf(BPF_MAP_UPDATE_ELEM)` by which an entry must not be there yet, or must be there.
 const BPF_NOEXIST: u64 = 1;
@@ -232,6 +233,7 @@ impl FlowTable {
             pair: self.next.fetch_add(1, Ordering::Relaxed),
         };
         let mut joint = join(downstream, upstream, placement)?;
+        self.check_stack(&joint.flows)?;
         joint.pair.opened = opened;
         let pair = JoinedPair { number: placement.pair, flows: joint.flows };
         let mut maps = self.maps();
@@ -265,8 +267,31 @@ impl FlowTable {
         if egress.is_local {
             return Err(Refusal::SameHost);
         }
-        self.paths.check(egress.interface)?;
-        Ok(Hop { interface: egress.interface, next_hop: NextHop::new(egress.next_hop) })
+        let way = self.paths.check(egress.interface)?;
+        Ok(Hop {
+            interface: egress.interface,
+            next_hop: NextHop::new(egress.next_hop),
+            mtu: self.mtu(&egress),
+            way,
+        })
+    }
+
+    /// Whether the stack sends on what is left to it: that arrives by the interface that the other direction leaves by.
+    fn check_stack(&self, flows: &[(FlowKey, Flow); 2]) -> Result<(), Refusal> {
+        let [(key, request), (_, response)] = flows;
+        let family = if address_of(key.source).is_ipv4() { Family::V4 } else { Family::V6 };
+        for (flow, arrival) in [(request, response.interface), (response, request.interface)] {
+            if Way::of(flow) == Way::Stack {
+                self.paths.check_stack(arrival, family)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The largest packet that may leave, as [`Flow::mtu`]: what the route says, or the interface.
+    fn mtu(&self, egress: &Egress) -> u32 {
+        let mtus = egress.mtu.into_iter().chain(self.paths.mtu(egress.interface));
+        mtus.min().unwrap_or(0)
     }
 
     /// Notes that the end of a direction reached a local socket before the promotion: the guard then lets the agent's
@@ -292,7 +317,7 @@ impl FlowTable {
         self.rewrite(pair)
     }
 
-    /// Looks up anew where a pair's packets leave, after routes have changed; tells whether that is elsewhere now.
+    /// Looks up anew how a pair's packets leave, after routes or MTUs have changed; tells whether that is another way now.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -301,19 +326,41 @@ impl FlowTable {
         for (_, flow) in &mut pair.flows {
             let (local, peer) = ends(&flow.out);
             // Where there is no route for the moment, the old one is as good.
-            if let Ok(egress) = self.routes.egress(local.ip(), peer.ip())
-                && !egress.is_local
-                && self.paths.check(egress.interface).is_ok()
-            {
-                let next_hop = NextHop::new(egress.next_hop);
-                has_moved |= flow.interface != egress.interface || flow.next_hop != next_hop;
-                (flow.interface, flow.next_hop) = (egress.interface, next_hop);
+            let Ok(egress) = self.routes.egress(local.ip(), peer.ip()) else { continue };
+            if egress.is_local {
+                continue;
             }
+            let before = *flow;
+            if flow.interface != egress.interface {
+                let Ok(way) = self.paths.check(egress.interface) else { continue };
+                flow.flags = flow.flags & !FLOW_BY_STACK | way.flag();
+            }
+            (flow.interface, flow.next_hop) = (egress.interface, NextHop::new(egress.next_hop));
+            flow.mtu = self.mtu(&egress);
+            has_moved |= before != *flow;
         }
         if has_moved {
             self.rewrite(pair)?;
         }
         Ok(has_moved)
+    }
+
+    /// Has packets of a pair leave in other ways where those that they take are avoided now; tells whether there are such.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn change_ways(&self, pair: &mut JoinedPair) -> Result<bool, DatapathError> {
+        let mut changed = *pair;
+        for (_, flow) in &mut changed.flows {
+            let Ok(way) = self.paths.check(flow.interface) else { return Ok(false) };
+            flow.flags = flow.flags & !FLOW_BY_STACK | way.flag();
+        }
+        if changed == *pair || self.check_stack(&changed.flows).is_err() {
+            return Ok(false);
+        }
+        *pair = changed;
+        self.rewrite(pair)?;
+        Ok(true)
     }
 
     fn rewrite(&self, pair: &JoinedPair) -> Result<(), DatapathError> {
@@ -392,9 +439,9 @@ impl FlowTable {
         for pair in &pairs {
             let (endpoint, local) = pair.upstream();
             self.ports.take(local, endpoint);
-            let [request, response] = pair.flows.map(|(_, flow)| flow.interface);
-            self.paths.want(request);
-            self.paths.want(response);
+            let [request, response] = pair.flows.map(|(_, flow)| Exit::of(&flow));
+            self.paths.want(request.interface);
+            self.paths.want(response.interface);
             // The former agent had seen that its ends hear each other.
             if pair.is_spliced() {
                 self.paths.prove([response, request]);

@@ -18,6 +18,7 @@ mod pins;
 pub mod ports;
 pub mod routes;
 pub mod segments;
+pub mod stack;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;

@@ -80,13 +80,6 @@ impl Namespace {
     pub(crate) fn index(&self, device: &str) -> u32 {
         self.run(|| nix::net::if_::if_nametoindex(device).unwrap())
     }
-
-    /// The hardware address of a device in it.
-    pub(crate) fn hardware_address(&self, device: &str) -> String {
-        // The file system shows the devices of the namespace that it was mounted in.
-        let shown = ip(&format!("-n {} -brief link show {device}", self.name));
-        shown.split_ascii_whitespace().nth(2).unwrap().to_owned()
-    }
 }
 
 impl Drop for Namespace {

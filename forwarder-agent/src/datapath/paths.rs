@@ -1,15 +1,36 @@
-//! What is known of the interfaces that redirected packets use: whether the programs hang there, and whether packets arrive.
+//! What is known of the interfaces that packets of flows leave by: whether the programs hang there, and who has to send them
+//! so that they arrive.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use forwarder_common::flow::Flow;
 use tokio::sync::Notify;
 
-use crate::promote::Refusal;
+use super::interfaces::Interface;
+use super::stack::{self, Family, Obstacle};
+use crate::model::Egress;
+use crate::promote::{Refusal, Way};
 
-/// How long an interface is avoided after what was redirected through it did not arrive.
+/// How long an interface is not used in a way in which packets did not arrive.
 const AVOIDANCE: Duration = Duration::from_mins(10);
+
+/// A way of sending packets by an interface.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Exit {
+    /// The index of the interface.
+    pub interface: u32,
+    /// Who sends them.
+    pub way: Way,
+}
+
+impl Exit {
+    /// That of a flow's packets.
+    pub fn of(flow: &Flow) -> Self {
+        Self { interface: flow.interface, way: Way::of(flow) }
+    }
+}
 
 /// The interfaces, by index. Shared by the workers, who ask, and the control loop, which attaches.
 #[derive(Debug, Default)]
@@ -22,9 +43,41 @@ pub struct Paths {
 struct Known {
     attached: BTreeSet<u32>,
     wanted: BTreeSet<u32>,
-    /// Pairs of interfaces through which the two ends of a pair have heard each other.
-    proven: BTreeSet<[u32; 2]>,
-    broken: BTreeMap<u32, Instant>,
+    /// Pairs of exits by which the two ends of a pair have heard each other.
+    proven: BTreeSet<[Exit; 2]>,
+    broken: BTreeMap<Exit, Instant>,
+    links: BTreeMap<u32, Link>,
+    mtus_changed: bool,
+    /// Where the stack would not send packets on, as was told.
+    closed: BTreeSet<u32>,
+    egress: Egress,
+}
+
+/// What the node says of an interface.
+#[derive(Debug, Eq, PartialEq)]
+struct Link {
+    name: String,
+    mtu: u32,
+}
+
+impl Known {
+    fn is_broken(&self, exit: Exit) -> bool {
+        self.broken.get(&exit).is_some_and(|since| since.elapsed() < AVOIDANCE)
+    }
+
+    /// How packets are to leave by an interface: redirected, unless they do not arrive then, or others are known to arrive
+    /// by the stack.
+    fn way(&self, interface: u32) -> Result<Way, Refusal> {
+        let [redirect, stack] = [Way::Redirect, Way::Stack].map(|way| Exit { interface, way });
+        let exits: &[Exit] = match self.egress {
+            Egress::Auto if self.proven.iter().any(|exits| exits.contains(&stack)) => &[stack],
+            Egress::Auto => &[redirect, stack],
+            Egress::Redirect => &[redirect],
+            Egress::Stack => &[stack],
+        };
+        let exit = exits.iter().find(|exit| !self.is_broken(**exit));
+        exit.map(|exit| exit.way).ok_or(Refusal::PathBroken)
+    }
 }
 
 impl Paths {
@@ -32,17 +85,20 @@ impl Paths {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether packets may be redirected through an interface. Where no program hangs yet, one is asked for.
+    /// Chooses how packets leave, whatever the interface.
+    pub fn set_egress(&self, egress: Egress) {
+        self.known().egress = egress;
+    }
+
+    /// How packets may leave by an interface. Where no program hangs yet, one is asked for.
     ///
     /// # Errors
     /// Why not now.
-    pub fn check(&self, interface: u32) -> Result<(), Refusal> {
+    pub fn check(&self, interface: u32) -> Result<Way, Refusal> {
         let mut known = self.known();
-        if known.broken.get(&interface).is_some_and(|since| since.elapsed() < AVOIDANCE) {
-            return Err(Refusal::PathBroken);
-        }
+        let way = known.way(interface)?;
         if known.attached.contains(&interface) {
-            return Ok(());
+            return Ok(way);
         }
         let is_new = known.wanted.insert(interface);
         drop(known);
@@ -50,6 +106,25 @@ impl Paths {
             self.changed.notify_one();
         }
         Err(Refusal::NotAttached)
+    }
+
+    /// Whether the stack sends on what arrives by an interface and is left to it.
+    ///
+    /// # Errors
+    /// It does not; what stands in the way is told once. Where it was to be tried only because what is redirected does not
+    /// arrive, that remains the reason.
+    pub fn check_stack(&self, arrival: u32, family: Family) -> Result<(), Refusal> {
+        let mut known = self.known();
+        let Some(Link { name, .. }) = known.links.get(&arrival) else { return Err(Refusal::StackClosed) };
+        let Err(obstacle) = stack::check(name, family) else { return Ok(()) };
+        let name = name.clone();
+        let is_news = known.closed.insert(arrival);
+        let refusal = if known.egress == Egress::Stack { Refusal::StackClosed } else { Refusal::PathBroken };
+        drop(known);
+        if is_news {
+            warn_closed(&name, &obstacle);
+        }
+        Err(refusal)
     }
 
     /// Asks for programs on an interface.
@@ -71,31 +146,61 @@ impl Paths {
     /// Notes where programs hang now. What is known of an interface ends with it.
     pub fn set_attached(&self, attached: BTreeSet<u32>) {
         let mut known = self.known();
-        known.proven.retain(|pair| pair.iter().all(|interface| attached.contains(interface)));
-        known.broken.retain(|interface, since| attached.contains(interface) && since.elapsed() < AVOIDANCE);
+        known.proven.retain(|exits| exits.iter().all(|exit| attached.contains(&exit.interface)));
+        known.broken.retain(|exit, since| attached.contains(&exit.interface) && since.elapsed() < AVOIDANCE);
+        known.closed.retain(|interface| attached.contains(interface));
         known.attached = attached;
     }
 
-    /// Whether packets are known to pass between two interfaces.
-    pub fn is_proven(&self, interfaces: [u32; 2]) -> bool {
-        self.known().proven.contains(&interfaces)
-    }
-
-    /// Notes that the ends of a pair have heard each other through these interfaces.
-    pub fn prove(&self, interfaces: [u32; 2]) {
-        self.known().proven.insert(interfaces);
-    }
-
-    /// Notes that what was redirected through an interface did not arrive; tells whether that is news.
-    pub fn avoid(&self, interface: u32) -> bool {
+    /// Notes the names and MTUs of the node's interfaces.
+    pub fn set_links(&self, interfaces: &[Interface]) {
+        let link = |one: &Interface| (one.index, Link { name: one.name.clone(), mtu: one.mtu });
+        let links = interfaces.iter().map(link).collect();
         let mut known = self.known();
-        known.proven.retain(|pair| !pair.contains(&interface));
-        known.broken.insert(interface, Instant::now()).is_none()
+        if known.links != links {
+            (known.links, known.mtus_changed) = (links, true);
+        }
     }
+
+    /// The MTU of an interface, if it is known, in bytes from the IP header on.
+    pub fn mtu(&self, interface: u32) -> Option<u32> {
+        self.known().links.get(&interface).map(|link| link.mtu)
+    }
+
+    /// Whether MTUs have changed since this was asked last.
+    pub fn take_changed_mtus(&self) -> bool {
+        std::mem::take(&mut self.known().mtus_changed)
+    }
+
+    /// Whether packets are known to arrive by two exits, one for each direction.
+    pub fn is_proven(&self, exits: [Exit; 2]) -> bool {
+        self.known().proven.contains(&exits)
+    }
+
+    /// Notes that the ends of a pair have heard each other by these exits.
+    pub fn prove(&self, exits: [Exit; 2]) {
+        self.known().proven.insert(exits);
+    }
+
+    /// Notes that what was sent by a exit did not arrive; tells whether that is news.
+    pub fn avoid(&self, exit: Exit) -> bool {
+        let mut known = self.known();
+        known.proven.retain(|exits| !exits.contains(&exit));
+        known.broken.insert(exit, Instant::now()).is_none()
+    }
+}
+
+fn warn_closed(interface: &str, obstacle: &Obstacle) {
+    tracing::warn!(
+        interface,
+        %obstacle,
+        "the stack would not send on what arrives by this interface: connections stay in userspace"
+    );
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::interfaces::InterfaceKind;
     use super::*;
 
     #[test]
@@ -104,21 +209,65 @@ mod tests {
         assert_eq!(paths.check(3), Err(Refusal::NotAttached));
         assert_eq!(paths.wanted(), BTreeSet::from([3]));
         paths.set_attached(BTreeSet::from([3]));
-        assert_eq!(paths.check(3), Ok(()));
+        assert_eq!(paths.check(3), Ok(Way::Redirect));
     }
 
     #[test]
-    fn a_broken_path_is_avoided_until_its_interface_is_another() {
+    fn a_changed_mtu_is_told_once() {
+        let interface = |mtu| Interface {
+            index: 3,
+            name: "test0".to_owned(),
+            kind: InterfaceKind::Ethernet,
+            addresses: Vec::new(),
+            mtu,
+        };
         let paths = Paths::default();
+        assert_eq!((paths.mtu(3), paths.take_changed_mtus()), (None, false));
+        for (mtu, is_new) in [(1500, true), (1500, false), (1400, true)] {
+            paths.set_links(&[interface(mtu)]);
+            assert_eq!((paths.mtu(3), paths.take_changed_mtus()), (Some(mtu), is_new));
+            assert!(!paths.take_changed_mtus());
+        }
+    }
+
+    const REDIRECTED: Exit = Exit { interface: 4, way: Way::Redirect };
+    const BY_STACK: Exit = Exit { interface: 4, way: Way::Stack };
+
+    #[test]
+    fn what_is_swallowed_goes_by_the_stack_and_then_not_until_the_interface_is_another() {
+        let paths = Paths::default();
+        let other = Exit { interface: 3, ..REDIRECTED };
         paths.set_attached(BTreeSet::from([3, 4]));
-        paths.prove([3, 4]);
-        assert!(paths.is_proven([3, 4]));
-        assert!(paths.avoid(4));
-        assert!(!paths.avoid(4));
-        assert!(!paths.is_proven([3, 4]));
+        paths.prove([other, REDIRECTED]);
+        assert!(paths.is_proven([other, REDIRECTED]));
+        assert!(paths.avoid(REDIRECTED));
+        assert!(!paths.avoid(REDIRECTED));
+        assert!(!paths.is_proven([other, REDIRECTED]));
+        assert_eq!((paths.check(4), paths.check(3)), (Ok(Way::Stack), Ok(Way::Redirect)));
+        assert!(paths.avoid(BY_STACK));
         assert_eq!(paths.check(4), Err(Refusal::PathBroken));
         paths.set_attached(BTreeSet::from([3]));
         paths.set_attached(BTreeSet::from([3, 4]));
-        assert_eq!(paths.check(4), Ok(()));
+        assert_eq!(paths.check(4), Ok(Way::Redirect));
+    }
+
+    #[test]
+    fn the_stack_is_kept_where_packets_arrive_by_it() {
+        let paths = Paths::default();
+        paths.set_attached(BTreeSet::from([4]));
+        paths.prove([BY_STACK, BY_STACK]);
+        assert_eq!(paths.check(4), Ok(Way::Stack));
+    }
+
+    #[test]
+    fn a_way_that_was_chosen_has_no_other() {
+        for (egress, exit) in [(Egress::Redirect, REDIRECTED), (Egress::Stack, BY_STACK)] {
+            let paths = Paths::default();
+            paths.set_egress(egress);
+            paths.set_attached(BTreeSet::from([4]));
+            assert_eq!(paths.check(4), Ok(exit.way));
+            paths.avoid(exit);
+            assert_eq!(paths.check(4), Err(Refusal::PathBroken));
+        }
     }
 }

@@ -9,8 +9,8 @@ mod refusal;
 use std::net::SocketAddr;
 
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOW_TIMESTAMPS, Flow, FlowKey, Half, NextHop,
-    Pair, STATE_TAIL,
+    DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOW_BY_STACK, FLOW_CLEAR_ECN, FLOW_TIMESTAMPS, Flow, FlowKey,
+    Half, NextHop, Pair, STATE_TAIL,
 };
 use forwarder_common::layout::address_bytes;
 
@@ -39,6 +39,42 @@ pub struct Hop {
     pub interface: u32,
     /// The neighbour that they are handed to there.
     pub next_hop: NextHop,
+    /// The largest that may, as [`Flow::mtu`].
+    pub mtu: u32,
+    /// Who sends them.
+    pub way: Way,
+}
+
+/// Who sends what has been translated.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Way {
+    /// The program redirects it.
+    Redirect,
+    /// The stack, to which the program leaves it.
+    Stack,
+}
+
+impl Way {
+    /// That of a flow's packets.
+    pub fn of(flow: &Flow) -> Self {
+        if flow.flags & FLOW_BY_STACK == 0 { Self::Redirect } else { Self::Stack }
+    }
+
+    /// Its name in logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Redirect => "redirect",
+            Self::Stack => "stack",
+        }
+    }
+
+    /// The flag of a flow whose packets leave so.
+    pub fn flag(self) -> u16 {
+        match self {
+            Self::Redirect => 0,
+            Self::Stack => FLOW_BY_STACK,
+        }
+    }
 }
 
 /// What stands in the maps for a joined pair.
@@ -116,7 +152,7 @@ fn direction(from: &Leg, to: &Leg, direction: u32, hop: Hop, pair: u32) -> (Flow
         out: tuple(to.local, to.peer),
         interface: hop.interface,
         next_hop: hop.next_hop,
-        pad: 0,
+        mtu: hop.mtu,
         clock_time: to.clock_time,
         clock: to.clock,
         pair,
@@ -127,7 +163,8 @@ fn direction(from: &Leg, to: &Leg, direction: u32, hop: Hop, pair: u32) -> (Flow
         source_scale: from.peer_scale,
         target_scale: to.own_scale,
         flags: if clear_ecn { FLOW_CLEAR_ECN } else { 0 }
-            | if from.options.timestamps { FLOW_TIMESTAMPS } else { 0 },
+            | if from.options.timestamps { FLOW_TIMESTAMPS } else { 0 }
+            | hop.way.flag(),
         acknowledged: to.next_received,
     };
     (tuple(from.peer, from.local), flow)
@@ -147,7 +184,8 @@ mod tests {
     use super::*;
 
     const fn hop(interface: u32) -> Hop {
-        Hop { interface, next_hop: NextHop { family: 2, address: [0; 16] } }
+        let way = if interface == 3 { Way::Stack } else { Way::Redirect };
+        Hop { interface, next_hop: NextHop { family: 2, address: [0; 16] }, mtu: interface + 1500, way }
     }
 
     const PLACEMENT: Placement = Placement { downstream: hop(3), upstream: hop(4), pair: 7 };
@@ -189,6 +227,8 @@ mod tests {
         assert_eq!(request.sequence_shift.wrapping_add(response.acknowledgement_shift), 0);
         assert_eq!(response.sequence_shift.wrapping_add(request.acknowledgement_shift), 0);
         assert_eq!((request.interface, response.interface), (4, 3));
+        assert_eq!((request.mtu, response.mtu), (1504, 1503));
+        assert_eq!([request, response].map(|flow| Way::of(&flow)), [Way::Redirect, Way::Stack]);
         assert_eq!((request.clock, response.clock), (upstream.clock, downstream.clock));
         assert_eq!((pair.request.bytes, pair.request.sequence_end), (70, downstream.next_received));
         assert_eq!(pair.response.acknowledged, upstream.next_sent - 20);

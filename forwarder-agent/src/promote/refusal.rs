@@ -25,6 +25,8 @@ pub enum Refusal {
     NotAttached,
     /// What was redirected through the interface to one end did not arrive lately.
     PathBroken,
+    /// The node's stack would not send on what is left to it.
+    StackClosed,
     /// The map of pairs is full.
     MapFull,
     /// The state of a socket cannot be read: `CAP_NET_ADMIN` is missing, or bytes come too fast.
@@ -35,7 +37,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every one, in the order of its discriminant.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::NoPrograms,
         Self::Families,
         Self::Timestamps,
@@ -47,6 +49,7 @@ impl Refusal {
         Self::NoRoute,
         Self::NotAttached,
         Self::PathBroken,
+        Self::StackClosed,
         Self::MapFull,
         Self::Unreadable,
         Self::Kernel,
@@ -66,6 +69,7 @@ impl Refusal {
             Self::NoRoute => "no_route",
             Self::NotAttached => "not_attached",
             Self::PathBroken => "path_broken",
+            Self::StackClosed => "stack_closed",
             Self::MapFull => "map_full",
             Self::Unreadable => "unreadable",
             Self::Kernel => "kernel",
@@ -79,6 +83,7 @@ impl Refusal {
             | Self::NoRoute
             | Self::NotAttached
             | Self::PathBroken
+            | Self::StackClosed
             | Self::MapFull
             | Self::Unreadable
             | Self::Kernel => true,

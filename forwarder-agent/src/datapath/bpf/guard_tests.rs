@@ -8,7 +8,7 @@ use forwarder_common::flow::{
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
 use forwarder_common::{PROGRAM_GUARD_ETHERNET, Verdict};
 
-use super::redirect_tests::{Frame, SEQUENCE_SHIFT, TC_ACT_SHOT, flow_v4, known_clocks, with_flow};
+use super::frames::{Frame, SEQUENCE_SHIFT, TC_ACT_SHOT, flow_v4, known_clocks, with_flow};
 use super::{TC_ACT_UNSPEC, bpffs, run, verdicts, write_flows};
 
 /// What the guard makes of what the local socket on a leg sends.

@@ -15,7 +15,7 @@ use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, Verdict};
 
 use super::super::{AttachKind, Bpf};
 use super::{PAIR, bpffs, enter, ip, load_guard, pair, skip, verdicts, write_flows, write_pair};
-use crate::promote::{Hop, Leg, Placement, join};
+use crate::promote::{Hop, Leg, Placement, Way, join};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 /// How long after the insertion of a flow packets may still be on their way past the programs.
@@ -109,6 +109,8 @@ fn promote(
     let hop = |interface: &str, leg: &Leg| Hop {
         interface: interface_index(interface),
         next_hop: NextHop::new(leg.peer.ip()),
+        mtu: 1500,
+        way: Way::Redirect,
     };
     let placement =
         Placement { downstream: hop("veth-down", &legs[0]), upstream: hop("veth-up", &legs[1]), pair: PAIR };

@@ -30,8 +30,14 @@ mod live_tests;
 #[path = "guard_tests.rs"]
 mod guard_tests;
 
+#[path = "frames.rs"]
+mod frames;
+
 #[path = "redirect_tests.rs"]
 mod redirect_tests;
+
+#[path = "icmp_tests.rs"]
+mod icmp_tests;
 
 #[path = "../../../../forwarder-common/src/packet/samples.rs"]
 mod samples;

@@ -4,10 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use forwarder_common::packet::{FLAG_ACK, FLAG_RST, PROTOCOL_TCP};
 
-use super::{Bare, BareKind, Ends, TooBig};
-
-const PROTOCOL_ICMP: u8 = 1;
-const PROTOCOL_ICMPV6: u8 = 58;
+use super::{Bare, BareKind, Ends};
 
 /// How many routers may pass it on.
 const HOP_LIMIT: u8 = 64;
@@ -15,18 +12,9 @@ const HOP_LIMIT: u8 = 64;
 const DONT_FRAGMENT: u16 = 0x4000;
 
 const IPV4_HEADER: u16 = 20;
-const IPV6_HEADER: u16 = 40;
 /// Where the checksums stand in their headers.
 const IPV4_CHECKSUM: usize = 10;
 const TCP_CHECKSUM: usize = 16;
-const ICMP_CHECKSUM: usize = 2;
-
-/// ICMP "destination unreachable", "fragmentation needed and DF set" (RFC 792).
-const ICMP_TOO_BIG: [u8; 2] = [3, 4];
-/// "Packet too big" of the ICMP for IPv6 (RFC 4443, 3.2).
-const ICMPV6_TOO_BIG: [u8; 2] = [2, 0];
-/// Of the packet that is too large, ICMP quotes this much behind the IP header, at least (RFC 792).
-const QUOTED: usize = 8;
 
 /// The packet that `bare` means.
 pub(super) fn bare(ends: &Ends, bare: &Bare) -> Vec<u8> {
@@ -50,40 +38,6 @@ pub(super) fn bare(ends: &Ends, bare: &Bare) -> Vec<u8> {
     let sum = checksum(&[&pseudo_header(ends, PROTOCOL_TCP, segment.len()), &segment]);
     put(&mut segment, TCP_CHECKSUM, sum);
     packet(ends, PROTOCOL_TCP, segment)
-}
-
-/// The packet that `too_big` means. It quotes the beginning of one that never was, but might have been.
-pub(super) fn too_big(ends: &Ends, too_big: &TooBig) -> Vec<u8> {
-    // One byte too long, where a header can say so.
-    let refused = u16::try_from(too_big.mtu).unwrap_or(u16::MAX).saturating_add(1);
-    let numbers = [too_big.sequence, 0];
-    match ends {
-        Ends::V4 { from, to } => {
-            let mtu = u16::try_from(too_big.mtu).unwrap_or(u16::MAX);
-            let mut message = ICMP_TOO_BIG.to_vec();
-            // The checksum, to be computed, and a field that is not used.
-            message.extend([0; 4]);
-            message.extend(mtu.to_be_bytes());
-            message.extend(ipv4_header(*to.ip(), *from.ip(), PROTOCOL_TCP, refused));
-            let quoted = tcp_header([to.port(), from.port()], numbers, FLAG_ACK, 0, &[]);
-            message.extend(quoted.into_iter().take(QUOTED));
-            let sum = checksum(&[&message]);
-            put(&mut message, ICMP_CHECKSUM, sum);
-            packet(ends, PROTOCOL_ICMP, message)
-        }
-        Ends::V6 { from, to } => {
-            let mut message = ICMPV6_TOO_BIG.to_vec();
-            // The checksum, to be computed.
-            message.extend([0; 2]);
-            message.extend(too_big.mtu.to_be_bytes());
-            let payload = refused.saturating_sub(IPV6_HEADER);
-            message.extend(ipv6_header(*to.ip(), *from.ip(), PROTOCOL_TCP, payload));
-            message.extend(tcp_header([to.port(), from.port()], numbers, FLAG_ACK, 0, &[]));
-            let sum = checksum(&[&pseudo_header(ends, PROTOCOL_ICMPV6, message.len()), &message]);
-            put(&mut message, ICMP_CHECKSUM, sum);
-            packet(ends, PROTOCOL_ICMPV6, message)
-        }
-    }
 }
 
 /// The IP header with what it precedes.

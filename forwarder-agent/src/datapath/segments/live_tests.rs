@@ -153,10 +153,7 @@ fn assert_reset(end: io::Result<usize>, family: Family) {
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{family:?}: {error}");
 }
 
-/// Fields of `struct tcp_info` (`linux/tcp.h`), by their offsets.
-const SEGMENT_SIZE: usize = 16;
-const UNACKNOWLEDGED: usize = 24;
-const PATH_MTU: usize = 60;
+/// A field of `struct tcp_info` (`linux/tcp.h`), by its offset.
 const SEGMENTS_SENT: usize = 136;
 
 fn info(socket: &TcpStream, field: usize) -> u32 {
@@ -236,54 +233,6 @@ fn the_answer_to_a_probe_is_reset_where_no_socket_is_left() {
         orphan.segments.send(&Bare { sequence: ack.sequence.wrapping_sub(1), ..ack }).unwrap();
         assert_reset(orphan.end(), family);
         assert_eq!(info(&orphan.connected, SEGMENTS_SENT), before + 1, "{family:?}: the answer");
-    }
-}
-
-#[test]
-fn an_end_whose_packets_are_too_large_sends_smaller_ones() {
-    const MTU: u32 = 1300;
-    for family in FAMILIES {
-        let Some(mut connection) = Connection::open(family) else { return };
-        assert_eq!(info(&connection.connected, PATH_MTU), 1500);
-        let segment_size = info(&connection.connected, SEGMENT_SIZE);
-        // From here on the peer's packets are lost: they go to nobody.
-        let node = family.addresses().0[0];
-        let nobody = "lladdr 02:00:00:00:00:99 nud permanent";
-        connection.peer.ip(&format!("neighbour replace {node} {nobody} dev eth0"));
-        connection.connected.write_all(&[0; 8000]).unwrap();
-        wait_until("packets are unacknowledged", || info(&connection.connected, UNACKNOWLEDGED) > 0);
-        let too_big = TooBig {
-            to: connection.accepted.peer_addr().unwrap(),
-            from: connection.accepted.local_addr().unwrap(),
-            sequence: connection.bare(BareKind::Probe).acknowledgement,
-            mtu: MTU,
-        };
-        connection.segments.send_too_big(&too_big).unwrap();
-        wait_until(format_args!("{family:?}: the path MTU"), || info(&connection.connected, PATH_MTU) == MTU);
-        assert_eq!(info(&connection.connected, SEGMENT_SIZE), segment_size - (1500 - MTU), "{family:?}");
-        assert!(info(&connection.connected, UNACKNOWLEDGED) > 0, "{family:?}");
-        // The peer has what it takes to go on.
-        let hardware = connection.node.hardware_address("eth0");
-        connection.peer.ip(&format!("neighbour replace {node} lladdr {hardware} nud permanent dev eth0"));
-        connection.accepted.read_exact(&mut [0; 8000]).unwrap();
-    }
-}
-
-#[test]
-fn a_number_that_was_never_sent_is_not_believed() {
-    for family in FAMILIES {
-        let Some(mut connection) = Connection::open(family) else { return };
-        let too_big = TooBig {
-            to: connection.accepted.peer_addr().unwrap(),
-            from: connection.accepted.local_addr().unwrap(),
-            sequence: connection.bare(BareKind::Probe).acknowledgement.wrapping_add(1_000_000),
-            mtu: 1300,
-        };
-        connection.segments.send_too_big(&too_big).unwrap();
-        // This comes later, by the same way.
-        connection.accepted.write_all(b"more").unwrap();
-        connection.connected.read_exact(&mut [0; 4]).unwrap();
-        assert_eq!(info(&connection.connected, PATH_MTU), 1500, "{family:?}");
     }
 }
 

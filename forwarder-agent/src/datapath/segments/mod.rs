@@ -1,5 +1,4 @@
-//! Packets without payload that the agent sends in the name of connections whose sockets no longer exist: a TCP segment
-//! to one of the two ends, or what a router tells an end whose packets are too large.
+//! TCP segments without payload that the agent sends to either end of connections whose sockets no longer exist.
 
 use std::io;
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -41,22 +40,6 @@ pub enum BareKind {
     /// ACK alone: a keepalive. With the number before the one that the receiver expects next as `sequence`, the receiver
     /// answers with an acknowledgement (RFC 9293, 3.8.4), twice a second at most (`tcp_invalid_ratelimit`).
     Probe,
-}
-
-/// Tells one end of a connection that its packets are too large: ICMP "fragmentation needed" (RFC 1191), or "packet too
-/// big" over IPv6 (RFC 8201).
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct TooBig {
-    /// The end that sends too large packets.
-    pub to: SocketAddr,
-    /// The address and port that it sends them to. This is told in its name too.
-    pub from: SocketAddr,
-    /// The sequence number of a packet that it has sent and that is not acknowledged, in its own terms: others are ignored
-    /// (`tcp_v4_err`).
-    pub sequence: u32,
-    /// The largest packet that can be passed on, in bytes from the IP header on. Linux takes less than 552 (IPv4,
-    /// `min_pmtu`) for that, and ignores less than 1280 (IPv6).
-    pub mtu: u32,
 }
 
 /// Why a packet is not sent.
@@ -120,16 +103,6 @@ impl Bare {
             BareKind::Reset => "reset",
             BareKind::Probe => "probe",
         }
-    }
-}
-
-impl TooBig {
-    /// The packet, from the IP header on.
-    ///
-    /// # Errors
-    /// The ends are of different families.
-    pub fn encode(&self) -> Result<Vec<u8>, SegmentError> {
-        Ok(encoding::too_big(&Ends::of(self.from, self.to)?, self))
     }
 }
 

@@ -9,7 +9,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrIn, SockaddrIn6, Sockad
 use rustix::io::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Bare, Ends, SegmentError, TooBig, encoding};
+use super::{Bare, Ends, SegmentError, encoding};
 
 /// Sends packets in the name of connections, in the network namespace in which it was opened.
 ///
@@ -44,16 +44,6 @@ impl SegmentSocket {
     pub fn send(&self, bare: &Bare) -> Result<(), SegmentError> {
         let ends = Ends::of(bare.from, bare.to)?;
         self.transmit(bare.what(), bare.from, bare.to, &ends, &encoding::bare(&ends, bare))
-    }
-
-    /// Tells one end of a connection that its packets are too large; does not wait.
-    ///
-    /// # Errors
-    /// The ends are of different families, or the kernel does not send it.
-    pub fn send_too_big(&self, too_big: &TooBig) -> Result<(), SegmentError> {
-        let ends = Ends::of(too_big.from, too_big.to)?;
-        let packet = encoding::too_big(&ends, too_big);
-        self.transmit("word of too large packets", too_big.from, too_big.to, &ends, &packet)
     }
 
     fn transmit(

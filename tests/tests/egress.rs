@@ -1,0 +1,202 @@
+//! Packets of promoted connections that the node's stack sends on, by choice or because redirected ones do not arrive.
+
+use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::time::Duration;
+
+use forwarder_tests::database::require_program;
+use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
+use forwarder_tests::kernel::{at_once, is_ready};
+use forwarder_tests::peer::Server;
+use forwarder_tests::shape::stage::Family;
+use forwarder_tests::traffic::Traffic;
+use forwarder_tests::{AgentCommand, Forwarding, Manifests, NetNs, Topology, client, peer, wait_until};
+
+const WAIT: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(25);
+const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+/// A network whose node lets packets with its own addresses in, as the stack needs for IPv4.
+fn open() -> Topology {
+    let topology = Topology::new().expect("a network");
+    topology.node.sysctl("ipv4/conf/all/accept_local", "1").expect("a variable");
+    topology.node.sysctl("ipv4/conf/all/rp_filter", "0").expect("a variable");
+    for device in ["veth1", "veth2"] {
+        topology.node.sysctl(&format!("ipv4/conf/{device}/rp_filter"), "0").expect("a variable");
+    }
+    topology
+}
+
+fn start(topology: Topology, family: Family, arguments: &[&str]) -> Forwarding {
+    let endpoint = match family {
+        Family::V4 => topology.backend1_address(ENDPOINT_PORT),
+        Family::V6 => topology.backend1_address_v6(ENDPOINT_PORT),
+    };
+    let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).expect("manifests");
+    let server = Server::start(&topology.backend1, endpoint, peer::echo).expect("a server");
+    let command = AgentCommand::new(&at_once(arguments));
+    let agent = command.start(&topology.node, &manifests.path()).expect("an agent");
+    Forwarding { agent, server, manifests, topology }
+}
+
+fn address(forwarding: &Forwarding, family: Family) -> SocketAddr {
+    match family {
+        Family::V4 => forwarding.topology.node_address(LISTENER_PORT),
+        Family::V6 => forwarding.topology.node_address_v6(LISTENER_PORT),
+    }
+}
+
+fn connect(forwarding: &Forwarding, family: Family, count: usize) -> Vec<TcpStream> {
+    let connect =
+        |_| client::connect(&forwarding.topology.client, address(forwarding, family)).expect("connect");
+    (0..count).map(connect).collect()
+}
+
+fn verdicts(forwarding: &Forwarding, verdict: &str) -> i64 {
+    let metrics = forwarding.agent.metrics().expect("metrics");
+    metrics.sum("forwarder_ingress_verdicts_total", &[("verdict", verdict)])
+}
+
+fn nft(netns: &NetNs, rules: &str) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("rules");
+    std::fs::write(&path, rules).expect("rules");
+    netns.stdout(Command::new("nft").arg("-f").arg(&path)).expect("nft");
+}
+
+/// Has both hosts drop what comes with one of these times to live. They send with 63: that is what redirected packets
+/// still have; the stack takes one off.
+fn swallow(forwarding: &Forwarding, family: Family, times: &str) {
+    let (variable, table, field) = match family {
+        Family::V4 => ("ipv4/ip_default_ttl", "ip", "ip ttl"),
+        Family::V6 => ("ipv6/conf/eth0/hop_limit", "ip6", "ip6 hoplimit"),
+    };
+    // What the neighbours say to each other comes with 255.
+    let rules = format!(
+        "add table {table} swallow\n\
+         flush table {table} swallow\n\
+         add chain {table} swallow arriving {{ type filter hook prerouting priority -300; }}\n\
+         add rule {table} swallow arriving meta l4proto tcp {field} {{ {times} }} drop\n"
+    );
+    for host in [&forwarding.topology.client, &forwarding.topology.backend1] {
+        host.sysctl(variable, "63").expect("a variable");
+        nft(host, &rules);
+    }
+}
+
+#[test]
+fn the_stack_carries_what_is_left_to_it() {
+    if !is_ready() {
+        return;
+    }
+    for family in FAMILIES {
+        let mut forwarding = start(open(), family, &["--egress", "stack"]);
+        let streams = connect(&forwarding, family, 8);
+        forwarding.promote(&streams);
+        let traffic = Traffic::start(streams);
+        traffic.wait_progress(LONG);
+        assert!(verdicts(&forwarding, "left_to_stack") > 0, "{family:?}");
+        assert_eq!(verdicts(&forwarding, "redirected"), 0, "{family:?}");
+        // And without an agent.
+        forwarding.agent.kill().expect("it ends");
+        traffic.wait_progress(LONG);
+        traffic.finish().expect("every byte");
+    }
+}
+
+#[test]
+fn a_smaller_mtu_is_told_by_the_stack_too() {
+    if !is_ready() {
+        return;
+    }
+    for family in FAMILIES {
+        let forwarding = start(open(), family, &["--egress", "stack"]);
+        let streams = connect(&forwarding, family, 4);
+        forwarding.promote(&streams);
+        let traffic = Traffic::start(streams);
+        traffic.wait_progress(LONG);
+        let Topology { client, backend1, .. } = &forwarding.topology;
+        forwarding.topology.set_mtu(1, client, 1400).expect("an MTU");
+        traffic.wait_progress(LONG);
+        forwarding.topology.set_mtu(2, backend1, 1300).expect("an MTU");
+        traffic.wait_progress(LONG);
+        wait_until("senders are told", WAIT, || verdicts(&forwarding, "too_big") > 1);
+        traffic.wait_progress(LONG);
+        traffic.finish().expect("every byte");
+    }
+}
+
+#[test]
+fn a_stack_that_would_not_send_packets_on_is_named() {
+    if !is_ready() {
+        return;
+    }
+    for (family, variable, value, told) in [
+        (Family::V4, "ipv4/conf/all/accept_local", "0", "net.ipv4.conf.veth1.accept_local has to be 1"),
+        (Family::V4, "ipv4/conf/veth1/rp_filter", "1", "net.ipv4.conf.veth1.rp_filter has to be 0 or 2"),
+        (Family::V4, "ipv4/ip_forward", "0", "forwarding has to be 1"),
+        (Family::V6, "ipv6/conf/all/forwarding", "0", "net.ipv6.conf.all.forwarding has to be 1"),
+    ] {
+        let topology = open();
+        topology.node.sysctl(variable, value).expect("a variable");
+        let forwarding = start(topology, family, &["--egress", "stack"]);
+        let stream = connect(&forwarding, family, 1).remove(0);
+        wait_until("it is refused", WAIT, || {
+            client::ping(&stream, b"in userspace").expect("an echo");
+            forwarding.agent.refusals("stack_closed") > 0
+        });
+        assert!(forwarding.agent.log().contains(told), "{told}:\n{}", forwarding.agent.log());
+        assert_eq!(forwarding.agent.metric("forwarder_promotions_total"), 0);
+    }
+}
+
+#[test]
+fn where_redirected_packets_vanish_the_stack_sends_them() {
+    if !is_ready() || !require_program("nft") {
+        return;
+    }
+    for family in FAMILIES {
+        let forwarding = start(open(), family, &[]);
+        let agent = &forwarding.agent;
+        swallow(&forwarding, family, "63");
+        // The first finds out, and goes on by the stack.
+        let first = connect(&forwarding, family, 1);
+        forwarding.promote(&first);
+        assert!(verdicts(&forwarding, "left_to_stack") > 0, "{family:?}");
+        // Others follow at once.
+        let others = connect(&forwarding, family, 4);
+        forwarding.promote(&others);
+        assert_eq!(agent.metric("forwarder_promotions_taken_back_total"), 0, "{}", agent.log());
+        let traffic = Traffic::start(others);
+        traffic.wait_progress(LONG);
+        traffic.finish().expect("every byte");
+    }
+}
+
+#[test]
+fn where_neither_arrives_connections_stay_in_userspace() {
+    if !is_ready() || !require_program("nft") {
+        return;
+    }
+    for family in FAMILIES {
+        let forwarding = start(open(), family, &[]);
+        let agent = &forwarding.agent;
+        swallow(&forwarding, family, "62, 63");
+        let first = connect(&forwarding, family, 1).remove(0);
+        let avoided = || agent.log().matches("does not arrive").count();
+        wait_until("neither way arrives", LONG, || {
+            client::ping(&first, b"where to?").expect("an echo");
+            agent.log().contains("way=\"redirect\"")
+                && agent.log().contains("way=\"stack\"")
+                && avoided() >= 2
+        });
+        wait_until("another is refused", LONG, || {
+            let promotions = agent.metric("forwarder_promotions_total");
+            let second = connect(&forwarding, family, 1).remove(0);
+            let refused = agent.refusals("path_broken");
+            client::ping(&second, b"in userspace").expect("an echo");
+            agent.refusals("path_broken") > refused
+                && agent.metric("forwarder_promotions_total") == promotions
+        });
+    }
+}
