@@ -178,6 +178,11 @@ pub struct Half {
     pub timestamp_shift: u32,
     /// Whether `timestamp_shift` has been learnt from a packet: 0 or 1.
     pub timestamp_known: u32,
+    /// The least that any packet would have been shifted by in [`STATE_TAIL`]: that one had waited least between its sender's
+    /// clock and the node's, which is how far the two clocks are apart.
+    pub timestamp_least: u32,
+    /// Zero.
+    pub pad: u32,
     /// The sequence number after the last byte or FIN that the sender has sent, in its own numbers.
     pub sequence_end: u32,
     /// What the sender has acknowledged, in the numbers that it sees.
@@ -214,6 +219,38 @@ const PLAUSIBLE_GAP: u32 = 16 << 20;
 const PLAUSIBLE_RESET_GAP: u32 = 64 << 10;
 
 impl Half {
+    /// Notes by how much the timestamp of a packet of this direction is shifted so that it tells the node's clock.
+    #[inline(always)]
+    pub const fn learn_clock(&mut self, shift: u32) {
+        if self.timestamp_known == 0 {
+            self.timestamp_shift = shift;
+            self.timestamp_least = shift;
+            self.timestamp_known = 1;
+        } else if is_before(self.timestamp_shift, shift) {
+            // The largest one stays for good, so that time never goes back.
+            self.timestamp_shift = shift;
+        } else if is_before(shift, self.timestamp_least) {
+            self.timestamp_least = shift;
+        }
+    }
+
+    /// What is taken from timestamps of this direction that the other one echoes, once its clock is known.
+    ///
+    /// In [`STATE_TAIL`] each packet tells the node's clock, however long it has waited. What it told its sender is then known
+    /// only to within that time, and must not be taken for older than it is: the echo of what was sent again would look like
+    /// one of the first time (RFC 3522), and what is lost would not be sent again.
+    #[inline(always)]
+    #[must_use]
+    pub const fn echo_shift(&self, state: u32) -> Option<u32> {
+        if self.timestamp_known == 0 {
+            None
+        } else if state == STATE_TAIL {
+            Some(self.timestamp_least)
+        } else {
+            Some(self.timestamp_shift)
+        }
+    }
+
     /// Notes a segment of `flow`, whose opposite half is `reverse`. What it claims beyond what is plausible is forwarded all
     /// the same, for the receiver to judge, but not noted.
     #[inline(always)]
@@ -415,14 +452,14 @@ const _: () = {
     assert!(offset_of!(Flow, acknowledged) == 100);
     assert!(size_of::<NextHop>() == 20 && offset_of!(NextHop, address) == 4);
 
-    assert!(size_of::<Half>() == 56 && align_of::<Half>() == 8);
+    assert!(size_of::<Half>() == 64 && align_of::<Half>() == 8);
     assert!(offset_of!(Half, timestamp_shift) == 32);
-    assert!(offset_of!(Half, flags) == 54);
+    assert!(offset_of!(Half, flags) == 62);
 
-    assert!(size_of::<Pair>() == 128 && align_of::<Pair>() == 8);
+    assert!(size_of::<Pair>() == 144 && align_of::<Pair>() == 8);
     assert!(offset_of!(Pair, promoted) == 8);
     assert!(offset_of!(Pair, request) == 16);
-    assert!(offset_of!(Pair, response) == 72);
+    assert!(offset_of!(Pair, response) == 80);
 };
 
 #[cfg(feature = "aya")]
@@ -570,6 +607,19 @@ mod tests {
     fn a_reset_counts_until_its_sender_goes_on() {
         assert_eq!(noted(&[seen(5_000, 0, 700, FLAG_RST)]).flags, HALF_RESET);
         assert_eq!(noted(&[seen(5_000, 0, 700, FLAG_RST), seen(5_000, 1, 700, 0)]).flags, 0);
+    }
+
+    #[test]
+    fn clocks_are_learnt_from_packets_that_have_waited() {
+        let mut half = Half::default();
+        assert_eq!(half.echo_shift(STATE_TAIL), None);
+        // The clocks are 1,000 apart; the packets have waited for 3, 8, 0 and 2 ms.
+        for waited in [3, 8, 0, 2] {
+            half.learn_clock(1_000 + waited);
+        }
+        // What follows is not behind what was told before; what is echoed meanwhile is no older than it was.
+        assert_eq!(half.echo_shift(STATE_SPLICED), Some(1_008));
+        assert_eq!(half.echo_shift(STATE_TAIL), Some(1_000));
     }
 
     #[test]

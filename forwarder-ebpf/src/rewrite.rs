@@ -217,17 +217,14 @@ fn timestamps(segment: &Segment, flow: &Flow, half: &mut Half, reverse: &Half, o
         let shift = clock.wrapping_sub(old.value);
         // Who repeats a SYN has not completed the handshake, and refuses echoes of other clocks than that of its SYNs
         // (`tcp_check_req`), but not their absence: so nothing is learnt from it.
-        let is_learnt = segment.flags & FLAG_SYN == 0;
-        // While the local socket still sends, its clock is the measure: what is told here must not be ahead of it,
-        // or its packets would look old (PAWS), nor behind. The largest shift stays, so that time never goes back.
-        if is_learnt && (half.timestamp_known == 0 || translate::is_before(half.timestamp_shift, shift)) {
-            half.timestamp_shift = shift;
-            half.timestamp_known = 1;
+        if segment.flags & FLAG_SYN == 0 {
+            half.learn_clock(shift);
         }
+        // While the local socket still sends, its clock is the measure: what is told here must not be ahead of it,
+        // or its packets would look old (PAWS), nor behind.
         value_shift = shift;
     }
-    let reverse_shift = (reverse.timestamp_known != 0).then_some(reverse.timestamp_shift);
-    let new = old.translated(value_shift, reverse_shift);
+    let new = old.translated(value_shift, reverse.echo_shift(flow.state));
     [new.value.to_be(), new.echo.to_be()]
 }
 

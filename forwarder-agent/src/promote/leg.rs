@@ -12,6 +12,9 @@ use crate::datapath::monotonic;
 /// How often a consistent snapshot is tried for: bytes may arrive between two system calls.
 const ATTEMPTS: usize = 64;
 
+/// One tick of the timestamp clock (`TCP_TS_HZ`).
+const NANOSECONDS_PER_TICK: u64 = 1_000_000;
+
 /// The queues that `TCP_REPAIR_QUEUE` chooses from (`linux/tcp.h`).
 const RECEIVE_QUEUE: libc::c_int = 1;
 const SEND_QUEUE: libc::c_int = 2;
@@ -66,9 +69,9 @@ pub struct Leg {
     pub segment: u32,
     /// The most payload that it has asked its peer to put into one packet.
     pub advertised_segment: u32,
-    /// The timestamp clock of the agent's socket, in milliseconds, at `clock_time`.
+    /// The timestamp clock of the agent's socket, in milliseconds, since `clock_time`.
     pub clock: u32,
-    /// When `clock` was read: `CLOCK_MONOTONIC` in nanoseconds.
+    /// When `clock` began: `CLOCK_MONOTONIC` in nanoseconds.
     pub clock_time: u64,
 }
 
@@ -255,10 +258,24 @@ impl Numbers {
         let next_sent = get(fd, libc::TCP_QUEUE_SEQ)?;
         let window: [u8; REPAIR_WINDOW_LENGTH] = get(fd, libc::TCP_REPAIR_WINDOW)?;
         let send_window = u32::from_ne_bytes([window[4], window[5], window[6], window[7]]);
-        let clock = get(fd, libc::TCP_TIMESTAMP)?;
-        let clock_time = monotonic();
+        let (clock, clock_time) = clock(fd)?;
         Ok(Self { send_window, next_sent, next_received, clock, clock_time })
     }
+}
+
+/// The timestamp clock of a socket, and since when it has stood there. It ticks when `CLOCK_MONOTONIC` completes a
+/// millisecond (`tcp_clock_ms`): told exactly, since what is redirected must not look older than what the socket itself
+/// says, nor newer.
+fn clock(fd: libc::c_int) -> io::Result<(u32, u64)> {
+    for _ in 0..ATTEMPTS {
+        let before = monotonic();
+        let clock = get(fd, libc::TCP_TIMESTAMP)?;
+        let tick = before - before % NANOSECONDS_PER_TICK;
+        if monotonic() - tick < NANOSECONDS_PER_TICK {
+            return Ok((clock, tick));
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::WouldBlock, "the clock cannot be read within a millisecond"))
 }
 
 /// A plain value that every pattern of bits makes.

@@ -137,6 +137,8 @@ const fn half(from: &Leg, now: u64) -> Half {
         last_seen: now,
         timestamp_shift: 0,
         timestamp_known: 0,
+        timestamp_least: 0,
+        pad: 0,
         sequence_end: from.next_received,
         acknowledged: from.next_sent.wrapping_sub(from.unacknowledged),
         fin_end: 0,

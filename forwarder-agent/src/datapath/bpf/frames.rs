@@ -221,8 +221,8 @@ fn flow(out: FlowKey) -> Flow {
 /// A pair of which both clocks are known.
 pub(super) fn known_clocks() -> Pair {
     let mut pair = Pair::default();
-    (pair.request.timestamp_known, pair.request.timestamp_shift) = (1, TIMESTAMP_SHIFT);
-    (pair.response.timestamp_known, pair.response.timestamp_shift) = (1, REVERSE_TIMESTAMP_SHIFT);
+    pair.request.learn_clock(TIMESTAMP_SHIFT);
+    pair.response.learn_clock(REVERSE_TIMESTAMP_SHIFT);
     pair
 }
 
