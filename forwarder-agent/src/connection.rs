@@ -54,6 +54,8 @@ pub(crate) struct Connection {
     keepalive_from: Cell<Option<u32>>,
     /// How many bytes must have moved before it is promoted; `None` where it never is.
     promote_at: Cell<Option<u64>>,
+    /// The numbers of the first bytes that were sent to the client and to the endpoint, once they were read.
+    first_sent: [Cell<Option<u32>>; 2],
     /// The sweep from which on it is promoted whatever has moved.
     promote_from: Cell<Option<u32>>,
     /// The kernel forwards what arrives; what had arrived before is still delivered here.
@@ -113,6 +115,7 @@ impl Connection {
             keepalive_from: Cell::new(None),
             promote_at: Cell::new(None),
             promote_from: Cell::new(None),
+            first_sent: [const { Cell::new(None) }; 2],
             is_in_tail: Cell::new(false),
             refusal: Cell::new(None),
             order: Cell::new(None),

@@ -90,8 +90,10 @@ fn judge(context: &TcContext, link: LinkLayer) -> (i32, Verdict) {
 #[inline(never)]
 fn count(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
     let listener_id = find_listener(segment)?;
+    // Also while a new agent has not given the listener its counters yet.
+    let is_held = segment.is_attempt() && is_held(context, segment);
     let Some(counters) = COUNTERS.get_ptr_mut(listener_id) else {
-        return Err(Verdict::CounterMissing);
+        return Err(if is_held { Verdict::Held } else { Verdict::CounterMissing });
     };
     // SAFETY: the pointer is to this CPU's value, which no program interrupts here; an element that is removed meanwhile
     // is freed after the program's end, for the map is not preallocated (`htab_elem_free_rcu`).
@@ -110,11 +112,8 @@ fn count(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
             segment.tuple.source,
             segment.tuple.source_port
         );
-        if is_held(context, segment) {
-            return Err(Verdict::Held);
-        }
     }
-    Ok(())
+    if is_held { Err(Verdict::Held) } else { Ok(()) }
 }
 
 /// Whether a new connection has to wait for the agent's successor: see [`AgentState`].

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use forwarder_tests::client::{self, End};
 use forwarder_tests::kernel::{AT_ONCE, is_ready};
 use forwarder_tests::peer::Server;
-use forwarder_tests::{Agent, AgentCommand, BackendRef, Manifests, Topology, require_root, wait_until};
+use forwarder_tests::{
+    Agent, AgentCommand, BackendRef, Forwarding, Manifests, Topology, peer, require_root, wait_until,
+};
 
 const WAIT: Duration = Duration::from_secs(10);
 /// How soon a reset is due, on a busy machine.
@@ -363,4 +365,24 @@ fn pairs_of_a_former_agent_are_ended_too() {
         world.wait_ended(0);
         world.agent.wait_empty();
     }
+}
+
+#[test]
+fn pairs_outlive_the_last_listener() {
+    if !is_ready() {
+        return;
+    }
+    let forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
+    let streams = forwarding.connect_promoted(3);
+    forwarding.manifests.remove("gateway-gw.yaml").expect("it works");
+    wait_until("the listener is gone", WAIT, || {
+        forwarding.agent.listener("default/gw/a").is_ok_and(|listener| listener.is_none())
+    });
+    let watched = Instant::now();
+    while watched.elapsed() < WATCH {
+        for stream in &streams {
+            client::ping(stream, b"still there").expect("the kernel forwards it");
+        }
+    }
+    assert_eq!(forwarding.agent.promoted().len(), streams.len());
 }

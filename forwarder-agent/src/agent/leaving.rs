@@ -68,20 +68,20 @@ impl Leaving {
             _ = signals.next() => tracing::warn!("ending at once: open connections are reset"),
         }
         reconciler.into_workers().stop();
+        // Before the table of listeners is locked: who looks after the pairs locks it while the pairs are.
+        let connections = successor.map_or(0, |promoter| promoter.pairs.count());
+        if let (Some(promoter), None) = (&self.promoter, successor) {
+            promoter.pairs.reset_all();
+        }
         let mut in_force = shared.in_force();
-        match (&self.promoter, successor) {
-            (_, Some(promoter)) => {
-                let connections = promoter.pairs.count();
-                let has_listeners = !in_force.table.listeners.is_empty();
-                if connections > 0 || has_listeners && promoter.pairs.holds() {
-                    tracing::info!(connections, "left to the kernel");
-                    if let Some(datapath) = &mut in_force.datapath {
-                        datapath.leave();
-                    }
+        if let Some(promoter) = successor {
+            let has_listeners = !in_force.table.listeners.is_empty();
+            if connections > 0 || has_listeners && promoter.pairs.holds() {
+                tracing::info!(connections, "left to the kernel");
+                if let Some(datapath) = &mut in_force.datapath {
+                    datapath.leave();
                 }
             }
-            (Some(promoter), None) => promoter.pairs.reset_all(),
-            (None, None) => {}
         }
         // Detaches the programs and removes the pins, unless they were left.
         in_force.datapath = None;

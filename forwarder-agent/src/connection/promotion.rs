@@ -1,5 +1,6 @@
 //! The way of a connection into the kernel: when it is due, how its last bytes leave userspace, and the way back.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::task::Poll;
@@ -108,16 +109,20 @@ fn join(
     upstream: &TcpStream,
     connection: &Connection,
 ) -> Result<JoinedPair, Refusal> {
-    let leg = |socket: &TcpStream, written: u64| {
-        Leg::read(socket, written).map_err(|error| {
+    let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>| {
+        let leg = Leg::read(socket, written, first_sent.get()).map_err(|error| {
             if error.kind() == std::io::ErrorKind::NotConnected {
                 return Refusal::Ended;
             }
             tracing::debug!(downstream.addr = %connection.downstream, %error, "cannot read a connection");
             Refusal::Unreadable
-        })
+        })?;
+        first_sent.set(Some(leg.first_sent));
+        Ok(leg)
     };
-    let (down, up) = (leg(downstream, connection.sent.get())?, leg(upstream, connection.received.get())?);
+    let [to_downstream, to_upstream] = &connection.first_sent;
+    let down = leg(downstream, connection.sent.get(), to_downstream)?;
+    let up = leg(upstream, connection.received.get(), to_upstream)?;
     for (from, to, relayed) in [(&down, &up, connection.received.get()), (&up, &down, connection.sent.get())]
     {
         // The receiver drops what comes beyond its window while the tail is on its way: it would be sent again only after
@@ -178,6 +183,7 @@ async fn deliver_tail(
     let mut landed = pin!(promoter.grace.period());
     let mut has_landed = false;
     let mut hearing = Hearing::default();
+    let mut seen = 0;
     relay.hold_ends(true);
     loop {
         let Some(pair) = &mut joined.pair else { return Tail::Ended(End::Finished) };
@@ -197,7 +203,11 @@ async fn deliver_tail(
         let Some(state) = promoter.flows.pair(pair.number) else {
             return Tail::Ended(End::Lost);
         };
-        connection.active.set(worker.sweep());
+        let bytes = state.request.bytes.wrapping_add(state.response.bytes);
+        if bytes != seen {
+            seen = bytes;
+            connection.active.set(worker.sweep());
+        }
         for (half, end) in [(&state.request, End::DownstreamReset), (&state.response, End::UpstreamReset)] {
             if half.flags & HALF_RESET != 0 {
                 // The other end may have taken it for one beyond what it has received so far.

@@ -96,12 +96,13 @@ impl Bpf {
     /// Loads the programs, creates their maps, and pins these. Pins that a dead agent left are removed.
     ///
     /// # Errors
-    /// The kernel or the pin directory does not allow it; the message says what to do. Nothing is left behind.
+    /// The kernel or the pin directory does not allow it; the message says what to do. Nothing is left behind but what a
+    /// former agent has left, which the next one may still take over.
     pub fn load(options: &BpfOptions) -> Result<Self, LoadError> {
         if OBJECT.is_empty() {
             return Err(LoadError::NoPrograms);
         }
-        let pins = Pins::acquire(&options.pin_dir)?;
+        let mut pins = Pins::acquire(&options.pin_dir)?;
         // What another agent has left is served, whatever this one does for connections of its own.
         let has_flows = options.most_pairs.is_some() || pins.has_links();
         let settings = LoadSettings {
@@ -116,11 +117,13 @@ impl Bpf {
             }
         }
         let links = if has_flows { Some(pins.links()?) } else { None };
+        let maps = Maps::take(&mut ebpf)?;
+        pins.take_over();
         Ok(Self {
             attachments: Attachments::new(AttachKind::of_kernel(), links),
             paths: Arc::default(),
             has_flows,
-            maps: Maps::take(&mut ebpf)?,
+            maps,
             pins,
             told: BTreeSet::new(),
             ebpf,

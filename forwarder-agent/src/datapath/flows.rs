@@ -366,7 +366,10 @@ impl FlowTable {
     fn rewrite(&self, pair: &JoinedPair) -> Result<(), DatapathError> {
         let mut maps = self.maps();
         for (key, flow) in &pair.flows {
-            // What a program has forgotten meanwhile must not come back.
+            // What a program has forgotten meanwhile must not come back, nor take the place of what came after it.
+            if maps.flows.get(key, 0).is_ok_and(|there| there.pair != pair.number) {
+                continue;
+            }
             maps.flows
                 .insert(key, flow, BPF_EXIST)
                 .map_err(|source| error("write to", FLOWS, Some(pair.number), source))?;

@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use forwarder_common::flow::Flow;
+use forwarder_common::packet::LinkLayer;
 use tokio::sync::Notify;
 
 use super::interfaces::Interface;
@@ -58,6 +59,7 @@ struct Known {
 struct Link {
     name: String,
     mtu: u32,
+    link_layer: Option<LinkLayer>,
 }
 
 impl Known {
@@ -97,10 +99,18 @@ impl Paths {
     pub fn check(&self, interface: u32) -> Result<Way, Refusal> {
         let mut known = self.known();
         let way = known.way(interface)?;
+        // The kernel drops what arrives without an Ethernet header and is redirected to a neighbour
+        // (`__bpf_redirect_neigh`), and what leaves by an interface is answered by it.
+        if way == Way::Redirect
+            && known.links.get(&interface).is_some_and(|link| link.link_layer == Some(LinkLayer::Ip))
+        {
+            return Err(Refusal::NoEthernet);
+        }
+        // Also where they hang already, for a listener's sake: they stay for the pairs' when the listener is removed.
+        let is_new = known.wanted.insert(interface);
         if known.attached.contains(&interface) {
             return Ok(way);
         }
-        let is_new = known.wanted.insert(interface);
         drop(known);
         if is_new {
             self.changed.notify_one();
@@ -154,7 +164,10 @@ impl Paths {
 
     /// Notes the names and MTUs of the node's interfaces.
     pub fn set_links(&self, interfaces: &[Interface]) {
-        let link = |one: &Interface| (one.index, Link { name: one.name.clone(), mtu: one.mtu });
+        let link = |one: &Interface| {
+            let link = Link { name: one.name.clone(), mtu: one.mtu, link_layer: one.kind.link_layer() };
+            (one.index, link)
+        };
         let links = interfaces.iter().map(link).collect();
         let mut known = self.known();
         if known.links != links {

@@ -49,7 +49,9 @@ impl Pins {
         let directory = parent.join(format!("v{ABI_VERSION}"));
         refuse_foreign(parent, &directory)?;
         create(&directory)?;
-        let pins = Self { parent: parent.to_owned(), directory, is_left: false, _lock: lock };
+        // Whoever fails before it has taken over what is there leaves it to one who does not.
+        let is_left = has_links(&directory);
+        let pins = Self { parent: parent.to_owned(), directory, is_left, _lock: lock };
         if !pins.has_links() {
             pins.clear().map_err(|source| LoadError::PinDir {
                 operation: "remove what a former agent left in",
@@ -73,6 +75,11 @@ impl Pins {
         let links = self.directory.join(LINKS);
         create(&links)?;
         Ok(links)
+    }
+
+    /// Takes over what is pinned: it ends with this agent, unless it is left to the next one.
+    pub(super) fn take_over(&mut self) {
+        self.is_left = false;
     }
 
     /// Leaves what is pinned to the next agent.

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use socket2::{SockAddr, SockRef};
 
@@ -87,13 +87,16 @@ pub struct LegOptions {
 }
 
 impl Leg {
-    /// Reads a connected socket, to which `written` bytes have been written since it was opened. It sends nothing, and
-    /// nothing about the connection changes.
+    /// Reads a connected socket, to which `written` bytes have been written since it was opened, and whose first byte has the
+    /// number `first_sent` if it was read before. It sends nothing, and nothing about the connection changes.
+    ///
+    /// That number should not be read twice: where an acknowledgement arrives at this very moment, the socket takes what it
+    /// has not sent yet for sent (`tcp_write_xmit`), and has to find out that it is missing.
     ///
     /// # Errors
     /// One direction of the connection has ended (`NotConnected`), the capability `CAP_NET_ADMIN` is missing, or bytes
     /// arrive too fast for a consistent snapshot (`WouldBlock`).
-    pub fn read(socket: impl AsFd, written: u64) -> io::Result<Self> {
+    pub fn read(socket: impl AsFd, written: u64, first_sent: Option<u32>) -> io::Result<Self> {
         let socket = socket.as_fd();
         let fd = socket.as_raw_fd();
         let address = |address: io::Result<SockAddr>| {
@@ -103,9 +106,10 @@ impl Leg {
             let socket = SockRef::from(&socket);
             (address(socket.local_addr())?, address(socket.peer_addr())?)
         };
+        let mut next_sent = first_sent.map(|first| first.wrapping_add(low_half(written)));
         for _ in 0..ATTEMPTS {
             let before = Info::read(fd)?;
-            let numbers = Numbers::read(fd)?;
+            let numbers = Numbers::read(socket, &mut next_sent)?;
             let after = Info::read(fd)?;
             if before.received != after.received {
                 continue;
@@ -243,22 +247,33 @@ struct Numbers {
 }
 
 impl Numbers {
-    fn read(fd: libc::c_int) -> io::Result<Self> {
+    /// Reads them, and `next_sent` unless it is known: only this thread writes to the socket, so that it stays what it is.
+    fn read(socket: BorrowedFd<'_>, next_sent: &mut Option<u32>) -> io::Result<Self> {
+        let fd = socket.as_raw_fd();
+        // Repair takes it away (`do_tcp_setsockopt`); without it, the connection would keep a successor from its port.
+        let reuses = SockRef::from(&socket).reuse_address()?;
         set(fd, libc::TCP_REPAIR, REPAIR_ON)?;
-        let numbers = Self::read_under_repair(fd);
+        let numbers = Self::read_under_repair(fd, next_sent);
         // Whatever happened: a socket under repair sends nothing.
         set(fd, libc::TCP_REPAIR, REPAIR_OFF_WITHOUT_PROBE)?;
+        SockRef::from(&socket).set_reuse_address(reuses)?;
         numbers
     }
 
-    fn read_under_repair(fd: libc::c_int) -> io::Result<Self> {
+    fn read_under_repair(fd: libc::c_int, next_sent: &mut Option<u32>) -> io::Result<Self> {
         set(fd, libc::TCP_REPAIR_QUEUE, RECEIVE_QUEUE)?;
         let next_received = get(fd, libc::TCP_QUEUE_SEQ)?;
-        set(fd, libc::TCP_REPAIR_QUEUE, SEND_QUEUE)?;
-        let next_sent = get(fd, libc::TCP_QUEUE_SEQ)?;
         let window: [u8; REPAIR_WINDOW_LENGTH] = get(fd, libc::TCP_REPAIR_WINDOW)?;
         let send_window = u32::from_ne_bytes([window[4], window[5], window[6], window[7]]);
         let (clock, clock_time) = clock(fd)?;
+        let next_sent = match *next_sent {
+            Some(known) => known,
+            None => {
+                // Last, and for no longer than it takes.
+                set(fd, libc::TCP_REPAIR_QUEUE, SEND_QUEUE)?;
+                *next_sent.insert(get(fd, libc::TCP_QUEUE_SEQ)?)
+            }
+        };
         Ok(Self { send_window, next_sent, next_received, clock, clock_time })
     }
 }

@@ -27,6 +27,8 @@ pub enum Refusal {
     PathBroken,
     /// The node's stack would not send on what is left to it.
     StackClosed,
+    /// The packets of one leg have no Ethernet header, and cannot be redirected to a neighbour.
+    NoEthernet,
     /// The map of pairs is full.
     MapFull,
     /// The state of a socket cannot be read: `CAP_NET_ADMIN` is missing, or bytes come too fast.
@@ -37,7 +39,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every one, in the order of its discriminant.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::NoPrograms,
         Self::Families,
         Self::Timestamps,
@@ -50,6 +52,7 @@ impl Refusal {
         Self::NotAttached,
         Self::PathBroken,
         Self::StackClosed,
+        Self::NoEthernet,
         Self::MapFull,
         Self::Unreadable,
         Self::Kernel,
@@ -70,6 +73,7 @@ impl Refusal {
             Self::NotAttached => "not_attached",
             Self::PathBroken => "path_broken",
             Self::StackClosed => "stack_closed",
+            Self::NoEthernet => "no_ethernet",
             Self::MapFull => "map_full",
             Self::Unreadable => "unreadable",
             Self::Kernel => "kernel",
@@ -93,6 +97,7 @@ impl Refusal {
             | Self::SelectiveAcknowledgements
             | Self::SegmentSizes
             | Self::SameHost
+            | Self::NoEthernet
             | Self::Ended => false,
         }
     }

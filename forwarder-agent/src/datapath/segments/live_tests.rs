@@ -93,7 +93,7 @@ impl Connection {
         wait_until("all is acknowledged", || {
             remainder(&accepted).unwrap().is_empty && remainder(&connected).unwrap().is_empty
         });
-        let leg = Leg::read(&accepted, WORDS[0].len() as u64).unwrap();
+        let leg = Leg::read(&accepted, WORDS[0].len() as u64, None).unwrap();
         let segments = node.run(|| SegmentSocket::open().unwrap());
         Some(Self { node, peer, accepted, connected, leg, segments })
     }
