@@ -59,7 +59,7 @@ struct Known {
 struct Link {
     name: String,
     mtu: u32,
-    link_layer: Option<LinkLayer>,
+    begins_with: Option<LinkLayer>,
 }
 
 impl Known {
@@ -102,7 +102,7 @@ impl Paths {
         // The kernel drops what arrives without an Ethernet header and is redirected to a neighbour
         // (`__bpf_redirect_neigh`), and what leaves by an interface is answered by it.
         if way == Way::Redirect
-            && known.links.get(&interface).is_some_and(|link| link.link_layer == Some(LinkLayer::Ip))
+            && known.links.get(&interface).is_some_and(|link| link.begins_with == Some(LinkLayer::Ip))
         {
             return Err(Refusal::NoEthernet);
         }
@@ -165,7 +165,7 @@ impl Paths {
     /// Notes the names and MTUs of the node's interfaces.
     pub fn set_links(&self, interfaces: &[Interface]) {
         let link = |one: &Interface| {
-            let link = Link { name: one.name.clone(), mtu: one.mtu, link_layer: one.kind.link_layer() };
+            let link = Link { name: one.name.clone(), mtu: one.mtu, begins_with: one.kind.link_layer() };
             (one.index, link)
         };
         let links = interfaces.iter().map(link).collect();

@@ -266,13 +266,12 @@ impl Numbers {
         let window: [u8; REPAIR_WINDOW_LENGTH] = get(fd, libc::TCP_REPAIR_WINDOW)?;
         let send_window = u32::from_ne_bytes([window[4], window[5], window[6], window[7]]);
         let (clock, clock_time) = clock(fd)?;
-        let next_sent = match *next_sent {
-            Some(known) => known,
-            None => {
-                // Last, and for no longer than it takes.
-                set(fd, libc::TCP_REPAIR_QUEUE, SEND_QUEUE)?;
-                *next_sent.insert(get(fd, libc::TCP_QUEUE_SEQ)?)
-            }
+        let next_sent = if let Some(known) = *next_sent {
+            known
+        } else {
+            // Last, and for no longer than it takes.
+            set(fd, libc::TCP_REPAIR_QUEUE, SEND_QUEUE)?;
+            *next_sent.insert(get(fd, libc::TCP_QUEUE_SEQ)?)
         };
         Ok(Self { send_window, next_sent, next_received, clock, clock_time })
     }
