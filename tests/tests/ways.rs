@@ -147,3 +147,36 @@ fn a_conversation_on_a_swallowing_way_goes_on_in_userspace() {
         "{connections:?}"
     );
 }
+
+/// The programs see packets before the node translates their addresses, and after it does.
+#[test]
+fn connections_that_the_node_translates_stay_in_userspace() {
+    if !is_ready() || !require_program("nft") {
+        return;
+    }
+    let forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
+    let (agent, node) = (&forwarding.agent, &forwarding.topology.node);
+    let nft = |rules: &str| node.run(|| process::stdout(Command::new("nft").arg(rules))).expect("it works");
+    nft("add table ip translate; \
+         add chain ip translate arriving { type nat hook prerouting priority -100; }; \
+         add chain ip translate leaving { type nat hook postrouting priority 100; }; \
+         add rule ip translate arriving tcp dport 8080 redirect to :9001");
+    let talk = |stream: &TcpStream| {
+        for number in 0..50 {
+            client::ping(stream, format!("message {number}").as_bytes())
+                .unwrap_or_else(|error| panic!("message {number}: {error}\n{}", agent.log()));
+        }
+    };
+    let address = forwarding.topology.node_address(8080);
+    let redirected = client::connect(&forwarding.topology.client, address).expect("it works");
+    talk(&redirected);
+    wait_until("it is refused", WAIT, || agent.refusals("translated") == 1);
+    // What is tracked, but not translated, is promoted.
+    let plain = forwarding.connect_promoted(1).remove(0);
+    nft("add rule ip translate leaving oifname veth2 masquerade random");
+    let masqueraded = forwarding.connect().expect("it works");
+    talk(&masqueraded);
+    wait_until("it is refused too", WAIT, || agent.refusals("translated") == 2);
+    [&redirected, &plain, &masqueraded].into_iter().for_each(talk);
+    assert_eq!(agent.promoted(), [plain.local_addr().expect("a connected socket")]);
+}

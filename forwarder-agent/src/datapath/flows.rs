@@ -16,6 +16,7 @@ use forwarder_common::flow::{
 use forwarder_common::layout::{AGENT, AgentState, address_bytes, address_of};
 use rustix::io::Errno;
 
+use super::conntrack::Conntrack;
 use super::load_error::errno_of;
 use super::paths::{Exit, Paths};
 use super::ports::TakenPorts;
@@ -32,6 +33,8 @@ const BPF_EXIST: u64 = 2;
 pub struct FlowTable {
     maps: Mutex<FlowMaps>,
     routes: Routes,
+    /// `None` where the kernel has none.
+    conntrack: Option<Conntrack>,
     paths: Arc<Paths>,
     ports: TakenPorts,
     next: AtomicU32,
@@ -185,7 +188,14 @@ impl FlowTable {
     pub fn open(pins: &Path, routes: Routes, paths: Arc<Paths>) -> Result<Self, DatapathError> {
         let maps = Mutex::new(FlowMaps::open(pins)?);
         let (next, live) = (AtomicU32::new(1), AtomicUsize::new(0));
-        Ok(Self { maps, routes, paths, ports: TakenPorts::default(), next, live })
+        let conntrack = match Conntrack::open() {
+            Ok(conntrack) => Some(conntrack),
+            Err(error) => {
+                tracing::debug!(%error, "connection tracking cannot be asked");
+                None
+            }
+        };
+        Ok(Self { maps, routes, conntrack, paths, ports: TakenPorts::default(), next, live })
     }
 
     fn maps(&self) -> MutexGuard<'_, FlowMaps> {
@@ -234,6 +244,9 @@ impl FlowTable {
         };
         let mut joint = join(downstream, upstream, placement)?;
         self.check_stack(&joint.flows)?;
+        for leg in [downstream, upstream] {
+            self.check_translation(leg)?;
+        }
         joint.pair.opened = opened;
         let pair = JoinedPair { number: placement.pair, flows: joint.flows };
         let mut maps = self.maps();
@@ -286,6 +299,20 @@ impl FlowTable {
             }
         }
         Ok(())
+    }
+
+    /// Whether a leg's packets have the addresses of its socket where the programs see them.
+    fn check_translation(&self, leg: &Leg) -> Result<(), Refusal> {
+        let Some(conntrack) = &self.conntrack else { return Ok(()) };
+        match conntrack.is_translated(leg.local, leg.peer) {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(Refusal::Translated),
+            Err(error) => {
+                // A kernel that does not track connections translates none.
+                tracing::debug!(%error, "connection tracking cannot be asked");
+                Ok(())
+            }
+        }
     }
 
     /// The largest packet that may leave, as [`Flow::mtu`]: what the route says, or the interface.

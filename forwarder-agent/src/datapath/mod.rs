@@ -4,6 +4,7 @@
 pub mod attach;
 pub mod bpf;
 pub mod cleanup;
+mod conntrack;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod flows;
@@ -13,6 +14,7 @@ mod load_error;
 mod maps;
 #[cfg(test)]
 mod namespaces;
+mod netlink;
 pub mod paths;
 mod pins;
 pub mod ports;

@@ -29,6 +29,8 @@ pub enum Refusal {
     StackClosed,
     /// The packets of one leg have no Ethernet header, and cannot be redirected to a neighbour.
     NoEthernet,
+    /// This node translates the addresses of one leg (NAT), so that its packets are not those of its socket.
+    Translated,
     /// The map of pairs is full.
     MapFull,
     /// The state of a socket cannot be read: `CAP_NET_ADMIN` is missing, or bytes come too fast.
@@ -39,7 +41,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every one, in the order of its discriminant.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::NoPrograms,
         Self::Families,
         Self::Timestamps,
@@ -53,6 +55,7 @@ impl Refusal {
         Self::PathBroken,
         Self::StackClosed,
         Self::NoEthernet,
+        Self::Translated,
         Self::MapFull,
         Self::Unreadable,
         Self::Kernel,
@@ -74,6 +77,7 @@ impl Refusal {
             Self::PathBroken => "path_broken",
             Self::StackClosed => "stack_closed",
             Self::NoEthernet => "no_ethernet",
+            Self::Translated => "translated",
             Self::MapFull => "map_full",
             Self::Unreadable => "unreadable",
             Self::Kernel => "kernel",
@@ -98,6 +102,7 @@ impl Refusal {
             | Self::SegmentSizes
             | Self::SameHost
             | Self::NoEthernet
+            | Self::Translated
             | Self::Ended => false,
         }
     }

@@ -6,24 +6,17 @@ use std::net::IpAddr;
 
 use forwarder_common::packet::PROTOCOL_TCP;
 
+use super::super::netlink::{
+    MESSAGE_HEADER, MESSAGE_KIND, MESSAGE_LENGTH, MESSAGE_SEQUENCE, NLM_F_REQUEST, NLMSG_ERROR, attributes,
+    half_word, word, write_attribute,
+};
 use super::{Egress, LookupError};
 
-/// Bytes of `struct nlmsghdr`, and where its fields stand.
-const MESSAGE_HEADER: usize = 16;
-const MESSAGE_LENGTH: usize = 0;
-const MESSAGE_KIND: usize = 4;
-const MESSAGE_SEQUENCE: usize = 8;
 /// Bytes of `struct rtmsg`, and where the route's type stands in it.
 const ROUTE_HEADER: usize = 12;
 const ROUTE_KIND: usize = 7;
-/// Bytes of `struct rtattr`.
-const ATTRIBUTE_HEADER: usize = 4;
-/// The bits of an attribute's kind that are no flags (`NLA_TYPE_MASK`).
-const ATTRIBUTE_KIND: u16 = 0x3fff;
 
 /// From `linux/netlink.h` and `linux/rtnetlink.h`.
-const NLM_F_REQUEST: u16 = 1;
-const NLMSG_ERROR: u16 = 2;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
 const RTA_DST: u16 = 1;
@@ -73,15 +66,6 @@ fn write_address(question: &mut Vec<u8>, kind: u16, address: IpAddr) {
         IpAddr::V4(v4) => write_attribute(question, kind, &v4.octets()),
         IpAddr::V6(v6) => write_attribute(question, kind, &v6.octets()),
     }
-}
-
-fn write_attribute(question: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    let length = u16::try_from(ATTRIBUTE_HEADER + value.len()).unwrap_or_default();
-    question.extend(length.to_ne_bytes());
-    question.extend(kind.to_ne_bytes());
-    question.extend(value);
-    // The next one begins at a multiple of four.
-    question.resize(question.len().next_multiple_of(4), 0);
 }
 
 /// What the answer to the question `sequence` for the route to `peer` says; `None` if it answers another question.
@@ -144,25 +128,6 @@ fn address(value: &[u8]) -> Option<IpAddr> {
 fn metric(metrics: &[u8], wanted: u16) -> Option<u32> {
     let (_, value) = attributes(metrics).find(|(kind, _)| *kind == wanted)?;
     word(value, 0).filter(|value| *value != 0)
-}
-
-/// The attributes, by their kinds, up to the first that is cut short.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = usize::from(half_word(bytes, 0)?);
-        let kind = half_word(bytes, 2)? & ATTRIBUTE_KIND;
-        let value = bytes.get(ATTRIBUTE_HEADER..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
-    })
-}
-
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..)?.first_chunk().copied().map(u32::from_ne_bytes)
-}
-
-fn half_word(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes.get(at..)?.first_chunk().copied().map(u16::from_ne_bytes)
 }
 
 #[cfg(test)]
