@@ -376,13 +376,7 @@ impl Flow {
     #[inline(always)]
     #[must_use]
     pub const fn has_ended(&self, half: &Half, reverse: &Half) -> bool {
-        let is_spliced = self.state == STATE_SPLICED;
-        // What the receiver acknowledges becomes the sender's number by undoing what was added to that.
-        let is_finished = is_spliced && self.flags & FLOW_ENDED != 0
-            || half.is_finished(reverse, self.sequence_shift.wrapping_neg());
-        let is_reverse_finished = is_spliced && self.flags & FLOW_REVERSE_ENDED != 0
-            || reverse.is_finished(half, self.acknowledgement_shift);
-        is_finished && is_reverse_finished
+        self.are_finished(if self.state == STATE_SPLICED { self.flags } else { 0 }, half, reverse)
     }
 
     /// Whether nothing more is to be forwarded but what is sent again: both ends have ended their directions and know it of
@@ -390,14 +384,18 @@ impl Flow {
     #[inline(always)]
     #[must_use]
     pub const fn is_over(&self, half: &Half, reverse: &Half) -> bool {
-        if (half.flags | reverse.flags) & HALF_RESET != 0 {
-            return true;
-        }
+        (half.flags | reverse.flags) & HALF_RESET != 0 || self.are_finished(self.flags, half, reverse)
+    }
+
+    /// Whether each direction has ended: by what the other end has acknowledged, or by [`FLOW_ENDED`] and
+    /// [`FLOW_REVERSE_ENDED`] among the flags `passed_on`.
+    #[inline(always)]
+    const fn are_finished(&self, passed_on: u16, half: &Half, reverse: &Half) -> bool {
         // What the receiver acknowledges becomes the sender's number by undoing what was added to that.
         let is_finished =
-            self.flags & FLOW_ENDED != 0 || half.is_finished(reverse, self.sequence_shift.wrapping_neg());
+            passed_on & FLOW_ENDED != 0 || half.is_finished(reverse, self.sequence_shift.wrapping_neg());
         let is_reverse_finished =
-            self.flags & FLOW_REVERSE_ENDED != 0 || reverse.is_finished(half, self.acknowledgement_shift);
+            passed_on & FLOW_REVERSE_ENDED != 0 || reverse.is_finished(half, self.acknowledgement_shift);
         is_finished && is_reverse_finished
     }
 }
@@ -410,17 +408,10 @@ impl Pair {
         flow.is_over(half, reverse)
     }
 
-    /// [`Flow::has_ended`], for either of the pair's two flows.
-    #[inline(always)]
-    #[must_use]
-    pub const fn has_ended(&self, flow: &Flow) -> bool {
-        let (half, reverse) = self.halves(flow);
-        flow.has_ended(half, reverse)
-    }
-
     /// What is known of a flow's direction, and of the opposite one.
     #[inline(always)]
-    const fn halves(&self, flow: &Flow) -> (&Half, &Half) {
+    #[must_use]
+    pub const fn halves(&self, flow: &Flow) -> (&Half, &Half) {
         if flow.direction == DIRECTION_REQUEST {
             (&self.request, &self.response)
         } else {

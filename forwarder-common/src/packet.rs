@@ -139,20 +139,6 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// None: what a segment is read into.
-    pub const EMPTY: Self = Self {
-        tuple: FlowKey { source: [0; 16], destination: [0; 16], source_port: 0, destination_port: 0 },
-        ip_offset: 0,
-        tcp_offset: 0,
-        header_length: 0,
-        ip_length: 0,
-        version: IpVersion::V4,
-        sequence: 0,
-        acknowledgement: 0,
-        window: 0,
-        flags: 0,
-    };
-
     /// Whether it asks for a connection: SYN without ACK.
     #[inline(always)]
     pub const fn is_attempt(&self) -> bool {
@@ -169,10 +155,10 @@ pub const USUAL_OFFSET: usize = 10;
 
 /// Version and header length of IPv4 without options.
 const USUAL_IPV4: u32 = 0x45;
-/// Length of the TCP header with timestamps alone, in 32-bit words.
-const USUAL_TCP_WORDS: u32 = 8;
-/// How Linux writes timestamps: two NOPs, then kind and length of the option.
-const USUAL_OPTIONS: u32 = 0x0101_080a;
+/// Length of the TCP header with timestamps alone, in bytes.
+pub const USUAL_TCP_HEADER: u32 = 32;
+/// How Linux writes timestamps: two NOPs, then kind and length of the option. In host byte order.
+pub const USUAL_OPTIONS: u32 = 0x0101_080a;
 
 /// Finds the TCP segment in a frame whose headers are such as most are; `None` says nothing but that these are not. A short
 /// cut for [`parse`], which finds the same.
@@ -186,7 +172,7 @@ pub const fn parse_usual(headers: &UsualHeaders) -> Option<Segment> {
         || ip >> 24 != USUAL_IPV4
         || u32::from_be(fragment) & IPV4_FRAGMENT_OFFSET as u32 != 0
         || u32::from_be(protocol) >> 16 & 0xff != PROTOCOL_TCP as u32
-        || misc >> 28 != USUAL_TCP_WORDS
+        || misc >> 28 << 2 != USUAL_TCP_HEADER
         || u32::from_be(options) != USUAL_OPTIONS
     {
         return None;
@@ -202,7 +188,7 @@ pub const fn parse_usual(headers: &UsualHeaders) -> Option<Segment> {
         },
         ip_offset: EthHdr::LEN as u32,
         tcp_offset: (EthHdr::LEN + Ipv4Hdr::LEN) as u32,
-        header_length: USUAL_TCP_WORDS * 4,
+        header_length: USUAL_TCP_HEADER,
         ip_length: ip & 0xffff,
         version: IpVersion::V4,
         sequence: u32::from_be(sequence),

@@ -48,12 +48,14 @@ pub const fn window_without(window: u16, missing: u32, scale: u8) -> u16 {
     }
 }
 
+/// One tick of the timestamp clock (`TCP_TS_HZ`), in nanoseconds.
+pub const NANOSECONDS_PER_TICK: u64 = 1_000_000;
+
 /// The timestamp clock of a socket of the agent at `now`, where it stood at `clock` at `clock_time`: nanoseconds of
 /// `CLOCK_MONOTONIC`. It ticks once a millisecond (`TCP_TS_HZ`).
 #[inline(always)]
 #[must_use]
 pub const fn clock_at(clock: u32, clock_time: u64, now: u64) -> u32 {
-    const NANOSECONDS_PER_TICK: u64 = 1_000_000;
     #[expect(clippy::cast_possible_truncation, reason = "the clock wraps")]
     let ticks = (now.wrapping_sub(clock_time) / NANOSECONDS_PER_TICK) as u32;
     clock.wrapping_add(ticks)

@@ -4,7 +4,7 @@
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::{AGENT_PRIORITY, DIRECTION_REQUEST, FLOW_REVERSE_ENDED, Flow, Pair, STATE_TAIL};
+use forwarder_common::flow::{AGENT_PRIORITY, FLOW_REVERSE_ENDED, Flow, Half, STATE_TAIL};
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, LinkLayer, Segment, tcp_field};
 use forwarder_common::translate::{self, ChecksumChange};
 use forwarder_common::verdict::Verdict;
@@ -50,9 +50,9 @@ fn judge(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     let flow = unsafe { &*flow };
     let pair = PAIRS.get_ptr(flow.pair)?;
     // SAFETY: as above.
-    let pair = unsafe { &*pair };
+    let (half, other) = unsafe { &*pair }.halves(flow);
     // Both ends know that it is over; one that has forgotten the connection would answer with a reset.
-    if pair.has_ended(flow) {
+    if flow.has_ended(half, other) {
         return Some(Verdict::Guarded);
     }
     // What the socket had received before the promotion it still delivers and acknowledges. An end it passes on only if
@@ -63,23 +63,28 @@ fn judge(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     if !is_tail {
         return Some(Verdict::Guarded);
     }
-    Some(match bring_up_to_date(context, segment, flow, pair) {
+    Some(match bring_up_to_date(context, segment, flow, other) {
         Ok(()) => Verdict::TailSent,
         Err(verdict) => verdict,
     })
 }
 
 /// Has a packet of a local socket acknowledge what the other end has acknowledged past it. The socket knows nothing of
-/// that, and its peer drops what comes with too old an acknowledgement (RFC 5961, 5.2).
+/// that, and its peer drops what comes with too old an acknowledgement (RFC 5961, 5.2). `other` is what is known of the
+/// opposite direction.
 ///
 /// # Errors
 /// The packet cannot be rewritten, and must be dropped.
 #[inline(always)]
-fn bring_up_to_date(context: &TcContext, segment: &Segment, flow: &Flow, pair: &Pair) -> Result<(), Verdict> {
+fn bring_up_to_date(
+    context: &TcContext,
+    segment: &Segment,
+    flow: &Flow,
+    other: &Half,
+) -> Result<(), Verdict> {
     let Some(reverse) = FLOWS.get_ptr(flow.out.reversed()) else { return Ok(()) };
     // SAFETY: as above.
     let reverse = unsafe { &*reverse };
-    let other = if flow.direction == DIRECTION_REQUEST { &pair.response } else { &pair.request };
     let acknowledged = other.acknowledged.wrapping_sub(flow.sequence_shift);
     if segment.flags & FLAG_ACK == 0 || !translate::is_before(segment.acknowledgement, acknowledged) {
         return Ok(());

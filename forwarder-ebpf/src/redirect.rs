@@ -8,7 +8,7 @@ use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
     DIRECTION_REQUEST, FLOW_BY_STACK, Flow, Half, NextHop, STATE_SPLICED, STATE_TAIL, Seen,
 };
-use forwarder_common::packet::{FLAG_ACK, FLAG_SYN, Segment};
+use forwarder_common::packet::Segment;
 use forwarder_common::verdict::Verdict;
 
 use crate::classify::Found;
@@ -43,7 +43,7 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     if tail::is_clone(context) {
         return Some(tail::acknowledge(context, segment));
     }
-    let is_new_connection = segment.flags & (FLAG_SYN | FLAG_ACK) == FLAG_SYN;
+    let is_new_connection = segment.is_attempt();
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else {
         // One that the agent has ended: the stack resets who does not know yet.
         if is_new_connection {

@@ -9,7 +9,9 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{FLOW_CLEAR_ECN, Flow, Half, STATE_TAIL};
-use forwarder_common::packet::{FLAG_SYN, IpVersion, Segment, USUAL_OFFSET, tcp_field};
+use forwarder_common::packet::{
+    FLAG_SYN, IpVersion, Segment, USUAL_OFFSET, USUAL_OPTIONS, USUAL_TCP_HEADER, tcp_field,
+};
 use forwarder_common::translate::{
     self, ChecksumChange, MAX_OPTIONS, MAX_SACK_BLOCKS, Options, OptionsWalk, Timestamps,
 };
@@ -25,10 +27,6 @@ const ECN_MASK: u8 = 3;
 /// Bytes of the TCP header before the options, and 32-bit words of it.
 const FIXED_HEADER: u32 = 20;
 const FIXED_WORDS: usize = 5;
-/// Bytes of the TCP header, and the beginning of its options, as Linux writes them where there are only timestamps: two NOPs,
-/// then kind and length.
-const USUAL_HEADER: u32 = 32;
-const USUAL_OPTIONS: u32 = 0x0101_080a;
 /// The first word of `UsualHeaders` that changes: the one with the checksum of IPv4.
 const USUAL_CHANGED: usize = 3;
 
@@ -154,7 +152,7 @@ fn rewrite_any(
         change = change.and(old[word], new[word]);
     }
     let options: [u32; 3] =
-        if segment.header_length == USUAL_HEADER { load(context, tcp + FIXED_HEADER)? } else { [0; 3] };
+        if segment.header_length == USUAL_TCP_HEADER { load(context, tcp + FIXED_HEADER)? } else { [0; 3] };
     if options[0] == USUAL_OPTIONS.to_be() {
         let [kinds, value, echo] = options;
         let [new_value, new_echo] = timestamps(segment, flow, half, reverse, [value, echo]);

@@ -5,25 +5,13 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use forwarder_common::packet::PROTOCOL_TCP;
 use rustix::io::Errno;
 use rustix::net::netlink::NETFILTER;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use super::netlink::{
-    MESSAGE_HEADER, MESSAGE_KIND, MESSAGE_LENGTH, MESSAGE_SEQUENCE, NLM_F_REQUEST, NLMSG_ERROR, attributes,
-    half_word, word, write_attribute,
-};
-
-/// How long to wait for the kernel's answer, which is there when the question has been sent.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// Bytes of the longest answer.
-const ANSWER: usize = 4096;
+use super::netlink::{self, Channel, Message, NLMSG_ERROR, attributes, word, write_attribute};
 
 /// Bytes of `struct nfgenmsg`.
 const FAMILY_HEADER: usize = 4;
@@ -47,15 +35,7 @@ const AF_INET6: u8 = 10;
 /// Asks the kernel's connection tracking, in the network namespace in which it was opened.
 #[derive(Debug)]
 pub(super) struct Conntrack {
-    exchange: Mutex<Exchange>,
-}
-
-/// One question at a time: a question and its answer must follow each other on the socket.
-#[derive(Debug)]
-struct Exchange {
-    socket: OwnedFd,
-    sequence: u32,
-    answer: Vec<u8>,
+    channel: Mutex<Channel>,
 }
 
 impl Conntrack {
@@ -64,15 +44,7 @@ impl Conntrack {
     /// # Errors
     /// The kernel refuses, or has no netfilter.
     pub(super) fn open() -> io::Result<Self> {
-        let socket = rustix::net::socket_with(
-            AddressFamily::NETLINK,
-            SocketType::RAW,
-            SocketFlags::CLOEXEC,
-            Some(NETFILTER),
-        )?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
-        let exchange = Exchange { socket, sequence: 0, answer: vec![0; ANSWER] };
-        Ok(Self { exchange: Mutex::new(exchange) })
+        Ok(Self { channel: Mutex::new(Channel::open(Some(NETFILTER))?) })
     }
 
     /// Whether the node translates the packets of the connection between `local`, its own address, and `peer`. Not where it
@@ -82,30 +54,14 @@ impl Conntrack {
     /// The kernel cannot be asked: it has no connection tracking that answers, or `CAP_NET_ADMIN` is missing.
     pub(super) fn is_translated(&self, local: SocketAddr, peer: SocketAddr) -> io::Result<bool> {
         // Whatever a panic left behind: each question has a number of its own.
-        self.exchange.lock().unwrap_or_else(PoisonError::into_inner).ask(local, peer)
+        let mut channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
+        channel.ask(|question, sequence| write_question(question, sequence, local, peer), read_answer)?
     }
 }
 
-impl Exchange {
-    fn ask(&mut self, local: SocketAddr, peer: SocketAddr) -> io::Result<bool> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let question = question(self.sequence, local, peer);
-        rustix::io::retry_on_intr(|| rustix::net::send(&self.socket, &question, SendFlags::empty()))?;
-        loop {
-            let (length, _) = rustix::io::retry_on_intr(|| {
-                rustix::net::recv(&self.socket, self.answer.as_mut_slice(), RecvFlags::empty())
-            })?;
-            // What was waited for in vain may come later: then it is passed over.
-            if let Some(answer) = read_answer(self.answer.get(..length).unwrap_or_default(), self.sequence) {
-                return answer;
-            }
-        }
-    }
-}
-
-/// The question for the entry of which one direction goes from `local` to `peer`: as the node answers the client, and as it
+/// Writes the question for the entry of which one direction goes from `local` to `peer`: as the node answers the client, and as it
 /// speaks to the endpoint. It is what the socket sees, whatever becomes of it on its way.
-fn question(sequence: u32, local: SocketAddr, peer: SocketAddr) -> Vec<u8> {
+fn write_question(question: &mut Vec<u8>, sequence: u32, local: SocketAddr, peer: SocketAddr) {
     let (mut addresses, mut ports, mut tuple) = (Vec::new(), Vec::new(), Vec::new());
     let (local_ip, peer_ip) = (local.ip().to_canonical(), peer.ip().to_canonical());
     let family = if local_ip.is_ipv4() { AF_INET } else { AF_INET6 };
@@ -121,45 +77,26 @@ fn question(sequence: u32, local: SocketAddr, peer: SocketAddr) -> Vec<u8> {
     write_attribute(&mut tuple, CTA_TUPLE_IP | NLA_F_NESTED, &addresses);
     write_attribute(&mut tuple, CTA_TUPLE_PROTO | NLA_F_NESTED, &ports);
 
-    let mut question = vec![0; MESSAGE_HEADER];
+    netlink::begin(question, GET, sequence);
     question.extend([family, 0, 0, 0]);
-    write_attribute(&mut question, CTA_TUPLE_ORIG | NLA_F_NESTED, &tuple);
-    let length = u32::try_from(question.len()).unwrap_or_default();
-    let header = [
-        &length.to_ne_bytes()[..],
-        &GET.to_ne_bytes(),
-        &NLM_F_REQUEST.to_ne_bytes(),
-        &sequence.to_ne_bytes(),
-    ];
-    for (place, byte) in question.iter_mut().zip(header.concat()) {
-        *place = byte;
-    }
-    question
+    write_attribute(question, CTA_TUPLE_ORIG | NLA_F_NESTED, &tuple);
+    netlink::end(question);
 }
 
 /// What the answer to the question `sequence` says; `None` if it answers another question.
 fn read_answer(answer: &[u8], sequence: u32) -> Option<io::Result<bool>> {
     let malformed =
         || io::Error::new(io::ErrorKind::InvalidData, "malformed answer from connection tracking");
-    let length = word(answer, MESSAGE_LENGTH).and_then(|length| usize::try_from(length).ok());
-    let parts = length.and_then(|length| answer.get(..length)).and_then(|message| {
-        let kind = half_word(message, MESSAGE_KIND)?;
-        Some((kind, word(message, MESSAGE_SEQUENCE)?, message.get(MESSAGE_HEADER..)?))
-    });
-    let Some((kind, answered, body)) = parts else { return Some(Err(malformed())) };
+    let Ok(Message { kind, sequence: answered, body }) = netlink::message(answer) else {
+        return Some(Err(malformed()));
+    };
     if answered != sequence {
         return None;
     }
     Some(match kind {
-        NLMSG_ERROR => {
-            let errno = word(body, 0).map_or(0, |number| number.cast_signed().wrapping_neg());
-            // It is not tracked.
-            if errno == Errno::NOENT.raw_os_error() {
-                Ok(false)
-            } else {
-                Err(io::Error::from_raw_os_error(errno))
-            }
-        }
+        // It is not tracked.
+        NLMSG_ERROR if netlink::errno(body) == Some(Errno::NOENT.raw_os_error()) => Ok(false),
+        NLMSG_ERROR => Err(netlink::errno(body).map_or_else(malformed, io::Error::from_raw_os_error)),
         ENTRY => {
             let entry = body.get(FAMILY_HEADER..).unwrap_or_default();
             let status = attributes(entry).find(|(kind, _)| *kind == CTA_STATUS);

@@ -1,18 +1,129 @@
 //! What all netlink messages have in common (netlink(7)): in the host's byte order.
 
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+/// How long to wait for the kernel's answer, which is there when the question has been sent.
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+/// Bytes of the longest answer that is understood. Most have some 100.
+const ANSWER: usize = 4096;
+
 /// Bytes of `struct nlmsghdr`, and where its fields stand.
 pub(super) const MESSAGE_HEADER: usize = 16;
-pub(super) const MESSAGE_LENGTH: usize = 0;
-pub(super) const MESSAGE_KIND: usize = 4;
-pub(super) const MESSAGE_SEQUENCE: usize = 8;
+const MESSAGE_LENGTH: usize = 0;
+const MESSAGE_KIND: usize = 4;
+const MESSAGE_SEQUENCE: usize = 8;
 /// Bytes of `struct nlattr`.
 const ATTRIBUTE_HEADER: usize = 4;
 /// The bits of an attribute's kind that are no flags (`NLA_TYPE_MASK`).
 const ATTRIBUTE_KIND: u16 = 0x3fff;
 
 /// From `linux/netlink.h`.
-pub(super) const NLM_F_REQUEST: u16 = 1;
+const NLM_F_REQUEST: u16 = 1;
 pub(super) const NLMSG_ERROR: u16 = 2;
+
+/// A socket to the kernel, in the network namespace in which it was opened. One question at a time: a question and its
+/// answer must follow each other.
+#[derive(Debug)]
+pub(super) struct Channel {
+    socket: OwnedFd,
+    /// The number of the last question.
+    sequence: u32,
+    question: Vec<u8>,
+    answer: Vec<u8>,
+}
+
+impl Channel {
+    /// Opens a socket; `NETLINK_ROUTE` is the one without a protocol, which is 0.
+    ///
+    /// # Errors
+    /// The kernel refuses, or does not know the protocol.
+    pub(super) fn open(protocol: Option<Protocol>) -> rustix::io::Result<Self> {
+        let flags = SocketFlags::CLOEXEC;
+        let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, protocol)?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
+        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
+        Ok(Self { socket, sequence: 0, question: Vec::new(), answer: vec![0; ANSWER] })
+    }
+
+    /// Sends the question that `write` makes under the number that it is given, and waits for the answer, from which `read`
+    /// takes what is wanted, or nothing, if it answers another question.
+    ///
+    /// # Errors
+    /// The socket fails; `EAGAIN` after [`PATIENCE`].
+    pub(super) fn ask<T>(
+        &mut self,
+        write: impl FnOnce(&mut Vec<u8>, u32),
+        read: impl Fn(&[u8], u32) -> Option<T>,
+    ) -> rustix::io::Result<T> {
+        self.sequence = self.sequence.wrapping_add(1);
+        write(&mut self.question, self.sequence);
+        // A netlink socket that is not connected sends to the kernel.
+        rustix::io::retry_on_intr(|| rustix::net::send(&self.socket, &self.question, SendFlags::empty()))?;
+        loop {
+            let (length, _) = rustix::io::retry_on_intr(|| {
+                rustix::net::recv(&self.socket, self.answer.as_mut_slice(), RecvFlags::empty())
+            })?;
+            // What was waited for in vain may come later: then it is passed over.
+            if let Some(wanted) = read(self.answer.get(..length).unwrap_or_default(), self.sequence) {
+                return Ok(wanted);
+            }
+        }
+    }
+}
+
+/// Begins a question: its header, but for the length.
+pub(super) fn begin(question: &mut Vec<u8>, kind: u16, sequence: u32) {
+    question.clear();
+    // The length, once it is known.
+    question.extend([0; 4]);
+    question.extend(kind.to_ne_bytes());
+    question.extend(NLM_F_REQUEST.to_ne_bytes());
+    question.extend(sequence.to_ne_bytes());
+    // The port, which the kernel chooses.
+    question.extend([0; 4]);
+}
+
+/// Ends a question: it is as long as it is.
+pub(super) fn end(question: &mut [u8]) {
+    let length = u32::try_from(question.len()).unwrap_or_default();
+    if let Some(field) = question.get_mut(MESSAGE_LENGTH..MESSAGE_KIND) {
+        field.copy_from_slice(&length.to_ne_bytes());
+    }
+}
+
+/// A message of the kernel.
+pub(super) struct Message<'a> {
+    /// Its kind.
+    pub(super) kind: u16,
+    /// The number of the question that it answers.
+    pub(super) sequence: u32,
+    /// What follows its header.
+    pub(super) body: &'a [u8],
+}
+
+/// Takes an answer apart.
+///
+/// # Errors
+/// What is wrong with it.
+pub(super) fn message(answer: &[u8]) -> Result<Message<'_>, &'static str> {
+    let length = word(answer, MESSAGE_LENGTH).and_then(|length| usize::try_from(length).ok());
+    let message = length.and_then(|length| answer.get(..length)).ok_or("it is cut short")?;
+    let parts =
+        (half_word(message, MESSAGE_KIND), word(message, MESSAGE_SEQUENCE), message.get(MESSAGE_HEADER..));
+    match parts {
+        (Some(kind), Some(sequence), Some(body)) => Ok(Message { kind, sequence, body }),
+        _ => Err("it has no header"),
+    }
+}
+
+/// The number of the error that a message of kind [`NLMSG_ERROR`] tells; `None` if it tells none.
+pub(super) fn errno(body: &[u8]) -> Option<i32> {
+    Some(word(body, 0)?.cast_signed().wrapping_neg())
+}
 
 /// Writes an attribute behind what is there of a message.
 pub(super) fn write_attribute(question: &mut Vec<u8>, kind: u16, value: &[u8]) {

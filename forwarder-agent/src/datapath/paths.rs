@@ -195,7 +195,7 @@ impl Paths {
         self.known().proven.insert(exits);
     }
 
-    /// Notes that what was sent by a exit did not arrive; tells whether that is news.
+    /// Notes that what was sent by an exit did not arrive; tells whether that is news.
     pub fn avoid(&self, exit: Exit) -> bool {
         let mut known = self.known();
         known.proven.retain(|exits| !exits.contains(&exit));

@@ -52,7 +52,7 @@ impl Pins {
         // Whoever fails before it has taken over what is there leaves it to one who does not.
         let is_left = has_links(&directory);
         let pins = Self { parent: parent.to_owned(), directory, is_left, _lock: lock };
-        if !pins.has_links() {
+        if !is_left {
             pins.clear().map_err(|source| LoadError::PinDir {
                 operation: "remove what a former agent left in",
                 path: pins.directory.clone(),

@@ -2,24 +2,17 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+use super::netlink::{Channel, PATIENCE};
 
 mod changes;
 mod message;
 
 pub use self::changes::watch;
-
-/// How long to wait for the kernel's answer, which is there when the question has been sent.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Bytes of the longest answer that is understood. That on a plain route has some 100, each encapsulation adds some.
-const ANSWER: usize = 4096;
 
 /// How the packets to a peer leave.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -111,17 +104,7 @@ pub enum LookupError {
 /// Asks the kernel for routes, in the network namespace in which it was opened.
 #[derive(Debug)]
 pub struct Routes {
-    exchange: Mutex<Exchange>,
-}
-
-/// One question at a time: a question and its answer must follow each other on the socket.
-#[derive(Debug)]
-struct Exchange {
-    socket: OwnedFd,
-    /// The number of the last question.
-    sequence: u32,
-    question: Vec<u8>,
-    answer: Vec<u8>,
+    channel: Mutex<Channel>,
 }
 
 impl Routes {
@@ -130,9 +113,8 @@ impl Routes {
     /// # Errors
     /// The kernel refuses.
     pub fn open() -> Result<Self, RouteError> {
-        let socket = open_socket().map_err(|errno| RouteError::Socket { source: errno.into() })?;
-        let exchange = Exchange { socket, sequence: 0, question: Vec::new(), answer: vec![0; ANSWER] };
-        Ok(Self { exchange: Mutex::new(exchange) })
+        let channel = Channel::open(None).map_err(|errno| RouteError::Socket { source: errno.into() })?;
+        Ok(Self { channel: Mutex::new(channel) })
     }
 
     /// How the TCP packets from `local`, an address of the node or an unspecified one, to `peer` leave. IPv4 addresses may be
@@ -153,46 +135,20 @@ impl Routes {
                 return Err(LookupError::LinkLocal);
             }
             // Whatever a panic left behind: each question has a number of its own.
-            self.exchange.lock().unwrap_or_else(PoisonError::into_inner).ask(local, peer)
+            let mut channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
+            let answer = channel.ask(
+                |question, sequence| message::write_question(question, sequence, local, peer),
+                |answer, sequence| message::read_answer(answer, sequence, peer).transpose(),
+            );
+            answer.unwrap_or_else(|errno| {
+                Err(match errno {
+                    Errno::AGAIN => LookupError::TimedOut { within: PATIENCE },
+                    errno => LookupError::Exchange { source: errno.into() },
+                })
+            })
         };
         lookup().map_err(|source| RouteError::Lookup { local, peer, source })
     }
-}
-
-impl Exchange {
-    fn ask(&mut self, local: IpAddr, peer: IpAddr) -> Result<Egress, LookupError> {
-        let failed = |errno: Errno| LookupError::Exchange { source: errno.into() };
-        self.sequence = self.sequence.wrapping_add(1);
-        message::write_question(&mut self.question, self.sequence, local, peer);
-        // A netlink socket that is not connected sends to the kernel.
-        let sent =
-            rustix::io::retry_on_intr(|| rustix::net::send(&self.socket, &self.question, SendFlags::empty()));
-        sent.map_err(failed)?;
-        loop {
-            let received = rustix::io::retry_on_intr(|| {
-                rustix::net::recv(&self.socket, self.answer.as_mut_slice(), RecvFlags::empty())
-            });
-            let length = match received {
-                Ok((length, _)) => length,
-                Err(Errno::AGAIN) => return Err(LookupError::TimedOut { within: PATIENCE }),
-                Err(errno) => return Err(failed(errno)),
-            };
-            let answer = self.answer.get(..length).unwrap_or_default();
-            // What was waited for in vain may come later: then it is passed over.
-            if let Some(egress) = message::read_answer(answer, self.sequence, peer)? {
-                return Ok(egress);
-            }
-        }
-    }
-}
-
-fn open_socket() -> rustix::io::Result<OwnedFd> {
-    // Without a protocol: `NETLINK_ROUTE` is 0.
-    let socket =
-        rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
-    set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
-    set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
-    Ok(socket)
 }
 
 #[cfg(test)]

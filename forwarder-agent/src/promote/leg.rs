@@ -5,15 +5,13 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
+use forwarder_common::translate::NANOSECONDS_PER_TICK;
 use socket2::{SockAddr, SockRef};
 
 use crate::datapath::monotonic;
 
 /// How often a consistent snapshot is tried for: bytes may arrive between two system calls.
 const ATTEMPTS: usize = 64;
-
-/// One tick of the timestamp clock (`TCP_TS_HZ`).
-const NANOSECONDS_PER_TICK: u64 = 1_000_000;
 
 /// The queues that `TCP_REPAIR_QUEUE` chooses from (`linux/tcp.h`).
 const RECEIVE_QUEUE: libc::c_int = 1;

@@ -6,10 +6,7 @@ use std::net::IpAddr;
 
 use forwarder_common::packet::PROTOCOL_TCP;
 
-use super::super::netlink::{
-    MESSAGE_HEADER, MESSAGE_KIND, MESSAGE_LENGTH, MESSAGE_SEQUENCE, NLM_F_REQUEST, NLMSG_ERROR, attributes,
-    half_word, word, write_attribute,
-};
+use super::super::netlink::{self, Message, NLMSG_ERROR, attributes, word, write_attribute};
 use super::{Egress, LookupError};
 
 /// Bytes of `struct rtmsg`, and where the route's type stands in it.
@@ -36,14 +33,7 @@ const AF_INET6: u8 = 10;
 
 /// Writes the question for the route of TCP packets between two addresses of the same family.
 pub(super) fn write_question(question: &mut Vec<u8>, sequence: u32, local: IpAddr, peer: IpAddr) {
-    question.clear();
-    // The length, once it is known.
-    question.extend([0; 4]);
-    question.extend(RTM_GETROUTE.to_ne_bytes());
-    question.extend(NLM_F_REQUEST.to_ne_bytes());
-    question.extend(sequence.to_ne_bytes());
-    // The port, which the kernel chooses.
-    question.extend([0; 4]);
+    netlink::begin(question, RTM_GETROUTE, sequence);
     let (family, bits) = if peer.is_ipv4() { (AF_INET, 32) } else { (AF_INET6, 128) };
     let source_bits = if local.is_unspecified() { 0 } else { bits };
     question.extend([family, bits, source_bits, 0, 0, 0, 0, 0]);
@@ -55,10 +45,7 @@ pub(super) fn write_question(question: &mut Vec<u8>, sequence: u32, local: IpAdd
     }
     // Rules may be for TCP alone.
     write_attribute(question, RTA_IP_PROTO, &[PROTOCOL_TCP]);
-    let length = u32::try_from(question.len()).unwrap_or_default();
-    if let Some(field) = question.get_mut(MESSAGE_LENGTH..MESSAGE_KIND) {
-        field.copy_from_slice(&length.to_ne_bytes());
-    }
+    netlink::end(question);
 }
 
 fn write_address(question: &mut Vec<u8>, kind: u16, address: IpAddr) {
@@ -71,20 +58,14 @@ fn write_address(question: &mut Vec<u8>, kind: u16, address: IpAddr) {
 /// What the answer to the question `sequence` for the route to `peer` says; `None` if it answers another question.
 pub(super) fn read_answer(answer: &[u8], sequence: u32, peer: IpAddr) -> Result<Option<Egress>, LookupError> {
     let malformed = |what| LookupError::Malformed { what };
-    let length = word(answer, MESSAGE_LENGTH).and_then(|length| usize::try_from(length).ok());
-    let message = length.and_then(|length| answer.get(..length)).ok_or(malformed("it is cut short"))?;
-    let (Some(kind), Some(answered), Some(body)) =
-        (half_word(message, MESSAGE_KIND), word(message, MESSAGE_SEQUENCE), message.get(MESSAGE_HEADER..))
-    else {
-        return Err(malformed("it has no header"));
-    };
+    let Message { kind, sequence: answered, body } = netlink::message(answer).map_err(malformed)?;
     if answered != sequence {
         return Ok(None);
     }
     match kind {
         NLMSG_ERROR => {
-            let errno = word(body, 0).ok_or(malformed("the error has no number"))?.cast_signed();
-            Err(LookupError::Refused { source: io::Error::from_raw_os_error(errno.wrapping_neg()) })
+            let errno = netlink::errno(body).ok_or(malformed("the error has no number"))?;
+            Err(LookupError::Refused { source: io::Error::from_raw_os_error(errno) })
         }
         RTM_NEWROUTE => read_route(body, peer).map(Some),
         _ => Err(malformed("it is neither a route nor an error")),
@@ -135,6 +116,7 @@ mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;
 
+    use super::super::super::netlink::MESSAGE_HEADER;
     use super::*;
 
     const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
