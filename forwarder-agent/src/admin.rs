@@ -7,9 +7,11 @@
 //! | `GET /metrics` | OpenMetrics text |
 //! | `GET /v1/state` | listeners, routes, endpoints and problems, as [`crate::view::State`] |
 //! | `GET /v1/connections` | open connections, as [`ConnectionList`]; see below |
+//! | `GET /v1/datapath` | which of the kernel's tiers take new connections, as [`DatapathTiers`] |
+//! | `POST /v1/datapath` | switches tiers, as JSON says, such as `{"sockmap": false}` ([`TierSwitches`]); answers as above |
 //! | `POST /v1/connections/reset` | resets connections: `{"reset": 3}`; see below |
 //!
-//! Both of the last take a [`Selector`]: the first as parameters of the query, such as
+//! Those about connections take a [`Selector`]: the first as parameters of the query, such as
 //! `?listener=default/gw/a&idleLongerThan=1h`, all optional, with `limit` for how many are listed at most; the second as
 //! JSON with `Content-Type: application/json` (which a page in a browser cannot send here unasked), and not an empty one:
 //! `{"all": true}` means all. A selector that cannot be used is answered with 400 and a sentence.
@@ -29,7 +31,7 @@ use tokio::net::TcpListener;
 
 use crate::agent::Shared;
 use crate::metrics;
-use crate::view::{ConnectionList, ResetReport, Selector};
+use crate::view::{ConnectionList, DatapathTiers, ResetReport, Selector, TierSwitches};
 
 /// An admin endpoint that could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +62,7 @@ pub async fn open(
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics_text))
         .route("/v1/state", get(state))
+        .route("/v1/datapath", get(datapath).post(switch))
         .route("/v1/connections", get(connections))
         .route("/v1/connections/reset", post(reset_connections))
         .with_state(Arc::new(Context { shared, registry }));
@@ -94,11 +97,29 @@ async fn state(Extract(context): Extract<Arc<Context>>) -> Response {
     axum::Json(context.shared.state()).into_response()
 }
 
+async fn datapath(Extract(context): Extract<Arc<Context>>) -> axum::Json<DatapathTiers> {
+    axum::Json(context.shared.tiers())
+}
+
+async fn switch(
+    Extract(context): Extract<Arc<Context>>,
+    switches: Result<axum::Json<TierSwitches>, JsonRejection>,
+) -> Result<axum::Json<DatapathTiers>, Refusal> {
+    let axum::Json(switches) = switches.map_err(|rejection| Refusal::json("switch", rejection))?;
+    for (tier, is_on) in switches.named() {
+        if context.shared.switches.set(tier, is_on) {
+            tracing::info!(tier = tier.as_str(), is_on, "a tier was switched, as an operator asked");
+        }
+    }
+    Ok(axum::Json(context.shared.tiers()))
+}
+
 async fn connections(
     Extract(context): Extract<Arc<Context>>,
     RawQuery(query): RawQuery,
 ) -> Result<axum::Json<ConnectionList>, Refusal> {
-    let (selector, limit) = parse_query(query.as_deref().unwrap_or_default()).map_err(Refusal::bad)?;
+    let (selector, limit) = parse_query(query.as_deref().unwrap_or_default())
+        .map_err(|reason| Refusal::bad("selector", reason))?;
     Ok(axum::Json(context.shared.connections.list(selector, limit).await))
 }
 
@@ -106,15 +127,9 @@ async fn reset_connections(
     Extract(context): Extract<Arc<Context>>,
     selector: Result<axum::Json<Selector>, JsonRejection>,
 ) -> Result<axum::Json<ResetReport>, Refusal> {
-    let axum::Json(selector) = selector.map_err(|rejection| match rejection {
-        JsonRejection::MissingJsonContentType(_) => Refusal(
-            StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            "a selector is JSON: send it with `Content-Type: application/json`".to_owned(),
-        ),
-        rejection => Refusal::bad(rejection.body_text()),
-    })?;
+    let axum::Json(selector) = selector.map_err(|rejection| Refusal::json("selector", rejection))?;
     if selector.is_empty() {
-        return Err(Refusal::bad("it is empty: name what to reset, or set `all`"));
+        return Err(Refusal::bad("selector", "it is empty: name what to reset, or set `all`"));
     }
     let report = context.shared.connections.reset(selector.clone()).await;
     tracing::info!(
@@ -130,8 +145,19 @@ async fn reset_connections(
 struct Refusal(StatusCode, String);
 
 impl Refusal {
-    fn bad(reason: impl std::fmt::Display) -> Self {
-        Self(StatusCode::BAD_REQUEST, format!("the selector cannot be used: {reason}"))
+    fn bad(what: &str, reason: impl std::fmt::Display) -> Self {
+        Self(StatusCode::BAD_REQUEST, format!("the {what} cannot be used: {reason}"))
+    }
+
+    /// Of a body that is not the JSON that it should be.
+    fn json(what: &str, rejection: JsonRejection) -> Self {
+        match rejection {
+            JsonRejection::MissingJsonContentType(_) => Self(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                format!("a {what} is JSON: send it with `Content-Type: application/json`"),
+            ),
+            rejection => Self::bad(what, rejection.body_text()),
+        }
     }
 }
 

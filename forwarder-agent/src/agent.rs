@@ -2,16 +2,19 @@
 
 mod kernel;
 mod leaving;
+mod sockmap;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use forwarder_common::sockmap::STREAMS_CAPACITY;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::SignalKind;
 use tokio::sync::watch;
 
-use self::kernel::{Kernel, find_listener, inherit};
+use self::kernel::{Kernel, find_listener, inherit, promote_after};
 use self::leaving::{Leaving, Signals};
+use self::sockmap::SockmapTier;
 use crate::admin::{self, AdminError};
 use crate::counters::{ListenerCounters, PerWorker, WorkerCounters};
 use crate::datapath::interfaces::{Interface, smallest_mtu};
@@ -22,16 +25,21 @@ use crate::model::ListenerSettings;
 use crate::pairs::Promoter;
 use crate::problem::{Problem, Reason};
 use crate::reconciler::{InForce, Reconciler, SocketState};
+use crate::relay::Tier;
 use crate::report::{InputProblems, Report};
 use crate::resolve::{self, ResolveSettings, Resolved};
 use crate::segment_size::SegmentSize;
 use crate::settings::Settings;
+use crate::sockmap::{SockmapPairs, SockmapSettings};
 use crate::source::{self, FileSource, Loaded};
 use crate::status::{self, BindFailure, Statuses};
+use crate::switches::Switches;
 use crate::upstream::ConnectSettings;
-use crate::view;
+use crate::view::{self, DatapathTiers, TierState, TierView};
 use crate::worker::{WorkerSettings, Workers};
 use crate::{metrics, reconciler};
+
+pub use self::sockmap::SockmapCell;
 
 /// How often listeners that could not be bound are tried again.
 const BIND_RETRY: Duration = Duration::from_secs(1);
@@ -59,6 +67,8 @@ pub struct Shared {
     pub worker_counters: Arc<PerWorker<WorkerCounters>>,
     /// The connections that are open.
     pub connections: LiveConnections,
+    /// Which of the kernel's tiers take connections.
+    pub switches: Arc<Switches>,
 }
 
 impl Shared {
@@ -82,6 +92,38 @@ impl Shared {
         drop(report);
         let failures = self.in_force().bind_failures();
         failures.iter().map(|failure| format!("listener {}: {}", failure.listener, failure.message)).collect()
+    }
+
+    /// The tiers that take connections into the kernel.
+    pub fn tiers(&self) -> DatapathTiers {
+        let (tc_error, sockmap_error) = {
+            let report = self.report();
+            (report.datapath.error.clone(), report.datapath.sockmap_error.clone())
+        };
+        let (pairs, sockmap) = (&self.connections.pairs, self.connections.sockmap.get());
+        let state = |tier, is_available: Option<bool>| match is_available {
+            None => TierState::Unused,
+            Some(false) => TierState::Unavailable,
+            Some(true) if self.switches.is_on(tier) => TierState::On,
+            Some(true) => TierState::Off,
+        };
+        let has_tc = pairs.is_some().then_some(true).or(tc_error.is_some().then_some(false));
+        DatapathTiers {
+            tiers: vec![
+                TierView {
+                    tier: Tier::Tc,
+                    state: state(Tier::Tc, has_tc),
+                    connections: pairs.as_ref().map_or(0, |pairs| pairs.count()),
+                    reason: tc_error,
+                },
+                TierView {
+                    tier: Tier::Sockmap,
+                    state: state(Tier::Sockmap, sockmap.map(Result::is_ok)),
+                    connections: self.connections.sockmap().map_or(0, SockmapPairs::count),
+                    reason: sockmap_error,
+                },
+            ],
+        }
     }
 
     /// The state, for people and programs.
@@ -189,6 +231,12 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
     if let (Some(interfaces), Some(_)) = (&kernel.interfaces, &kernel.promoter) {
         segment_size.set_mtu(smallest_mtu(&interfaces.borrow()));
     }
+    let sockmap = Arc::new(SockmapTier::new(SockmapSettings {
+        memory: settings.sockmap_memory,
+        pairs: settings.max_pairs.min(STREAMS_CAPACITY / 2),
+        slot: settings.workers + 1,
+    }));
+    let switches = Arc::<Switches>::default();
     let worker_settings = WorkerSettings {
         connect: ConnectSettings {
             source_addresses: settings.source_addresses.clone(),
@@ -199,6 +247,9 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         },
         max_connections: max_connections(raise_file_limit()),
         promoter: kernel.promoter.clone(),
+        sockmap: Arc::clone(&sockmap.cell),
+        switches: Arc::clone(&switches),
+        promote_after: promote_after(&settings),
     };
     let workers = Workers::start(settings.workers, worker_settings)?;
     let shared = Arc::new(Shared {
@@ -208,7 +259,9 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         connections: LiveConnections {
             workers: workers.connections(),
             pairs: kernel.promoter.as_ref().map(|promoter| Arc::clone(&promoter.pairs)),
+            sockmap: Arc::clone(&sockmap.cell),
         },
+        switches,
     });
     let pairs_thread = match &kernel.promoter {
         Some(promoter) => {
@@ -237,13 +290,14 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         resolver: Resolver::new(settings.controller_name, settings.listener_defaults),
         in_force: None,
         promoter: kernel.promoter.clone(),
+        sockmap: Arc::clone(&sockmap),
         segment_size,
     };
     let signal = tokio::select! {
         () = control.follow(loaded, kernel.interfaces, kernel.routes) => SignalKind::terminate(),
         signal = signals.next() => signal,
     };
-    let leaving = Leaving { signal, promoter: kernel.promoter, window: settings.drain_timeout };
+    let leaving = Leaving { signal, promoter: kernel.promoter, sockmap, window: settings.drain_timeout };
     leaving.end(&mut signals, control.reconciler, &shared).await;
     if let (Some(pairs), Some(thread)) = (&shared.connections.pairs, pairs_thread) {
         pairs.stop();
@@ -260,6 +314,7 @@ struct Control {
     shared: Arc<Shared>,
     resolver: Resolver,
     promoter: Option<Arc<Promoter>>,
+    sockmap: Arc<SockmapTier>,
     segment_size: Arc<SegmentSize>,
     /// What was loaded and put into force last.
     in_force: Option<(Arc<Loaded>, Resolution)>,
@@ -344,6 +399,9 @@ impl Control {
 
     async fn put_into_force(&self, started: Instant) {
         let Some((_, Resolution { resolved, problems })) = &self.in_force else { return };
+        if let Some(reason) = self.sockmap.start_if_wanted(&resolved.table).await {
+            self.shared.report().datapath.sockmap_error = Some(reason);
+        }
         self.reconciler.apply(&resolved.table).await;
         self.reconciler.remove_former_listeners();
         self.shared.report().updates.full += 1;

@@ -1,8 +1,10 @@
 //! One accepted connection: chosen a backend, connected, relayed, promoted where that is possible, recorded.
 
+mod insertion;
 pub(crate) mod listing;
 mod promotion;
 mod relaying;
+mod tail;
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -289,12 +291,12 @@ async fn carry(
     connection: &Connection,
 ) -> Option<End> {
     let tier = match datapath {
-        Datapath::Auto | Datapath::Splice | Datapath::Tc => Tier::Splice,
+        Datapath::Auto | Datapath::Splice | Datapath::Tc | Datapath::Sockmap => Tier::Splice,
         Datapath::Copy => Tier::Copy,
     };
     let mut relay = Relay::new(tier);
     match datapath {
-        Datapath::Auto | Datapath::Tc => {
+        Datapath::Auto | Datapath::Tc | Datapath::Sockmap => {
             promotion::carry(worker, relay, downstream, upstream, connection).await
         }
         Datapath::Splice | Datapath::Copy => {

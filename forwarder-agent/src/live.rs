@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::agent::SockmapCell;
 use crate::pairs::Pairs;
+use crate::sockmap::SockmapPairs;
 use crate::view::{ConnectionList, ResetReport, Selector};
 use crate::worker::WorkerConnections;
 
@@ -13,6 +15,8 @@ pub struct LiveConnections {
     pub workers: WorkerConnections,
     /// The connections that the kernel forwards, where it does.
     pub pairs: Option<Arc<Pairs>>,
+    /// The connections whose sockets the kernel joins, where it does.
+    pub sockmap: SockmapCell,
 }
 
 impl LiveConnections {
@@ -22,17 +26,24 @@ impl LiveConnections {
         let of_workers = self.workers.list(&selector).await;
         let mut found: Vec<_> = of_workers.answers.into_iter().flatten().collect();
         found.extend(self.pairs.iter().flat_map(|pairs| pairs.list(&selector)));
+        found.extend(self.sockmap().into_iter().flat_map(|pairs| pairs.list(&selector)));
         // Thousands take a while to sort: health checks are answered meanwhile.
         let sorted =
             tokio::task::spawn_blocking(move || ConnectionList::new(found, limit, of_workers.unanswered));
         sorted.await.expect("sorting and adding up do not panic")
     }
 
+    /// The pairs of tier `sockmap`, where there are.
+    pub fn sockmap(&self) -> Option<&SockmapPairs> {
+        self.sockmap.get()?.as_deref().ok()
+    }
+
     /// Resets both sides of the connections that match.
     pub async fn reset(&self, selector: Selector) -> ResetReport {
         let selector = Arc::new(selector);
         let of_workers = self.workers.reset(&selector).await;
-        let of_kernel = self.pairs.iter().map(|pairs| pairs.reset_matching(&selector)).sum::<usize>();
+        let of_kernel = self.pairs.iter().map(|pairs| pairs.reset_matching(&selector)).sum::<usize>()
+            + self.sockmap().map_or(0, |pairs| pairs.reset_matching(&selector));
         let reset = of_workers.answers.into_iter().sum::<usize>() + of_kernel;
         ResetReport { reset, unanswered: of_workers.unanswered }
     }

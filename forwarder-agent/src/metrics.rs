@@ -339,14 +339,57 @@ fn encode_promotions(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fm
         let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
         counter(&mut metric, [], counters.sum(field))?;
     }
-    let Some(pairs) = &shared.connections.pairs else { return Ok(()) };
-    let mut metric = encoder.encode_descriptor(
-        "forwarder_pairs",
-        "Connections that the kernel forwards, those that have just ended included",
+    if let Some(pairs) = &shared.connections.pairs {
+        let mut metric = encoder.encode_descriptor(
+            "forwarder_pairs",
+            "Connections that the kernel forwards, those that have just ended included",
+            None,
+            MetricType::Gauge,
+        )?;
+        gauge(&mut metric, [], pairs.count() as u64)?;
+    }
+    encode_sockmap(encoder, shared)
+}
+
+fn encode_sockmap(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::Result {
+    let mut up = encoder.encode_descriptor(
+        "forwarder_tier_on",
+        "Whether a tier takes new connections, as far as it was not switched off",
         None,
         MetricType::Gauge,
     )?;
-    gauge(&mut metric, [], pairs.count() as u64)
+    for tier in [Tier::Tc, Tier::Sockmap] {
+        gauge(&mut up, [("tier", tier.as_str())], u64::from(shared.switches.is_on(tier)))?;
+    }
+    let Some(pairs) = shared.connections.sockmap() else { return Ok(()) };
+    for (name, help, value) in [
+        ("forwarder_sockmap_pairs", "Connections whose sockets the kernel joins", pairs.count() as u64),
+        (
+            "forwarder_sockmap_reserved_bytes",
+            "Memory that the kernel may hold for these connections",
+            pairs.reserved_memory(),
+        ),
+    ] {
+        let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        gauge(&mut metric, [], value)?;
+    }
+    let mut stalled = encoder.encode_descriptor(
+        "forwarder_sockmap_stalled",
+        "Such connections that were reset since bytes did not arrive",
+        None,
+        MetricType::Counter,
+    )?;
+    counter(&mut stalled, [], pairs.stalled())?;
+    let mut verdicts = encoder.encode_descriptor(
+        "forwarder_sockmap_verdicts",
+        "Segments that these sockets received, by what the eBPF program made of them",
+        None,
+        MetricType::Counter,
+    )?;
+    for (verdict, count) in pairs.sockmap().verdicts().unwrap_or_default() {
+        counter(&mut verdicts, [("verdict", verdict.as_str())], count)?;
+    }
+    Ok(())
 }
 
 fn encode_control(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::Result {

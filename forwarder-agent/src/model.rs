@@ -117,6 +117,9 @@ pub enum Datapath {
     /// Packets are translated and redirected by the kernel, once a connection has moved some bytes or lasted a while; until
     /// then, and where that cannot be done, as `splice`.
     Tc,
+    /// What one socket receives the kernel sends by the other, from the same time on; until then, and where that cannot be
+    /// done, as `splice`.
+    Sockmap,
 }
 
 impl Datapath {
@@ -125,6 +128,7 @@ impl Datapath {
         match self {
             Self::Auto => "auto",
             Self::Tc => "tc",
+            Self::Sockmap => "sockmap",
             Self::Splice => "splice",
             Self::Copy => "copy",
         }

@@ -41,7 +41,7 @@ const PROBES: u32 = 6;
 const RESET_AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(1)];
 
 /// When a connection is promoted: whichever comes first.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct PromoteAfter {
     /// After it has moved so many bytes.
     pub bytes: Option<u64>,
@@ -57,8 +57,6 @@ pub struct Promoter {
     pub grace: Grace,
     /// Where a pair lives then.
     pub pairs: Arc<Pairs>,
-    /// When.
-    pub after: PromoteAfter,
 }
 
 /// Settings of promoted pairs.
@@ -159,7 +157,11 @@ impl Pairs {
     }
 
     /// Looks after a pair from now on; `record` is that of its connection, if it is known.
-    pub(crate) fn add(&self, pair: &JoinedPair, record: Option<Record>) {
+    pub(crate) fn add(&self, pair: &JoinedPair, mut record: Option<Record>) {
+        if let Some(record) = &mut record {
+            // Only one thread may add to one counter.
+            record.slot = self.settings.slot;
+        }
         let mut entry = Entry {
             bytes: record.as_ref().map_or([0; 2], |record| [record.received, record.sent]),
             is_counted: record.is_some(),

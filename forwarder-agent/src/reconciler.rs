@@ -385,7 +385,6 @@ mod tests {
     use crate::datapath::fake::{Fake, Told};
     use crate::manifests::NamespacedName;
     use crate::model::{Backend, BindAddress, Datapath, ListenerName, ListenerSettings, OnRemoval, Route};
-    use crate::upstream::ConnectSettings;
     use crate::worker::WorkerSettings;
 
     fn port(number: u16) -> NonZeroU16 {
@@ -430,8 +429,7 @@ mod tests {
     fn reconciler(refuses: bool) -> (Reconciler, Arc<Mutex<Told>>) {
         let told = Arc::default();
         let fake = Fake { told: Arc::clone(&told), refuses };
-        let settings =
-            WorkerSettings { connect: ConnectSettings::default(), max_connections: 100, promoter: None };
+        let settings = WorkerSettings { max_connections: 100, ..WorkerSettings::default() };
         let workers = Workers::start(2, settings).unwrap();
         let in_force = Arc::new(Mutex::new(InForce::new(Some(Box::new(fake)))));
         (Reconciler::new(workers, ListenSettings::default(), in_force), told)

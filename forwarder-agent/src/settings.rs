@@ -45,6 +45,11 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_MAX_PAIRS", value_name = "N")]
     pub max_pairs: Option<u32>,
 
+    /// How much memory the kernel may hold for connections of tier `sockmap`; more of them stay in userspace
+    /// [default: 256MiB]
+    #[arg(long, env = "FORWARDER_SOCKMAP_MEMORY", value_name = "BYTES")]
+    pub sockmap_memory: Option<BytesText>,
+
     /// How long after the agent's end new connections are held back for its successor, instead of being refused; 0 is off
     /// [default: 30s]
     #[arg(long, env = "FORWARDER_HOLD", value_name = "DURATION")]
@@ -169,6 +174,24 @@ impl<'de> Deserialize<'de> for PromoteAfter {
     }
 }
 
+/// A number of bytes as people write it: `512KiB`, `256MiB`, `1GiB`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct BytesText(pub u64);
+
+impl std::str::FromStr for BytesText {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        bytes(text).map(Self).ok_or_else(|| format!("`{text}` is not a number of bytes such as `256MiB`"))
+    }
+}
+
+impl<'de> Deserialize<'de> for BytesText {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 /// A duration as people write it: `90s`, `1h 30m`, or `0`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct DurationText(pub Duration);
@@ -211,6 +234,8 @@ pub struct Settings {
     pub egress: Egress,
     /// How many of them the kernel may forward at once.
     pub max_pairs: u32,
+    /// How many bytes of memory the kernel may hold for connections of tier `sockmap`.
+    pub sockmap_memory: u64,
     /// For how long after the agent's end new connections are held back.
     pub hold: Duration,
     /// What listeners have where their Gateway says nothing else.
@@ -286,6 +311,7 @@ impl Options {
             promote_after: self.promote_after.or(other.promote_after),
             egress: self.egress.or(other.egress),
             max_pairs: self.max_pairs.or(other.max_pairs),
+            sockmap_memory: self.sockmap_memory.or(other.sockmap_memory),
             hold: self.hold.or(other.hold),
             pin_dir: self.pin_dir.or(other.pin_dir),
             workers: self.workers.or(other.workers),
@@ -360,6 +386,7 @@ impl Options {
             promote_after: self.promote_after.unwrap_or(PROMOTE_AFTER),
             egress: self.egress.unwrap_or_default(),
             max_pairs: self.max_pairs.unwrap_or(PAIRS_CAPACITY).max(1),
+            sockmap_memory: self.sockmap_memory.map_or(SOCKMAP_MEMORY, |text| text.0),
             hold: or_default(self.hold, Duration::from_secs(30)),
             listener_defaults,
             keepalive: off_if_zero(or_default(self.keepalive, Duration::from_mins(1))),
@@ -375,6 +402,9 @@ pub const PROMOTE_AFTER: PromoteAfter =
 
 /// How long connections may go on by default after what they relied on was removed, where they are drained.
 pub const REMOVAL_DRAIN: Duration = Duration::from_secs(30);
+
+/// How many bytes of memory the kernel may hold for connections of tier `sockmap` by default.
+pub const SOCKMAP_MEMORY: u64 = 256 << 20;
 
 /// Where the admin endpoint is by default.
 pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9902);

@@ -3,6 +3,7 @@
 
 mod connection;
 mod selector;
+mod tiers;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -13,6 +14,7 @@ use crate::status::Statuses;
 
 pub use self::connection::{ConnectionList, ConnectionState, ConnectionTotals, ConnectionView, ResetReport};
 pub use self::selector::{Peer, Selector};
+pub use self::tiers::{DatapathTiers, TierState, TierSwitches, TierView};
 
 /// The state of an agent, or what the state would be for a folder of manifests.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -112,6 +114,9 @@ pub struct DatapathView {
     /// Why not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Why tier `sockmap` does not work.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sockmap_error: Option<String>,
     /// The interfaces that it is attached to, and how.
     pub interfaces: Vec<InterfaceView>,
 }

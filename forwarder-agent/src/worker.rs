@@ -22,12 +22,14 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep};
 
+use crate::agent::SockmapCell;
 use crate::connection::{self, Connection, Order};
 use crate::counters::{End, PerWorker, WorkerCounters};
 use crate::datapath::ListenerId;
 use crate::listener::BoundListener;
-use crate::pairs::Promoter;
+use crate::pairs::{PromoteAfter, Promoter};
 use crate::relay::Shared;
+use crate::switches::Switches;
 use crate::upstream::ConnectSettings;
 use crate::view::{ConnectionView, Selector};
 
@@ -36,7 +38,7 @@ pub use self::connections::{Answers, WorkerConnections};
 /// How often a worker looks for connections that have timed out.
 pub const SWEEP_PERIOD: Duration = Duration::from_millis(250);
 /// How often while it drains, so that closings are spread finely.
-const DRAIN_SWEEP_PERIOD: Duration = Duration::from_millis(20);
+pub(crate) const DRAIN_SWEEP_PERIOD: Duration = Duration::from_millis(20);
 /// Which part of the drain window is left for closing what has not ended by itself.
 const DRAIN_CLOSING_SHARE: f64 = 0.25;
 /// How many connections a worker accepts before it lets the ones that it has run.
@@ -44,18 +46,26 @@ const ACCEPT_BATCH: usize = 32;
 /// The first and the longest pause of accepting when descriptors have run out.
 const ACCEPT_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
 
+/// The threads beside the workers that write counters: the one of pairs at TC, and the one of tier `sockmap`.
+const KEEPERS: usize = 2;
 /// How often the event loop turns at the very end, so that connections see their last order.
 const ORDERS_TO_RUN: usize = 64;
 
 /// Settings that all workers share.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct WorkerSettings {
     /// How endpoints are connected.
     pub connect: ConnectSettings,
     /// How many connections all workers together may hold: beyond it they wait in the backlog.
     pub max_connections: usize,
-    /// What takes connections into the kernel, where that can be done.
+    /// What takes connections into the kernel at TC, where that can be done.
     pub promoter: Option<Arc<Promoter>>,
+    /// What takes them by a sockmap, where that can be done and is wanted.
+    pub sockmap: SockmapCell,
+    /// Which of the two take connections at present.
+    pub switches: Arc<Switches>,
+    /// When.
+    pub promote_after: PromoteAfter,
 }
 
 /// Something for a worker to do.
@@ -88,7 +98,7 @@ impl Workers {
         let (commands, receivers): (Vec<_>, Vec<_>) =
             (0..count).map(|_| mpsc::unbounded_channel::<Command>()).unzip();
         let loads: Arc<[_]> = (0..count).map(|_| CachePadded::new(AtomicUsize::new(0))).collect();
-        let counters = Arc::new(PerWorker::new(count + 1));
+        let counters = Arc::new(PerWorker::new(count + KEEPERS));
         let mut threads = Vec::new();
         for (index, receiver) in receivers.into_iter().enumerate() {
             let (settings, loads) = (settings.clone(), Arc::clone(&loads));
@@ -130,9 +140,9 @@ impl Workers {
         self.commands.len()
     }
 
-    /// How many write counters: the workers, and, in the last place, who looks after promoted pairs.
+    /// How many write counters: the workers, and, in the last places, who looks after promoted pairs of either tier.
     pub fn slots(&self) -> usize {
-        self.commands.len() + 1
+        self.commands.len() + KEEPERS
     }
 
     /// Starts to accept on `sockets`, one for each worker.
@@ -226,8 +236,9 @@ impl Worker {
     }
 
     fn is_full(&self) -> bool {
-        self.loads.iter().map(|load| load.load(Ordering::Relaxed)).sum::<usize>()
-            >= self.settings.max_connections
+        let relayed: usize = self.loads.iter().map(|load| load.load(Ordering::Relaxed)).sum();
+        let joined = self.settings.sockmap.get().and_then(|pairs| Some(pairs.as_ref().ok()?.count()));
+        relayed + joined.unwrap_or_default() >= self.settings.max_connections
     }
 
     /// The least busy other worker, where this one has clearly more connections.
@@ -353,10 +364,34 @@ async fn sweep_for_ever(worker: Rc<Worker>) {
     }
 }
 
+/// How many connections may be left when a drain has gone on for `elapsed`, of those that `remaining` at the beginning of
+/// its last part: all of them then, none at the end of the window; `None` before.
+pub(crate) fn left_of_drain(
+    elapsed: Duration,
+    window: Duration,
+    remaining: &mut Option<usize>,
+    present: usize,
+) -> Option<usize> {
+    let grace = window.mul_f64(1.0 - DRAIN_CLOSING_SHARE);
+    if elapsed < grace {
+        return None;
+    }
+    let total = *remaining.get_or_insert(present);
+    let left = window.saturating_sub(elapsed).as_secs_f64()
+        / window.saturating_sub(grace).as_secs_f64().max(f64::MIN_POSITIVE);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_precision_loss,
+        clippy::cast_sign_loss,
+        reason = "a share of a count of connections"
+    )]
+    let keep = (total as f64 * left) as usize;
+    Some(keep)
+}
+
 /// Waits for connections to end, and ends the remainder one after the other in the last part of the window.
 async fn drain(worker: Rc<Worker>, window: Duration, done: oneshot::Sender<()>) {
     let start = Instant::now();
-    let grace = window.mul_f64(1.0 - DRAIN_CLOSING_SHARE);
     let mut remaining = None;
     loop {
         sleep(DRAIN_SWEEP_PERIOD.min(window)).await;
@@ -364,21 +399,9 @@ async fn drain(worker: Rc<Worker>, window: Duration, done: oneshot::Sender<()>) 
         if connections.is_empty() {
             break;
         }
-        let elapsed = start.elapsed();
-        if elapsed < grace {
+        let Some(keep) = left_of_drain(start.elapsed(), window, &mut remaining, connections.len()) else {
             continue;
-        }
-        let total = *remaining.get_or_insert(connections.len());
-        // How many should be left by now: all of them at the end of the grace, none at the end of the window.
-        let left = window.saturating_sub(elapsed).as_secs_f64()
-            / window.saturating_sub(grace).as_secs_f64().max(f64::MIN_POSITIVE);
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_precision_loss,
-            clippy::cast_sign_loss,
-            reason = "a share of a count of connections"
-        )]
-        let keep = (total as f64 * left) as usize;
+        };
         let surplus = connections.len().saturating_sub(keep);
         for (_, connection) in connections.iter().take(surplus) {
             connection.order(Order::End(End::Drained));

@@ -13,6 +13,7 @@ pub mod flow;
 pub mod icmp;
 pub mod layout;
 pub mod packet;
+pub mod sockmap;
 pub mod translate;
 pub mod verdict;
 

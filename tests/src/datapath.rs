@@ -9,10 +9,12 @@ use crate::agent::{Agent, AgentCommand};
 use crate::wait::wait_for;
 
 /// What such tests go through unless `FORWARDER_TEST_DATAPATHS`, separated by commas, names others.
-const USUAL: [Datapath; 2] = [Datapath("splice"), Datapath("tc")];
-/// When tier `tc` takes a connection over, unless `FORWARDER_TEST_TC_ARGUMENTS` says something else: early, since
+const USUAL: [Datapath; 3] = [Datapath("splice"), Datapath("tc"), Datapath("sockmap")];
+/// When the kernel takes a connection over, unless `FORWARDER_TEST_PROMOTION` says something else: early, since
 /// conversations are short.
-const TC_ARGUMENTS: &str = "--promote-after 16KiB,250ms";
+const PROMOTION: &str = "--promote-after 16KiB,250ms";
+/// For many connections at once, and large ones, all of which tier `sockmap` is to take.
+const SOCKMAP_MEMORY: &str = "--sockmap-memory=8GiB";
 /// How long the agent may take to count what the kernel has forwarded.
 const COUNTED: Duration = Duration::from_secs(5);
 
@@ -23,41 +25,49 @@ pub struct Datapath(&'static str);
 impl Datapath {
     /// Those that tests go through.
     pub fn chosen() -> Vec<Self> {
-        let all = [Self("splice"), Self("copy"), Self("tc")];
+        let all = [Self("splice"), Self("copy"), Self("tc"), Self("sockmap")];
         env::var("FORWARDER_TEST_DATAPATHS").map_or_else(
             |_| USUAL.to_vec(),
             |names| {
                 let known = |name: &str| all.into_iter().find(|datapath| datapath.0 == name);
-                names.split(',').map(|name| known(name).expect("splice, copy or tc")).collect()
+                names.split(',').map(|name| known(name).expect("splice, copy, tc or sockmap")).collect()
             },
         )
     }
 
     /// How to start an agent that goes through it.
     pub fn agent(self) -> AgentCommand {
-        let more = env::var("FORWARDER_TEST_TC_ARGUMENTS").unwrap_or_else(|_| TC_ARGUMENTS.to_owned());
-        let more = if self.is_tc() { more.split_ascii_whitespace().collect() } else { Vec::new() };
+        let more = env::var("FORWARDER_TEST_PROMOTION").unwrap_or_else(|_| PROMOTION.to_owned());
+        let mut more: Vec<&str> =
+            if self.is_by_kernel() { more.split_ascii_whitespace().collect() } else { Vec::new() };
+        if self.0 == "sockmap" {
+            more.push(SOCKMAP_MEMORY);
+        }
         AgentCommand::new(&[&["--datapath", self.0], more.as_slice()].concat())
     }
 
     /// Whether the kernel forwards promoted connections.
-    pub fn is_tc(self) -> bool {
-        self.0 == "tc"
+    pub fn is_by_kernel(self) -> bool {
+        matches!(self.0, "tc" | "sockmap")
     }
 
-    /// Prints how many bytes each tier has forwarded; yields those of tier `tc`.
+    /// Prints how many bytes each tier has forwarded; yields those that the kernel has forwarded by itself.
     pub fn forwarded(self, agent: &Agent) -> Result<i64> {
         let tier = |tier: &'static str| {
             let metrics = agent.metrics()?;
             let names = ["forwarder_received_bytes_total", "forwarder_sent_bytes_total"];
             anyhow::Ok(names.iter().map(|name| metrics.sum(name, &[("tier", tier)])).sum::<i64>())
         };
-        let by_kernel = if self.is_tc() {
-            wait_for(COUNTED, || tier("tc").ok().filter(|&bytes| bytes > 0)).unwrap_or_default()
+        let by_kernel = if self.is_by_kernel() {
+            wait_for(COUNTED, || tier(self.0).ok().filter(|&bytes| bytes > 0)).unwrap_or_default()
         } else {
             0
         };
-        println!("{self}: {by_kernel} bytes by tc, {} by splice, {} by copy", tier("splice")?, tier("copy")?);
+        println!(
+            "{self}: {by_kernel} bytes by the kernel, {} by splice, {} by copy",
+            tier("splice")?,
+            tier("copy")?
+        );
         Ok(by_kernel)
     }
 }

@@ -18,14 +18,14 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<()> {
         return process::run(command("run").args(["--release", "--", "--help"]));
     }
     setup(Need::Bench, Mode::Install)?;
-    let object = ebpf::build()?;
-    let agent = ebpf::build_agent(Profile::Release, Some(&object))?;
+    let objects = ebpf::build()?;
+    let agent = ebpf::build_agent(Profile::Release, Some(&objects))?;
     process::run(command("build").arg("--release"))?;
     if wants_criterion(arguments) {
         let mut criterion = Command::new(workspace::cargo());
         criterion.args(["bench", "--package", "forwarder-agent", "--bench", CRITERION]);
         // What is built for it is not built anew without the object.
-        criterion.current_dir(workspace::root()).env(ebpf::OBJECT_VARIABLE, &object);
+        criterion.current_dir(workspace::root()).env(ebpf::OBJECTS_VARIABLE, &objects);
         process::run(&mut criterion)?;
     }
     let mut bench = Command::new(workspace::target_directory().join("release/bench"));

@@ -78,7 +78,7 @@ fn cargo(arguments: &[&str]) -> Result<()> {
         .current_dir(workspace::root())
         .env("RUSTDOCFLAGS", "-D warnings")
         // As in the tests, so that the agent is not built anew for each step.
-        .env(ebpf::OBJECT_VARIABLE, workspace::ebpf_object());
+        .env(ebpf::OBJECTS_VARIABLE, workspace::ebpf_objects());
     process::run(&mut command)
 }
 

@@ -10,23 +10,26 @@ use crate::process;
 use crate::toolchain::{self, Compiler};
 use crate::workspace::{self, Profile};
 
-/// The variable by which the agent's build script learns which object to embed.
-pub(crate) const OBJECT_VARIABLE: &str = "FORWARDER_EBPF_OBJECT";
+/// The variable by which the agent's build script learns where the objects to embed are.
+pub(crate) const OBJECTS_VARIABLE: &str = "FORWARDER_EBPF_OBJECTS";
 
 const TARGET: &str = "bpfel-unknown-none";
 
-/// Builds the eBPF programs and yields the object.
+/// Builds the eBPF programs and yields the folder of the objects.
 pub(crate) fn build() -> Result<PathBuf> {
     let (compiler, linker) = tools()?;
     process::run(&mut cargo(&compiler, &linker, "build", &[])).with_context(|| {
         let llvm = compiler.version.llvm;
         format!("building with {} (LLVM {llvm}) and {}", compiler.rustc.display(), linker.display())
     })?;
-    let object = workspace::ebpf_object();
-    if !object.is_file() {
-        bail!("the build left no {}", object.display());
+    let objects = workspace::ebpf_objects();
+    for name in ["forwarder", "sockmap"] {
+        let object = objects.join(name);
+        if !object.is_file() {
+            bail!("the build left no {}", object.display());
+        }
     }
-    Ok(object)
+    Ok(objects)
 }
 
 /// Lints the eBPF programs for their own target, which takes clippy of the very compiler.
@@ -43,8 +46,8 @@ pub(crate) fn clippy() -> Result<()> {
     }
 }
 
-/// Builds the agent, with the object embedded if there is one, and yields the binary.
-pub(crate) fn build_agent(profile: Profile, object: Option<&Path>) -> Result<PathBuf> {
+/// Builds the agent, with the objects of a folder embedded if there is one, and yields the binary.
+pub(crate) fn build_agent(profile: Profile, objects: Option<&Path>) -> Result<PathBuf> {
     let mut command = Command::new(workspace::cargo());
     command.args(["build", "--package", "forwarder-agent"]).current_dir(workspace::root());
     match profile {
@@ -53,8 +56,8 @@ pub(crate) fn build_agent(profile: Profile, object: Option<&Path>) -> Result<Pat
             command.arg("--release");
         }
     }
-    if let Some(object) = object {
-        command.env(OBJECT_VARIABLE, object);
+    if let Some(objects) = objects {
+        command.env(OBJECTS_VARIABLE, objects);
     }
     process::run(&mut command)?;
     Ok(workspace::agent(profile))

@@ -13,9 +13,9 @@ use crate::{ebpf, process};
 /// Installs what tests need, builds everything, and runs the tests that match.
 pub(crate) fn test(package: Option<&str>, filters: &[OsString]) -> Result<()> {
     setup(Need::Test, Mode::Install)?;
-    let object = ebpf::build()?;
+    let objects = ebpf::build()?;
     // Integration tests put load on the agent: it is the one that users run.
-    let agent = ebpf::build_agent(Profile::Release, Some(&object))?;
+    let agent = ebpf::build_agent(Profile::Release, Some(&objects))?;
 
     let mut command = Command::new(workspace::cargo());
     command.arg("test").current_dir(workspace::root());
@@ -26,7 +26,7 @@ pub(crate) fn test(package: Option<&str>, filters: &[OsString]) -> Result<()> {
     if !filters.is_empty() {
         command.arg("--").args(filters);
     }
-    command.env("FORWARDER_BIN", agent).env(ebpf::OBJECT_VARIABLE, object);
+    command.env("FORWARDER_BIN", agent).env(ebpf::OBJECTS_VARIABLE, objects);
     if process::is_root() || env::var_os("CI").is_some() {
         // Who can make network namespaces does not skip what needs them.
         command.env("REQUIRE_NETNS", "1");

@@ -43,9 +43,9 @@ pub(crate) fn ebpf_target_directory() -> PathBuf {
     root().join("target/ebpf")
 }
 
-/// The object with the eBPF programs: the agent's build script looks here too.
-pub(crate) fn ebpf_object() -> PathBuf {
-    ebpf_target_directory().join("bpfel-unknown-none/release/forwarder")
+/// The folder of the objects with the eBPF programs: the agent's build script looks here too.
+pub(crate) fn ebpf_objects() -> PathBuf {
+    ebpf_target_directory().join("bpfel-unknown-none/release")
 }
 
 /// Where tools that `setup` builds are installed.

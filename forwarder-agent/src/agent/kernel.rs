@@ -34,7 +34,7 @@ impl Kernel {
     pub(super) async fn load(settings: &Settings) -> Self {
         let is_wanted = match settings.listener_defaults.datapath {
             DatapathChoice::Auto | DatapathChoice::Tc => true,
-            DatapathChoice::Splice | DatapathChoice::Copy => false,
+            DatapathChoice::Sockmap | DatapathChoice::Splice | DatapathChoice::Copy => false,
         };
         let options = BpfOptions {
             most_pairs: is_wanted.then_some(settings.max_pairs),
@@ -105,11 +105,14 @@ fn make_promoter(flows: Result<FlowTable, FlowTableError>, settings: &Settings) 
         slot: settings.workers,
     };
     let pairs = Pairs::new(Arc::clone(&flows), SegmentSocket::open()?, pair_settings);
+    Ok(Promoter { flows, grace: Grace::start()?, pairs: Arc::new(pairs) })
+}
+
+/// When connections are taken into the kernel, in sweeps of their workers.
+pub(super) fn promote_after(settings: &Settings) -> PromoteAfter {
     let sweeps =
         |age: Duration| u32::try_from(age.as_millis().div_ceil(SWEEP_PERIOD.as_millis())).unwrap_or(u32::MAX);
-    let after =
-        PromoteAfter { bytes: settings.promote_after.bytes, sweeps: settings.promote_after.age.map(sweeps) };
-    Ok(Promoter { flows, grace: Grace::start()?, pairs: Arc::new(pairs), after })
+    PromoteAfter { bytes: settings.promote_after.bytes, sweeps: settings.promote_after.age.map(sweeps) }
 }
 
 /// A number that rises whenever routes change.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::Shared;
+use super::sockmap::SockmapTier;
 use crate::pairs::Promoter;
 use crate::reconciler::Reconciler;
 
@@ -40,6 +41,7 @@ impl Signals {
 pub(super) struct Leaving {
     pub(super) signal: SignalKind,
     pub(super) promoter: Option<Arc<Promoter>>,
+    pub(super) sockmap: Arc<SockmapTier>,
     pub(super) window: Duration,
 }
 
@@ -50,6 +52,7 @@ impl Leaving {
     /// ones are held back for it. At SIGINT nothing is left behind.
     pub(super) async fn end(self, signals: &mut Signals, reconciler: Reconciler, shared: &Shared) {
         shared.report().draining = true;
+        self.sockmap.leave();
         let is_handing_over = self.signal == SignalKind::terminate();
         let successor = self.promoter.as_ref().filter(|_| is_handing_over);
         tracing::info!(
@@ -63,11 +66,13 @@ impl Leaving {
             tokio::time::sleep(LAST_HANDSHAKES).await;
             reconciler.promote_all();
         }
+        let drained = async { tokio::join!(reconciler.drain(self.window), self.sockmap.drain(self.window)) };
         tokio::select! {
-            () = reconciler.drain(self.window) => tracing::info!("drained"),
+            _ = drained => tracing::info!("drained"),
             _ = signals.next() => tracing::warn!("ending at once: open connections are reset"),
         }
         reconciler.into_workers().stop();
+        self.sockmap.stop();
         // Before the table of listeners is locked: who looks after the pairs locks it while the pairs are.
         let connections = successor.map_or(0, |promoter| promoter.pairs.count());
         if let (Some(promoter), None) = (&self.promoter, successor) {

@@ -4,6 +4,7 @@ mod admin;
 mod cleanup;
 mod completions;
 mod conns;
+mod datapath;
 mod explain;
 mod probe;
 mod reader;
@@ -44,6 +45,8 @@ enum Command {
     Explain(explain::ExplainArgs),
     /// List the connections that an agent keeps, or reset some of them
     Conns(conns::ConnsArgs),
+    /// Show which of the kernel's tiers take new connections, or switch one on or off
+    Datapath(datapath::DatapathArgs),
     /// Remove from the kernel what agents left there that did not end properly
     Cleanup(cleanup::CleanupArgs),
     /// Show what this kernel and these privileges allow, with the reason for each no
@@ -87,6 +90,7 @@ pub fn run() -> ExitCode {
         Command::Validate(args) => validate::run(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Conns(args) => conns::run(&args),
+        Command::Datapath(args) => datapath::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
         Command::Probe(args) => probe::run(&args),
         Command::Completions(args) => {

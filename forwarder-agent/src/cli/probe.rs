@@ -8,7 +8,7 @@ use rustix::thread::{CapabilitySet, capabilities};
 use serde::Serialize;
 
 use super::{Output, print_json, table};
-use crate::{promote, relay};
+use crate::{promote, relay, sockmap};
 
 #[derive(Args, Debug)]
 pub(crate) struct ProbeArgs {
@@ -40,6 +40,7 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
         Finding::new("tier copy", Ok("read(2) and write(2): always".to_owned())),
         Finding::new("tier splice", relay::probe_splice().map_err(|error| error.to_string())),
         Finding::new("tier tc", promote::probe()),
+        Finding::new("tier sockmap", sockmap::probe()),
         Finding::new("classifier", classifier()),
         Finding::new("low ports", low_ports()),
         Finding::new("open files", Ok(open_files())),

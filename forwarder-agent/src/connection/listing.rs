@@ -21,7 +21,7 @@ impl Connection {
         Some(ConnectionView {
             upstream_local: self.upstream_local.get().map(canonical),
             tier: match self.serving.listener.settings.datapath {
-                Datapath::Auto | Datapath::Splice | Datapath::Tc => Tier::Splice,
+                Datapath::Auto | Datapath::Splice | Datapath::Tc | Datapath::Sockmap => Tier::Splice,
                 Datapath::Copy => Tier::Copy,
             },
             state: self.state(record),

@@ -36,6 +36,23 @@ impl Relay {
         self.response.hold_end(holds);
     }
 
+    /// Has nothing more read, or goes on reading.
+    pub(super) fn hold_reads(&mut self, holds: bool) {
+        self.request.hold_reads(holds);
+        self.response.hold_reads(holds);
+    }
+
+    /// Has the bytes read and written from now on, and no longer spliced.
+    pub(super) fn copy_only(&mut self) {
+        self.request.copy_only();
+        self.response.copy_only();
+    }
+
+    /// Whether everything that was read has been written.
+    pub(super) fn is_empty(&self) -> bool {
+        self.request.is_empty() && self.response.is_empty()
+    }
+
     /// Whether everything that was read has been passed on, ends too.
     pub(super) fn is_delivered(&self) -> bool {
         [&self.request, &self.response].iter().all(|one| one.is_empty() && (one.is_open() || one.is_done()))
@@ -101,7 +118,8 @@ impl Relay {
     }
 }
 
-fn set_keepalive(upstream: &TcpStream, worker: &Worker) {
+/// Has the kernel probe an endpoint that has been silent for long.
+pub(super) fn set_keepalive(upstream: &TcpStream, worker: &Worker) {
     let Some(idle) = worker.settings().connect.keepalive else { return };
     if let Err(error) = SockRef::from(upstream).set_tcp_keepalive(&upstream::keepalive(idle)) {
         tracing::debug!(%error, "cannot set keepalive on the upstream side");

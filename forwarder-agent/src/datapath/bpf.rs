@@ -282,13 +282,17 @@ struct LoadSettings<'a> {
     most_pairs: u32,
 }
 
+/// Before 5.11 maps count as locked memory. Where raising the limit fails, so may creating the maps, with a reason.
+pub(super) fn raise_memory_limit() {
+    let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
+}
+
 /// Creates the maps and loads the classifiers.
 fn load(settings: &LoadSettings<'_>) -> Result<Ebpf, LoadError> {
     if OBJECT.is_empty() {
         return Err(LoadError::NoPrograms);
     }
-    // Before 5.11 maps count as locked memory. Where raising the limit fails, so may creating the maps, with a reason.
-    let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
+    raise_memory_limit();
     let mut loader = EbpfLoader::new();
     loader
         .override_global(aya_log::LEVEL, &settings.log_level, true)

@@ -244,7 +244,8 @@ fn table<K: Pod, V: Pod>(ebpf: &mut Ebpf, name: &str) -> Result<Table<K, V>, Loa
     typed(ebpf, name, BpfHashMap::try_from)
 }
 
-fn typed<T>(
+/// Takes a map out of what was loaded.
+pub(super) fn typed<T>(
     ebpf: &mut Ebpf,
     name: &str,
     convert: impl FnOnce(Map) -> Result<T, MapError>,

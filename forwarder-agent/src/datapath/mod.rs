@@ -3,6 +3,7 @@
 
 pub mod attach;
 pub mod bpf;
+mod btf;
 pub mod cleanup;
 mod conntrack;
 #[cfg(test)]
@@ -20,6 +21,7 @@ mod pins;
 pub mod ports;
 pub mod routes;
 pub mod segments;
+pub mod sockmap;
 pub mod stack;
 
 use std::collections::BTreeSet;

@@ -1,5 +1,4 @@
 //! Reads the state of a live connection: what it takes to join it with another.
-#![expect(unsafe_code, reason = "options of sockets that no crate offers")]
 
 use std::io;
 use std::net::SocketAddr;
@@ -8,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use forwarder_common::translate::NANOSECONDS_PER_TICK;
 use socket2::{SockAddr, SockRef};
 
+use super::tcp_info::{self, ESTABLISHED, Info, get, set, unacknowledged};
 use crate::datapath::monotonic;
 
 /// How often a consistent snapshot is tried for: bytes may arrive between two system calls.
@@ -19,14 +19,6 @@ const SEND_QUEUE: libc::c_int = 2;
 /// The values of `TCP_REPAIR`; the last one ends it without probing the peer's window.
 const REPAIR_ON: libc::c_int = 1;
 const REPAIR_OFF_WITHOUT_PROBE: libc::c_int = -1;
-
-/// States of a connection (`net/tcp_states.h`).
-const ESTABLISHED: u8 = 1;
-const TIME_WAIT: u8 = 6;
-const CLOSE: u8 = 7;
-const CLOSE_WAIT: u8 = 8;
-const LAST_ACK: u8 = 9;
-const CLOSING: u8 = 11;
 
 /// What `TCP_REPAIR_WINDOW` tells: five words, of which the second is the peer's window (`struct tcp_repair_window`).
 const REPAIR_WINDOW_LENGTH: usize = 20;
@@ -163,16 +155,8 @@ pub fn remainder(socket: impl AsFd) -> io::Result<Remainder> {
     let state = Info::read(fd)?.state;
     Ok(Remainder {
         is_empty: unacknowledged(fd)? == 0 && rustix::io::ioctl_fionread(socket)? == 0,
-        has_ended: matches!(state, CLOSE_WAIT | LAST_ACK | CLOSING | TIME_WAIT | CLOSE),
+        has_ended: tcp_info::has_ended(state),
     })
-}
-
-/// Bytes that were written to a socket and not acknowledged; an end counts as one.
-fn unacknowledged(fd: libc::c_int) -> io::Result<u32> {
-    let mut bytes: libc::c_int = 0;
-    // SAFETY: the pointer is to an integer, which is what the request writes (`tcp_ioctl`).
-    let result = unsafe { libc::ioctl(fd, libc::TIOCOUTQ, &raw mut bytes) };
-    if result == 0 { Ok(bytes.unsigned_abs()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Makes the close of `socket`, which follows, a silent one: its connection is the kernel's.
@@ -194,45 +178,6 @@ fn low_half(position: u64) -> u32 {
 /// An IPv4 address that a socket of both families shows as one of IPv6.
 fn unmapped(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
-}
-
-/// The fields of `struct tcp_info` (`linux/tcp.h`) that are of interest.
-struct Info {
-    state: u8,
-    options: u8,
-    /// The peer's scale in the low four bits, the own one in the others.
-    scales: u8,
-    segment: u32,
-    advertised_segment: u32,
-    received: u64,
-}
-
-impl Info {
-    const OPTIONS: usize = 5;
-    const SCALES: usize = 6;
-    const SEGMENT: usize = 16;
-    const ADVERTISED_SEGMENT: usize = 84;
-    const RECEIVED: usize = 128;
-    const LENGTH: usize = 136;
-
-    fn read(fd: libc::c_int) -> io::Result<Self> {
-        let bytes: [u8; Self::LENGTH] = get(fd, libc::TCP_INFO)?;
-        let mut received = [0; 8];
-        received.copy_from_slice(&bytes[Self::RECEIVED..Self::LENGTH]);
-        let word = |at: usize| {
-            let mut word = [0; 4];
-            word.copy_from_slice(&bytes[at..at + 4]);
-            u32::from_ne_bytes(word)
-        };
-        Ok(Self {
-            state: bytes[0],
-            options: bytes[Self::OPTIONS],
-            scales: bytes[Self::SCALES],
-            segment: word(Self::SEGMENT),
-            advertised_segment: word(Self::ADVERTISED_SEGMENT),
-            received: u64::from_ne_bytes(received),
-        })
-    }
 }
 
 /// What only a socket under repair tells.
@@ -288,44 +233,4 @@ fn clock(fd: libc::c_int) -> io::Result<(u32, u64)> {
         }
     }
     Err(io::Error::new(io::ErrorKind::WouldBlock, "the clock cannot be read within a millisecond"))
-}
-
-/// A plain value that every pattern of bits makes.
-trait Plain: Copy {
-    const ZERO: Self;
-}
-
-impl Plain for u32 {
-    const ZERO: Self = 0;
-}
-
-impl<const N: usize> Plain for [u8; N] {
-    const ZERO: Self = [0; N];
-}
-
-fn get<T: Plain>(fd: libc::c_int, option: libc::c_int) -> io::Result<T> {
-    let mut value = T::ZERO;
-    let mut length = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
-    // SAFETY: the pointers are to a value of the length given, of which any bits are valid, and to that length; the
-    // descriptor is open as long as the caller borrows it.
-    let result =
-        unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, option, (&raw mut value).cast(), &raw mut length) };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    if usize::try_from(length).is_ok_and(|length| length < size_of::<T>()) {
-        return Err(io::Error::new(
-            io::ErrorKind::Unsupported,
-            "the kernel tells less of a socket than needed",
-        ));
-    }
-    Ok(value)
-}
-
-fn set(fd: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
-    let length = libc::socklen_t::try_from(size_of_val(&value)).map_err(io::Error::other)?;
-    // SAFETY: the pointer is to an integer of the length given; the descriptor is open as long as the caller borrows it.
-    let result =
-        unsafe { libc::setsockopt(fd, libc::IPPROTO_TCP, option, (&raw const value).cast(), length) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

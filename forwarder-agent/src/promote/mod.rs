@@ -5,6 +5,7 @@
 pub mod leg;
 mod probe;
 mod refusal;
+pub(crate) mod tcp_info;
 
 use std::net::SocketAddr;
 

@@ -1,6 +1,6 @@
 //! Why a connection stays in userspace.
 
-/// Why a connection is not promoted to tier `tc`, at the moment or for good.
+/// Why a connection is not promoted to tier `tc` or `sockmap`, at the moment or for good.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Refusal {
     /// The programs are not loaded.
@@ -37,11 +37,21 @@ pub enum Refusal {
     Unreadable,
     /// The kernel refuses a change of the maps.
     Kernel,
+    /// The self-test of tier `sockmap` has failed.
+    SelfTest,
+    /// An operator has switched the tier off.
+    SwitchedOff,
+    /// The agent leaves, and its sockets with it.
+    Leaving,
+    /// What pairs of tier `sockmap` may hold in memory is reserved.
+    MemoryFull,
+    /// Something else handles what a socket receives, such as kernel TLS.
+    SocketInUse,
 }
 
 impl Refusal {
     /// Every one, in the order of its discriminant.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 22] = [
         Self::NoPrograms,
         Self::Families,
         Self::Timestamps,
@@ -59,6 +69,11 @@ impl Refusal {
         Self::MapFull,
         Self::Unreadable,
         Self::Kernel,
+        Self::SelfTest,
+        Self::SwitchedOff,
+        Self::Leaving,
+        Self::MemoryFull,
+        Self::SocketInUse,
     ];
 
     /// Its name in metrics and logs.
@@ -81,6 +96,11 @@ impl Refusal {
             Self::MapFull => "map_full",
             Self::Unreadable => "unreadable",
             Self::Kernel => "kernel",
+            Self::SelfTest => "self_test_failed",
+            Self::SwitchedOff => "switched_off",
+            Self::Leaving => "leaving",
+            Self::MemoryFull => "memory_full",
+            Self::SocketInUse => "socket_in_use",
         }
     }
 
@@ -94,6 +114,8 @@ impl Refusal {
             | Self::StackClosed
             | Self::MapFull
             | Self::Unreadable
+            | Self::SwitchedOff
+            | Self::MemoryFull
             | Self::Kernel => true,
             Self::NoPrograms
             | Self::Families
@@ -103,6 +125,9 @@ impl Refusal {
             | Self::SameHost
             | Self::NoEthernet
             | Self::Translated
+            | Self::SelfTest
+            | Self::Leaving
+            | Self::SocketInUse
             | Self::Ended => false,
         }
     }

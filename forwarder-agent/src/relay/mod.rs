@@ -40,11 +40,13 @@ pub enum Tier {
     Copy,
     /// Packets translated and redirected by the kernel.
     Tc,
+    /// What one socket receives sent by the other, by the kernel.
+    Sockmap,
 }
 
 impl Tier {
     /// Every tier, in the order of its discriminant.
-    pub const ALL: [Self; 3] = [Self::Splice, Self::Copy, Self::Tc];
+    pub const ALL: [Self; 4] = [Self::Splice, Self::Copy, Self::Tc, Self::Sockmap];
 
     /// Its name in metrics and logs.
     pub fn as_str(self) -> &'static str {
@@ -52,6 +54,7 @@ impl Tier {
             Self::Splice => "splice",
             Self::Copy => "copy",
             Self::Tc => "tc",
+            Self::Sockmap => "sockmap",
         }
     }
 }
@@ -138,7 +141,16 @@ pub struct Direction {
     may_splice: bool,
     small_splices: u8,
     read_size: usize,
-    holds_end: bool,
+    holds: Holds,
+}
+
+/// What a direction does not do for the time being.
+#[derive(Clone, Copy, Debug, Default)]
+struct Holds {
+    /// It does not pass the end of the source on.
+    end: bool,
+    /// It reads nothing.
+    reads: bool,
 }
 
 impl Direction {
@@ -151,18 +163,29 @@ impl Direction {
             may_splice: tier != Tier::Copy,
             small_splices: 0,
             read_size: FIRST_READ,
-            holds_end: false,
+            holds: Holds::default(),
         }
+    }
+
+    /// Whether nothing more is read, while what was read is passed on.
+    pub fn hold_reads(&mut self, holds: bool) {
+        self.holds.reads = holds;
+    }
+
+    /// Has the bytes read and written from now on, and no longer spliced.
+    pub fn copy_only(&mut self) {
+        self.may_splice = false;
+        self.splicing = false;
     }
 
     /// Whether the end of the source is kept back instead of being passed on.
     pub fn hold_end(&mut self, holds: bool) {
-        self.holds_end = holds;
+        self.holds.end = holds;
     }
 
     /// Whether the end of the source would be kept back.
     pub fn holds_end(&self) -> bool {
-        self.holds_end
+        self.holds.end
     }
 
     /// Whether the end of the source has been read, and everything before it been passed on.
@@ -208,7 +231,7 @@ impl Direction {
         loop {
             ready!(self.poll_flush(cx, destination, shared, moved))?;
             if self.phase == Phase::Ending {
-                if self.holds_end {
+                if self.holds.end {
                     return Poll::Pending;
                 }
                 // The peer may have closed or reset meanwhile: then there is nobody left to tell.
@@ -218,6 +241,9 @@ impl Direction {
                 }
                 self.phase = Phase::Done;
                 return Poll::Ready(Ok(()));
+            }
+            if self.holds.reads {
+                return Poll::Pending;
             }
             if rounds == 0 {
                 cx.waker().wake_by_ref();

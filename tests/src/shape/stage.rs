@@ -277,7 +277,7 @@ impl Stage {
         let told: Vec<String> = failures.iter().map(ToString::to_string).collect();
         assert!(told.is_empty(), "{}: {} failed:\n{}", self.datapath, told.len(), told.join("\n"));
         let by_kernel = forwarded.expect("metrics of the agent");
-        if promotion == Promotion::Expected && self.datapath.is_tc() {
+        if promotion == Promotion::Expected && self.datapath.is_by_kernel() {
             assert!(by_kernel > 0, "the kernel forwarded nothing");
         }
     }

@@ -18,6 +18,11 @@ const TCP_CHECKSUM: usize = 16;
 
 /// The packet that `bare` means.
 pub(super) fn bare(ends: &Ends, bare: &Bare) -> Vec<u8> {
+    segment(ends, bare, &[])
+}
+
+/// The same with payload, of an even number of bytes.
+pub(super) fn segment(ends: &Ends, bare: &Bare, payload: &[u8]) -> Vec<u8> {
     let flags = match bare.kind {
         BareKind::Reset => FLAG_RST | FLAG_ACK,
         BareKind::Probe => FLAG_ACK,
@@ -35,6 +40,7 @@ pub(super) fn bare(ends: &Ends, bare: &Bare) -> Vec<u8> {
     };
     let numbers = [bare.sequence, bare.acknowledgement];
     let mut segment = tcp_header([from, to], numbers, flags, bare.window, &options);
+    segment.extend(payload);
     let sum = checksum(&[&pseudo_header(ends, PROTOCOL_TCP, segment.len()), &segment]);
     put(&mut segment, TCP_CHECKSUM, sum);
     packet(ends, PROTOCOL_TCP, segment)

@@ -46,6 +46,15 @@ impl SegmentSocket {
         self.transmit(bare.what(), bare.from, bare.to, &ends, &encoding::bare(&ends, bare))
     }
 
+    /// Sends a segment with payload, of an even number of bytes; does not wait.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn send_with(&self, bare: &Bare, payload: &[u8]) -> Result<(), SegmentError> {
+        let ends = Ends::of(bare.from, bare.to)?;
+        self.transmit("segment", bare.from, bare.to, &ends, &encoding::segment(&ends, bare, payload))
+    }
+
     fn transmit(
         &self,
         what: &'static str,

@@ -1,0 +1,87 @@
+//! `forwarder datapath`: which of the kernel's tiers take new connections, and the switch for that.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::admin::{self, AskError};
+use super::{Output, print_json, table};
+use crate::settings::ADMIN;
+use crate::view::{DatapathTiers, TierSwitches};
+
+/// Where an agent answers for its tiers.
+const PATH: &str = "/v1/datapath";
+
+#[derive(Args, Debug)]
+pub(crate) struct DatapathArgs {
+    /// Admin address of the running agent
+    #[arg(long, env = "FORWARDER_ADMIN", default_value_t = ADMIN, global = true)]
+    admin: SocketAddr,
+
+    /// How to print the answer
+    #[arg(long, short, value_enum, default_value = "table", global = true)]
+    output: Output,
+
+    #[command(subcommand)]
+    command: Option<DatapathCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+enum DatapathCommand {
+    /// Have a tier take new connections again
+    On {
+        /// The tier
+        tier: KernelTier,
+    },
+    /// Have a tier take no more new connections, until it is switched on again or the agent ends; those that it has stay
+    Off {
+        /// The tier
+        tier: KernelTier,
+    },
+}
+
+/// A tier that can be switched.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+enum KernelTier {
+    Tc,
+    Sockmap,
+}
+
+pub(crate) fn run(args: &DatapathArgs) -> anyhow::Result<ExitCode> {
+    let switches = args.command.as_ref().map(|command| match command {
+        DatapathCommand::On { tier } => switches(*tier, true),
+        DatapathCommand::Off { tier } => switches(*tier, false),
+    });
+    let asked = match switches {
+        None => admin::get(args.admin, PATH),
+        Some(switches) => admin::post(args.admin, PATH, &switches),
+    };
+    let tiers: DatapathTiers = match asked {
+        Ok(tiers) => tiers,
+        Err(error @ AskError::NoAgent { .. }) => {
+            eprintln!("error: {error}");
+            return Ok(ExitCode::FAILURE);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    match args.output {
+        Output::Json => print_json(&tiers)?,
+        Output::Table => {
+            let mut rows = table(&["TIER", "STATE", "CONNECTIONS", "REASON"]);
+            for one in &tiers.tiers {
+                let reason = one.reason.clone().unwrap_or_default();
+                rows.add_row([one.tier.as_str(), one.state.as_str(), &one.connections.to_string(), &reason]);
+            }
+            println!("{}", rows.trim_fmt());
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn switches(tier: KernelTier, is_on: bool) -> TierSwitches {
+    match tier {
+        KernelTier::Tc => TierSwitches { tc: Some(is_on), ..TierSwitches::default() },
+        KernelTier::Sockmap => TierSwitches { sockmap: Some(is_on), ..TierSwitches::default() },
+    }
+}

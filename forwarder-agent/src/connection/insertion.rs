@@ -1,0 +1,66 @@
+//! The way of a connection to tier `sockmap`: both sockets are put into the maps, and whoever looks after them gets them.
+
+use std::future::poll_fn;
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::Connection;
+use super::promotion::Attempt;
+use super::relaying::{Relay, set_keepalive};
+use crate::promote::Refusal;
+use crate::sockmap::SockmapPairs;
+use crate::worker::Worker;
+
+/// How long nothing more is read while what was read is written.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Hands both sockets over once everything that was read of them has been written: what they have received beyond that the
+/// kernel hands on itself.
+pub(super) async fn attempt(
+    pairs: &SockmapPairs,
+    worker: &Worker,
+    relay: &mut Relay,
+    downstream: &TcpStream,
+    upstream: &TcpStream,
+    connection: &Connection,
+) -> Attempt {
+    relay.hold_reads(true);
+    let emptied = poll_fn(|cx| match relay.poll(cx, worker, downstream, upstream, connection) {
+        Poll::Pending if relay.is_empty() => Poll::Ready(None),
+        polled => polled.map(Some),
+    });
+    let emptied = timeout(PAUSE, emptied).await;
+    relay.hold_reads(false);
+    match emptied {
+        Ok(None) if relay.is_open() => {}
+        Ok(None) => return Attempt::Refused(Refusal::Ended),
+        Ok(Some(end)) => return Attempt::Ended(end),
+        Err(_) => return Attempt::Refused(Refusal::SlowReceiver),
+    }
+    let moved = [connection.received.get(), connection.sent.get()];
+    let pair = match pairs.join(downstream, upstream, moved, connection.listener.id.0) {
+        Ok(pair) => pair,
+        Err(error) => {
+            if error.touched {
+                relay.copy_only();
+            }
+            return Attempt::Refused(error.refusal);
+        }
+    };
+    if connection.keepalive_from.take().is_some() {
+        set_keepalive(upstream, worker);
+    }
+    worker.counters().promoted.add(1);
+    tracing::debug!(
+        listener = %connection.serving.listener.name,
+        downstream.addr = %connection.downstream,
+        "joined by a sockmap"
+    );
+    if let Some(record) = connection.hand_over() {
+        pairs.add(pair, record, upstream.local_addr().ok());
+    }
+    Attempt::HandedOver
+}

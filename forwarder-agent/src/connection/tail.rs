@@ -1,0 +1,371 @@
+//! The way of a connection to tier `tc`: how both sides are joined, how their last bytes leave userspace, and the way back.
+
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::time::{Duration, Instant};
+
+use forwarder_common::flow::{DIRECTION_REQUEST, DIRECTION_RESPONSE, Flow, HALF_RESET, Half, Pair};
+use forwarder_common::translate::is_before;
+use tokio::net::TcpStream;
+use tokio::time::sleep;
+
+use super::Connection;
+use super::promotion::Attempt;
+use super::relaying::Relay;
+use crate::counters::End;
+use crate::datapath::flows::JoinedPair;
+use crate::datapath::paths::Exit;
+use crate::pairs::Promoter;
+use crate::promote::{Leg, Refusal, leg};
+use crate::relay::Direction;
+use crate::worker::Worker;
+
+/// How often it is looked whether the sockets of a joined pair have delivered what they had: at first, and after a while.
+const TAIL_CHECK: Duration = Duration::from_millis(3);
+const SLOW_TAIL_CHECK: Duration = Duration::from_millis(50);
+/// For how long the first of them.
+const TAIL_IS_SHORT: Duration = Duration::from_millis(200);
+/// How long what was redirected may remain without an answer before it is taken for swallowed: longer than the first
+/// retransmissions take.
+const PROBATION: Duration = Duration::from_millis(1_500);
+/// What may be on its way through userspace at the promotion, however small the receiver's window.
+const SMALL_TAIL: u64 = 16 << 10;
+
+/// Joins the two sides at TC, and hands them over once what their sockets had received before has been delivered.
+pub(super) async fn attempt(
+    promoter: &Promoter,
+    worker: &Worker,
+    relay: &mut Relay,
+    downstream: &TcpStream,
+    upstream: &TcpStream,
+    connection: &Connection,
+) -> Attempt {
+    let pair = match join(promoter, downstream, upstream, connection) {
+        Ok(pair) => pair,
+        Err(refusal) => return Attempt::Refused(refusal),
+    };
+    worker.counters().promoted.add(1);
+    let joined = Joined { promoter, pair: Some(pair) };
+    connection.is_in_tail.set(true);
+    let tail = deliver_tail(worker, joined, relay, downstream, upstream, connection).await;
+    connection.is_in_tail.set(false);
+    match tail {
+        Tail::Delivered => Attempt::HandedOver,
+        Tail::Ended(end) => Attempt::Ended(end),
+        Tail::TakenBack => Attempt::Refused(Refusal::PathBroken),
+    }
+}
+
+/// Reads both sides and joins them in the kernel.
+fn join(
+    promoter: &Promoter,
+    downstream: &TcpStream,
+    upstream: &TcpStream,
+    connection: &Connection,
+) -> Result<JoinedPair, Refusal> {
+    let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>| {
+        let leg = Leg::read(socket, written, first_sent.get()).map_err(|error| {
+            if error.kind() == std::io::ErrorKind::NotConnected {
+                return Refusal::Ended;
+            }
+            tracing::debug!(downstream.addr = %connection.downstream, %error, "cannot read a connection");
+            Refusal::Unreadable
+        })?;
+        first_sent.set(Some(leg.first_sent));
+        Ok(leg)
+    };
+    let [to_downstream, to_upstream] = &connection.first_sent;
+    let down = leg(downstream, connection.sent.get(), to_downstream)?;
+    let up = leg(upstream, connection.received.get(), to_upstream)?;
+    for (from, to, relayed) in [(&down, &up, connection.received.get()), (&up, &down, connection.sent.get())]
+    {
+        // The receiver drops what comes beyond its window while the tail is on its way: it would be sent again only after
+        // a time-out.
+        let tail = from.received.saturating_sub(relayed) + u64::from(to.unacknowledged);
+        if tail > SMALL_TAIL.max(u64::from(to.send_window) / 2) {
+            return Err(Refusal::SlowReceiver);
+        }
+    }
+    promoter.flows.join(connection.opened_at(), &down, &up)
+}
+
+/// How the time between promotion and hand-over ended.
+enum Tail {
+    /// The pair is the kernel's, the sockets are gone.
+    Delivered,
+    /// The connection has ended meanwhile.
+    Ended(End),
+    /// What was redirected did not arrive; the connection goes on in userspace.
+    TakenBack,
+}
+
+/// A joined pair that is taken out of the kernel unless it is handed over.
+struct Joined<'a> {
+    promoter: &'a Promoter,
+    pair: Option<JoinedPair>,
+}
+
+impl Joined<'_> {
+    /// Ends the pair from outside: its sockets do not know the numbers that its ends expect.
+    fn abort(&mut self) {
+        if let Some(pair) = self.pair.take() {
+            self.promoter.pairs.reset(&pair);
+        }
+    }
+}
+
+impl Drop for Joined<'_> {
+    fn drop(&mut self) {
+        if let Some(pair) = &self.pair {
+            self.promoter.flows.remove(pair);
+        }
+    }
+}
+
+/// Relays what the sockets of a joined pair had received before, until nothing is left of it, and the two ends have heard
+/// each other.
+async fn deliver_tail(
+    worker: &Worker,
+    mut joined: Joined<'_>,
+    relay: &mut Relay,
+    downstream: &TcpStream,
+    upstream: &TcpStream,
+    connection: &Connection,
+) -> Tail {
+    let promoter = joined.promoter;
+    let started = Instant::now();
+    let mut landed = pin!(promoter.grace.period());
+    let mut has_landed = false;
+    let mut hearing = Hearing::default();
+    let mut seen = 0;
+    relay.hold_ends(true);
+    loop {
+        let Some(pair) = &mut joined.pair else { return Tail::Ended(End::Finished) };
+        let check = if started.elapsed() < TAIL_IS_SHORT { TAIL_CHECK } else { SLOW_TAIL_CHECK };
+        tokio::select! {
+            biased;
+            end = poll_fn(|cx| relay.poll(cx, worker, downstream, upstream, connection)) => {
+                // What the sockets say from now on is the stack's again; but they do not know what the kernel has passed.
+                if end != End::Finished {
+                    joined.abort();
+                }
+                return Tail::Ended(end);
+            }
+            () = &mut landed, if !has_landed => has_landed = true,
+            () = sleep(check) => {}
+        }
+        let Some(state) = promoter.flows.pair(pair.number) else {
+            return Tail::Ended(End::Lost);
+        };
+        let bytes = state.request.bytes.wrapping_add(state.response.bytes);
+        if bytes != seen {
+            seen = bytes;
+            connection.active.set(worker.sweep());
+        }
+        for (half, end) in [(&state.request, End::DownstreamReset), (&state.response, End::UpstreamReset)] {
+            if half.flags & HALF_RESET != 0 {
+                // The other end may have taken it for one beyond what it has received so far.
+                joined.abort();
+                silence(downstream, upstream);
+                return Tail::Ended(end);
+            }
+        }
+        if !has_landed {
+            continue;
+        }
+        if let Err(error) = pass_ends_on(promoter, pair, relay) {
+            tracing::warn!(%error, "an end cannot be passed on: the connection is reset");
+            joined.abort();
+            return Tail::Ended(End::Lost);
+        }
+        if !relay.is_delivered()
+            || !is_delivered(downstream, &relay.request)
+            || !is_delivered(upstream, &relay.response)
+        {
+            continue;
+        }
+        match hearing.judge(promoter, pair, &state, connection) {
+            Verdict::Heard => {}
+            Verdict::Waiting => continue,
+            Verdict::Swallowed(exit) => {
+                if goes_otherwise(promoter, pair, exit) {
+                    hearing = Hearing::after(&state);
+                    continue;
+                }
+                worker.counters().taken_back.add(1);
+                relay.hold_ends(false);
+                return Tail::TakenBack;
+            }
+            Verdict::Deaf(exit) => {
+                if goes_otherwise(promoter, pair, exit) {
+                    hearing = Hearing::after(&state);
+                    continue;
+                }
+                joined.abort();
+                return Tail::Ended(End::Lost);
+            }
+        }
+        if let Err(error) = promoter.flows.splice(pair) {
+            tracing::warn!(%error, "the kernel does not take a connection over: it is reset");
+            joined.abort();
+            return Tail::Ended(End::Lost);
+        }
+        silence(downstream, upstream);
+        tracing::debug!(
+            listener = %connection.serving.listener.name,
+            downstream.addr = %connection.downstream,
+            tail_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "promoted"
+        );
+        if let (Some(pair), Some(record)) = (joined.pair.take(), connection.hand_over()) {
+            promoter.pairs.add(&pair, Some(record));
+        }
+        return Tail::Delivered;
+    }
+}
+
+/// Has nothing sent by an exit for a while; whether the pair that has found out goes on in another way.
+fn goes_otherwise(promoter: &Promoter, pair: &mut JoinedPair, exit: Exit) -> bool {
+    if promoter.flows.paths().avoid(exit) {
+        tracing::warn!(
+            interface = exit.interface,
+            way = exit.way.as_str(),
+            "what is sent through this interface does not arrive: it is not sent so for a while"
+        );
+    }
+    promoter.flows.change_ways(pair).unwrap_or_else(|error| {
+        tracing::warn!(%error, "a connection keeps its way, on which nothing arrives");
+        false
+    })
+}
+
+/// Passes on the ends that reached a local socket before the promotion.
+fn pass_ends_on(
+    promoter: &Promoter,
+    pair: &mut JoinedPair,
+    relay: &mut Relay,
+) -> Result<(), crate::datapath::DatapathError> {
+    for (direction, number) in
+        [(&mut relay.request, DIRECTION_REQUEST), (&mut relay.response, DIRECTION_RESPONSE)]
+    {
+        if direction.is_at_end() && direction.holds_end() {
+            promoter.flows.pass_end_on(pair, number)?;
+            direction.hold_end(false);
+        }
+    }
+    Ok(())
+}
+
+/// Whether a socket, which `direction` reads, has nothing left to do.
+fn is_delivered(socket: &TcpStream, direction: &Direction) -> bool {
+    // A socket that cannot be asked is asked again.
+    leg::remainder(socket).is_ok_and(|left| left.is_empty && (direction.is_done() || !left.has_ended))
+}
+
+/// Makes the closes that follow silent: the connection is the kernel's, or gone.
+fn silence(downstream: &TcpStream, upstream: &TcpStream) {
+    for socket in [downstream, upstream] {
+        if let Err(error) = leg::silence(socket) {
+            tracing::debug!(%error, "a socket may speak when it is closed");
+        }
+    }
+}
+
+/// Whether the two ends of a joined pair hear each other.
+#[derive(Debug, Default)]
+struct Hearing {
+    /// How far the ends had sent, and how much of it again, when one was first seen to be acknowledged by the other.
+    first: Option<([u32; 2], [u64; 2])>,
+    /// How many packets had come from the other end of each direction when the last of them was seen, and when that was, or
+    /// when something was first sent again after that.
+    silent: [Option<(u64, Instant)>; 2],
+    /// How many bytes had been sent again when the present way was taken.
+    repeated: [u64; 2],
+}
+
+enum Verdict {
+    Heard,
+    Waiting,
+    /// Nothing that was sent on has arrived; how it left.
+    Swallowed(Exit),
+    /// Nothing of one direction has arrived, but something of the other has, so that the sockets do not know all.
+    Deaf(Exit),
+}
+
+impl Hearing {
+    /// Anew, of a pair that goes another way from now on.
+    fn after(state: &Pair) -> Self {
+        Self { repeated: [state.request.repeated, state.response.repeated], ..Self::default() }
+    }
+
+    fn judge(
+        &mut self,
+        promoter: &Promoter,
+        pair: &JoinedPair,
+        state: &Pair,
+        connection: &Connection,
+    ) -> Verdict {
+        let [request, response] = pair.flows.map(|(_, flow)| flow);
+        let exits = [Exit::of(&response), Exit::of(&request)];
+        if promoter.flows.paths().is_proven(exits) {
+            return Verdict::Heard;
+        }
+        let (client, endpoint) = (&state.request, &state.response);
+        let up = Way::of(client, endpoint, &request, connection.received.get());
+        let down = Way::of(endpoint, client, &response, connection.sent.get());
+        let ways = [up, down];
+        let is_heard = ways.iter().any(|way| way.is_heard);
+        if ways.iter().all(|way| way.is_heard || !way.is_used) && is_heard {
+            // Acknowledgements of the direction that is heard have to arrive too: where they do not, it does not go on, or
+            // only again.
+            let sent = ([client.sequence_end, endpoint.sequence_end], [client.repeated, endpoint.repeated]);
+            let goes_on = self.first.is_some_and(|first| first.0 != sent.0 && first.1 == sent.1);
+            if up.is_heard && down.is_heard || goes_on {
+                promoter.flows.paths().prove(exits);
+                return Verdict::Heard;
+            }
+            if self.first.is_none_or(|first| first.1 != sent.1) {
+                self.first = Some(sent);
+            }
+        }
+        // Sent more than once, and no answer of any kind since. What has acknowledged the tail before is no answer.
+        let directions = [(client, endpoint, &request), (endpoint, client, &response)];
+        for ((silent, repeated), (half, other, flow)) in
+            self.silent.iter_mut().zip(self.repeated).zip(directions)
+        {
+            let is_repeated = half.repeated > repeated;
+            let since = match *silent {
+                Some((packets, since)) if packets == other.packets && is_repeated => since,
+                _ => silent.insert((other.packets, Instant::now())).1,
+            };
+            let end = half.sequence_end.wrapping_add(flow.sequence_shift);
+            if since.elapsed() >= PROBATION && is_before(other.acknowledged, end) {
+                let verdict = if is_heard { Verdict::Deaf } else { Verdict::Swallowed };
+                return verdict(Exit::of(flow));
+            }
+        }
+        Verdict::Waiting
+    }
+}
+
+/// What is known of one direction of a pair on probation.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    /// Something of it was redirected.
+    is_used: bool,
+    /// Something of that was acknowledged.
+    is_heard: bool,
+}
+
+impl Way {
+    /// Of what comes from `half`'s end, of which the local sockets have passed on `relayed` bytes.
+    fn of(half: &Half, other: &Half, flow: &Flow, relayed: u64) -> Self {
+        // The end of what the local sockets have sent, in the numbers of their leg.
+        let beyond = half.bytes.wrapping_sub(relayed);
+        #[expect(clippy::cast_possible_truncation, reason = "modulo 2^32")]
+        let local_end = half.sequence_end.wrapping_sub(beyond as u32).wrapping_add(flow.sequence_shift);
+        let end = half.sequence_end.wrapping_add(flow.sequence_shift);
+        Self { is_used: is_before(local_end, end), is_heard: is_before(local_end, other.acknowledged) }
+    }
+}
