@@ -14,6 +14,7 @@ pub mod counters;
 pub mod datapath;
 pub mod listener;
 pub mod live;
+mod lock;
 pub mod manifests;
 pub mod metrics;
 pub mod model;

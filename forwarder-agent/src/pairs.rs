@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use crate::datapath::grace::Grace;
 use crate::datapath::monotonic;
 use crate::datapath::segments::{Bare, SegmentSocket};
 use crate::listener::BoundListener;
+use crate::lock::lock;
 use crate::record::Record;
 use crate::removal::{self, Standing};
 
@@ -487,8 +488,4 @@ fn end(entry: &mut Entry, reason: End) {
     if let Some(mut record) = entry.record.take() {
         record.end = reason;
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::client::End;
 use crate::client::TIMEOUT;
 use crate::netns::NetNs;
 use crate::random;
@@ -115,6 +116,19 @@ pub fn echo(mut stream: &TcpStream) -> io::Result<()> {
         match stream.read(&mut buffer)? {
             0 => return stream.shutdown(Shutdown::Write),
             size => stream.write_all(&buffer[..size])?,
+        }
+    }
+}
+
+/// Sends back what it receives until the connection ends, and tells how it did.
+pub fn echo_to_end(mut stream: &TcpStream) -> io::Result<End> {
+    let mut buffer = [0; 4096];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return Ok(End::Fin),
+            Ok(size) => stream.write_all(&buffer[..size])?,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(End::Reset),
+            Err(_) => return Ok(End::Open),
         }
     }
 }

@@ -70,15 +70,7 @@ fn named(
         let mut mark = [0];
         stream.read_exact(&mut mark)?;
         stream.write_all(&mark)?;
-        let mut buffer = [0; 64];
-        let end = loop {
-            match stream.read(&mut buffer) {
-                Ok(0) => break End::Fin,
-                Ok(size) => stream.write_all(&buffer[..size])?,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break End::Reset,
-                Err(_) => break End::Open,
-            }
-        };
+        let end = peer::echo_to_end(stream)?;
         ends.send((mark[0], end)).map_err(io::Error::other)
     }
 }

@@ -51,16 +51,8 @@ fn forwarder(forwarding: &Forwarding, arguments: &[&str]) -> String {
 /// A server that echoes until the connection ends, and tells then how it did.
 fn watched() -> (impl Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static, Receiver<End>) {
     let (sender, ends) = mpsc::channel();
-    let handle = move |mut stream: &TcpStream| {
-        let mut buffer = [0; 4096];
-        let end = loop {
-            match stream.read(&mut buffer) {
-                Ok(0) => break End::Fin,
-                Ok(size) => stream.write_all(&buffer[..size])?,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break End::Reset,
-                Err(_) => break End::Open,
-            }
-        };
+    let handle = move |stream: &TcpStream| {
+        let end = peer::echo_to_end(stream)?;
         sender.send(end).map_err(io::Error::other)
     };
     (handle, ends)

@@ -1,7 +1,7 @@
 //! The maps and the program of tier `sockmap`.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use aya::maps::{HashMap as BpfHashMap, MapData, MapError, PerCpuArray, RingBuf, SockHash};
 use aya::programs::SkSkb;
@@ -18,6 +18,7 @@ use super::bpf::raise_memory_limit;
 use super::btf::{self, BtfError};
 use super::load_error::{LoadError, errno_of};
 use super::maps::typed;
+use crate::lock::lock;
 
 /// The program, as `cargo xtask build-ebpf` compiled it; empty if it did not.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sockmap.bpf.o"));
@@ -235,8 +236,4 @@ impl Maps {
 fn kick(socket: BorrowedFd<'_>) {
     // Reading looks at the socket's own queue first (`tcp_bpf_recvmsg_parser`, since 6.4).
     let _ = recv(socket, &mut [0_u8], RecvFlags::PEEK | RecvFlags::DONTWAIT);
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -16,7 +16,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,7 @@ use self::memory::Memory;
 use self::pair::{NotJoined, PairStep, SockPair};
 use crate::counters::End;
 use crate::datapath::sockmap::Sockmap;
+use crate::lock::lock;
 use crate::record::Record;
 
 pub use self::self_test::{SelfTestError, self_test};
@@ -434,8 +435,4 @@ fn data_of(slot: usize, side: usize) -> u64 {
 
 fn slot_of(data: u64) -> (usize, usize) {
     ((data >> 1) as usize, (data & 1) as usize)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
