@@ -1,5 +1,6 @@
 //! The agent: wires source, resolver, reconciler, workers, datapath and admin endpoint, and ends them in order.
 
+mod input;
 mod kernel;
 mod leaving;
 mod sockmap;
@@ -12,6 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::SignalKind;
 use tokio::sync::watch;
 
+use self::input::OutcomeSender;
 use self::kernel::{Kernel, find_listener, inherit, promote_after};
 use self::leaving::{Leaving, Signals};
 use self::sockmap::SockmapTier;
@@ -24,6 +26,7 @@ use crate::manifests::{Change, Kind, ObjectRef};
 use crate::model::ListenerSettings;
 use crate::pairs::Promoter;
 use crate::problem::{Problem, Reason};
+use crate::publish::Outcome;
 use crate::reconciler::{InForce, Reconciler, SocketState};
 use crate::relay::Tier;
 use crate::report::{InputProblems, Report};
@@ -31,7 +34,9 @@ use crate::resolve::{self, ResolveSettings, Resolved};
 use crate::segment_size::SegmentSize;
 use crate::settings::Settings;
 use crate::sockmap::{SockmapPairs, SockmapSettings};
-use crate::source::{self, FileSource, Loaded};
+use crate::source::Loaded;
+use crate::source::kube::ConnectError;
+use crate::status::nodes::NodeReport;
 use crate::status::{self, BindFailure, Statuses};
 use crate::switches::Switches;
 use crate::upstream::ConnectSettings;
@@ -39,6 +44,7 @@ use crate::view::{self, DatapathTiers, TierState, TierView};
 use crate::worker::{WorkerSettings, Workers};
 use crate::{metrics, reconciler};
 
+pub use self::input::ClusterHealth;
 pub use self::sockmap::SockmapCell;
 
 /// How often listeners that could not be bound are tried again.
@@ -55,6 +61,9 @@ pub enum AgentError {
     /// The admin endpoint could not be opened.
     #[error(transparent)]
     Admin(#[from] AdminError),
+    /// The Kubernetes API is the source, and nothing says where it is.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
 }
 
 /// What the admin endpoint reads.
@@ -69,6 +78,8 @@ pub struct Shared {
     pub connections: LiveConnections,
     /// Which of the kernel's tiers take connections.
     pub switches: Arc<Switches>,
+    /// How it goes with the Kubernetes API, where that is the source.
+    pub cluster: Option<ClusterHealth>,
 }
 
 impl Shared {
@@ -87,7 +98,8 @@ impl Shared {
             return vec!["the agent is draining".to_owned()];
         }
         if report.updates.full == 0 {
-            return vec!["the manifests have not been read yet".to_owned()];
+            let what = if self.cluster.is_some() { "the Kubernetes API has" } else { "the manifests have" };
+            return vec![format!("{what} not been read yet")];
         }
         drop(report);
         let failures = self.in_force().bind_failures();
@@ -178,8 +190,13 @@ pub struct Resolution {
 
 impl Resolver {
     /// A resolver for manifests from files.
-    pub fn new(controller_name: String, listener_defaults: ListenerSettings) -> Self {
+    pub fn for_files(controller_name: String, listener_defaults: ListenerSettings) -> Self {
         Self(ResolveSettings { controller_name, ..ResolveSettings::for_files(listener_defaults) })
+    }
+
+    /// A resolver for the objects of a Kubernetes API.
+    pub fn for_cluster(controller_name: String, listener_defaults: ListenerSettings) -> Self {
+        Self(ResolveSettings { controller_name, ..ResolveSettings::for_cluster(listener_defaults) })
     }
 
     /// Resolves.
@@ -226,6 +243,7 @@ pub fn run(settings: Settings) -> Result<(), AgentError> {
 
 async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
     let mut signals = Signals::listen()?;
+    let input = input::open(&settings).await?;
     let kernel = Kernel::load(&settings).await;
     let segment_size = Arc::new(SegmentSize::default());
     if let (Some(interfaces), Some(_)) = (&kernel.interfaces, &kernel.promoter) {
@@ -262,6 +280,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
             sockmap: Arc::clone(&sockmap.cell),
         },
         switches,
+        cluster: input.health,
     });
     let pairs_thread = match &kernel.promoter {
         Some(promoter) => {
@@ -275,11 +294,8 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
     if let Some(address) = settings.admin {
         tokio::spawn(admin::open(address, Arc::clone(&shared)).await?);
     }
-    let (updates, loaded) = watch::channel(Arc::default());
-    tokio::spawn(source::watch(FileSource::new(&settings.manifests), updates));
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
-        manifests = %settings.manifests.display(),
         workers = settings.workers,
         admin = settings.admin.map(tracing::field::display),
         "agent started"
@@ -287,14 +303,15 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
     let mut control = Control {
         reconciler,
         shared: Arc::clone(&shared),
-        resolver: Resolver::new(settings.controller_name, settings.listener_defaults),
+        resolver: input.resolver,
+        outcome: input.outcome,
         in_force: None,
         promoter: kernel.promoter.clone(),
         sockmap: Arc::clone(&sockmap),
         segment_size,
     };
     let signal = tokio::select! {
-        () = control.follow(loaded, kernel.interfaces, kernel.routes) => SignalKind::terminate(),
+        () = control.follow(input.loaded, kernel.interfaces, kernel.routes) => SignalKind::terminate(),
         signal = signals.next() => signal,
     };
     let leaving = Leaving { signal, promoter: kernel.promoter, sockmap, window: settings.drain_timeout };
@@ -316,6 +333,8 @@ struct Control {
     promoter: Option<Arc<Promoter>>,
     sockmap: Arc<SockmapTier>,
     segment_size: Arc<SegmentSize>,
+    /// Who is told what became of the manifests.
+    outcome: Option<OutcomeSender>,
     /// What was loaded and put into force last.
     in_force: Option<(Arc<Loaded>, Resolution)>,
 }
@@ -443,11 +462,30 @@ impl Control {
         let failures = self.shared.in_force().bind_failures();
         let mut statuses = resolution.resolved.statuses.clone();
         status::apply_bind_failures(&mut statuses, &failures);
+        self.publish(resolution, &failures);
         let bind_problems = failures.iter().map(|failure| bind_problem(failure, &statuses)).collect();
         let mut report = self.shared.report();
         report.set_input(resolution.problems.clone());
         report.set_bind_problems(bind_problems);
         report.statuses = statuses;
+    }
+
+    /// Tells what became of the manifests, if that is new.
+    fn publish(&self, resolution: &Resolution, failures: &[BindFailure]) {
+        let (Some(OutcomeSender { node, sender }), Some((loaded, _))) = (&self.outcome, &self.in_force)
+        else {
+            return;
+        };
+        let statuses = &resolution.resolved.statuses;
+        let report = NodeReport::new(node, statuses, failures);
+        sender.send_if_modified(|before| {
+            let is_new = before.report != report || before.statuses != *statuses;
+            if is_new {
+                let (loaded, statuses) = (Arc::clone(loaded), statuses.clone());
+                *before = Arc::new(Outcome { loaded, statuses, report });
+            }
+            is_new
+        });
     }
 }
 

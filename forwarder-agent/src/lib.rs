@@ -3,7 +3,8 @@
 //! Flow of data: a [`source`] reads [`manifests`]; [`resolve`] (pure) makes a [`model::RouteTable`], statuses and
 //! problems of them; [`plan`] (pure) orders the operations from the table in force to the wanted one; the
 //! [`reconciler`] applies these to the listeners and to the [`datapath`]'s maps; [`worker`]s accept connections, connect
-//! an endpoint and [`relay`] bytes. ARCHITECTURE.md states the invariants.
+//! an endpoint and [`relay`] bytes. Where the objects come from a Kubernetes API, [`publish`] writes the statuses there.
+//! ARCHITECTURE.md states the invariants.
 
 pub mod admin;
 pub mod agent;
@@ -22,6 +23,7 @@ pub mod pairs;
 pub mod plan;
 pub mod problem;
 pub mod promote;
+pub mod publish;
 pub mod reconciler;
 mod record;
 pub mod relay;

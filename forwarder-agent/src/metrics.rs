@@ -1,5 +1,7 @@
 //! The metrics of an agent, in the OpenMetrics text format: read from live counters at each scrape.
 
+mod cluster;
+
 use std::fmt;
 use std::sync::{Arc, PoisonError};
 
@@ -63,6 +65,9 @@ impl Collector for AgentCollector {
         encode_backends(&mut encoder, &in_force)?;
         drop(in_force);
         encode_workers(&mut encoder, shared)?;
+        if let Some(cluster) = &shared.cluster {
+            cluster::encode(&mut encoder, cluster)?;
+        }
         encode_control(&mut encoder, shared)
     }
 }

@@ -1,5 +1,7 @@
 //! Settings of the agent: from flags, the environment and one YAML file, in this order of precedence.
 
+mod kube;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,6 +13,8 @@ use serde::Deserialize;
 use crate::model::{Datapath, Egress, ListenerSettings, OnRemoval};
 use crate::resolve::CONTROLLER_NAME;
 
+pub use self::kube::{KubeOptions, KubeSettings, POD_SELECTOR};
+
 /// Where settings come from; everything is optional, and what nobody sets has the default that its description names.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -19,6 +23,10 @@ pub struct Options {
     /// EndpointSlice. Changes are followed.
     #[arg(long, env = "FORWARDER_MANIFESTS", value_name = "PATH")]
     pub manifests: Option<PathBuf>,
+
+    /// Settings for a Kubernetes API as the source.
+    #[command(flatten)]
+    pub kube: KubeOptions,
 
     /// Address of the admin endpoint (/healthz, /readyz, /metrics, /v1/...), or `off` [default: 127.0.0.1:9902]
     #[arg(long, env = "FORWARDER_ADMIN", value_name = "ADDR:PORT")]
@@ -218,8 +226,8 @@ impl<'de> Deserialize<'de> for DurationText {
 /// The settings of an agent, complete and valid.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Where the manifests are.
-    pub manifests: PathBuf,
+    /// Where the manifests come from.
+    pub source: SourceSettings,
     /// Where the admin endpoint listens; `None` is nowhere.
     pub admin: Option<SocketAddr>,
     /// Whose GatewayClasses are served.
@@ -246,6 +254,15 @@ pub struct Settings {
     pub drain_timeout: Duration,
     /// Where upstream connections come from; empty leaves the choice to the kernel.
     pub source_addresses: Vec<IpAddr>,
+}
+
+/// Where the manifests come from.
+#[derive(Clone, Debug)]
+pub enum SourceSettings {
+    /// A file or folder.
+    Files(PathBuf),
+    /// A Kubernetes API.
+    Kube(KubeSettings),
 }
 
 /// Settings that cannot be used.
@@ -280,9 +297,16 @@ pub enum SettingsError {
     },
     /// A setting that has no default is missing.
     #[error(
-        "no manifests given: set --manifests PATH, FORWARDER_MANIFESTS or `manifests:` in the settings file"
+        "no source given: set --manifests PATH, FORWARDER_MANIFESTS or `manifests:` in the settings file for files, or \
+         --kube, FORWARDER_KUBE or `kube: {{enabled: true}}` for a Kubernetes API"
     )]
-    NoManifests,
+    NoSource,
+    /// Two settings exclude each other.
+    #[error("there are two sources, the Kubernetes API (--kube) and {path} (--manifests): set one of them")]
+    TwoSources {
+        /// The file or folder.
+        path: PathBuf,
+    },
 }
 
 impl Options {
@@ -305,6 +329,7 @@ impl Options {
     pub fn or(self, other: Self) -> Self {
         Self {
             manifests: self.manifests.or(other.manifests),
+            kube: self.kube.or(other.kube),
             admin: self.admin.or(other.admin),
             controller_name: self.controller_name.or(other.controller_name),
             datapath: self.datapath.or(other.datapath),
@@ -377,8 +402,14 @@ impl Options {
                 remedy: "set a domain and a path, such as forwarder.dev/tcp",
             });
         }
+        let source = match (self.manifests, self.kube.validate()?) {
+            (Some(path), None) => SourceSettings::Files(path),
+            (None, Some(kube)) => SourceSettings::Kube(kube),
+            (Some(path), Some(_)) => return Err(SettingsError::TwoSources { path }),
+            (None, None) => return Err(SettingsError::NoSource),
+        };
         Ok(Settings {
-            manifests: self.manifests.ok_or(SettingsError::NoManifests)?,
+            source,
             admin: self.admin.map_or(Some(ADMIN), |admin| admin.0),
             controller_name,
             pin_dir: self.pin_dir.unwrap_or_else(|| PathBuf::from(PIN_DIR)),

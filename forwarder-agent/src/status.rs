@@ -1,5 +1,7 @@
 //! The statuses of the Gateway API as data: what a Kubernetes API server would be told, and what files are told too.
 
+pub mod nodes;
+
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
@@ -10,7 +12,7 @@ use crate::model::{BindAddress, ListenerKey, ListenerName};
 use crate::problem::Reason;
 
 /// The status of a condition.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq, Serialize)]
 pub enum ConditionStatus {
     /// It holds.
     True,
@@ -20,8 +22,19 @@ pub enum ConditionStatus {
     Unknown,
 }
 
+impl ConditionStatus {
+    /// The status as it is written.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::True => "True",
+            Self::False => "False",
+            Self::Unknown => "Unknown",
+        }
+    }
+}
+
 /// A `metav1.Condition`, less its transition time, which belongs to the writer.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Condition {
     /// The type, such as `Accepted`.
@@ -61,14 +74,14 @@ impl Condition {
 }
 
 /// The status of a GatewayClass.
-#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Eq, Hash, PartialEq, Serialize)]
 pub struct GatewayClassStatus {
     /// Its conditions.
     pub conditions: Vec<Condition>,
 }
 
 /// The status of a Gateway.
-#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Eq, Hash, PartialEq, Serialize)]
 pub struct GatewayStatus {
     /// The addresses that its listeners are bound to, at most 16. Empty where they are bound to every address of the
     /// node: which these are is for the writer to fill in.
@@ -80,7 +93,7 @@ pub struct GatewayStatus {
 }
 
 /// An address that a Gateway is bound to.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Eq, Hash, PartialEq, Serialize)]
 pub struct GatewayAddressStatus {
     /// The type, always written: `IPAddress`.
     #[serde(rename = "type")]
@@ -91,7 +104,7 @@ pub struct GatewayAddressStatus {
 }
 
 /// The status of a Gateway's listener.
-#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ListenerStatus {
     /// The listener.
@@ -105,7 +118,7 @@ pub struct ListenerStatus {
 }
 
 /// A kind of routes that a listener can serve.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Eq, Hash, PartialEq, Serialize)]
 pub struct SupportedKind {
     /// The group.
     pub group: &'static str,
@@ -114,14 +127,14 @@ pub struct SupportedKind {
 }
 
 /// The status of a TCPRoute: one entry for each of its parents that is a Gateway of ours.
-#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Eq, Hash, PartialEq, Serialize)]
 pub struct RouteStatus {
     /// The parents.
     pub parents: Vec<RouteParentStatus>,
 }
 
 /// The status of a TCPRoute at one parent.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RouteParentStatus {
     /// The index of the parentRef in the route's spec.

@@ -1,6 +1,8 @@
 //! `forwarder probe`: what this kernel and these privileges allow, with the reason for each no.
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Args;
 use rustix::process::{Resource, getrlimit};
@@ -8,13 +10,21 @@ use rustix::thread::{CapabilitySet, capabilities};
 use serde::Serialize;
 
 use super::{Output, print_json, table};
+use crate::source::kube;
 use crate::{promote, relay, sockmap};
+
+/// How long the Kubernetes API may take to answer.
+const KUBERNETES: Duration = Duration::from_secs(5);
 
 #[derive(Args, Debug)]
 pub(crate) struct ProbeArgs {
     /// How to print the answer
     #[arg(long, short, value_enum, default_value = "table")]
     output: Output,
+
+    /// Kubeconfig file [default: KUBECONFIG, then ~/.kube/config, then the Pod's service account]
+    #[arg(long, env = "FORWARDER_KUBECONFIG", value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
 }
 
 /// One thing that was looked at.
@@ -45,6 +55,7 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
         Finding::new("low ports", low_ports()),
         Finding::new("open files", Ok(open_files())),
         Finding::new("kernel", Ok(kernel())),
+        Finding::new("kubernetes", kubernetes(args.kubeconfig.as_deref())),
     ];
     match args.output {
         Output::Json => print_json(&findings)?,
@@ -92,6 +103,32 @@ fn open_files() -> String {
         Some(files) => format!("up to {files}: some {} connections", crate::agent::max_connections(files)),
         None => "without limit".to_owned(),
     }
+}
+
+/// Which kinds the Kubernetes API serves, and in which version each would be read.
+fn kubernetes(kubeconfig: Option<&Path>) -> Result<String, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| format!("cannot make an event loop: {error}"))?;
+    let ask = async {
+        let client = kube::connect(kubeconfig).await.map_err(|error| kube::one_line(&error))?;
+        kube::discover(&client).await.map_err(|error| kube::one_line(&error))
+    };
+    let answer = runtime.block_on(async { tokio::time::timeout(KUBERNETES, ask).await });
+    // Where nobody answers, neither does the resolver of names, on a thread of its own.
+    runtime.shutdown_background();
+    let served = answer.map_err(|_| format!("no answer within {} seconds", KUBERNETES.as_secs()))??;
+    let missing: Vec<&str> = kube::GATEWAY_KINDS
+        .iter()
+        .filter(|kind| !served.contains_key(kind))
+        .map(|kind| kind.as_str())
+        .collect();
+    let served: Vec<String> =
+        served.iter().map(|(kind, resource)| format!("{kind} {}", resource.version)).collect();
+    if missing.is_empty() {
+        return Ok(served.join(", "));
+    }
+    let there = if served.is_empty() { "none".to_owned() } else { served.join(", ") };
+    Err(format!("not served: {} (install the CRDs of the Gateway API); served: {there}", missing.join(", ")))
 }
 
 fn kernel() -> String {

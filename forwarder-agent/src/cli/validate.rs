@@ -52,7 +52,7 @@ pub(crate) fn run(args: &ValidateArgs) -> anyhow::Result<ExitCode> {
 /// The state that an agent would have with these manifests.
 pub(crate) fn load(path: &Path, controller_name: &str) -> anyhow::Result<State> {
     let loaded = FileSource::new(path).load();
-    let resolver = Resolver::new(controller_name.to_owned(), Options::default().listener_defaults()?);
+    let resolver = Resolver::for_files(controller_name.to_owned(), Options::default().listener_defaults()?);
     Ok(resolver.resolve(&loaded).state())
 }
 

@@ -1,6 +1,6 @@
 //! Core and discovery kinds: Namespace, Service, EndpointSlice.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::object::{Metadata, Object};
 
@@ -8,7 +8,7 @@ use super::object::{Metadata, Object};
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 /// A core/v1 Namespace: only its labels matter, to namespace selectors.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Namespace {
     /// Metadata.
@@ -19,7 +19,7 @@ pub struct Namespace {
 pub type Service = Object<ServiceSpec>;
 
 /// What the forwarder reads of a Service's spec.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServiceSpec {
     /// `ClusterIP` (the default), `NodePort`, `LoadBalancer` or `ExternalName`.
@@ -45,7 +45,7 @@ impl ServiceSpec {
 }
 
 /// One port of a Service.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServicePort {
     /// The port's name, by which EndpointSlices refer to it; may be absent where the Service has one port only.
@@ -71,7 +71,7 @@ impl ServicePort {
 }
 
 /// A discovery.k8s.io EndpointSlice.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EndpointSlice {
     /// Metadata; the label `kubernetes.io/service-name` names the Service.
@@ -92,7 +92,7 @@ impl EndpointSlice {
 }
 
 /// One endpoint of an EndpointSlice.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Endpoint {
     /// Addresses: consumers use the first.
@@ -102,7 +102,7 @@ pub struct Endpoint {
 }
 
 /// The conditions of an endpoint. Absent means: ready, serving as ready, not terminating.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct EndpointConditions {
     /// Takes new connections.
@@ -114,7 +114,7 @@ pub struct EndpointConditions {
 }
 
 /// A target port of an EndpointSlice.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct EndpointPort {
     /// The name of the Service's port; absent equals empty.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::GATEWAY_GROUP;
 use super::object::Object;
@@ -11,7 +11,7 @@ use super::object::Object;
 pub type GatewayClass = Object<GatewayClassSpec>;
 
 /// The spec of a GatewayClass.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct GatewayClassSpec {
     /// Which controller serves Gateways of the class, such as `forwarder.dev/tcp`.
@@ -21,7 +21,7 @@ pub struct GatewayClassSpec {
 }
 
 /// A reference to a controller's own configuration.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct ParametersRef {
     /// API group.
@@ -36,7 +36,7 @@ pub struct ParametersRef {
 pub type Gateway = Object<GatewaySpec>;
 
 /// The spec of a Gateway.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct GatewaySpec {
     /// The name of its GatewayClass.
@@ -50,7 +50,7 @@ pub struct GatewaySpec {
 }
 
 /// `Gateway.spec.infrastructure`.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct GatewayInfrastructure {
     /// Configuration of the controller: none is supported.
@@ -58,7 +58,7 @@ pub struct GatewayInfrastructure {
 }
 
 /// An address that a Gateway asks for.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct GatewayAddress {
     /// `IPAddress` (the default), `Hostname`, or a domain-prefixed type.
@@ -76,7 +76,7 @@ impl GatewayAddress {
 }
 
 /// A listener of a Gateway.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Listener {
     /// Its name, unique in the Gateway: what a parentRef's sectionName names.
@@ -94,7 +94,7 @@ pub struct Listener {
 }
 
 /// Which routes may attach to a listener.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct AllowedRoutes {
     /// From which namespaces; absent means the Gateway's own.
@@ -104,7 +104,7 @@ pub struct AllowedRoutes {
 }
 
 /// Namespaces that routes may come from.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct RouteNamespaces {
     /// `Same` (the default), `All`, `Selector` or, for a `ListenerSet`, `None`.
@@ -121,7 +121,7 @@ impl RouteNamespaces {
 }
 
 /// A `metav1.LabelSelector`.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LabelSelector {
     /// Labels that must be equal.
@@ -131,7 +131,7 @@ pub struct LabelSelector {
 }
 
 /// One requirement of a [`LabelSelector`].
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct LabelSelectorRequirement {
     /// The label.
@@ -143,7 +143,7 @@ pub struct LabelSelectorRequirement {
 }
 
 /// A group and kind of routes.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct RouteGroupKind {
     /// The group; absent means that of the Gateway API.
@@ -163,7 +163,7 @@ impl RouteGroupKind {
 pub type TcpRoute = Object<TcpRouteSpec>;
 
 /// The spec of a TCPRoute.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct TcpRouteSpec {
     /// The listeners that it wants to attach to.
@@ -173,7 +173,7 @@ pub struct TcpRouteSpec {
 }
 
 /// A reference to a Gateway, or to one or some of its listeners.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ParentRef {
     /// The group; absent means that of the Gateway API.
@@ -208,7 +208,7 @@ impl ParentRef {
 }
 
 /// One rule of a TCPRoute.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct TcpRouteRule {
     /// Its name.
@@ -218,7 +218,7 @@ pub struct TcpRouteRule {
 }
 
 /// One weighted destination.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct BackendRef {
     /// The group; absent or empty means core.
@@ -261,7 +261,7 @@ impl BackendRef {
 pub type ReferenceGrant = Object<ReferenceGrantSpec>;
 
 /// The spec of a ReferenceGrant: any `from` may refer to any `to` in the grant's own namespace.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct ReferenceGrantSpec {
     /// Who may refer.
@@ -271,7 +271,7 @@ pub struct ReferenceGrantSpec {
 }
 
 /// Who may refer.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct ReferenceGrantFrom {
     /// The group of the referrer.
@@ -283,7 +283,7 @@ pub struct ReferenceGrantFrom {
 }
 
 /// To what may be referred.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct ReferenceGrantTo {
     /// The group; empty means core.

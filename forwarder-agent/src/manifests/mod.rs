@@ -54,6 +54,21 @@ pub struct Manifests {
     /// EndpointSlices by the Service that they belong to (label `kubernetes.io/service-name`), then by their own name.
     /// There is no entry for a Service without any.
     pub endpoint_slices: OrdMap<NamespacedName, EndpointSlices>,
+    /// The release of the Gateway API that the objects were validated by.
+    pub api_release: ApiRelease,
+}
+
+/// Which release of the Gateway API's CRDs a cluster has.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub enum ApiRelease {
+    /// There is no cluster: the manifests come from files.
+    #[default]
+    NotInstalled,
+    /// The CRDs do not tell, or are not there.
+    Unknown,
+    /// The annotation `gateway.networking.k8s.io/bundle-version` of the CRDs, such as `v1.6.1`: more than one while they
+    /// are replaced, or where they were put together by hand.
+    Installed(BTreeSet<String>),
 }
 
 impl Manifests {
@@ -67,13 +82,15 @@ impl Manifests {
             namespaces,
             services,
             endpoint_slices,
+            api_release,
         } = self;
         let is_same_otherwise = *gateway_classes == new.gateway_classes
             && *gateways == new.gateways
             && *tcp_routes == new.tcp_routes
             && *reference_grants == new.reference_grants
             && *namespaces == new.namespaces
-            && *services == new.services;
+            && *services == new.services
+            && *api_release == new.api_release;
         if !is_same_otherwise {
             return Change::Any;
         }
@@ -84,6 +101,24 @@ impl Manifests {
         });
         Change::Endpoints(differing.collect())
     }
+}
+
+impl ApiRelease {
+    /// Whether every CRD is of this release or a later one.
+    pub fn is_at_least(&self, major: u32, minor: u32) -> bool {
+        match self {
+            Self::NotInstalled | Self::Unknown => false,
+            Self::Installed(releases) => {
+                releases.iter().all(|release| version(release).is_some_and(|it| it >= (major, minor)))
+            }
+        }
+    }
+}
+
+/// The first two numbers of a version such as `v1.6.1` or `1.6.0-rc.1`.
+pub(crate) fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.trim_start_matches('v').split(['.', '-', '+']).map(str::parse::<u32>);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 /// What differs between two sets of manifests.

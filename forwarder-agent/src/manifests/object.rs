@@ -113,7 +113,7 @@ impl fmt::Display for ObjectRef {
 }
 
 /// The metadata that the forwarder uses (`metav1.ObjectMeta`).
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Metadata {
     /// The name.
@@ -144,7 +144,7 @@ impl Metadata {
 }
 
 /// An object with metadata and a spec.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Object<S> {
     /// Metadata.

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use crate::manifests::{GatewayClass, Kind, Manifests, ObjectRef};
+use crate::manifests::{ApiRelease, GatewayClass, Kind, Manifests, ObjectRef, version};
 use crate::problem::{Problem, Reason};
 use crate::status::{Condition, GatewayClassStatus, names};
 
-use super::{ApiRelease, ResolveSettings};
+use super::ResolveSettings;
 
 /// A GatewayClass in our eyes.
 pub(super) enum Class<'a> {
@@ -60,7 +60,7 @@ fn judge_class<'a>(
 /// The statuses of the classes that are ours.
 pub(super) fn statuses(
     classes: &BTreeMap<&str, Class<'_>>,
-    settings: &ResolveSettings,
+    release: &ApiRelease,
 ) -> BTreeMap<String, GatewayClassStatus> {
     let status = |(name, class): (&&str, &Class<'_>)| {
         let (class, refusal) = match class {
@@ -76,7 +76,7 @@ pub(super) fn statuses(
                 Condition::fails(names::ACCEPTED, reason, message.as_str(), generation)
             }
         };
-        let conditions = vec![accepted, supported_version(&settings.api_release, generation)];
+        let conditions = vec![accepted, supported_version(release, generation)];
         Some(((*name).to_owned(), GatewayClassStatus { conditions }))
     };
     classes.iter().filter_map(status).collect()
@@ -93,19 +93,20 @@ fn supported_version(release: &ApiRelease, generation: i64) -> Condition {
     match release {
         ApiRelease::NotInstalled => Condition::holds(SUPPORTED_VERSION, SUPPORTED_VERSION, "", generation),
         ApiRelease::Unknown => unsupported("the CRDs of the Gateway API do not tell their release"),
-        ApiRelease::Installed(found) if is_known_release(found) => {
-            let message = format!("the CRDs of the Gateway API are of release {found}");
-            Condition::holds(SUPPORTED_VERSION, SUPPORTED_VERSION, message, generation)
-        }
         ApiRelease::Installed(found) => {
-            unsupported(&format!("the CRDs of the Gateway API are of release {found}"))
+            let releases: Vec<&str> = found.iter().map(String::as_str).collect();
+            let message = format!("the CRDs of the Gateway API are of release {}", releases.join(" and "));
+            if found.iter().all(|release| is_known_release(release)) {
+                Condition::holds(SUPPORTED_VERSION, SUPPORTED_VERSION, message, generation)
+            } else {
+                unsupported(&message)
+            }
         }
     }
 }
 
 fn is_known_release(release: &str) -> bool {
-    let mut numbers = release.trim_start_matches('v').split(['.', '-', '+']).map(str::parse::<u32>);
-    matches!((numbers.next(), numbers.next()), (Some(Ok(1)), Some(Ok(0..=6))))
+    matches!(version(release), Some((1, 0..=6)))
 }
 
 #[cfg(test)]
@@ -124,7 +125,7 @@ mod tests {
 
     #[test]
     fn an_unknown_release_is_said_in_supported_version() {
-        let condition = supported_version(&ApiRelease::Installed("v2.0.0".to_owned()), 7);
+        let condition = supported_version(&ApiRelease::Installed(["v2.0.0".to_owned()].into()), 7);
         assert_eq!(
             (condition.type_, condition.reason, condition.observed_generation),
             ("SupportedVersion", "UnsupportedVersion", 7)

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::manifests::{GATEWAY_GROUP, Kind};
+use crate::manifests::{GATEWAY_GROUP, Kind, Manifests};
 use crate::model::BindAddress;
 use crate::problem::Reason;
 use crate::status::{
@@ -10,7 +10,6 @@ use crate::status::{
     RouteStatus, Statuses, SupportedKind, gateway_conditions, names,
 };
 
-use super::ResolveSettings;
 use super::attach::{JudgedRoute, Parent};
 use super::classes::{self, Class};
 use super::destinations::Destinations;
@@ -26,7 +25,7 @@ pub(super) fn statuses(
     gateways: &[JudgedGateway<'_>],
     routes: &[JudgedRoute<'_>],
     destinations: &[Destinations],
-    settings: &ResolveSettings,
+    manifests: &Manifests,
 ) -> Statuses {
     let route_status = |(route, destinations): (&JudgedRoute<'_>, &Destinations)| {
         let parent = |parent| parent_status(route, parent, gateways, destinations);
@@ -34,7 +33,7 @@ pub(super) fn statuses(
         (route.name.clone(), RouteStatus { parents })
     };
     Statuses {
-        gateway_classes: classes::statuses(classes, settings),
+        gateway_classes: classes::statuses(classes, &manifests.api_release),
         gateways: gateways.iter().map(|g| (g.name.clone(), gateway_status(g))).collect(),
         tcp_routes: routes.iter().zip(destinations).map(route_status).collect(),
     }

@@ -46,31 +46,18 @@ pub struct ResolveSettings {
     /// Whether a namespace that is not among the manifests exists all the same, without labels: so in files. In a
     /// cluster, it is one that the agent has not seen yet, and no selector matches it.
     pub implicit_namespaces: bool,
-    /// The release of the Gateway API that the manifests were validated by.
-    pub api_release: ApiRelease,
 }
 
 impl ResolveSettings {
+    /// The settings for manifests from a Kubernetes API.
+    pub fn for_cluster(listener_defaults: ListenerSettings) -> Self {
+        Self { implicit_namespaces: false, ..Self::for_files(listener_defaults) }
+    }
+
     /// The settings for manifests from files.
     pub fn for_files(listener_defaults: ListenerSettings) -> Self {
-        Self {
-            controller_name: CONTROLLER_NAME.to_owned(),
-            listener_defaults,
-            implicit_namespaces: true,
-            api_release: ApiRelease::NotInstalled,
-        }
+        Self { controller_name: CONTROLLER_NAME.to_owned(), listener_defaults, implicit_namespaces: true }
     }
-}
-
-/// Which release of the Gateway API's CRDs a cluster has.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum ApiRelease {
-    /// There is no cluster: the manifests come from files.
-    NotInstalled,
-    /// The CRDs do not tell.
-    Unknown,
-    /// The annotation `gateway.networking.k8s.io/bundle-version` of the CRDs, such as `v1.6.1`.
-    Installed(String),
 }
 
 /// What the manifests amount to.
@@ -95,6 +82,6 @@ pub fn resolve(manifests: &Manifests, settings: &ResolveSettings) -> Resolved {
     let grants = grants::Grants::new(manifests);
     let destinations = destinations::resolve(manifests, &grants, &routes, &mut problems);
     let (table, of_backends) = table::build(manifests, &gateways, &routes, &destinations);
-    let statuses = conditions::statuses(&classes, &gateways, &routes, &destinations, settings);
+    let statuses = conditions::statuses(&classes, &gateways, &routes, &destinations, manifests);
     Resolved { table, statuses, problems: Problems { general: problems.into(), of_backends } }
 }

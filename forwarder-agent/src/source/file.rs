@@ -11,24 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::document::{self, Contents, Entry};
-use super::locations::{Locations, Place};
+use super::loaded::Loaded;
+use super::locations::Place;
 use super::manifest::Manifest;
 use super::scan::{self, Scan};
-use crate::manifests::{Manifests, ObjectRef};
+use crate::manifests::ObjectRef;
 use crate::problem::{Location, Problem, Reason, Severity};
-
-/// What a source has read: the objects, what is wrong with them, and where they stand.
-///
-/// Cloning takes no time, and what has not changed is shared with the load before: to compare the two costs what differs.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Loaded {
-    /// The objects in force.
-    pub manifests: Manifests,
-    /// What is wrong, in the order of the files.
-    pub problems: Arc<[Problem]>,
-    /// The lines of the objects' fields.
-    pub locations: Locations,
-}
 
 /// Reads manifests from a file or folder, and remembers the last good version of each object.
 #[derive(Debug)]

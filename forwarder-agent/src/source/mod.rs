@@ -1,8 +1,10 @@
-//! Where the configuration comes from: manifests in files.
+//! Where the configuration comes from: manifests in files, or objects of a Kubernetes API.
 
 mod decode;
 mod document;
 mod file;
+pub mod kube;
+mod loaded;
 mod locations;
 mod manifest;
 mod node;
@@ -10,6 +12,7 @@ mod scan;
 mod watch;
 mod yaml;
 
-pub use self::file::{FileSource, Loaded};
+pub use self::file::FileSource;
+pub use self::loaded::Loaded;
 pub use self::locations::Locations;
 pub use self::watch::watch;

@@ -12,7 +12,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use self::notices::{Notices, Told};
-use super::file::{FileSource, Loaded};
+use super::file::FileSource;
+use super::loaded::Loaded;
 use super::scan;
 
 /// When a change is acted upon.

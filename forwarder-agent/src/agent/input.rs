@@ -1,0 +1,74 @@
+//! Where the manifests come from, and where their statuses go.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use super::Resolver;
+use crate::publish::{self, Identity, Outcome, PublishHealth};
+use crate::settings::{Settings, SourceSettings};
+use crate::source::kube::{ConnectError, KubeHealth};
+use crate::source::{self, FileSource, Loaded};
+
+/// The source, opened.
+pub(super) struct Input {
+    /// What is read.
+    pub(super) loaded: watch::Receiver<Arc<Loaded>>,
+    /// What resolves it.
+    pub(super) resolver: Resolver,
+    /// Who is told what became of it; nobody where files are read.
+    pub(super) outcome: Option<OutcomeSender>,
+    /// How the reading and the telling go.
+    pub(super) health: Option<ClusterHealth>,
+}
+
+/// Tells what became of the manifests.
+pub(super) struct OutcomeSender {
+    pub(super) node: String,
+    pub(super) sender: watch::Sender<Arc<Outcome>>,
+}
+
+/// How reading from a Kubernetes API, and writing to it, go.
+#[derive(Debug)]
+pub struct ClusterHealth {
+    /// How the reading goes.
+    pub source: Arc<KubeHealth>,
+    /// How the writing goes.
+    pub publish: Arc<PublishHealth>,
+}
+
+/// Opens the source.
+///
+/// # Errors
+/// There is no configuration of the Kubernetes API, or none that can be used.
+pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
+    let (controller, defaults) = (settings.controller_name.clone(), settings.listener_defaults.clone());
+    match &settings.source {
+        SourceSettings::Files(path) => {
+            let (updates, loaded) = watch::channel(Arc::default());
+            tokio::spawn(source::watch(FileSource::new(path), updates));
+            let resolver = Resolver::for_files(controller, defaults);
+            tracing::info!(manifests = %path.display(), "following files");
+            Ok(Input { loaded, resolver, outcome: None, health: None })
+        }
+        SourceSettings::Kube(settings) => {
+            let client = source::kube::connect(settings.kubeconfig.as_deref()).await?;
+            let identity = Identity::new(settings, &controller, &client);
+            tracing::info!(
+                node = settings.node_name,
+                pod = settings.pod_name,
+                namespaces = ?settings.watch_namespaces,
+                "following the Kubernetes API"
+            );
+            let source = source::kube::watch(client.clone(), settings);
+            let (sender, outcome) = watch::channel(Arc::default());
+            let publish = publish::start(client, identity, outcome, source.records);
+            Ok(Input {
+                loaded: source.loaded,
+                resolver: Resolver::for_cluster(controller, defaults),
+                outcome: Some(OutcomeSender { node: settings.node_name.clone(), sender }),
+                health: Some(ClusterHealth { source: source.health, publish }),
+            })
+        }
+    }
+}

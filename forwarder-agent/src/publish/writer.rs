@@ -1,0 +1,432 @@
+//! Writes the statuses, while this agent is the one that does.
+//!
+//! Whatever changes, every object is judged anew; what is as it was is told by a digest, without looking at it. At most
+//! one write of an object is under way. What the API server refuses is tried again later and later; where somebody was
+//! faster, or the object is not seen yet as it was written, the watch will tell.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::api::{Patch, PatchParams};
+use kube::core::DynamicObject;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Api, Client, ResourceExt};
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
+
+use super::patch::{KINDS, Wanted, Warning, finalizer_patch, patch};
+use super::{FIELD_MANAGER, Identity, Outcome, PublishHealth, WriteResult, reports};
+use crate::manifests::{ApiRelease, Kind, Manifests, NamespacedName, ObjectRef, ParentRef};
+use crate::source::kube::{Record, Records, Served, one_line};
+use crate::status::nodes::{Node, apply_nodes};
+use crate::status::{Condition, Statuses};
+
+/// How long changes are gathered before the objects are judged: the reports of other nodes come in meanwhile.
+const DEBOUNCE: Duration = Duration::from_millis(150);
+/// How many writes may be under way.
+const AT_ONCE: usize = 8;
+/// How many may be made up before the first of them is over.
+const QUEUE: usize = 512;
+/// How soon an object may be written again.
+const INTERVAL: Duration = Duration::from_millis(500);
+/// How long to wait after a failure, at first and at most.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(1));
+/// The features of the Gateway API that are served, sorted.
+const FEATURES: [&str; 4] = ["Gateway", "GatewayStaticAddresses", "ReferenceGrant", "TCPRoute"];
+
+/// What writes.
+pub(super) struct Writer {
+    client: Client,
+    identity: Arc<Identity>,
+    health: Arc<PublishHealth>,
+    recorder: Recorder,
+    events: Allowance,
+    objects: HashMap<ObjectRef, Progress>,
+}
+
+/// How far an object is.
+#[derive(Debug, Default)]
+struct Progress {
+    /// The version of the object and the digest of the status wanted, where nothing was to do or the write was made.
+    judged: Option<(String, u64)>,
+    /// The version that a write was made from: until another is seen, there is nothing to judge.
+    stale: Option<String>,
+    is_writing: bool,
+    /// Not before.
+    not_before: Option<Instant>,
+    failures: u32,
+}
+
+/// A write that is to be made, or has come to an end.
+struct Write<T> {
+    id: ObjectRef,
+    /// The object as it was when the write was made up.
+    record: Arc<Record>,
+    digest: u64,
+    warnings: Vec<Warning>,
+    /// What to write, or the version of the object that was written.
+    what: T,
+}
+
+/// What to write.
+enum Body {
+    Status(Value),
+    Finalizers(Value),
+}
+
+type Writes = FuturesUnordered<BoxFuture<'static, Write<Result<Option<String>, kube::Error>>>>;
+
+impl Writer {
+    pub(super) fn new(client: Client, identity: Arc<Identity>, health: Arc<PublishHealth>) -> Self {
+        let reporter =
+            Reporter { controller: identity.controller.clone(), instance: Some(identity.holder()) };
+        let recorder = Recorder::new(client.clone(), reporter);
+        let events = Allowance { left: Allowance::MOST, since: Instant::now() };
+        Self { client, identity, health, recorder, events, objects: HashMap::new() }
+    }
+
+    /// Writes whenever it is this agent's turn, until nobody sets the outcome any more.
+    pub(super) async fn run(
+        mut self,
+        mut is_leader: watch::Receiver<bool>,
+        mut outcome: watch::Receiver<Arc<Outcome>>,
+        mut records: watch::Receiver<Records>,
+    ) {
+        loop {
+            while !*is_leader.borrow_and_update() {
+                tokio::select! {
+                    changed = is_leader.changed() => if changed.is_err() { return },
+                    () = closed(&mut outcome) => return,
+                }
+            }
+            self.health.is_leader.store(true, Ordering::Relaxed);
+            self.objects.clear();
+            let go_on = self.lead(&mut is_leader, &mut outcome, &mut records).await;
+            self.health.is_leader.store(false, Ordering::Relaxed);
+            if !go_on {
+                return;
+            }
+        }
+    }
+
+    /// Writes as long as this agent leads. Yields false if the agent ends.
+    async fn lead(
+        &mut self,
+        is_leader: &mut watch::Receiver<bool>,
+        outcome: &mut watch::Receiver<Arc<Outcome>>,
+        records: &mut watch::Receiver<Records>,
+    ) -> bool {
+        let (sender, mut nodes) = watch::channel(None);
+        match self.identity.pod {
+            Some(_) => {
+                let follow = reports::follow(self.client.clone(), Arc::clone(&self.identity), sender);
+                drop(tokio::spawn(follow));
+            }
+            None => drop(sender.send_replace(Some(Vec::new()))),
+        }
+        let mut writes = Writes::new();
+        let mut queue = VecDeque::new();
+        // At once, for nobody has looked at what has changed since the last one led.
+        let mut due = Some(Instant::now());
+        let soon = |due: Option<Instant>| {
+            let soon = Instant::now() + DEBOUNCE;
+            Some(due.map_or(soon, |due| due.min(soon)))
+        };
+        loop {
+            tokio::select! {
+                changed = is_leader.changed() => {
+                    if changed.is_err() || !*is_leader.borrow_and_update() {
+                        // What is under way ends as it may: it carries the version that it was made from.
+                        return changed.is_ok();
+                    }
+                }
+                changed = outcome.changed() => {
+                    if changed.is_err() {
+                        return false;
+                    }
+                    due = soon(due);
+                }
+                Ok(()) = records.changed() => due = soon(due),
+                Ok(()) = nodes.changed() => due = soon(due),
+                Some(written) = writes.next() => {
+                    let again = self.settle(written, &records.borrow().served);
+                    due = [due, again].into_iter().flatten().min();
+                }
+                () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
+                    let outcome = Arc::clone(&outcome.borrow_and_update());
+                    let records = records.borrow_and_update().clone();
+                    let nodes = nodes.borrow_and_update().clone();
+                    due = nodes.and_then(|nodes| self.judge(&outcome, &records, nodes, &mut queue));
+                }
+            }
+            while writes.len() < AT_ONCE
+                && let Some(write) = queue.pop_front()
+            {
+                self.start(write, &records.borrow().served, &mut writes);
+            }
+        }
+    }
+
+    /// Looks at every object, and puts into the queue what has to be written. Yields when to look again, if that is
+    /// known.
+    fn judge(
+        &mut self,
+        outcome: &Outcome,
+        records: &Records,
+        nodes: Vec<Node>,
+        queue: &mut VecDeque<Write<Body>>,
+    ) -> Option<Instant> {
+        let mut statuses = outcome.statuses.clone();
+        apply_nodes(&mut statuses, &self.with_own(nodes, outcome));
+        let identity = Arc::clone(&self.identity);
+        let manifests = &outcome.loaded.manifests;
+        let used_classes: BTreeSet<&str> =
+            manifests.gateways.values().map(|it| it.spec.gateway_class_name.as_str()).collect();
+        let now = Instant::now();
+        let time = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+        let mut again: Option<Instant> = None;
+        self.objects.retain(|id, progress| progress.is_writing || records.objects.contains_key(id));
+        for (id, record) in &records.objects {
+            if queue.len() >= QUEUE {
+                return Some(now + DEBOUNCE);
+            }
+            let mut parents = Vec::new();
+            let wanted = wanted(&identity.controller, id, record, &statuses, manifests, &mut parents);
+            let Some(wanted) = wanted else { continue };
+            let is_used = used_classes.contains(id.name.as_str());
+            let digest = digest(&(wanted, is_used));
+            let progress = self.objects.entry(id.clone()).or_default();
+            let version = &record.resource_version;
+            let is_judged = progress.judged.as_ref().is_some_and(|it| (&it.0, it.1) == (version, digest));
+            if progress.is_writing || is_judged || progress.stale.as_ref() == Some(version) {
+                continue;
+            }
+            if let Some(at) = progress.not_before.filter(|at| *at > now) {
+                again = Some(again.map_or(at, |again| again.min(at)));
+                continue;
+            }
+            let finalizers = match wanted {
+                Wanted::GatewayClass { .. } => finalizer_patch(record, is_used),
+                Wanted::Gateway(_) | Wanted::Route { .. } => None,
+            };
+            let (what, warnings) = match (finalizers, patch(record, wanted, &time)) {
+                (Some(body), _) => (Body::Finalizers(body), Vec::new()),
+                (None, Some(patch)) => (Body::Status(patch.body), patch.warnings),
+                (None, None) => {
+                    progress.judged = Some((version.clone(), digest));
+                    continue;
+                }
+            };
+            progress.is_writing = true;
+            queue.push_back(Write { id: id.clone(), record: Arc::clone(record), digest, warnings, what });
+        }
+        again
+    }
+
+    /// The nodes, of which this one says what it knows itself. Outside a Pod there is no other.
+    fn with_own(&self, mut nodes: Vec<Node>, outcome: &Outcome) -> Vec<Node> {
+        let own = Node {
+            name: self.identity.node.clone(),
+            addresses: Vec::new(),
+            report: Some(outcome.report.clone()),
+        };
+        match nodes.iter_mut().find(|node| node.name == own.name) {
+            Some(node) => node.report = own.report,
+            None if self.identity.pod.is_none() => nodes.push(own),
+            None => {}
+        }
+        nodes
+    }
+
+    fn start(&self, write: Write<Body>, served: &Served, writes: &mut Writes) {
+        let Write { id, record, digest, warnings, what } = write;
+        let resource = served.values().find(|resource| resource.kind == id.kind);
+        let api: Option<Api<DynamicObject>> = resource.map(|resource| match id.namespace.as_str() {
+            "" => Api::all_with(self.client.clone(), resource),
+            namespace => Api::namespaced_with(self.client.clone(), namespace, resource),
+        });
+        let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+        writes.push(Box::pin(async move {
+            let what = match (api, what) {
+                // The kind is not served any more; whatever comes next is told by the watches.
+                (None, _) => Ok(None),
+                (Some(api), Body::Status(body)) => api
+                    .patch_status(&id.name, &params, &Patch::Merge(body))
+                    .await
+                    .map(|it| it.resource_version()),
+                (Some(api), Body::Finalizers(body)) => {
+                    api.patch(&id.name, &params, &Patch::Merge(body)).await.map(|_| None)
+                }
+            };
+            Write { id, record, digest, warnings, what }
+        }));
+    }
+
+    /// Takes in what became of a write. Yields when to try again, if so.
+    fn settle(
+        &mut self,
+        write: Write<Result<Option<String>, kube::Error>>,
+        served: &Served,
+    ) -> Option<Instant> {
+        let Write { id, record, digest, warnings, what } = write;
+        let kind = KINDS.into_iter().find(|kind| kind.as_str() == id.kind)?;
+        let progress = self.objects.entry(id.clone()).or_default();
+        progress.is_writing = false;
+        progress.stale = Some(record.resource_version.clone());
+        let error = match what {
+            Ok(version) => {
+                progress.failures = 0;
+                progress.not_before = Some(Instant::now() + INTERVAL);
+                // A field that the cluster's CRD does not know is dropped there: what came back is all there is to have.
+                progress.judged = version.map(|version| (version, digest));
+                self.health.count(kind, WriteResult::Written);
+                tracing::debug!(object = %id, "status written");
+                self.tell(&id, &record, warnings, served);
+                return None;
+            }
+            Err(error) => error,
+        };
+        match &error {
+            kube::Error::Api(status) if status.code == 409 => {
+                self.health.count(kind, WriteResult::Conflict);
+                tracing::debug!(object = %id, "somebody was faster: looking again");
+                return None;
+            }
+            // It is gone, or its CRD is.
+            kube::Error::Api(status) if status.code == 404 => return None,
+            _ => {}
+        }
+        self.health.count(kind, WriteResult::Failed);
+        progress.stale = None;
+        let delay = RETRY.0.saturating_mul(1 << progress.failures.min(6)).min(RETRY.1);
+        progress.failures += 1;
+        progress.not_before = Some(Instant::now() + delay);
+        tracing::warn!(
+            object = %id,
+            error = one_line(&error),
+            delay = %humantime::format_duration(delay),
+            "cannot write the status; trying again"
+        );
+        progress.not_before
+    }
+
+    /// Tells people, by events of the object, which conditions have turned bad.
+    fn tell(&mut self, id: &ObjectRef, record: &Record, warnings: Vec<Warning>, served: &Served) {
+        let resource = served.values().find(|resource| resource.kind == id.kind);
+        let reference = ObjectReference {
+            api_version: resource.map(|resource| resource.api_version.clone()),
+            kind: Some(id.kind.clone()),
+            namespace: Some(id.namespace.clone()).filter(|namespace| !namespace.is_empty()),
+            name: Some(id.name.clone()),
+            uid: Some(record.uid.clone()),
+            ..ObjectReference::default()
+        };
+        for Warning { reason, message } in warnings {
+            if !self.events.take() {
+                tracing::debug!(object = %id, reason, "too many events: this one is in the status only");
+                continue;
+            }
+            let (recorder, reference) = (self.recorder.clone(), reference.clone());
+            tokio::spawn(async move {
+                let note = Some(message).filter(|message| !message.is_empty());
+                let event = Event {
+                    type_: EventType::Warning,
+                    reason,
+                    note,
+                    action: "Configure".to_owned(),
+                    secondary: None,
+                };
+                if let Err(error) = recorder.publish(&event, &reference).await {
+                    tracing::debug!(error = one_line(&error), "an event was not recorded");
+                }
+            });
+        }
+    }
+}
+
+/// The status that an object is to have; `None` where it is not ours, or another version of it was looked at.
+fn wanted<'a>(
+    controller: &'a str,
+    id: &ObjectRef,
+    record: &Record,
+    statuses: &'a Statuses,
+    manifests: &'a Manifests,
+    parents: &'a mut Vec<(ParentRef, &'a [Condition])>,
+) -> Option<Wanted<'a>> {
+    let name = NamespacedName::new(&id.namespace, &id.name);
+    let is_current = |conditions: &[Condition]| {
+        conditions.iter().all(|condition| condition.observed_generation == record.generation)
+    };
+    match KINDS.into_iter().find(|kind| kind.as_str() == id.kind)? {
+        Kind::GatewayClass => {
+            let status = statuses.gateway_classes.get(&id.name)?;
+            let features = has_features(&manifests.api_release).then_some(&FEATURES[..]);
+            is_current(&status.conditions).then_some(Wanted::GatewayClass { status, features })
+        }
+        Kind::Gateway => {
+            let status = statuses.gateways.get(&name)?;
+            is_current(&status.conditions).then_some(Wanted::Gateway(status))
+        }
+        _ => {
+            if let Some(status) = statuses.tcp_routes.get(&name) {
+                let spec = &manifests.tcp_routes.get(&name)?.spec;
+                for parent in &status.parents {
+                    let parent_ref = spec.parent_refs.get(parent.parent_ref)?;
+                    if !is_current(&parent.conditions) {
+                        return None;
+                    }
+                    parents.push((parent_ref.clone(), parent.conditions.as_slice()));
+                }
+            } else if !record.status.as_ref().is_some_and(|status| status.contains(controller)) {
+                // Nothing of ours is there, nor is it to be.
+                return None;
+            }
+            Some(Wanted::Route { controller, parents })
+        }
+    }
+}
+
+/// How many events may be told: some at once, and then one a second.
+#[derive(Debug)]
+struct Allowance {
+    left: u32,
+    since: Instant,
+}
+
+impl Allowance {
+    const MOST: u32 = 50;
+
+    fn take(&mut self) -> bool {
+        let seconds = self.since.elapsed().as_secs();
+        self.since += Duration::from_secs(seconds);
+        let more = u32::try_from(seconds).unwrap_or(Self::MOST);
+        self.left = self.left.saturating_add(more).min(Self::MOST);
+        let is_left = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        is_left
+    }
+}
+
+/// Whether GatewayClasses of this release have a place for features, as objects with a name.
+fn has_features(release: &ApiRelease) -> bool {
+    release.is_at_least(1, 2)
+}
+
+fn digest(of: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    of.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Waits until nobody sets the outcome any more.
+async fn closed(outcome: &mut watch::Receiver<Arc<Outcome>>) {
+    while outcome.changed().await.is_ok() {}
+}

@@ -1,0 +1,489 @@
+//! Objects of a Kubernetes API, followed by watches.
+//!
+//! Which version of each kind of the Gateway API is read follows from what the API server serves, asked again whenever a
+//! CRD changes or a watch finds its resource gone; a kind that is not served is said so, and waited for without holding
+//! up the others. The flow: a `reflector` for each kind tells of its objects, the `store` makes one set of manifests of
+//! them, and [`watch`] publishes that once it is quiet, at first when every kind has been read.
+
+mod kinds;
+mod object;
+mod records;
+mod reflector;
+mod state;
+mod store;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use kube::core::{DynamicObject, PartialObjectMeta, Resource};
+use kube::discovery::ApiResource;
+use kube::runtime::watcher::Event;
+use kube::{Client, Config};
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use self::reflector::{Message, News, Scope};
+use self::store::Store;
+use super::Loaded;
+use crate::lock::lock;
+use crate::manifests::{GATEWAY_GROUP, Kind};
+use crate::settings::KubeSettings;
+
+pub use self::kinds::{CORE_KINDS, GATEWAY_KINDS, Served, discover, resource};
+pub use self::records::{Record, Records};
+pub(crate) use self::reflector::backoff;
+
+/// For so long it must be quiet before changes are published, and so long may that be put off.
+const QUIET: Duration = Duration::from_millis(50);
+const PATIENCE: Duration = Duration::from_millis(100);
+/// How long the API server may take, at first, before the last known state is published in place of what it says.
+const STATE_AFTER: Duration = Duration::from_secs(3);
+/// How long a kind may be refused, at first, before the others are published without it.
+const REFUSED_FOR: Duration = Duration::from_secs(10);
+/// A served version shows in the discovery documents only some moments after its CRD has changed.
+const ASK_AGAIN: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(3), Duration::from_secs(10)];
+/// How often it is asked anyway.
+const ASK_ANYWAY: Duration = Duration::from_mins(1);
+/// An API server tells something in each minute, if only a bookmark: silence for longer means a dead connection.
+const SILENCE: Duration = Duration::from_secs(95);
+/// The annotation of a CRD that tells the release of the Gateway API.
+const BUNDLE_VERSION: &str = "gateway.networking.k8s.io/bundle-version";
+
+/// How the reading goes, for the metrics.
+#[derive(Debug, Default)]
+pub struct KubeHealth {
+    /// Failed requests, by kind.
+    failures: BTreeMap<Kind, AtomicU64>,
+    /// Whether what is in force is the state that a former agent has kept.
+    is_stale: AtomicBool,
+    /// What the API server serves.
+    served: Mutex<Arc<Served>>,
+}
+
+impl KubeHealth {
+    fn new() -> Self {
+        let kinds = GATEWAY_KINDS.into_iter().chain(CORE_KINDS);
+        Self { failures: kinds.map(|kind| (kind, AtomicU64::new(0))).collect(), ..Self::default() }
+    }
+
+    /// Failed requests, by kind.
+    pub fn failures(&self) -> impl Iterator<Item = (Kind, u64)> {
+        self.failures.iter().map(|(kind, count)| (*kind, count.load(Ordering::Relaxed)))
+    }
+
+    /// The kinds of the Gateway API, with the version in which each is read; `None` where it is not served.
+    pub fn served(&self) -> impl Iterator<Item = (Kind, Option<String>)> {
+        let served = Arc::clone(&lock(&self.served));
+        GATEWAY_KINDS.into_iter().map(move |kind| (kind, served.get(&kind).map(|it| it.version.clone())))
+    }
+
+    /// Whether what is in force is the state that a former agent has kept, for the API server has not answered yet.
+    pub fn is_stale(&self) -> bool {
+        self.is_stale.load(Ordering::Relaxed)
+    }
+}
+
+/// Why no client could be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// A kubeconfig cannot be used.
+    #[error("cannot use kubeconfig {path}: {source}")]
+    Kubeconfig {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: kube::config::KubeconfigError,
+    },
+    /// Neither the environment nor a service account says where the API server is.
+    #[error(
+        "no Kubernetes API is configured: run in a Pod with a service account, set KUBECONFIG, or give --kubeconfig ({0})"
+    )]
+    Infer(#[from] kube::config::InferConfigError),
+    /// The configuration is there, and unusable.
+    #[error("cannot make a client of the Kubernetes API: {0}")]
+    Client(#[from] kube::Error),
+}
+
+/// A client of the API server. Nothing is asked of it yet.
+///
+/// # Errors
+/// It is not said where the API server is, or how to authenticate.
+pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client, ConnectError> {
+    let mut config = match kubeconfig {
+        None => Config::infer().await?,
+        Some(path) => {
+            let read = async {
+                let kubeconfig = kube::config::Kubeconfig::read_from(path)?;
+                Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default()).await
+            };
+            read.await.map_err(|source| ConnectError::Kubeconfig { path: path.to_owned(), source })?
+        }
+    };
+    config.connect_timeout = Some(Duration::from_secs(5));
+    config.read_timeout = Some(SILENCE);
+    Ok(Client::try_from(config)?)
+}
+
+/// What the API server holds, followed.
+#[derive(Debug)]
+pub struct KubeSource {
+    /// The manifests.
+    pub loaded: watch::Receiver<Arc<Loaded>>,
+    /// The objects that carry a status.
+    pub records: watch::Receiver<Records>,
+    /// How the reading goes.
+    pub health: Arc<KubeHealth>,
+}
+
+/// Follows the objects of an API server.
+pub fn watch(client: Client, settings: &KubeSettings) -> KubeSource {
+    let (loaded_sender, loaded) = watch::channel(Arc::default());
+    let (records_sender, records) = watch::channel(Records::default());
+    let health = Arc::new(KubeHealth::new());
+    let follower = Follower {
+        client,
+        namespaces: settings.watch_namespaces.clone(),
+        state_dir: settings.state_dir.clone(),
+        store: Store::default(),
+        watches: BTreeMap::new(),
+        served: None,
+        next_epoch: 0,
+        messages: mpsc::channel(1024),
+        loaded: loaded_sender,
+        records: records_sender,
+        health: Arc::clone(&health),
+        is_published: false,
+    };
+    tokio::spawn(follower.run());
+    KubeSource { loaded, records, health }
+}
+
+/// The state of [`watch`].
+struct Follower {
+    client: Client,
+    namespaces: Vec<String>,
+    state_dir: Option<PathBuf>,
+    store: Store,
+    /// The watch of each scope, and what it reads.
+    watches: BTreeMap<Scope, (ApiResource, AbortHandle)>,
+    /// What the API server serves, once it has said so.
+    served: Option<Arc<Served>>,
+    next_epoch: u64,
+    messages: (mpsc::Sender<Message>, mpsc::Receiver<Message>),
+    loaded: watch::Sender<Arc<Loaded>>,
+    records: watch::Sender<Records>,
+    health: Arc<KubeHealth>,
+    is_published: bool,
+}
+
+/// When what was told is published.
+#[derive(Clone, Copy)]
+struct Due {
+    first: Instant,
+    at: Instant,
+}
+
+impl Due {
+    fn after_change(due: Option<Self>) -> Self {
+        let now = Instant::now();
+        let first = due.map_or(now, |due| due.first);
+        Self { first, at: (now + QUIET).min(first + PATIENCE) }
+    }
+}
+
+impl Follower {
+    async fn run(mut self) {
+        for kind in CORE_KINDS {
+            self.follow(kind, &resource(kind, "v1"));
+        }
+        let started = Instant::now();
+        let mut crds = std::pin::pin!(reflector::crds(self.client.clone()));
+        let mut named = BTreeSet::new();
+        let mut due: Option<Due> = None;
+        let mut asks = Asks::new();
+        let mut writer = state::Writer::new(self.state_dir.clone());
+        let state_at = started + STATE_AFTER;
+        let give_up_at = started + REFUSED_FOR;
+        let mut state_is_due = true;
+        let mut refusals_are_due = true;
+        loop {
+            tokio::select! {
+                Some(message) = self.messages.1.recv() => {
+                    if let News::Failed(failure) = &message.news {
+                        self.note_failure(message.scope.kind, failure);
+                        if failure.code == Some(404) {
+                            asks.soon();
+                        }
+                    }
+                    if self.store.take_in(message) {
+                        due = Some(Due::after_change(due));
+                    }
+                }
+                Some(event) = crds.next() => {
+                    if let Some(event) = event && self.crd_changed(event, &mut named) {
+                        asks.soon();
+                        due = Some(Due::after_change(due));
+                    }
+                }
+                () = sleep_until(asks.next) => {
+                    let answer = self.ask().await;
+                    asks.answered(answer.is_ok());
+                    match answer {
+                        Ok(served) => if self.serve(served) {
+                            due = Some(Due::after_change(due));
+                        },
+                        Err(error) => tracing::warn!(
+                            error,
+                            "cannot ask the Kubernetes API which kinds it serves; asking again"
+                        ),
+                    }
+                }
+                () = sleep_until(state_at), if state_is_due => {
+                    state_is_due = false;
+                    self.publish_kept_state().await;
+                }
+                () = sleep_until(give_up_at), if refusals_are_due => {
+                    refusals_are_due = false;
+                    due = Some(Due::after_change(due));
+                }
+                () = async { sleep_until(due.map_or(started, |due| due.at)).await }, if due.is_some() => {
+                    due = None;
+                    if self.publish(!refusals_are_due) {
+                        state_is_due = false;
+                        writer.changed(&self.loaded.borrow());
+                    }
+                }
+                () = writer.due() => writer.write().await,
+                () = self.loaded.closed() => return self.stop(),
+            }
+        }
+    }
+
+    /// Asks what is served, for a bounded time: the watches have to be listened to.
+    async fn ask(&self) -> Result<Served, String> {
+        match timeout(Duration::from_secs(5), discover(&self.client)).await {
+            Ok(answer) => answer.map_err(|error| one_line(&error)),
+            Err(_) => Err("no answer within 5 seconds".to_owned()),
+        }
+    }
+
+    /// Publishes what is known, once that is everything.
+    fn publish(&mut self, without_refused: bool) -> bool {
+        if self.served.is_none() || !(self.is_published || self.store.is_complete(without_refused)) {
+            return false;
+        }
+        if !self.is_published {
+            tracing::info!(
+                served = served_versions(self.served.as_deref()),
+                "the Kubernetes API has been read"
+            );
+        }
+        self.is_published = true;
+        self.health.is_stale.store(false, Ordering::Relaxed);
+        // First what is written to, so that who is told of new manifests finds their objects.
+        self.records.send_replace(self.store.records());
+        let loaded = self.store.loaded();
+        self.loaded.send_if_modified(|current| {
+            let is_new = **current != loaded;
+            if is_new {
+                *current = Arc::new(loaded);
+            }
+            is_new
+        });
+        true
+    }
+
+    /// Publishes what a former agent has kept, while the API server does not answer.
+    async fn publish_kept_state(&self) {
+        let Some(directory) = &self.state_dir else { return };
+        if self.is_published {
+            return;
+        }
+        match state::read(directory).await {
+            Ok(Some(loaded)) => {
+                tracing::warn!(
+                    path = %directory.display(),
+                    "the Kubernetes API has not been read yet: the last known state is put into force"
+                );
+                self.health.is_stale.store(true, Ordering::Relaxed);
+                self.loaded.send_replace(Arc::new(loaded));
+            }
+            Ok(None) => tracing::warn!("the Kubernetes API has not been read yet, and no state was kept"),
+            Err(error) => tracing::error!(%error, "the kept state cannot be used"),
+        }
+    }
+
+    /// Follows what the API server serves. Yields whether that is something else than before.
+    fn serve(&mut self, served: Served) -> bool {
+        if self.served.as_deref() == Some(&served) {
+            return false;
+        }
+        let served = Arc::new(served);
+        for kind in GATEWAY_KINDS {
+            match served.get(&kind) {
+                Some(resource) => self.follow(kind, resource),
+                None => self.unfollow(kind),
+            }
+        }
+        tracing::info!(served = served_versions(Some(&served)), "versions of the Gateway API chosen");
+        self.store.set_served(&served);
+        *lock(&self.health.served) = Arc::clone(&served);
+        self.served = Some(served);
+        true
+    }
+
+    fn follow(&mut self, kind: Kind, resource: &ApiResource) {
+        let namespaces: Vec<Option<String>> = match self.namespaces.as_slice() {
+            namespaces if namespaces.is_empty() || kind.is_cluster_scoped() => vec![None],
+            namespaces => namespaces.iter().cloned().map(Some).collect(),
+        };
+        for namespace in namespaces {
+            let scope = Scope { kind, namespace };
+            if self.watches.get(&scope).is_some_and(|(before, _)| before == resource) {
+                continue;
+            }
+            self.next_epoch += 1;
+            self.store.begin(scope.clone(), self.next_epoch);
+            let watch = reflector::reflect(
+                self.client.clone(),
+                scope.clone(),
+                resource.clone(),
+                self.next_epoch,
+                self.messages.0.clone(),
+            );
+            let task = tokio::spawn(watch).abort_handle();
+            if let Some((_, before)) = self.watches.insert(scope, (resource.clone(), task)) {
+                before.abort();
+            }
+        }
+    }
+
+    fn unfollow(&mut self, kind: Kind) {
+        let store = &mut self.store;
+        self.watches.retain(|scope, (_, task)| {
+            if scope.kind == kind {
+                task.abort();
+                store.end(scope);
+            }
+            scope.kind != kind
+        });
+    }
+
+    /// Yields whether a CRD of the Gateway API has changed.
+    fn crd_changed(
+        &mut self,
+        event: Event<PartialObjectMeta<DynamicObject>>,
+        named: &mut BTreeSet<String>,
+    ) -> bool {
+        let crd = |object: &PartialObjectMeta<DynamicObject>| {
+            let name = object.meta().name.clone()?;
+            name.split_once('.').is_some_and(|(_, group)| group == GATEWAY_GROUP).then_some(name)
+        };
+        match event {
+            Event::Init => {
+                named.clear();
+                false
+            }
+            Event::InitApply(object) | Event::Apply(object) => {
+                let Some(name) = crd(&object) else { return false };
+                let release =
+                    object.meta().annotations.as_ref().and_then(|it| it.get(BUNDLE_VERSION)).cloned();
+                self.store.set_release(&name, release);
+                named.insert(name);
+                true
+            }
+            Event::Delete(object) => {
+                let Some(name) = crd(&object) else { return false };
+                self.store.forget_release(&name);
+                named.remove(&name);
+                true
+            }
+            Event::InitDone => {
+                self.store.retain_releases(named);
+                true
+            }
+        }
+    }
+
+    fn note_failure(&self, kind: Kind, failure: &reflector::WatchFailure) {
+        if let Some(count) = self.health.failures.get(&kind) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        match failure.code {
+            // What was remembered is too old, which happens in every cluster: everything is listed again.
+            Some(410) => tracing::debug!(%kind, error = failure.message, "a watch starts over"),
+            _ => {
+                tracing::warn!(%kind, error = failure.message, "a watch of the Kubernetes API failed; trying again");
+            }
+        }
+    }
+
+    fn stop(self) {
+        for (_, task) in self.watches.into_values() {
+            task.abort();
+        }
+    }
+}
+
+/// When the API server is asked which kinds it serves.
+struct Asks {
+    next: Instant,
+    /// How many times of [`ASK_AGAIN`] are left, and since when they count.
+    changed: Instant,
+    left: std::slice::Iter<'static, Duration>,
+    failures: u32,
+}
+
+impl Asks {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { next: now, changed: now, left: [].iter(), failures: 0 }
+    }
+
+    /// Something has changed: asks at once, and some times after.
+    fn soon(&mut self) {
+        self.changed = Instant::now();
+        self.left = ASK_AGAIN.iter();
+        self.next = self.next.min(self.changed + QUIET);
+    }
+
+    fn answered(&mut self, is_answer: bool) {
+        let now = Instant::now();
+        if is_answer {
+            self.failures = 0;
+            let again = self.left.find_map(|after| Some(self.changed + *after).filter(|at| *at > now));
+            self.next = again.unwrap_or(now + ASK_ANYWAY);
+        } else {
+            self.failures += 1;
+            self.next = now + Duration::from_millis(500 << self.failures.min(5)).min(Duration::from_secs(10));
+        }
+    }
+}
+
+fn served_versions(served: Option<&Served>) -> String {
+    let versions = GATEWAY_KINDS.into_iter().map(|kind| {
+        let version = served.and_then(|it| it.get(&kind)).map_or("not served", |it| it.version.as_str());
+        format!("{kind} {version}")
+    });
+    versions.collect::<Vec<_>>().join(", ")
+}
+
+/// An error with its causes, less those that its own text names already, on one line.
+pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

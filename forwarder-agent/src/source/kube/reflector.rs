@@ -1,0 +1,219 @@
+//! One watch: lists the objects of a kind, follows their changes, and tells the store.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt};
+use kube::core::{DynamicObject, PartialObjectMeta, Resource};
+use kube::discovery::ApiResource;
+use kube::runtime::utils::{Backoff, ResetTimerBackoff};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client};
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+
+use super::kinds;
+use super::object::Received;
+use super::records::Record;
+use crate::manifests::{Kind, Metadata, Namespace, ObjectRef};
+use crate::source::manifest::Manifest;
+
+/// How many objects one answer holds. A page is held as a whole while it is decoded, and a slice has up to 1,000
+/// endpoints.
+const PAGE: u32 = 250;
+const PAGE_OF_SLICES: u32 = 50;
+
+/// What one watch follows.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub(super) struct Scope {
+    pub(super) kind: Kind,
+    /// In this namespace only.
+    pub(super) namespace: Option<String>,
+}
+
+/// What a watch tells.
+#[derive(Debug)]
+pub(super) struct Message {
+    pub(super) scope: Scope,
+    /// Which of the watches that the scope has had, one after another.
+    pub(super) epoch: u64,
+    pub(super) news: News,
+}
+
+/// What has happened.
+#[derive(Debug)]
+pub(super) enum News {
+    /// All objects will follow.
+    ListBegins,
+    /// An object is there, or has changed.
+    Put(Box<Item>),
+    /// An object is gone.
+    Gone(ObjectRef),
+    /// All objects have been told; what was not is gone.
+    ListEnds,
+    /// The API server did not answer as it should; it is asked again.
+    Failed(WatchFailure),
+}
+
+/// An object.
+#[derive(Debug)]
+pub(super) struct Item {
+    pub(super) id: ObjectRef,
+    pub(super) manifest: Result<Manifest, String>,
+    pub(super) record: Record,
+}
+
+/// Why a watch does not go on.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct WatchFailure {
+    pub(super) message: String,
+    /// The status code of the answer, if there was one.
+    pub(super) code: Option<u16>,
+}
+
+/// Follows a scope until nobody listens.
+pub(super) async fn reflect(
+    client: Client,
+    scope: Scope,
+    resource: ApiResource,
+    epoch: u64,
+    messages: mpsc::Sender<Message>,
+) {
+    let teller = Teller { scope, epoch, messages };
+    match teller.scope.kind {
+        Kind::GatewayClass => teller.follow(client, resource, Manifest::GatewayClass).await,
+        Kind::Gateway => teller.follow(client, resource, Manifest::Gateway).await,
+        Kind::TcpRoute => teller.follow(client, resource, Manifest::TcpRoute).await,
+        Kind::ReferenceGrant => teller.follow(client, resource, Manifest::ReferenceGrant).await,
+        Kind::Service => teller.follow(client, resource, Manifest::Service).await,
+        Kind::EndpointSlice => teller.follow(client, resource, Manifest::EndpointSlice).await,
+        Kind::Namespace => {
+            // Their labels are all that matters.
+            let api = Api::<PartialObjectMeta<DynamicObject>>::all_with(client, &resource);
+            let watch = watcher(api, watcher::Config::default().page_size(PAGE));
+            teller.tell(watch, namespace).await;
+        }
+    }
+}
+
+/// The changes of the CRDs, by their metadata. `None` stands for a failure.
+pub(super) fn crds(
+    client: Client,
+) -> impl Stream<Item = Option<watcher::Event<PartialObjectMeta<DynamicObject>>>> {
+    let api = Api::<PartialObjectMeta<DynamicObject>>::all_with(client, &kinds::crds());
+    watcher(api, watcher::Config::default().page_size(PAGE)).backoff(backoff()).map(Result::ok)
+}
+
+/// From half a second to ten, at random: hundreds of agents must not come back in one moment, nor minutes late.
+pub(crate) fn backoff() -> impl Backoff {
+    let delays = backon::ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(500))
+        .with_max_delay(Duration::from_secs(10))
+        .with_jitter()
+        .without_max_times();
+    ResetTimerBackoff::new(watcher::ExponentialBackoff::from(delays), Duration::from_mins(2))
+}
+
+struct Teller {
+    scope: Scope,
+    epoch: u64,
+    messages: mpsc::Sender<Message>,
+}
+
+impl Teller {
+    async fn follow<T>(self, client: Client, resource: ApiResource, wrap: fn(Arc<T>) -> Manifest)
+    where
+        T: DeserializeOwned + Clone + Debug + Send + Sync + 'static,
+    {
+        let api = match &self.scope.namespace {
+            Some(namespace) => Api::<Received<T>>::namespaced_with(client, namespace, &resource),
+            None => Api::<Received<T>>::all_with(client, &resource),
+        };
+        let page = if self.scope.kind == Kind::EndpointSlice { PAGE_OF_SLICES } else { PAGE };
+        let watch = watcher(api, watcher::Config::default().page_size(page));
+        self.tell(watch, |received| {
+            let record = received.record();
+            (received.content.map(Arc::new).map(wrap), record)
+        })
+        .await;
+    }
+
+    async fn tell<K: Resource>(
+        self,
+        watch: impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send,
+        read: impl Fn(K) -> (Result<Manifest, String>, Record),
+    ) {
+        let mut watch = std::pin::pin!(watch.backoff(backoff()));
+        while let Some(event) = watch.next().await {
+            let put = |object: K| {
+                let id = self.id(&object);
+                let (manifest, record) = read(object);
+                News::Put(Box::new(Item { id, manifest: manifest.map(slim), record }))
+            };
+            let news = match event {
+                Ok(watcher::Event::Init) => News::ListBegins,
+                Ok(watcher::Event::InitApply(object) | watcher::Event::Apply(object)) => put(object),
+                Ok(watcher::Event::Delete(object)) => News::Gone(self.id(&object)),
+                Ok(watcher::Event::InitDone) => News::ListEnds,
+                Err(error) => News::Failed(failure(error)),
+            };
+            let message = Message { scope: self.scope.clone(), epoch: self.epoch, news };
+            if self.messages.send(message).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn id(&self, object: &impl Resource) -> ObjectRef {
+        let meta = object.meta();
+        ObjectRef {
+            kind: self.scope.kind.as_str().to_owned(),
+            namespace: meta.namespace.clone().unwrap_or_default(),
+            name: meta.name.clone().unwrap_or_default(),
+        }
+    }
+}
+
+fn namespace(object: PartialObjectMeta<DynamicObject>) -> (Result<Manifest, String>, Record) {
+    let meta = object.meta();
+    let metadata = Metadata {
+        name: meta.name.clone().unwrap_or_default(),
+        labels: meta.labels.clone().unwrap_or_default(),
+        ..Metadata::default()
+    };
+    (Ok(Manifest::Namespace(Arc::new(Namespace { metadata }))), Record::default())
+}
+
+/// Leaves out what nobody reads. The annotations of slices and routes may hold a copy of the object.
+fn slim(mut manifest: Manifest) -> Manifest {
+    let metadata = match &mut manifest {
+        Manifest::TcpRoute(object) => Arc::get_mut(object).map(|object| &mut object.metadata),
+        Manifest::ReferenceGrant(object) => Arc::get_mut(object).map(|object| &mut object.metadata),
+        Manifest::Service(object) => Arc::get_mut(object).map(|object| &mut object.metadata),
+        Manifest::EndpointSlice(object) => Arc::get_mut(object).map(|object| {
+            object.metadata.labels.retain(|key, _| key == crate::manifests::SERVICE_NAME_LABEL);
+            &mut object.metadata
+        }),
+        Manifest::GatewayClass(_) | Manifest::Gateway(_) | Manifest::Namespace(_) => None,
+    };
+    if let Some(metadata) = metadata {
+        metadata.annotations.clear();
+    }
+    manifest
+}
+
+fn failure(error: watcher::Error) -> WatchFailure {
+    use watcher::Error;
+    let code = match &error {
+        Error::InitialListFailed(kube::Error::Api(status))
+        | Error::WatchStartFailed(kube::Error::Api(status))
+        | Error::WatchFailed(kube::Error::Api(status))
+        | Error::WatchError(status) => Some(status.code),
+        Error::InitialListFailed(_)
+        | Error::WatchStartFailed(_)
+        | Error::WatchFailed(_)
+        | Error::NoResourceVersion => None,
+    };
+    WatchFailure { message: super::one_line(&error), code }
+}

@@ -1,0 +1,239 @@
+//! What the watches have told so far, as one set of manifests.
+//!
+//! Nothing in here waits or asks: messages go in, and what is to be published comes out. An object that cannot be read
+//! stays as it was. A list that is told anew takes away what it does not name once it is complete, so that nothing
+//! flaps meanwhile. What an API server does not tell any more, because it is away, stays in force.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use super::kinds::{GATEWAY_KINDS, Served, plural};
+use super::records::{Records, has_status};
+use super::reflector::{Item, Message, News, Scope, WatchFailure};
+use crate::manifests::{ApiRelease, Kind, ObjectRef};
+use crate::problem::{Problem, Reason, Severity};
+use crate::source::loaded::Loaded;
+use crate::source::manifest::Manifest;
+
+/// What has been told, and by which watches.
+#[derive(Default)]
+pub(super) struct Store {
+    loaded: Loaded,
+    records: Records,
+    held: HashMap<ObjectRef, Manifest>,
+    /// Objects that cannot be read, and why.
+    unreadable: BTreeMap<ObjectRef, String>,
+    scopes: BTreeMap<Scope, Progress>,
+    /// The bundle version of each CRD of the Gateway API; `None` where it does not tell.
+    releases: BTreeMap<String, Option<String>>,
+}
+
+/// How far the watch of a scope has come.
+#[derive(Debug, Default)]
+struct Progress {
+    epoch: u64,
+    /// Whether all objects have been told once.
+    is_complete: bool,
+    /// The objects of the list that is being told.
+    listed: Option<HashSet<ObjectRef>>,
+    /// Why it does not go on.
+    failure: Option<WatchFailure>,
+}
+
+impl Store {
+    /// Expects news of a scope from a new watch, and from no former one.
+    pub(super) fn begin(&mut self, scope: Scope, epoch: u64) {
+        let progress = self.scopes.entry(scope).or_default();
+        progress.epoch = epoch;
+        progress.listed = None;
+        progress.failure = None;
+    }
+
+    /// Expects no more news of a scope. What was told of it stays.
+    pub(super) fn end(&mut self, scope: &Scope) {
+        self.scopes.remove(scope);
+    }
+
+    /// Takes in what a watch tells. Yields whether that changes anything to be published.
+    pub(super) fn take_in(&mut self, message: Message) -> bool {
+        let Message { scope, epoch, news } = message;
+        let Some(progress) = self.scopes.get_mut(&scope).filter(|progress| progress.epoch == epoch) else {
+            return false;
+        };
+        let had_failed = match &news {
+            News::Failed(_) => false,
+            // The first answer after a failure may be the beginning of a list that fails, too.
+            News::ListBegins => progress.failure.is_some() && progress.is_complete,
+            News::Put(_) | News::Gone(_) | News::ListEnds => progress.failure.take().is_some(),
+        };
+        match news {
+            News::ListBegins => progress.listed = Some(HashSet::new()),
+            News::Put(item) => {
+                if let Some(listed) = &mut progress.listed {
+                    listed.insert(item.id.clone());
+                }
+                self.put(*item);
+            }
+            News::Gone(id) => self.remove(&id),
+            News::ListEnds => {
+                progress.is_complete = true;
+                if let Some(listed) = progress.listed.take() {
+                    self.remove_others(&scope, &listed);
+                }
+            }
+            News::Failed(failure) => {
+                let is_new = progress.failure.as_ref() != Some(&failure);
+                progress.failure = Some(failure);
+                return is_new;
+            }
+        }
+        if had_failed {
+            tracing::info!(kind = %scope.kind, "the Kubernetes API answers again");
+        }
+        true
+    }
+
+    /// Writes down in which version each kind is served.
+    pub(super) fn set_served(&mut self, served: &Arc<Served>) {
+        self.records.served = Arc::clone(served);
+    }
+
+    /// Writes down the release that a CRD is of, if it tells.
+    pub(super) fn set_release(&mut self, crd: &str, release: Option<String>) {
+        self.releases.insert(crd.to_owned(), release);
+    }
+
+    /// Forgets a CRD that is gone.
+    pub(super) fn forget_release(&mut self, crd: &str) {
+        self.releases.remove(crd);
+    }
+
+    /// The CRDs that are known: what a list of all has not named is gone.
+    pub(super) fn retain_releases(&mut self, named: &BTreeSet<String>) {
+        self.releases.retain(|crd, _| named.contains(crd));
+    }
+
+    /// Whether all objects of every scope are known; or, with `or_failed`, have failed to be.
+    pub(super) fn is_complete(&self, or_failed: bool) -> bool {
+        self.scopes.values().all(|progress| {
+            // An API server that cannot be reached has not refused.
+            let has_refused = progress.failure.as_ref().is_some_and(|failure| failure.code.is_some());
+            progress.is_complete || (or_failed && has_refused)
+        })
+    }
+
+    /// What the API server holds of the objects that carry a status.
+    pub(super) fn records(&self) -> Records {
+        self.records.clone()
+    }
+
+    /// What is to be published.
+    pub(super) fn loaded(&mut self) -> Loaded {
+        self.loaded.manifests.api_release = self.api_release();
+        let problems = self.problems();
+        if *self.loaded.problems != *problems {
+            self.loaded.problems = problems.into();
+        }
+        self.loaded.clone()
+    }
+
+    fn api_release(&self) -> ApiRelease {
+        if self.releases.is_empty() || self.releases.values().any(Option::is_none) {
+            return ApiRelease::Unknown;
+        }
+        ApiRelease::Installed(self.releases.values().flatten().cloned().collect())
+    }
+
+    fn put(&mut self, item: Item) {
+        let Item { id, manifest, record } = item;
+        if self.scopes.keys().any(|scope| scope.kind.as_str() == id.kind && has_status(scope.kind)) {
+            self.records.objects.insert(id.clone(), Arc::new(record));
+        }
+        match manifest {
+            Ok(manifest) => {
+                self.unreadable.remove(&id);
+                let before = self.held.get(&id);
+                if before == Some(&manifest) {
+                    return;
+                }
+                if let Some(before) = before {
+                    // An EndpointSlice may belong to another Service than before.
+                    self.loaded.manifests.take(&id, before);
+                }
+                self.loaded.manifests.put(&id, &manifest);
+                self.held.insert(id, manifest);
+            }
+            Err(error) => drop(self.unreadable.insert(id, error)),
+        }
+    }
+
+    fn remove(&mut self, id: &ObjectRef) {
+        self.records.objects.remove(id);
+        self.unreadable.remove(id);
+        if let Some(manifest) = self.held.remove(id) {
+            self.loaded.manifests.take(id, &manifest);
+        }
+    }
+
+    /// Removes the objects of a scope that a complete list of it does not name.
+    fn remove_others(&mut self, scope: &Scope, listed: &HashSet<ObjectRef>) {
+        let is_gone = |id: &ObjectRef| {
+            id.kind == scope.kind.as_str()
+                && scope.namespace.as_ref().is_none_or(|namespace| *namespace == id.namespace)
+                && !listed.contains(id)
+        };
+        let known = self.held.keys().chain(self.unreadable.keys());
+        let gone: Vec<ObjectRef> = known.filter(|id| is_gone(id)).cloned().collect();
+        for id in &gone {
+            self.remove(id);
+        }
+    }
+
+    fn problems(&self) -> Vec<Problem> {
+        let missing = GATEWAY_KINDS.into_iter().filter(|kind| !self.records.served.contains_key(kind));
+        let missing = missing.map(|kind| {
+            let message = format!(
+                "the cluster does not serve {}, so that none is read: install the CRDs of the Gateway API, which are followed",
+                plural(kind)
+            );
+            of_kind(kind, Reason::UnsupportedKind, message)
+        });
+        let failing = self.scopes.iter().filter_map(|(scope, progress)| {
+            let failure = progress.failure.as_ref()?;
+            let of = scope.namespace.as_ref().map(|it| format!(" of namespace {it}")).unwrap_or_default();
+            let kept = if progress.is_complete { "; what was read before stays in force" } else { "" };
+            let what = plural(scope.kind);
+            let message = format!("cannot follow {what}{of}: {}{kept}", failure.message);
+            Some(of_kind(scope.kind, Reason::Unreadable, message))
+        });
+        let unreadable = self.unreadable.iter().map(|(id, error)| {
+            let consequence = if self.held.contains_key(id) {
+                "the version before stays in force"
+            } else {
+                "the object is left out"
+            };
+            Problem::error(
+                Reason::Malformed,
+                id.clone(),
+                "",
+                format!("cannot be read: {error}; {consequence}"),
+            )
+        });
+        missing.chain(failing).chain(unreadable).collect()
+    }
+}
+
+/// A problem of a kind as a whole.
+fn of_kind(kind: Kind, reason: Reason, message: String) -> Problem {
+    Problem {
+        severity: Severity::Warning,
+        reason,
+        location: None,
+        object: None,
+        field: kind.as_str().to_owned(),
+        message,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,20 @@
+//! What a source has read.
+
+use std::sync::Arc;
+
+use super::locations::Locations;
+use crate::manifests::Manifests;
+use crate::problem::Problem;
+
+/// What a source has read: the objects, what is wrong with them, and where they stand.
+///
+/// Cloning takes no time, and what has not changed is shared with the load before: to compare the two costs what differs.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Loaded {
+    /// The objects in force.
+    pub manifests: Manifests,
+    /// What is wrong, in the order of the files.
+    pub problems: Arc<[Problem]>,
+    /// The lines of the objects' fields.
+    pub locations: Locations,
+}
