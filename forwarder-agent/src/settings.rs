@@ -15,8 +15,8 @@ use crate::resolve::CONTROLLER_NAME;
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Options {
-    /// File or folder of manifests (YAML or JSON): GatewayClass, Gateway, TCPRoute, ReferenceGrant, Namespace, Service,
-    /// EndpointSlice. Changes are followed.
+    /// File or folder of manifests (YAML or JSON): GatewayClass, Gateway, ListenerSet, TCPRoute, ReferenceGrant, Namespace,
+    /// Service, EndpointSlice. Changes are followed.
     #[arg(long, env = "FORWARDER_MANIFESTS", value_name = "PATH")]
     pub manifests: Option<PathBuf>,
 
