@@ -22,10 +22,9 @@ use crate::counters::{ListenerCounters, PerWorker, WorkerCounters};
 use crate::datapath::interfaces::{Interface, smallest_mtu};
 use crate::listener::ListenSettings;
 use crate::live::LiveConnections;
-use crate::manifests::{Change, Kind, ObjectRef};
+use crate::manifests::Change;
 use crate::model::ListenerSettings;
 use crate::pairs::Promoter;
-use crate::problem::{Problem, Reason};
 use crate::publish::Outcome;
 use crate::reconciler::{InForce, Reconciler, SocketState};
 use crate::relay::Tier;
@@ -37,7 +36,7 @@ use crate::sockmap::{SockmapPairs, SockmapSettings};
 use crate::source::Loaded;
 use crate::source::kube::ConnectError;
 use crate::status::nodes::NodeReport;
-use crate::status::{self, BindFailure, Statuses};
+use crate::status::{self, BindFailure};
 use crate::switches::Switches;
 use crate::upstream::ConnectSettings;
 use crate::view::{self, DatapathTiers, TierState, TierView};
@@ -463,7 +462,7 @@ impl Control {
         let mut statuses = resolution.resolved.statuses.clone();
         status::apply_bind_failures(&mut statuses, &failures);
         self.publish(resolution, &failures);
-        let bind_problems = failures.iter().map(|failure| bind_problem(failure, &statuses)).collect();
+        let bind_problems = failures.iter().map(|failure| failure.problem(&statuses)).collect();
         let mut report = self.shared.report();
         report.set_input(resolution.problems.clone());
         report.set_bind_problems(bind_problems);
@@ -510,20 +509,6 @@ async fn changed<T>(receiver: Option<&mut watch::Receiver<T>>) {
         return;
     }
     std::future::pending::<()>().await;
-}
-
-fn bind_problem(failure: &BindFailure, statuses: &Statuses) -> Problem {
-    let gateway = &failure.listener.gateway;
-    let listeners =
-        statuses.gateways.get(gateway).map(|status| status.listeners.as_slice()).unwrap_or_default();
-    let index = listeners.iter().position(|listener| listener.name == failure.listener.section);
-    let (reason, field) = if failure.address_missing {
-        (Reason::AddressNotUsable, "spec.addresses".to_owned())
-    } else {
-        let field = index.map(|index| format!("spec.listeners[{index}].port"));
-        (Reason::PortUnavailable, field.unwrap_or_default())
-    };
-    Problem::error(reason, ObjectRef::new(Kind::Gateway, gateway), field, failure.message.clone())
 }
 
 /// Raises the limit on open files as far as this process may, and returns it.

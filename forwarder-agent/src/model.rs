@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
-use crate::manifests::NamespacedName;
+use crate::manifests::{Kind, NamespacedName, ObjectRef};
 use crate::problem::Reason;
 
 /// The address that a listener is bound to.
@@ -75,18 +75,67 @@ impl Serialize for ListenerKey {
     }
 }
 
-/// The name of a Gateway's listener.
+/// The object that a listener stands in: what a route names as its parent.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ListenerParent {
+    /// A Gateway.
+    #[serde(serialize_with = "name_text")]
+    Gateway(NamespacedName),
+    /// A ListenerSet.
+    #[serde(serialize_with = "name_text")]
+    ListenerSet(NamespacedName),
+}
+
+impl ListenerParent {
+    /// The kind.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Gateway(_) => Kind::Gateway,
+            Self::ListenerSet(_) => Kind::ListenerSet,
+        }
+    }
+
+    /// The name.
+    pub fn name(&self) -> &NamespacedName {
+        match self {
+            Self::Gateway(name) | Self::ListenerSet(name) => name,
+        }
+    }
+
+    /// The object, for problems.
+    pub fn object(&self) -> ObjectRef {
+        ObjectRef::new(self.kind(), self.name())
+    }
+}
+
+impl fmt::Display for ListenerParent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind(), self.name())
+    }
+}
+
+fn name_text<S: Serializer>(name: &NamespacedName, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(name)
+}
+
+/// The name of a listener: `namespace/gateway/listener`, or `listenerset/namespace/set/listener`. The parts have no slash,
+/// so that the two never look the same.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct ListenerName {
-    /// The Gateway.
-    pub gateway: NamespacedName,
+    /// The object that it stands in.
+    pub parent: ListenerParent,
     /// The listener in it.
     pub section: String,
 }
 
 impl fmt::Display for ListenerName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.gateway, self.section)
+        let prefix = match self.parent {
+            ListenerParent::Gateway(_) => "",
+            ListenerParent::ListenerSet(_) => "listenerset/",
+        };
+        write!(f, "{prefix}{}/{}", self.parent.name(), self.section)
     }
 }
 
@@ -237,7 +286,7 @@ fn duration_text_always<S: Serializer>(value: &Duration, serializer: S) -> Resul
 /// One listener that is to be bound.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Listener {
-    /// The Gateway's listener that asked for it.
+    /// The listener of a Gateway or ListenerSet that asked for it.
     pub name: ListenerName,
     /// Settings of its connections.
     pub settings: ListenerSettings,
@@ -331,5 +380,18 @@ impl RouteTable {
         let routes = self.listeners.values().filter_map(|listener| listener.route.as_ref());
         let targets = routes.flat_map(|route| &route.backends).map(|backend| &backend.target);
         targets.filter_map(Target::service).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_listeners_of_gateways_and_listener_sets_apart() {
+        let name = NamespacedName::new("db", "a");
+        let text = |parent| ListenerName { parent, section: "mysql".to_owned() }.to_string();
+        assert_eq!(text(ListenerParent::Gateway(name.clone())), "db/a/mysql");
+        assert_eq!(text(ListenerParent::ListenerSet(name)), "listenerset/db/a/mysql");
     }
 }

@@ -104,7 +104,8 @@ mod tests {
     use super::*;
     use crate::manifests::NamespacedName;
     use crate::model::{
-        Backend, BindAddress, Datapath, ListenerName, ListenerSettings, OnRemoval, Route, Target,
+        Backend, BindAddress, Datapath, ListenerName, ListenerParent, ListenerSettings, OnRemoval, Route,
+        Target,
     };
     use crate::problem::Reason;
 
@@ -148,7 +149,7 @@ mod tests {
     fn listeners() -> impl Strategy<Value = Listener> {
         (0..2_u8, 0..2_u64, routes()).prop_map(|(section, idle, route)| Listener {
             name: ListenerName {
-                gateway: NamespacedName::new("db", "gateway"),
+                parent: ListenerParent::Gateway(NamespacedName::new("db", "gateway")),
                 section: format!("section-{section}"),
             },
             settings: ListenerSettings {

@@ -47,9 +47,11 @@ pub enum Reason {
     UnsupportedAddress,
     /// A Gateway address that this node does not have.
     AddressNotUsable,
+    /// A ListenerSet that its Gateway does not take.
+    NotAllowed,
     /// The listener's port is held by an older Gateway or by another process.
     PortUnavailable,
-    /// Two listeners of one Gateway cannot share their port.
+    /// Two listeners of one Gateway, or of its ListenerSets, cannot share their port.
     ProtocolConflict,
     /// `allowedRoutes.kinds` names a kind that a TCP listener cannot serve.
     InvalidRouteKinds,
@@ -88,6 +90,7 @@ impl Reason {
             Self::InvalidParameters => "InvalidParameters",
             Self::UnsupportedAddress => "UnsupportedAddress",
             Self::AddressNotUsable => "AddressNotUsable",
+            Self::NotAllowed => "NotAllowed",
             Self::PortUnavailable => "PortUnavailable",
             Self::ProtocolConflict => "ProtocolConflict",
             Self::InvalidRouteKinds => "InvalidRouteKinds",

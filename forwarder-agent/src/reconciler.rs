@@ -384,7 +384,9 @@ mod tests {
     use super::*;
     use crate::datapath::fake::{Fake, Told};
     use crate::manifests::NamespacedName;
-    use crate::model::{Backend, BindAddress, Datapath, ListenerName, ListenerSettings, OnRemoval, Route};
+    use crate::model::{
+        Backend, BindAddress, Datapath, ListenerName, ListenerParent, ListenerSettings, OnRemoval, Route,
+    };
     use crate::worker::WorkerSettings;
 
     fn port(number: u16) -> NonZeroU16 {
@@ -415,7 +417,10 @@ mod tests {
             removal_drain: Duration::from_secs(30),
         };
         let listener = Listener {
-            name: ListenerName { gateway: NamespacedName::new("default", "gw"), section: name.to_owned() },
+            name: ListenerName {
+                parent: ListenerParent::Gateway(NamespacedName::new("default", "gw")),
+                section: name.to_owned(),
+            },
             settings,
             route: Some(Route {
                 name: NamespacedName::new("default", name),

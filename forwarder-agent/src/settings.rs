@@ -19,8 +19,8 @@ pub use self::kube::{KubeOptions, KubeSettings, POD_SELECTOR};
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Options {
-    /// File or folder of manifests (YAML or JSON): GatewayClass, Gateway, TCPRoute, ReferenceGrant, Namespace, Service,
-    /// EndpointSlice. Changes are followed.
+    /// File or folder of manifests (YAML or JSON): GatewayClass, Gateway, ListenerSet, TCPRoute, ReferenceGrant, Namespace,
+    /// Service, EndpointSlice. Changes are followed.
     #[arg(long, env = "FORWARDER_MANIFESTS", value_name = "PATH")]
     pub manifests: Option<PathBuf>,
 

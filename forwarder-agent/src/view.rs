@@ -37,7 +37,7 @@ pub struct State {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ListenerView {
-    /// Namespace, Gateway and listener.
+    /// Namespace, Gateway and listener; for one of a ListenerSet, `listenerset`, namespace, ListenerSet and listener.
     pub listener: String,
     /// Address and port.
     pub address: String,
@@ -189,6 +189,7 @@ pub fn statuses(statuses: &Statuses) -> Value {
     json!({
         "gatewayClasses": by_name(&statuses.gateway_classes),
         "gateways": by_name(&statuses.gateways),
+        "listenerSets": by_name(&statuses.listener_sets),
         "tcpRoutes": by_name(&statuses.tcp_routes),
     })
 }

@@ -4,21 +4,23 @@
 
 #![expect(clippy::panic, clippy::unwrap_used, reason = "helpers of tests are tests")]
 
+#[path = "resolve/any.rs"]
+mod any;
+
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forwarder_agent::manifests::{
-    Change, EndpointSlice, Gateway, Manifests, Metadata, NamespacedName, TcpRoute,
-};
+use forwarder_agent::manifests::{ApiRelease, Change, EndpointSlice, Manifests, Metadata, NamespacedName};
 use forwarder_agent::model::{
-    BackendKey, Datapath, ListenerKey, ListenerName, ListenerSettings, OnRemoval, RouteTable, Target,
+    BackendKey, Datapath, ListenerKey, ListenerName, ListenerParent, ListenerSettings, OnRemoval, RouteTable,
+    Target,
 };
 use forwarder_agent::plan;
 use forwarder_agent::resolve::{self, ResolveSettings, Resolved, resolve, update_endpoints};
-use forwarder_agent::status::{Condition, Statuses};
+use forwarder_agent::status::{Condition, ListenerStatus, Statuses};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use serde::de::DeserializeOwned;
@@ -81,20 +83,36 @@ fn check_invariants(manifests: &Manifests, resolved: &Resolved) {
     }
 
     let bound: BTreeSet<_> = table.listeners.values().map(|listener| listener.name.clone()).collect();
-    for (gateway, status) in &statuses.gateways {
-        let object = &manifests.gateways[gateway];
-        assert_eq!(status.listeners.len(), object.spec.listeners.len(), "{gateway}");
-        for listener in status.listeners.iter().filter(|l| l.condition_holds("Programmed")) {
-            let name = ListenerName { gateway: gateway.clone(), section: listener.name.clone() };
+    let gateways = statuses.gateways.iter().map(|(name, status)| {
+        let object = &manifests.gateways[name];
+        let parent = ListenerParent::Gateway(name.clone());
+        (parent, &object.metadata, &object.spec.listeners, &status.conditions)
+    });
+    let sets = statuses.listener_sets.iter().map(|(name, status)| {
+        let object = &manifests.listener_sets[name];
+        let parent = ListenerParent::ListenerSet(name.clone());
+        (parent, &object.metadata, &object.spec.listeners, &status.conditions)
+    });
+    let mut programmed = 0;
+    for (parent, metadata, specs, conditions) in gateways.chain(sets) {
+        let listeners = statuses.listeners(&parent);
+        assert!(listeners.iter().map(|l| &l.name).eq(specs.iter().map(|l| &l.name)), "{parent}");
+        for listener in listeners.iter().filter(|l| l.condition_holds("Programmed")) {
+            programmed += 1;
+            let name = ListenerName { parent: parent.clone(), section: listener.name.clone() };
             assert!(bound.contains(&name), "{name} is programmed and not in the table");
         }
-        let listener_conditions = status.listeners.iter().flat_map(|listener| &listener.conditions);
-        let mut conditions = status.conditions.iter().chain(listener_conditions);
-        assert!(conditions.all(|c| c.observed_generation == object.metadata.generation), "{gateway}");
+        let listener_conditions = listeners.iter().flat_map(|listener| &listener.conditions);
+        let mut conditions = conditions.iter().chain(listener_conditions);
+        assert!(conditions.all(|c| c.observed_generation == metadata.generation), "{parent}");
     }
-    let programmed = statuses.gateways.values().flat_map(|status| &status.listeners);
-    let programmed = programmed.filter(|listener| listener.condition_holds("Programmed")).count();
     assert_eq!(programmed, bound.len(), "a listener is bound and not programmed");
+
+    for (gateway, status) in &statuses.gateways {
+        let accepted =
+            statuses.listener_sets.values().filter(|set| set.gateway == *gateway && set.is_accepted());
+        assert_eq!(status.attached_listener_sets, Some(u32::try_from(accepted.count()).unwrap()));
+    }
 }
 
 fn render_table(out: &mut String, table: &RouteTable, defaults: &ListenerSettings) {
@@ -145,13 +163,16 @@ fn render_statuses(out: &mut String, statuses: &Statuses) {
         for address in &status.addresses {
             writeln!(out, "  address {} {}", address.type_, address.value).unwrap();
         }
-        render_conditions(out, "  ", &status.conditions);
-        for listener in &status.listeners {
-            let kinds: Vec<&str> = listener.supported_kinds.iter().map(|kind| kind.kind).collect();
-            let (name, attached) = (&listener.name, listener.attached_routes);
-            writeln!(out, "  listener {name}: kinds {kinds:?}, {attached} attached").unwrap();
-            render_conditions(out, "    ", &listener.conditions);
+        if let Some(count) = status.attached_listener_sets.filter(|count| *count > 0) {
+            writeln!(out, "  {count} ListenerSets attached").unwrap();
         }
+        render_conditions(out, "  ", &status.conditions);
+        render_listeners(out, &status.listeners);
+    }
+    for (name, status) in &statuses.listener_sets {
+        writeln!(out, "ListenerSet {name} of Gateway {}:", status.gateway).unwrap();
+        render_conditions(out, "  ", &status.conditions);
+        render_listeners(out, &status.listeners);
     }
     for (name, status) in &statuses.tcp_routes {
         writeln!(out, "TCPRoute {name}:").unwrap();
@@ -159,9 +180,22 @@ fn render_statuses(out: &mut String, statuses: &Statuses) {
             let section = parent.section_name.iter().map(|name| format!(" section {name}"));
             let port = parent.port.iter().map(|port| format!(" port {port}"));
             let which: String = section.chain(port).collect();
-            writeln!(out, "  parentRefs[{}] {}{which}:", parent.parent_ref, parent.gateway).unwrap();
+            let name = match &parent.parent {
+                ListenerParent::Gateway(name) => name.to_string(),
+                set @ ListenerParent::ListenerSet(_) => set.to_string(),
+            };
+            writeln!(out, "  parentRefs[{}] {name}{which}:", parent.parent_ref).unwrap();
             render_conditions(out, "    ", &parent.conditions);
         }
+    }
+}
+
+fn render_listeners(out: &mut String, listeners: &[ListenerStatus]) {
+    for listener in listeners {
+        let kinds: Vec<&str> = listener.supported_kinds.iter().map(|kind| kind.kind).collect();
+        let (name, attached) = (&listener.name, listener.attached_routes);
+        writeln!(out, "  listener {name}: kinds {kinds:?}, {attached} attached").unwrap();
+        render_conditions(out, "    ", &listener.conditions);
     }
 }
 
@@ -200,6 +234,7 @@ fn add(manifests: &mut Manifests, kind: &str, document: Value) {
         "GatewayClass" => manifests.gateway_classes.insert(name, parse(document)).is_none(),
         "Namespace" => manifests.namespaces.insert(name, parse(document)).is_none(),
         "Gateway" => manifests.gateways.insert(namespaced, parse(document)).is_none(),
+        "ListenerSet" => manifests.listener_sets.insert(namespaced, parse(document)).is_none(),
         "TCPRoute" => manifests.tcp_routes.insert(namespaced, parse(document)).is_none(),
         "ReferenceGrant" => manifests.reference_grants.insert(namespaced, parse(document)).is_none(),
         "Service" => manifests.services.insert(namespaced, parse(document)).is_none(),
@@ -236,85 +271,6 @@ fn endpoints_of_one_backend_are_those_of_the_table() {
 
 fn texts(choices: &[&'static str]) -> impl Strategy<Value = &'static str> + use<> {
     proptest::sample::select(choices.to_vec())
-}
-
-/// A creation time or none: of the latter kind are objects in files.
-fn any_metadata(names: &[&'static str]) -> impl Strategy<Value = Value> + use<> {
-    let created = proptest::option::of(texts(&["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"]));
-    let annotation = texts(&["", "1m", "a=1m", "x=0", "0, b=2s", ",", "=", "a=b=c"]);
-    (texts(names), texts(&["app", "db"]), created, annotation).prop_map(|(name, namespace, created, text)| {
-        let annotations = json!({"forwarder.dev/idle-timeout": text});
-        json!({
-            "name": name, "namespace": namespace, "creationTimestamp": created, "generation": 1,
-            "annotations": annotations,
-        })
-    })
-}
-
-fn any_gateway() -> impl Strategy<Value = Value> {
-    let port = proptest::sample::select(vec![-1_i64, 0, 1, 2, 3, 70_000]);
-    let protocol = texts(&["TCP", "TCP", "TCP", "TCP", "UDP", "HTTP", ""]);
-    let allowed = proptest::sample::select(vec![
-        Value::Null,
-        json!({"namespaces": {"from": "All"}}),
-        json!({"namespaces": {"from": "Selector", "selector": {"matchLabels": {"a": "b"}}}}),
-        json!({"kinds": [{"kind": "UDPRoute"}]}),
-    ]);
-    let listener = (texts(&["a", "b", "c"]), port, protocol, allowed).prop_map(|(name, port, protocol, allowed)| {
-        json!({"name": name, "port": port, "protocol": protocol, "allowedRoutes": allowed})
-    });
-    let addresses = vec(texts(&["10.0.0.1", "10.0.0.2", "::", "", "x"]), 0..3);
-    let listeners = vec(listener, 0..4);
-    (any_metadata(&["g1", "g2", "g3", "g4"]), addresses, listeners).prop_map(
-        |(metadata, addresses, listeners)| {
-            let addresses: Vec<Value> = addresses.into_iter().map(|value| json!({"value": value})).collect();
-            let spec = json!({"gatewayClassName": "tcp", "addresses": addresses, "listeners": listeners});
-            json!({"metadata": metadata, "spec": spec})
-        },
-    )
-}
-
-fn any_route() -> impl Strategy<Value = Value> {
-    let section = proptest::option::of(texts(&["a", "b", "x"]));
-    let port = proptest::option::of(0..4_i64);
-    let namespace = || proptest::option::of(texts(&["app", "db"]));
-    let parent = (texts(&["g1", "g2", "g3", "g4", "g5"]), namespace(), section, port).prop_map(
-        |(name, namespace, section, port)| {
-            json!({"name": name, "namespace": namespace, "sectionName": section, "port": port})
-        },
-    );
-    let weight = proptest::option::of(proptest::sample::select(vec![-1, 0, 7, i64::MAX]));
-    let port = proptest::option::of(proptest::sample::select(vec![0_i64, 1, 2, 70_000]));
-    let backend = (texts(&["s1", "s2", "s3"]), namespace(), port, weight).prop_map(
-        |(name, namespace, port, weight)| {
-            json!({"name": name, "namespace": namespace, "port": port, "weight": weight})
-        },
-    );
-    let rules = vec(vec(backend, 0..3), 0..3);
-    (any_metadata(&["r1", "r2", "r3", "r4", "r5"]), vec(parent, 0..4), rules).prop_map(
-        |(metadata, parents, rules)| {
-            let rules: Vec<Value> =
-                rules.into_iter().map(|backends| json!({"backendRefs": backends})).collect();
-            json!({"metadata": metadata, "spec": {"parentRefs": parents, "rules": rules}})
-        },
-    )
-}
-
-proptest! {
-    /// Whatever comes, well-formed or not, resolving ends, and what it says of itself is consistent.
-    #[test]
-    fn anything_resolves_consistently(gateways in vec(any_gateway(), 0..6), routes in vec(any_route(), 0..8)) {
-        let mut manifests = load(include_str!("resolve/anything.yaml"));
-        for gateway in gateways {
-            let gateway: Arc<Gateway> = parse(gateway);
-            manifests.gateways.insert(gateway.metadata.namespaced_name(), gateway);
-        }
-        for route in routes {
-            let route: Arc<TcpRoute> = parse(route);
-            manifests.tcp_routes.insert(route.metadata.namespaced_name(), route);
-        }
-        check_invariants(&manifests, &resolve(&manifests, &settings()));
-    }
 }
 
 /// An EndpointSlice, well-formed or not.
@@ -393,6 +349,18 @@ proptest! {
     }
 }
 
+/// A cluster of an older release would refuse the field.
+#[test]
+fn listener_sets_are_counted_where_the_release_has_a_place_for_it() {
+    let manifests = load(include_str!("resolve/listener-set.in.yaml"));
+    let count = |release: &str| {
+        let api_release = ApiRelease::Installed([release.to_owned()].into());
+        let resolved = resolve(&Manifests { api_release, ..manifests.clone() }, &settings());
+        resolved.statuses.gateways[&NamespacedName::new("infra", "gw")].attached_listener_sets
+    };
+    assert_eq!((count("v1.4.1"), count("v1.5.0")), (None, Some(1)));
+}
+
 #[test]
 fn a_change_of_anything_else_is_not_one_of_endpoints() {
     let before = load(include_str!("resolve/endpoints-of-services.yaml"));
@@ -403,9 +371,13 @@ fn a_change_of_anything_else_is_not_one_of_endpoints() {
     assert_eq!(before.change_to(&after), Change::Endpoints([name.clone()].into()));
     after.services.remove(&name);
     assert_eq!(before.change_to(&after), Change::Any);
+    let mut after = before.clone();
+    after.listener_sets.insert(name, Arc::default());
+    assert_eq!(before.change_to(&after), Change::Any);
 }
 
-/// 1,000 Gateways of 4 listeners, 10,000 routes of which half crowd on one Gateway, 1,000 Services of 100 endpoints.
+/// 1,000 Gateways of 4 listeners, 10,000 routes of which half crowd on one Gateway, 1,000 ListenerSets that crowd there too,
+/// 1,000 Services of 100 endpoints.
 /// The limit is generous, for this is a debug build on any machine: a quadratic step would take minutes.
 #[test]
 fn resolving_many_objects_takes_no_quadratic_time() {
@@ -417,6 +389,9 @@ fn resolving_many_objects_takes_no_quadratic_time() {
     );
     for index in 0..1000 {
         add_gateway_and_service(&mut manifests, index);
+        let listener = json!({"name": "l", "port": 5000 + index, "protocol": "TCP"});
+        let spec = json!({"parentRef": {"name": "gw-0"}, "listeners": [listener]});
+        add_spec(&mut manifests, "ListenerSet", &format!("ls-{index}"), &spec);
     }
     for index in 0..10_000 {
         let gateway = if index % 2 == 0 { index % 1000 } else { 0 };
@@ -431,7 +406,7 @@ fn resolving_many_objects_takes_no_quadratic_time() {
     let resolved = resolve(&manifests, &settings());
     let elapsed = start.elapsed();
     println!("resolved in {elapsed:?}, {} problems", resolved.problems.list().len());
-    assert_eq!(resolved.table.listeners.len(), 4000);
+    assert_eq!(resolved.table.listeners.len(), 5000);
     assert_eq!(resolved.statuses.tcp_routes.len(), 10_000);
     assert!(elapsed < Duration::from_secs(10), "took {elapsed:?}");
 }
@@ -441,7 +416,10 @@ fn add_gateway_and_service(manifests: &mut Manifests, index: u32) {
     let listener = |port| json!({"name": format!("l{port}"), "port": port, "protocol": "TCP"});
     let listeners: Vec<Value> = (1..=4).map(listener).collect();
     let addresses = json!([{"value": format!("10.{high}.{low}.1")}]);
-    let spec = json!({"gatewayClassName": "tcp", "addresses": addresses, "listeners": listeners});
+    let spec = json!({
+        "gatewayClassName": "tcp", "addresses": addresses, "listeners": listeners,
+        "allowedListeners": {"namespaces": {"from": "Same"}},
+    });
     add_spec(manifests, "Gateway", &format!("gw-{index}"), &spec);
 
     let service = format!("s-{index}");

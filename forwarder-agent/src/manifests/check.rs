@@ -2,11 +2,12 @@
 //!
 //! Each function yields every problem of an object, none if it is valid. An object with a problem of severity error is
 //! refused as a whole, as an API server does it. Rules that only concern fields the forwarder does not read are left out.
-//! One CRD rule is left to [`crate::resolve`] on purpose: two listeners of a Gateway on one port are a conflict of these
+//! One CRD rule is left to [`crate::resolve`] on purpose: two listeners of a Gateway or ListenerSet on one port are a conflict of these
 //! listeners, and no reason to refuse the others.
 
 mod core;
 mod gateway;
+mod listener_set;
 mod syntax;
 
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use std::ops::RangeInclusive;
 
 pub use self::core::{endpoint_slice, namespace, service};
 pub use self::gateway::{gateway, gateway_class, reference_grant, tcp_route};
+pub use self::listener_set::listener_set;
 use super::object::{Kind, Metadata, ObjectRef};
 use crate::problem::{Problem, Reason};
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::GATEWAY_GROUP;
+use super::listener_set::AllowedListeners;
 use super::object::Object;
 
 /// A GatewayClass.
@@ -45,6 +46,8 @@ pub struct GatewaySpec {
     pub addresses: Vec<GatewayAddress>,
     /// The listeners.
     pub listeners: Vec<Listener>,
+    /// Which ListenerSets may add listeners; absent means none.
+    pub allowed_listeners: Option<AllowedListeners>,
     /// Settings of the infrastructure: only its parametersRef is looked at, and refused.
     pub infrastructure: Option<GatewayInfrastructure>,
 }
@@ -75,11 +78,11 @@ impl GatewayAddress {
     }
 }
 
-/// A listener of a Gateway.
+/// A listener of a Gateway or ListenerSet.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Listener {
-    /// Its name, unique in the Gateway: what a parentRef's sectionName names.
+    /// Its name, unique in its Gateway or ListenerSet: what a parentRef's sectionName names.
     pub name: String,
     /// Its port; 1 to 65535.
     pub port: i64,
@@ -97,7 +100,7 @@ pub struct Listener {
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct AllowedRoutes {
-    /// From which namespaces; absent means the Gateway's own.
+    /// From which namespaces; absent means that of the listener's own object.
     pub namespaces: Option<RouteNamespaces>,
     /// Of which kinds; none means the protocol's default, which is TCPRoute for TCP.
     pub kinds: Vec<RouteGroupKind>,
@@ -172,13 +175,13 @@ pub struct TcpRouteSpec {
     pub rules: Vec<TcpRouteRule>,
 }
 
-/// A reference to a Gateway, or to one or some of its listeners.
+/// A reference to a Gateway or ListenerSet, or to one or some of its listeners.
 #[derive(Clone, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ParentRef {
     /// The group; absent means that of the Gateway API.
     pub group: Option<String>,
-    /// The kind; absent means Gateway.
+    /// `Gateway` (the default) or `ListenerSet`; others are not the forwarder's.
     pub kind: Option<String>,
     /// The namespace; absent means the route's own.
     pub namespace: Option<String>,

@@ -7,6 +7,7 @@
 pub mod check;
 mod core;
 mod gateway;
+mod listener_set;
 mod object;
 
 use std::collections::BTreeSet;
@@ -24,6 +25,9 @@ pub use self::gateway::{
     GatewayInfrastructure, GatewaySpec, LabelSelector, LabelSelectorRequirement, Listener, ParametersRef,
     ParentRef, ReferenceGrant, ReferenceGrantFrom, ReferenceGrantSpec, ReferenceGrantTo, RouteGroupKind,
     RouteNamespaces, TcpRoute, TcpRouteRule, TcpRouteSpec,
+};
+pub use self::listener_set::{
+    AllowedListeners, GatewayRef, ListenerNamespaces, ListenerSet, ListenerSetSpec,
 };
 pub use self::object::{Kind, Metadata, NamespacedName, Object, ObjectRef};
 
@@ -43,6 +47,8 @@ pub struct Manifests {
     pub gateway_classes: OrdMap<String, Arc<GatewayClass>>,
     /// Gateways.
     pub gateways: OrdMap<NamespacedName, Arc<Gateway>>,
+    /// ListenerSets.
+    pub listener_sets: OrdMap<NamespacedName, Arc<ListenerSet>>,
     /// Each TCPRoute.
     pub tcp_routes: OrdMap<NamespacedName, Arc<TcpRoute>>,
     /// Each ReferenceGrant.
@@ -77,6 +83,7 @@ impl Manifests {
         let Self {
             gateway_classes,
             gateways,
+            listener_sets,
             tcp_routes,
             reference_grants,
             namespaces,
@@ -86,6 +93,7 @@ impl Manifests {
         } = self;
         let is_same_otherwise = *gateway_classes == new.gateway_classes
             && *gateways == new.gateways
+            && *listener_sets == new.listener_sets
             && *tcp_routes == new.tcp_routes
             && *reference_grants == new.reference_grants
             && *namespaces == new.namespaces

@@ -13,6 +13,8 @@ pub enum Kind {
     GatewayClass,
     /// `gateway.networking.k8s.io` Gateway.
     Gateway,
+    /// `gateway.networking.k8s.io` ListenerSet, from release 1.5 of the Gateway API on.
+    ListenerSet,
     /// `gateway.networking.k8s.io` TCPRoute.
     #[serde(rename = "TCPRoute")]
     TcpRoute,
@@ -32,6 +34,7 @@ impl Kind {
         match self {
             Self::GatewayClass => "GatewayClass",
             Self::Gateway => "Gateway",
+            Self::ListenerSet => "ListenerSet",
             Self::TcpRoute => "TCPRoute",
             Self::ReferenceGrant => "ReferenceGrant",
             Self::Namespace => "Namespace",
@@ -44,9 +47,12 @@ impl Kind {
     pub fn is_cluster_scoped(self) -> bool {
         match self {
             Self::GatewayClass | Self::Namespace => true,
-            Self::Gateway | Self::TcpRoute | Self::ReferenceGrant | Self::Service | Self::EndpointSlice => {
-                false
-            }
+            Self::Gateway
+            | Self::ListenerSet
+            | Self::TcpRoute
+            | Self::ReferenceGrant
+            | Self::Service
+            | Self::EndpointSlice => false,
         }
     }
 }
@@ -126,7 +132,7 @@ pub struct Metadata {
     pub creation_timestamp: Option<Timestamp>,
     /// Labels.
     pub labels: BTreeMap<String, String>,
-    /// Annotations: where a Gateway carries the forwarder's own settings.
+    /// Annotations: where a Gateway or ListenerSet carries the forwarder's own settings.
     pub annotations: BTreeMap<String, String>,
 }
 

@@ -10,7 +10,9 @@ use serde_json::{Map, Value, json};
 
 use crate::manifests::{Kind, ParentRef};
 use crate::source::kube::Record;
-use crate::status::{Condition, ConditionStatus, GatewayClassStatus, GatewayStatus, ListenerStatus, names};
+use crate::status::{
+    Condition, ConditionStatus, GatewayClassStatus, GatewayStatus, ListenerSetStatus, ListenerStatus, names,
+};
 
 /// The condition types that are ours on the objects that are ours.
 const OUR_TYPES: [&str; 6] = [
@@ -34,6 +36,7 @@ pub(super) enum Wanted<'a> {
         features: Option<&'a [&'a str]>,
     },
     Gateway(&'a GatewayStatus),
+    ListenerSet(&'a ListenerSetStatus),
     Route {
         controller: &'a str,
         /// Each parent that is ours, with its reference in the spec.
@@ -74,6 +77,13 @@ pub(super) fn patch(record: &Record, wanted: Wanted<'_>, now: &str) -> Option<Pa
         }
         Wanted::Gateway(wanted) => {
             status.insert("addresses".into(), value(&wanted.addresses));
+            status.insert("conditions".into(), merge.conditions(&current["conditions"], &wanted.conditions));
+            status.insert("listeners".into(), merge.listeners(&current["listeners"], &wanted.listeners));
+            if let Some(count) = wanted.attached_listener_sets {
+                status.insert("attachedListenerSets".into(), count.into());
+            }
+        }
+        Wanted::ListenerSet(wanted) => {
             status.insert("conditions".into(), merge.conditions(&current["conditions"], &wanted.conditions));
             status.insert("listeners".into(), merge.listeners(&current["listeners"], &wanted.listeners));
         }
@@ -245,7 +255,7 @@ fn value(of: &impl Serialize) -> Value {
 }
 
 /// The kinds that carry a status of ours.
-pub(super) const KINDS: [Kind; 3] = [Kind::GatewayClass, Kind::Gateway, Kind::TcpRoute];
+pub(super) const KINDS: [Kind; 4] = [Kind::GatewayClass, Kind::Gateway, Kind::ListenerSet, Kind::TcpRoute];
 
 #[cfg(test)]
 mod tests;

@@ -40,7 +40,8 @@ const INTERVAL: Duration = Duration::from_millis(500);
 /// How long to wait after a failure, at first and at most.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(1));
 /// The features of the Gateway API that are served, sorted.
-const FEATURES: [&str; 4] = ["Gateway", "GatewayStaticAddresses", "ReferenceGrant", "TCPRoute"];
+const FEATURES: [&str; 5] =
+    ["Gateway", "GatewayStaticAddresses", "ListenerSet", "ReferenceGrant", "TCPRoute"];
 
 /// What writes.
 pub(super) struct Writer {
@@ -215,7 +216,7 @@ impl Writer {
             }
             let finalizers = match wanted {
                 Wanted::GatewayClass { .. } => finalizer_patch(record, is_used),
-                Wanted::Gateway(_) | Wanted::Route { .. } => None,
+                Wanted::Gateway(_) | Wanted::ListenerSet(_) | Wanted::Route { .. } => None,
             };
             let (what, warnings) = match (finalizers, patch(record, wanted, &time)) {
                 (Some(body), _) => (Body::Finalizers(body), Vec::new()),
@@ -374,6 +375,10 @@ fn wanted<'a>(
         Kind::Gateway => {
             let status = statuses.gateways.get(&name)?;
             is_current(&status.conditions).then_some(Wanted::Gateway(status))
+        }
+        Kind::ListenerSet => {
+            let status = statuses.listener_sets.get(&name)?;
+            is_current(&status.conditions).then_some(Wanted::ListenerSet(status))
         }
         _ => {
             if let Some(status) = statuses.tcp_routes.get(&name) {

@@ -3,19 +3,19 @@
 use std::collections::HashMap;
 
 use crate::manifests::{GATEWAY_GROUP, Kind, Manifests, NamespacedName, ObjectRef, ParentRef, TcpRoute};
+use crate::model::ListenerParent;
 use crate::problem::{Problem, Reason};
 use crate::status::list;
 
 use super::ResolveSettings;
-use super::gateways::{JudgedGateway, Refusal};
-use super::listeners::{AllowedNamespaces, JudgedListener};
-use super::selector;
+use super::gateways::{JudgedGateway, Place, Refusal};
+use super::listeners::{JudgedListener, Listeners};
 
-/// A route with a parent among our Gateways.
+/// A route with a parent among our Gateways and their ListenerSets.
 pub(super) struct JudgedRoute<'a> {
     pub(super) name: &'a NamespacedName,
     pub(super) route: &'a TcpRoute,
-    /// One for each parentRef to a Gateway of ours.
+    /// One for each parentRef to one of these.
     pub(super) parents: Vec<Parent>,
 }
 
@@ -23,13 +23,13 @@ pub(super) struct JudgedRoute<'a> {
 pub(super) struct Parent {
     /// Its index in the spec.
     pub(super) index: usize,
-    /// The index of the Gateway.
-    pub(super) gateway: usize,
+    /// Where the listeners of the Gateway or ListenerSet are found.
+    pub(super) place: Place,
     /// Whether a listener takes the route: then what the listeners do with it, as a sentence.
     pub(super) accepted: Result<String, Refusal>,
 }
 
-/// Attaches the routes to listeners, and returns those that have a parent among `gateways`, oldest first.
+/// Attaches the routes to listeners, and returns those that have a parent among `gateways` and their ListenerSets, oldest first.
 ///
 /// The first route that is attached to a listener serves it: it is the oldest. The others are accepted all the same.
 pub(super) fn attach<'a>(
@@ -38,12 +38,16 @@ pub(super) fn attach<'a>(
     gateways: &mut [JudgedGateway<'a>],
     problems: &mut Vec<Problem>,
 ) -> Vec<JudgedRoute<'a>> {
-    let index_of = gateways.iter().enumerate().map(|(index, gateway)| (gateway.name, index)).collect();
+    let mut place_of = HashMap::new();
+    for (index, gateway) in gateways.iter().enumerate() {
+        let place = |set| Some((gateway.listeners(set)?.parent.clone(), Place { gateway: index, set }));
+        place_of.extend(gateway.parts().filter_map(place));
+    }
     let mut oldest_first: Vec<(&NamespacedName, &TcpRoute)> =
         manifests.tcp_routes.iter().map(|(name, route)| (name, &**route)).collect();
     oldest_first.sort_by_cached_key(|(_, route)| route.metadata.age_key());
 
-    let mut attacher = Attacher { manifests, settings, gateways, index_of, routes: Vec::new(), problems };
+    let mut attacher = Attacher { manifests, settings, gateways, place_of, routes: Vec::new(), problems };
     for (name, route) in oldest_first {
         attacher.attach_route(name, route);
     }
@@ -55,7 +59,7 @@ struct Attacher<'a, 's> {
     manifests: &'a Manifests,
     settings: &'s ResolveSettings,
     gateways: &'s mut [JudgedGateway<'a>],
-    index_of: HashMap<&'a NamespacedName, usize>,
+    place_of: HashMap<ListenerParent, Place>,
     routes: Vec<JudgedRoute<'a>>,
     problems: &'s mut Vec<Problem>,
 }
@@ -75,46 +79,52 @@ impl<'a> Attacher<'a, '_> {
     fn attach_route(&mut self, name: &'a NamespacedName, route: &'a TcpRoute) {
         let mut parents = Vec::new();
         for (index, parent_ref) in route.spec.parent_refs.iter().enumerate() {
-            let Some(gateway) = self.gateway(name, index, parent_ref) else {
+            let Some(place) = self.place(name, index, parent_ref) else {
                 continue;
             };
-            let accepted = self.attach_to_gateway(name, index, parent_ref, gateway);
-            parents.push(Parent { index, gateway, accepted });
+            let accepted = self.attach_to_parent(name, index, parent_ref, place);
+            parents.push(Parent { index, place, accepted });
         }
         if !parents.is_empty() {
             self.routes.push(JudgedRoute { name, route, parents });
         }
     }
 
-    /// The index of the Gateway that a parentRef names, if it is one of ours.
-    fn gateway(&mut self, route: &NamespacedName, index: usize, parent_ref: &ParentRef) -> Option<usize> {
-        let group = parent_ref.group.as_deref().unwrap_or(GATEWAY_GROUP);
-        let kind = parent_ref.kind.as_deref().unwrap_or(Kind::Gateway.as_str());
+    /// Where the listeners of the Gateway or ListenerSet are that a parentRef names, if it is one of ours.
+    fn place(&mut self, route: &NamespacedName, index: usize, parent_ref: &ParentRef) -> Option<Place> {
         let object = || ObjectRef::new(Kind::TcpRoute, route);
-        if (group, kind) != (GATEWAY_GROUP, Kind::Gateway.as_str()) {
-            let message = format!("a parent of kind {kind} is not the forwarder's: the reference is ignored");
-            let field = format!("spec.parentRefs[{index}].kind");
-            self.problems.push(Problem::warning(Reason::UnsupportedKind, object(), field, message));
-            return None;
-        }
         let namespace = parent_ref.namespace.as_deref().unwrap_or(&route.namespace);
         let name = NamespacedName::new(namespace, &parent_ref.name);
-        if !self.manifests.gateways.contains_key(&name) {
-            let message = format!(
-                "there is no Gateway {name}: the route is not served there; create it, or name another"
-            );
+        let (exists, parent) = match (parent_ref.group(), parent_ref.kind()) {
+            (GATEWAY_GROUP, "Gateway") => {
+                (self.manifests.gateways.contains_key(&name), ListenerParent::Gateway(name))
+            }
+            (GATEWAY_GROUP, "ListenerSet") => {
+                (self.manifests.listener_sets.contains_key(&name), ListenerParent::ListenerSet(name))
+            }
+            (_, kind) => {
+                let message =
+                    format!("a parent of kind {kind} is not the forwarder's: the reference is ignored");
+                let field = format!("spec.parentRefs[{index}].kind");
+                self.problems.push(Problem::warning(Reason::UnsupportedKind, object(), field, message));
+                return None;
+            }
+        };
+        if !exists {
+            let message =
+                format!("there is no {parent}: the route is not served there; create it, or name another");
             let field = format!("spec.parentRefs[{index}].name");
             self.problems.push(Problem::error(Reason::NoMatchingParent, object(), field, message));
         }
-        self.index_of.get(&name).copied()
+        self.place_of.get(&parent).copied()
     }
 
-    fn attach_to_gateway(
+    fn attach_to_parent(
         &mut self,
         route: &NamespacedName,
         index: usize,
         parent_ref: &ParentRef,
-        gateway_index: usize,
+        place: Place,
     ) -> Result<String, Refusal> {
         let refuse = |problems: &mut Vec<Problem>, reason, field: &str, message: String| {
             let object = ObjectRef::new(Kind::TcpRoute, route);
@@ -122,79 +132,65 @@ impl<'a> Attacher<'a, '_> {
             problems.push(Problem::error(reason, object, field, message.as_str()));
             Err(Refusal { reason, message })
         };
-        let Some(gateway) = self.gateways.get(gateway_index) else {
+        let gateway = self.gateways.get(place.gateway);
+        let Some(listeners) = gateway.and_then(|gateway| gateway.listeners(place.set)) else {
             return Ok(String::new());
         };
-        let matching = matching_listeners(gateway, parent_ref);
+        let matching = matching_listeners(listeners, parent_ref);
         if matching.is_empty() {
-            let (field, message) = no_match(gateway, parent_ref);
+            let (field, message) = no_match(listeners, parent_ref);
             return refuse(self.problems, Reason::NoMatchingParent, field, message);
         }
         let mut allowing = Vec::new();
         let mut refusing = Vec::new();
         for listener_index in matching {
-            let Some(listener) = gateway.listeners.get(listener_index) else {
+            let Some(listener) = listeners.all.get(listener_index) else {
                 continue;
             };
-            match self.refusal(gateway.name, listener, route) {
+            match self.refusal(listener, route) {
                 None => allowing.push(listener_index),
                 Some(why) => refusing.push(format!("{} ({why})", listener.spec.name)),
             }
         }
         if allowing.is_empty() {
             let message = format!(
-                "no listener of Gateway {} takes the route: {}; change allowedRoutes there, or refer to another",
-                gateway.name,
+                "no listener of {} takes the route: {}; change allowedRoutes there, or refer to another",
+                listeners.parent,
                 list(&refusing)
             );
             return refuse(self.problems, Reason::NotAllowedByListeners, "", message);
         }
-        let outcome = self.attach_to_listeners(route, gateway_index, &allowing);
+        let kind = listeners.parent.kind();
+        let outcome = self.attach_to_listeners(route, place, &allowing);
         self.report_superseded(route, index, &outcome);
-        Ok(outcome.sentence())
+        Ok(outcome.sentence(kind))
     }
 
     /// Why a listener does not take a route.
-    fn refusal(
-        &self,
-        gateway: &NamespacedName,
-        listener: &JudgedListener<'_>,
-        route: &NamespacedName,
-    ) -> Option<String> {
+    fn refusal(&self, listener: &JudgedListener<'_>, route: &NamespacedName) -> Option<String> {
         if !listener.is_tcp() {
             return Some(format!("its protocol is {:?}", listener.spec.protocol));
         }
         if !listener.kinds.tcp_route {
             return Some("its kinds do not include TCPRoute".to_owned());
         }
-        let namespace = route.namespace.as_str();
-        match listener.namespaces {
-            AllowedNamespaces::All => None,
-            AllowedNamespaces::Same if namespace == gateway.namespace => None,
-            AllowedNamespaces::Same => Some(format!("only from namespace {}", gateway.namespace)),
-            AllowedNamespaces::None => Some("from no namespace".to_owned()),
-            AllowedNamespaces::Selector(selector) => {
-                let selected = selector::selects(selector, namespace, self.manifests, self.settings);
-                (!selected).then(|| format!("its selector does not match namespace {namespace}"))
-            }
-        }
+        let own = &listener.name.parent.name().namespace;
+        listener.namespaces.refusal(own, &route.namespace, self.manifests, self.settings)
     }
 
-    fn attach_to_listeners(
-        &mut self,
-        route: &NamespacedName,
-        gateway_index: usize,
-        allowing: &[usize],
-    ) -> Outcome {
+    fn attach_to_listeners(&mut self, route: &NamespacedName, place: Place, allowing: &[usize]) -> Outcome {
         let mut outcome = Outcome::default();
         let this = self.routes.len();
-        let Some(gateway) = self.gateways.get_mut(gateway_index) else {
+        let Some(gateway) = self.gateways.get_mut(place.gateway) else {
             return outcome;
         };
-        let servable = gateway.is_servable();
+        let servable = gateway.is_servable(place.set);
+        let Some(listeners) = gateway.listeners_mut(place.set) else {
+            return outcome;
+        };
 
         for &listener_index in allowing {
-            let Some(listener) = gateway.listeners.get_mut(listener_index) else {
+            let Some(listener) = listeners.all.get_mut(listener_index) else {
                 continue;
             };
             let newly = listener.routes.last() != Some(&this);
@@ -234,13 +230,14 @@ impl<'a> Attacher<'a, '_> {
 }
 
 impl Outcome {
-    fn sentence(&self) -> String {
+    /// What became of the route at a parent of this kind.
+    fn sentence(&self, kind: Kind) -> String {
         let mut parts = Vec::new();
         if !self.superseded.is_empty() {
             parts.push(superseded(&self.superseded));
         }
         if !self.not_served.is_empty() {
-            parts.push(format!("attached to {}, which the Gateway does not serve", list(&self.not_served)));
+            parts.push(format!("attached to {}, which the {kind} does not serve", list(&self.not_served)));
         }
         if !self.serve.is_empty() {
             parts.insert(0, format!("serves {}", list(&self.serve)));
@@ -256,37 +253,37 @@ fn superseded(listeners: &[(String, NamespacedName)]) -> String {
 }
 
 /// The listeners that a parentRef means: all, or those with its sectionName, its port, or both.
-fn matching_listeners(gateway: &JudgedGateway<'_>, parent_ref: &ParentRef) -> Vec<usize> {
-    let of_section = |section: &str| gateway.by_section.get(section).cloned().unwrap_or_default();
-    let of_port = |port: i64| gateway.by_port.get(&port).cloned().unwrap_or_default();
+fn matching_listeners(listeners: &Listeners<'_>, parent_ref: &ParentRef) -> Vec<usize> {
+    let of_section = |section: &str| listeners.by_section.get(section).cloned().unwrap_or_default();
+    let of_port = |port: i64| listeners.by_port.get(&port).cloned().unwrap_or_default();
     match (parent_ref.section_name.as_deref(), parent_ref.port) {
-        (None, None) => (0..gateway.listeners.len()).collect(),
+        (None, None) => (0..listeners.all.len()).collect(),
         (Some(section), None) => of_section(section),
         (None, Some(port)) => of_port(port),
         (Some(section), Some(port)) => {
-            let has_port = |index: &usize| gateway.listeners.get(*index).is_some_and(|l| l.spec.port == port);
+            let has_port = |index: &usize| listeners.all.get(*index).is_some_and(|l| l.spec.port == port);
             of_section(section).into_iter().filter(has_port).collect()
         }
     }
 }
 
 /// The field and the message where a parentRef means no listener.
-fn no_match(gateway: &JudgedGateway<'_>, parent_ref: &ParentRef) -> (&'static str, String) {
+fn no_match(listeners: &Listeners<'_>, parent_ref: &ParentRef) -> (&'static str, String) {
     let (field, wanted) = match (parent_ref.section_name.as_deref(), parent_ref.port) {
         (None, None) => ("", "no listener".to_owned()),
 
         (None, Some(port)) => (".port", format!("no listener on port {port}")),
-        (Some(section), Some(port)) if gateway.by_section.contains_key(section) => {
+        (Some(section), Some(port)) if listeners.by_section.contains_key(section) => {
             (".port", format!("no listener {section:?} on port {port}"))
         }
         (Some(section), _) => (".sectionName", format!("no listener {section:?}")),
     };
     let there: Vec<String> =
-        gateway.listeners.iter().map(|l| format!("{} (port {})", l.spec.name, l.spec.port)).collect();
+        listeners.all.iter().map(|l| format!("{} (port {})", l.spec.name, l.spec.port)).collect();
     let there = if there.is_empty() { "none".to_owned() } else { list(&there) };
     let message = format!(
-        "Gateway {} has {wanted}: the route is not served there; its listeners are: {there}",
-        gateway.name
+        "{} has {wanted}: the route is not served there; its listeners are: {there}",
+        listeners.parent
     );
     (field, message)
 }

@@ -6,14 +6,16 @@ use crate::manifests::{GATEWAY_GROUP, Kind, Manifests};
 use crate::model::BindAddress;
 use crate::problem::Reason;
 use crate::status::{
-    Condition, GatewayAddressStatus, GatewayStatus, GatewayVerdict, ListenerStatus, RouteParentStatus,
-    RouteStatus, Statuses, SupportedKind, gateway_conditions, names,
+    Condition, GatewayAddressStatus, GatewayStatus, GatewayVerdict, ListenerSetStatus, ListenerStatus,
+    RouteParentStatus, RouteStatus, SetVerdict, Statuses, SupportedKind, gateway_conditions,
+    listener_set_conditions, names, unprogrammed_reason,
 };
 
 use super::attach::{JudgedRoute, Parent};
 use super::classes::{self, Class};
 use super::destinations::Destinations;
 use super::gateways::JudgedGateway;
+use super::listener_sets::{self, JudgedSet};
 use super::listeners::JudgedListener;
 
 /// How many addresses `Gateway.status.addresses` may have.
@@ -32,11 +34,21 @@ pub(super) fn statuses(
         let parents = route.parents.iter().filter_map(parent).collect();
         (route.name.clone(), RouteStatus { parents })
     };
-    Statuses {
+    let sets = gateways.iter().flat_map(|gateway| gateway.sets.iter().map(move |set| (gateway, set)));
+    let set_status = |(gateway, set): (&JudgedGateway<'_>, &JudgedSet<'_>)| {
+        (set.listeners.parent.name().clone(), listener_set_status(gateway, set))
+    };
+    let mut statuses = Statuses {
         gateway_classes: classes::statuses(classes, &manifests.api_release),
         gateways: gateways.iter().map(|g| (g.name.clone(), gateway_status(g))).collect(),
+        listener_sets: sets.map(set_status).collect(),
         tcp_routes: routes.iter().zip(destinations).map(route_status).collect(),
+    };
+    if listener_sets::are_counted(&manifests.api_release) {
+        statuses.gateways.values_mut().for_each(|status| status.attached_listener_sets = Some(0));
+        statuses.count_listener_sets();
     }
+    statuses
 }
 
 fn gateway_status(gateway: &JudgedGateway<'_>) -> GatewayStatus {
@@ -46,7 +58,7 @@ fn gateway_status(gateway: &JudgedGateway<'_>) -> GatewayStatus {
         unusable_addresses: gateway.addresses.unusable.clone(),
     };
     let listeners: Vec<ListenerStatus> =
-        gateway.listeners.iter().map(|listener| listener_status(gateway, listener, generation)).collect();
+        gateway.own.all.iter().map(|listener| listener_status(gateway, None, listener, generation)).collect();
     let address = |address: &BindAddress| match *address {
         BindAddress::Any => None,
         BindAddress::Ip(value) => Some(GatewayAddressStatus { type_: "IPAddress", value }),
@@ -55,18 +67,37 @@ fn gateway_status(gateway: &JudgedGateway<'_>) -> GatewayStatus {
         Some(_) => Vec::new(),
         None => gateway.addresses.bind.iter().filter_map(address).take(MAX_ADDRESSES).collect(),
     };
-    GatewayStatus { addresses, conditions: gateway_conditions(verdict, &listeners, generation), listeners }
+    let conditions = gateway_conditions(verdict, &listeners, generation);
+    GatewayStatus { addresses, conditions, listeners, attached_listener_sets: None }
+}
+
+fn listener_set_status(gateway: &JudgedGateway<'_>, set: &JudgedSet<'_>) -> ListenerSetStatus {
+    let generation = set.set.metadata.generation;
+    let listener = |listener| listener_status(gateway, Some(set), listener, generation);
+    let listeners: Vec<ListenerStatus> = set.listeners.all.iter().map(listener).collect();
+    let verdict = if let Some(message) = &set.refusal {
+        SetVerdict::NotAllowed(message.clone())
+    } else if gateway.refusal.is_some() {
+        SetVerdict::ParentNotAccepted(format!("Gateway {} is not accepted", gateway.name))
+    } else if let Some(message) = &gateway.addresses.unusable {
+        SetVerdict::ParentNotProgrammed(message.clone())
+    } else {
+        SetVerdict::Taken
+    };
+    let conditions = listener_set_conditions(&verdict, &listeners, generation);
+    ListenerSetStatus { gateway: gateway.name.clone(), conditions, listeners }
 }
 
 fn listener_status(
     gateway: &JudgedGateway<'_>,
+    set: Option<&JudgedSet<'_>>,
     listener: &JudgedListener<'_>,
     generation: i64,
 ) -> ListenerStatus {
     let supported = SupportedKind { group: GATEWAY_GROUP, kind: Kind::TcpRoute.as_str() };
     let mut conditions = vec![
         listener_accepted(listener, generation),
-        listener_programmed(gateway, listener, generation),
+        listener_programmed(gateway, set, listener, generation),
         match &listener.kinds.invalid {
             None => Condition::holds(names::RESOLVED_REFS, names::RESOLVED_REFS, "", generation),
             Some(message) => {
@@ -105,16 +136,19 @@ fn listener_accepted(listener: &JudgedListener<'_>, generation: i64) -> Conditio
 
 fn listener_programmed(
     gateway: &JudgedGateway<'_>,
+    set: Option<&JudgedSet<'_>>,
     listener: &JudgedListener<'_>,
     generation: i64,
 ) -> Condition {
     let fails = |reason, message: &str| Condition::fails(names::PROGRAMMED, reason, message, generation);
     if gateway.refusal.is_some() {
         fails(names::INVALID, "the Gateway is not accepted")
+    } else if set.is_some_and(|set| set.refusal.is_some()) {
+        fails(names::INVALID, "the ListenerSet is not accepted")
     } else if let Some(message) = &listener.conflict {
         fails(Reason::ProtocolConflict.as_str(), message)
-    } else if listener.refusal.is_some() {
-        fails(names::INVALID, "the listener is not accepted")
+    } else if let Some(refusal) = &listener.refusal {
+        fails(unprogrammed_reason(&listener.name.parent, refusal.reason), "the listener is not accepted")
     } else if !listener.kinds.tcp_route {
         fails(names::INVALID, "no kind of route can attach to the listener")
     } else if gateway.addresses.bind.is_empty() {
@@ -154,7 +188,7 @@ fn parent_status(
     }
     Some(RouteParentStatus {
         parent_ref: parent.index,
-        gateway: gateways.get(parent.gateway)?.name.clone(),
+        parent: gateways.get(parent.place.gateway)?.listeners(parent.place.set)?.parent.clone(),
         section_name: parent_ref.section_name.clone(),
         port: parent_ref.port,
         conditions,

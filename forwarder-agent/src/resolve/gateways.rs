@@ -1,14 +1,18 @@
 //! Gateways: which are ours, and what each asks for, judged by itself.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use crate::manifests::{Gateway, Kind, Manifests, NamespacedName, ObjectRef};
+use crate::model::ListenerParent;
 use crate::problem::{Problem, Reason};
 
 use super::ResolveSettings;
 use super::addresses::{self, Addresses};
 use super::classes::Class;
-use super::listeners::{self, JudgedListener};
+use super::conflicts;
+use super::listener_sets::JudgedSet;
+use super::listeners::{self, JudgedListener, Listeners};
+use super::namespaces::AllowedNamespaces;
 
 /// A Gateway of ours.
 pub(super) struct JudgedGateway<'a> {
@@ -17,12 +21,21 @@ pub(super) struct JudgedGateway<'a> {
     /// Why it is not accepted as a whole; then none of its listeners is served.
     pub(super) refusal: Option<Refusal>,
     pub(super) addresses: Addresses,
-    /// One for each listener of the spec, in its order.
-    pub(super) listeners: Vec<JudgedListener<'a>>,
-    /// Indices of listeners by name.
-    pub(super) by_section: HashMap<&'a str, Vec<usize>>,
-    /// Indices of listeners by port.
-    pub(super) by_port: HashMap<i64, Vec<usize>>,
+    /// From which namespaces it takes ListenerSets.
+    pub(super) allowed_listeners: AllowedNamespaces<'a>,
+    /// The listeners of its own spec.
+    pub(super) own: Listeners<'a>,
+    /// The ListenerSets that name it, taken or not, oldest first.
+    pub(super) sets: Vec<JudgedSet<'a>>,
+}
+
+/// Where some listeners are found: at a Gateway, or at a ListenerSet of it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    /// The index of the Gateway.
+    pub(super) gateway: usize,
+    /// The index of the ListenerSet among those of the Gateway; `None` for the Gateway's own listeners.
+    pub(super) set: Option<usize>,
 }
 
 /// Why something is not accepted.
@@ -43,19 +56,43 @@ impl Refusal {
     }
 }
 
-impl JudgedGateway<'_> {
-    pub(super) fn object(&self) -> ObjectRef {
-        ObjectRef::new(Kind::Gateway, self.name)
+impl<'a> JudgedGateway<'a> {
+    /// Its own listeners, then each of its ListenerSets, as [`Place::set`] tells them.
+    pub(super) fn parts(&self) -> impl Iterator<Item = Option<usize>> + use<> {
+        std::iter::once(None).chain((0..self.sets.len()).map(Some))
     }
 
-    /// Whether its listeners can be bound, as far as it depends on the Gateway.
-    pub(super) fn is_servable(&self) -> bool {
-        self.refusal.is_none() && !self.addresses.bind.is_empty()
+    /// Its own listeners, or those of one of its ListenerSets.
+    pub(super) fn listeners(&self, set: Option<usize>) -> Option<&Listeners<'a>> {
+        match set {
+            None => Some(&self.own),
+            Some(set) => self.sets.get(set).map(|set| &set.listeners),
+        }
+    }
+
+    /// As [`Self::listeners`].
+    pub(super) fn listeners_mut(&mut self, set: Option<usize>) -> Option<&mut Listeners<'a>> {
+        match set {
+            None => Some(&mut self.own),
+            Some(set) => self.sets.get_mut(set).map(|set| &mut set.listeners),
+        }
+    }
+
+    /// Whether its own listeners, or those of a ListenerSet, can be bound, as far as it depends on the Gateway.
+    ///
+    /// Whether a ListenerSet is served does not depend on the Gateway's own listeners, valid or not.
+    pub(super) fn is_servable(&self, set: Option<usize>) -> bool {
+        let is_refused = set.is_some_and(|set| self.sets.get(set).is_none_or(|set| set.refusal.is_some()));
+        self.refusal.is_none() && !self.addresses.bind.is_empty() && !is_refused
     }
 
     /// The listeners that are to be bound, with their indices.
-    pub(super) fn served_listeners(&self) -> impl Iterator<Item = (usize, &JudgedListener<'_>)> {
-        let listeners = if self.is_servable() { &self.listeners[..] } else { &[] };
+    pub(super) fn served_listeners(
+        &self,
+        set: Option<usize>,
+    ) -> impl Iterator<Item = (usize, &JudgedListener<'a>)> {
+        let listeners = self.listeners(set).filter(|_| self.is_servable(set));
+        let listeners = listeners.map_or(&[][..], |listeners| &listeners.all);
         listeners.iter().enumerate().filter(|(_, listener)| listener.is_servable())
     }
 }
@@ -98,17 +135,33 @@ fn judge_gateway<'a>(
     let object = ObjectRef::new(Kind::Gateway, name);
     let addresses = addresses::read(&object, &gateway.spec.addresses, problems);
     let refusal = refusal(&object, gateway, &addresses, problems);
-    let mut by_section: HashMap<&str, Vec<usize>> = HashMap::new();
-    let mut by_port: HashMap<i64, Vec<usize>> = HashMap::new();
-    for (index, listener) in gateway.spec.listeners.iter().enumerate() {
-        by_section.entry(&listener.name).or_default().push(index);
-        by_port.entry(listener.port).or_default().push(index);
-    }
+    let allowed_listeners = allowed_listeners(&object, gateway, problems);
+    let parent = ListenerParent::Gateway(name.clone());
+    let annotations = &gateway.metadata.annotations;
     let defaults = &settings.listener_defaults;
-    let listener_settings = super::settings::read(&object, gateway, &by_section, defaults, problems);
-    let listeners =
-        listeners::judge(name, &gateway.spec.listeners, listener_settings, &by_section, &by_port, problems);
-    JudgedGateway { name, gateway, refusal, addresses, listeners, by_section, by_port }
+    let mut own = listeners::judge(parent, &gateway.spec.listeners, annotations, defaults, problems);
+    conflicts::within_gateway(&mut own, problems);
+    JudgedGateway { name, gateway, refusal, addresses, allowed_listeners, own, sets: Vec::new() }
+}
+
+/// From which namespaces the Gateway takes ListenerSets: from none where it does not say so, or cannot be understood.
+fn allowed_listeners<'a>(
+    object: &ObjectRef,
+    gateway: &'a Gateway,
+    problems: &mut Vec<Problem>,
+) -> AllowedNamespaces<'a> {
+    let allowed = gateway.spec.allowed_listeners.as_ref().and_then(|allowed| allowed.namespaces.as_ref());
+    let Some(allowed) = allowed else {
+        return AllowedNamespaces::None;
+    };
+    let consequence = "no ListenerSet is taken";
+    AllowedNamespaces::read(allowed.from(), allowed.selector.as_ref(), consequence).unwrap_or_else(
+        |(field, message)| {
+            let field = format!("spec.allowedListeners.namespaces.{field}");
+            problems.push(Problem::error(Reason::UnsupportedValue, object.clone(), field, message));
+            AllowedNamespaces::None
+        },
+    )
 }
 
 fn refusal(

@@ -1,18 +1,27 @@
-//! Listeners, judged within their Gateway: protocol, port, allowed routes, conflicts among each other.
+//! Listeners, judged by themselves: protocol, port, allowed routes, settings.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU16;
 
-use crate::manifests::{
-    GATEWAY_GROUP, Kind, LabelSelector, Listener, NamespacedName, ObjectRef, RouteGroupKind, RouteNamespaces,
-};
-use crate::model::{ListenerName, ListenerSettings};
+use crate::manifests::{GATEWAY_GROUP, Kind, Listener, ObjectRef, RouteGroupKind};
+use crate::model::{ListenerName, ListenerParent, ListenerSettings};
 use crate::problem::{Problem, Reason};
 
 use super::gateways::Refusal;
-use super::{conflicts, selector};
+use super::namespaces::AllowedNamespaces;
 
-/// A listener of a Gateway of ours.
+/// The listeners of one Gateway or ListenerSet.
+pub(super) struct Listeners<'a> {
+    pub(super) parent: ListenerParent,
+    /// One for each listener of the spec, in its order.
+    pub(super) all: Vec<JudgedListener<'a>>,
+    /// Indices of listeners by name.
+    pub(super) by_section: HashMap<&'a str, Vec<usize>>,
+    /// Indices of listeners by port.
+    pub(super) by_port: HashMap<i64, Vec<usize>>,
+}
+
+/// A listener of a Gateway of ours, or of one of its ListenerSets.
 pub(super) struct JudgedListener<'a> {
     pub(super) spec: &'a Listener,
     pub(super) name: ListenerName,
@@ -20,7 +29,7 @@ pub(super) struct JudgedListener<'a> {
     pub(super) port: Option<NonZeroU16>,
     /// Why it is not accepted.
     pub(super) refusal: Option<Refusal>,
-    /// Which listeners of the Gateway it cannot share its port with, as a sentence.
+    /// Which listeners of the Gateway and its ListenerSets it cannot share its port with, as a sentence.
     pub(super) conflict: Option<String>,
     pub(super) kinds: RouteKinds,
     pub(super) namespaces: AllowedNamespaces<'a>,
@@ -37,15 +46,6 @@ pub(super) struct RouteKinds {
     pub(super) invalid: Option<String>,
 }
 
-/// From which namespaces a listener takes routes.
-#[derive(Clone, Copy)]
-pub(super) enum AllowedNamespaces<'a> {
-    Same,
-    All,
-    None,
-    Selector(&'a LabelSelector),
-}
-
 impl JudgedListener<'_> {
     pub(super) fn is_tcp(&self) -> bool {
         self.spec.protocol == "TCP"
@@ -58,24 +58,30 @@ impl JudgedListener<'_> {
     }
 }
 
-/// Judges the listeners of one Gateway.
+/// Judges the listeners of one Gateway or ListenerSet. Their settings are `defaults`, changed by its annotations.
 pub(super) fn judge<'a>(
-    gateway: &NamespacedName,
+    parent: ListenerParent,
     specs: &'a [Listener],
-    settings: Vec<ListenerSettings>,
-    by_section: &HashMap<&str, Vec<usize>>,
-    by_port: &HashMap<i64, Vec<usize>>,
+    annotations: &BTreeMap<String, String>,
+    defaults: &ListenerSettings,
     problems: &mut Vec<Problem>,
-) -> Vec<JudgedListener<'a>> {
-    let object = ObjectRef::new(Kind::Gateway, gateway);
+) -> Listeners<'a> {
+    let mut by_section: HashMap<&str, Vec<usize>> = HashMap::new();
+    let mut by_port: HashMap<i64, Vec<usize>> = HashMap::new();
+    for (index, listener) in specs.iter().enumerate() {
+        by_section.entry(&listener.name).or_default().push(index);
+        by_port.entry(listener.port).or_default().push(index);
+    }
+    let object = parent.object();
+    let mut settings = vec![defaults.clone(); specs.len()];
+    super::settings::apply(&object, annotations, &by_section, &mut settings, problems);
     let judge_one = |(index, (spec, settings)): (usize, (&'a Listener, ListenerSettings))| {
         let place = Place { object: &object, field: format!("spec.listeners[{index}]") };
         let first = by_section.get(spec.name.as_str()).and_then(|all| all.first().copied());
-        judge_listener(gateway, spec, settings, place, first == Some(index), problems)
+        judge_listener(&parent, spec, settings, place, first == Some(index), problems)
     };
-    let mut listeners: Vec<_> = specs.iter().zip(settings).enumerate().map(judge_one).collect();
-    conflicts::within_gateway(&object, &mut listeners, by_port, problems);
-    listeners
+    let all = specs.iter().zip(settings).enumerate().map(judge_one).collect();
+    Listeners { parent, all, by_section, by_port }
 }
 
 /// Where a listener stands.
@@ -91,7 +97,7 @@ impl Place<'_> {
 }
 
 fn judge_listener<'a>(
-    gateway: &NamespacedName,
+    parent: &ListenerParent,
     spec: &'a Listener,
     settings: ListenerSettings,
     place: Place<'_>,
@@ -133,7 +139,7 @@ fn judge_listener<'a>(
     }
     JudgedListener {
         spec,
-        name: ListenerName { gateway: gateway.clone(), section: spec.name.clone() },
+        name: ListenerName { parent: parent.clone(), section: spec.name.clone() },
         port,
         refusal: refusals.into_iter().next().map(|(reason, _, message)| Refusal { reason, message }),
         conflict: None,
@@ -182,27 +188,11 @@ fn group_of(kind: &RouteGroupKind) -> &str {
 
 /// The namespaces of `allowedRoutes`, or the field below `namespaces` that cannot be honoured and why.
 fn allowed_namespaces(spec: &Listener) -> Result<AllowedNamespaces<'_>, (String, String)> {
-    let Some(namespaces) = spec.allowed_routes.as_ref().and_then(|allowed| allowed.namespaces.as_ref())
-    else {
-        return Ok(AllowedNamespaces::Same);
-    };
-    let RouteNamespaces { from, selector } = namespaces;
-    match (from.as_deref(), selector) {
-        (None | Some("Same"), _) => Ok(AllowedNamespaces::Same),
-        (Some("All"), _) => Ok(AllowedNamespaces::All),
-        (Some("None"), _) => Ok(AllowedNamespaces::None),
-        (Some("Selector"), Some(selector)) => match selector::check(selector) {
-            Ok(()) => Ok(AllowedNamespaces::Selector(selector)),
-            Err((field, message)) => Err((format!("selector.{field}"), message)),
-        },
-        (Some("Selector"), None) => {
-            let message = "from is Selector and there is no selector: the listener is not served; add one";
-            Err(("selector".to_owned(), message.to_owned()))
-        }
-        (Some(other), _) => {
-            let message =
-                format!("{other:?} is none of Same, All, Selector and None: the listener is not served");
-            Err(("from".to_owned(), message))
+    match spec.allowed_routes.as_ref().and_then(|allowed| allowed.namespaces.as_ref()) {
+        None => Ok(AllowedNamespaces::Same),
+        Some(allowed) => {
+            let consequence = "the listener is not served";
+            AllowedNamespaces::read(allowed.from(), allowed.selector.as_ref(), consequence)
         }
     }
 }

@@ -4,8 +4,8 @@
 //! silent, an existing thing keeps working (the oldest Gateway keeps a port, the oldest route a listener) and what is
 //! not served is said in a condition and in a [`Problem`](crate::problem::Problem), never left out silently.
 //!
-//! The flow: `classes` finds every GatewayClass of ours; `gateways` and `listeners` judge each Gateway by itself;
-//! `conflicts` gives each port to one of them; `attach` brings the routes to listeners; `destinations` resolves their
+//! The flow: `classes` finds every GatewayClass of ours; `gateways` and `listeners` judge each Gateway by itself,
+//! `listener_sets` what others add to it; `conflicts` gives each port to one of them; `attach` brings the routes to listeners; `destinations` resolves their
 //! backendRefs; `table` and `conditions` write down the result. Work is proportional to the number of objects and
 //! attachments: whatever is looked up by name has a map. A change of EndpointSlices alone, the most frequent one, goes
 //! another way, which costs what it changes: [`update_endpoints`].
@@ -20,7 +20,9 @@ mod destinations;
 mod gateways;
 mod grants;
 mod incremental;
+mod listener_sets;
 mod listeners;
+mod namespaces;
 mod problems;
 mod selector;
 mod settings;
@@ -41,7 +43,7 @@ pub const CONTROLLER_NAME: &str = "forwarder.dev/tcp";
 pub struct ResolveSettings {
     /// The `spec.controllerName` of every GatewayClass that is ours.
     pub controller_name: String,
-    /// The settings of a listener whose Gateway does not say otherwise.
+    /// The settings of a listener whose Gateway or ListenerSet does not say otherwise.
     pub listener_defaults: ListenerSettings,
     /// Whether a namespace that is not among the manifests exists all the same, without labels: so in files. In a
     /// cluster, it is one that the agent has not seen yet, and no selector matches it.
@@ -77,6 +79,8 @@ pub fn resolve(manifests: &Manifests, settings: &ResolveSettings) -> Resolved {
     let mut problems = Vec::new();
     let classes = classes::judge(manifests, settings, &mut problems);
     let mut gateways = gateways::judge(manifests, settings, &classes, &mut problems);
+    listener_sets::judge(manifests, settings, &mut gateways, &mut problems);
+    conflicts::with_listener_sets(&mut gateways, &mut problems);
     conflicts::between_gateways(&mut gateways, &mut problems);
     let routes = attach::attach(manifests, settings, &mut gateways, &mut problems);
     let grants = grants::Grants::new(manifests);

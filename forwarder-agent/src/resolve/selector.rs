@@ -10,25 +10,23 @@ use super::ResolveSettings;
 const NAME_LABEL: &str = "kubernetes.io/metadata.name";
 
 /// Whether every requirement can be evaluated; else the field below the selector and what is wrong with it.
-pub(super) fn check(selector: &LabelSelector) -> Result<(), (String, String)> {
+/// `consequence` is what follows then.
+pub(super) fn check(selector: &LabelSelector, consequence: &str) -> Result<(), (String, String)> {
     for (index, requirement) in selector.match_expressions.iter().enumerate() {
         let field = format!("matchExpressions[{index}]");
         match (requirement.operator.as_str(), requirement.values.is_empty()) {
             ("In" | "NotIn", false) | ("Exists" | "DoesNotExist", true) => {}
             ("In" | "NotIn", true) => {
-                let message =
-                    format!("operator {} needs values: the listener is not served", requirement.operator);
+                let message = format!("operator {} needs values: {consequence}", requirement.operator);
                 return Err((format!("{field}.values"), message));
             }
             ("Exists" | "DoesNotExist", false) => {
-                let message =
-                    format!("operator {} takes no values: the listener is not served", requirement.operator);
+                let message = format!("operator {} takes no values: {consequence}", requirement.operator);
                 return Err((format!("{field}.values"), message));
             }
             (other, _) => {
-                let message = format!(
-                    "{other:?} is none of In, NotIn, Exists and DoesNotExist: the listener is not served"
-                );
+                let message =
+                    format!("{other:?} is none of In, NotIn, Exists and DoesNotExist: {consequence}");
                 return Err((format!("{field}.operator"), message));
             }
         }

@@ -1,14 +1,15 @@
-//! Settings of listeners that a Gateway carries in annotations `forwarder.dev/…`.
+//! Settings of listeners that a Gateway or ListenerSet carries in annotations `forwarder.dev/…`.
 //!
-//! A value is one for all listeners of the Gateway (`1h`), values of single listeners (`mysql=0, redis=5m`), or both
+//! A value is one for all listeners of the object (`1h`), values of single listeners (`mysql=0, redis=5m`), or both
 //! (`1h, mysql=0`). What cannot be read leaves the default in force.
+//! Listeners of a ListenerSet have what the Gateway says for all listeners as their defaults.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::manifests::{Gateway, ObjectRef};
+use crate::manifests::{Gateway, Kind, ObjectRef};
 use crate::model::{Datapath, ListenerSettings, OnRemoval};
 use crate::problem::{Problem, Reason};
 
@@ -18,21 +19,32 @@ const PREFIX: &str = "forwarder.dev/";
 /// Longer time-outs are mistakes, and would overflow clocks.
 const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
 
-/// The settings of each listener of a Gateway, in the order of the spec.
-pub(super) fn read(
+/// What a Gateway says for all listeners.
+pub(super) fn of_gateway(gateway: &Gateway, defaults: &ListenerSettings) -> ListenerSettings {
+    let object = ObjectRef::new(Kind::Gateway, &gateway.metadata.namespaced_name());
+    let mut settings = [defaults.clone()];
+    // What is wrong with the annotations is told where they are read for the Gateway's own listeners.
+    let mut told = Vec::new();
+    apply(&object, &gateway.metadata.annotations, &HashMap::new(), &mut settings, &mut told);
+    let [settings] = settings;
+    settings
+}
+
+/// Applies the annotations of a Gateway or ListenerSet to the settings of its listeners, which are in the order of the
+/// spec.
+pub(super) fn apply(
     object: &ObjectRef,
-    gateway: &Gateway,
+    annotations: &BTreeMap<String, String>,
     by_section: &HashMap<&str, Vec<usize>>,
-    defaults: &ListenerSettings,
+    settings: &mut [ListenerSettings],
     problems: &mut Vec<Problem>,
-) -> Vec<ListenerSettings> {
-    let mut settings = vec![defaults.clone(); gateway.spec.listeners.len()];
-    for (key, value) in &gateway.metadata.annotations {
+) {
+    for (key, value) in annotations {
         let Some(name) = key.strip_prefix(PREFIX) else {
             continue;
         };
-        let mut annotation =
-            Annotation { value, by_section, settings: &mut settings, complaints: Vec::new() };
+        let kind = &object.kind;
+        let mut annotation = Annotation { kind, value, by_section, settings, complaints: Vec::new() };
         match name {
             "idle-timeout" => annotation.apply(timeout, |s, v| s.idle_timeout = v),
             "half-closed-timeout" => annotation.apply(timeout, |s, v| s.half_closed_timeout = v),
@@ -51,11 +63,12 @@ pub(super) fn read(
             problems.push(Problem::warning(Reason::UnsupportedValue, object.clone(), field, complaint));
         }
     }
-    settings
 }
 
 /// One annotation being applied.
 struct Annotation<'a> {
+    /// The kind of the object that carries it.
+    kind: &'a str,
     value: &'a str,
     by_section: &'a HashMap<&'a str, Vec<usize>>,
     settings: &'a mut [ListenerSettings],
@@ -109,7 +122,8 @@ impl Annotation<'_> {
                 Err(format!("there is a second value for listener {name:?}: only the first is used"))
             }
             Some(name) => self.by_section.get(name).cloned().ok_or_else(|| {
-                format!("the Gateway has no listener {name:?}: its value is ignored; correct the name, or remove it")
+                let kind = self.kind;
+                format!("the {kind} has no listener {name:?}: its value is ignored; correct the name, or remove it")
             }),
         }
     }

@@ -24,7 +24,7 @@ pub(super) fn build(
 ) -> (RouteTable, OrdMap<BackendKey, Arc<[Problem]>>) {
     let mut table = RouteTable::default();
     for gateway in gateways {
-        for (_, listener) in gateway.served_listeners() {
+        for (_, listener) in gateway.parts().flat_map(|set| gateway.served_listeners(set)) {
             let Some(port) = listener.port else { continue };
             for &address in &gateway.addresses.bind {
                 let entry = Listener {

@@ -173,6 +173,7 @@ impl Reader<'_> {
         let (manifest, problems) = match kind {
             Kind::GatewayClass => build(&node, &id, namespace, check::gateway_class, Manifest::GatewayClass),
             Kind::Gateway => build(&node, &id, namespace, check::gateway, Manifest::Gateway),
+            Kind::ListenerSet => build(&node, &id, namespace, check::listener_set, Manifest::ListenerSet),
             Kind::TcpRoute => {
                 build(&node, &id, namespace, |it| check::tcp_route(it, version), Manifest::TcpRoute)
             }
@@ -221,6 +222,7 @@ fn known(group: &str, kind: &str) -> Option<(Kind, &'static [&'static str])> {
     match (group, kind) {
         (GATEWAY_GROUP, "GatewayClass") => Some((Kind::GatewayClass, &["v1", "v1beta1", "v1alpha2"])),
         (GATEWAY_GROUP, "Gateway") => Some((Kind::Gateway, &["v1", "v1beta1", "v1alpha2"])),
+        (GATEWAY_GROUP, "ListenerSet") => Some((Kind::ListenerSet, &["v1"])),
         (GATEWAY_GROUP, "TCPRoute") => Some((Kind::TcpRoute, &["v1", "v1alpha2"])),
         (GATEWAY_GROUP, "ReferenceGrant") => Some((Kind::ReferenceGrant, &["v1", "v1beta1", "v1alpha2"])),
         ("", "Namespace") => Some((Kind::Namespace, &["v1"])),

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::manifests::{
-    EndpointSlice, Gateway, GatewayClass, Manifests, Namespace, NamespacedName, ObjectRef, ReferenceGrant,
-    Service, TcpRoute,
+    EndpointSlice, Gateway, GatewayClass, ListenerSet, Manifests, Namespace, NamespacedName, ObjectRef,
+    ReferenceGrant, Service, TcpRoute,
 };
 
 /// An object of any kind that is read.
@@ -12,6 +12,7 @@ use crate::manifests::{
 pub(super) enum Manifest {
     GatewayClass(Arc<GatewayClass>),
     Gateway(Arc<Gateway>),
+    ListenerSet(Arc<ListenerSet>),
     TcpRoute(Arc<TcpRoute>),
     ReferenceGrant(Arc<ReferenceGrant>),
     Namespace(Arc<Namespace>),
@@ -28,6 +29,9 @@ impl Manifests {
             }
             Manifest::Gateway(object) => {
                 self.gateways.insert(name(id), Arc::clone(object));
+            }
+            Manifest::ListenerSet(object) => {
+                self.listener_sets.insert(name(id), Arc::clone(object));
             }
             Manifest::TcpRoute(object) => {
                 self.tcp_routes.insert(name(id), Arc::clone(object));
@@ -56,6 +60,7 @@ impl Manifests {
         match manifest {
             Manifest::GatewayClass(_) => drop(self.gateway_classes.remove(&id.name)),
             Manifest::Gateway(_) => drop(self.gateways.remove(&name(id))),
+            Manifest::ListenerSet(_) => drop(self.listener_sets.remove(&name(id))),
             Manifest::TcpRoute(_) => drop(self.tcp_routes.remove(&name(id))),
             Manifest::ReferenceGrant(_) => drop(self.reference_grants.remove(&name(id))),
             Manifest::Namespace(_) => drop(self.namespaces.remove(&id.name)),

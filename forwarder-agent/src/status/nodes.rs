@@ -3,17 +3,18 @@
 //! Each agent reports the Gateways that it has in force, and the listeners among them that it could not bind. Who writes
 //! the statuses puts these reports together: a listener is programmed when its port is open, and not before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    BindFailure, Condition, ConditionStatus, GatewayAddressStatus, GatewayStatus, ListenerStatus, Statuses,
-    gateway_conditions, list, names, verdict_of,
+    BindFailure, Condition, ConditionStatus, GatewayAddressStatus, GatewayStatus, ListenerSetStatus,
+    ListenerStatus, SetVerdict, Statuses, gateway_conditions, list, listener_set_conditions, names,
+    unprogrammed_reason, verdict_of,
 };
 use crate::manifests::NamespacedName;
-use crate::model::BindAddress;
+use crate::model::{BindAddress, ListenerParent};
 use crate::problem::Reason;
 
 /// How many addresses `Gateway.status.addresses` may have.
@@ -26,34 +27,24 @@ pub struct NodeReport {
     /// The node.
     pub node: String,
     /// The Gateways in force, by namespace and name.
-    pub gateways: BTreeMap<String, GatewayReport>,
+    pub gateways: BTreeMap<String, ParentReport>,
+    /// The ListenerSets in force, by namespace and name.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub listener_sets: BTreeMap<String, ParentReport>,
 }
 
-/// One Gateway on one node.
+/// One Gateway or ListenerSet on one node.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
-pub struct GatewayReport {
-    /// The generation of the Gateway that is in force.
+pub struct ParentReport {
+    /// The generation that is in force.
     pub generation: i64,
-    /// The listeners that could not be bound.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub failures: Vec<ListenerFailure>,
-}
-
-/// A listener that could not be bound at one of its addresses.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct ListenerFailure {
-    /// The listener's name in its Gateway.
-    pub listener: String,
-    /// The address; absent for every address of the node.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub address: Option<IpAddr>,
-    /// What the kernel said.
-    pub message: String,
-    /// Whether the node does not have the address.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub address_missing: bool,
+    /// The listeners that could not be bound though the node has their address, and why.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub failures: BTreeMap<String, String>,
+    /// The addresses of the Gateway that the node does not have.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub missing: BTreeSet<IpAddr>,
 }
 
 /// A node on which an agent should run.
@@ -68,36 +59,64 @@ pub struct Node {
 }
 
 impl Node {
-    /// What it says of a Gateway, if that generation or a later one is in force.
-    fn in_force<'a>(&'a self, gateway: &str, generation: i64) -> Option<(&'a Self, &'a GatewayReport)> {
-        let report = self.report.as_ref()?.gateways.get(gateway)?;
+    /// What it says of a Gateway or ListenerSet, if that generation or a later one is in force.
+    fn in_force<'a>(
+        &'a self,
+        parent: &ListenerParent,
+        generation: i64,
+    ) -> Option<(&'a Self, &'a ParentReport)> {
+        let report = self.report.as_ref()?;
+        let of_kind = match parent {
+            ListenerParent::Gateway(_) => &report.gateways,
+            ListenerParent::ListenerSet(_) => &report.listener_sets,
+        };
+        let report = of_kind.get(&parent.name().to_string())?;
         (report.generation >= generation).then_some((self, report))
     }
 }
 
 impl NodeReport {
-    /// What a node reports: the Gateways of `statuses`, and what could not be bound of them.
+    /// What a node reports: what is in force of `statuses`, and what could not be bound of it.
     pub fn new(node: &str, statuses: &Statuses, failures: &[BindFailure]) -> Self {
-        let mut gateways: BTreeMap<String, GatewayReport> = statuses
-            .gateways
-            .iter()
-            .map(|(name, status)| {
-                (name.to_string(), GatewayReport { generation: generation(status), failures: Vec::new() })
-            })
-            .collect();
+        let in_force = |name: &NamespacedName, conditions: &[Condition]| {
+            let report = ParentReport { generation: generation(conditions), ..ParentReport::default() };
+            (name.to_string(), report)
+        };
+        let mut report = Self {
+            node: node.to_owned(),
+            gateways: statuses.gateways.iter().map(|(name, it)| in_force(name, &it.conditions)).collect(),
+            listener_sets: statuses
+                .listener_sets
+                .iter()
+                .map(|(name, it)| in_force(name, &it.conditions))
+                .collect(),
+        };
         for failure in failures {
-            let Some(gateway) = gateways.get_mut(&failure.listener.gateway.to_string()) else { continue };
-            gateway.failures.push(ListenerFailure {
-                listener: failure.listener.section.clone(),
-                address: match failure.key.address {
-                    BindAddress::Any => None,
-                    BindAddress::Ip(address) => Some(address),
-                },
-                message: failure.message.clone(),
-                address_missing: failure.address_missing,
-            });
+            report.add(failure, statuses);
         }
-        Self { node: node.to_owned(), gateways }
+        report
+    }
+
+    fn add(&mut self, failure: &BindFailure, statuses: &Statuses) {
+        let parent = &failure.listener.parent;
+        match failure.key.address {
+            BindAddress::Ip(address) if failure.address_missing => {
+                // The addresses are the Gateway's, whosever listener it is.
+                let gateway = statuses.gateway_of(parent).map(ToString::to_string).unwrap_or_default();
+                if let Some(report) = self.gateways.get_mut(&gateway) {
+                    report.missing.insert(address);
+                }
+            }
+            BindAddress::Ip(_) | BindAddress::Any => {
+                let of_kind = match parent {
+                    ListenerParent::Gateway(_) => &mut self.gateways,
+                    ListenerParent::ListenerSet(_) => &mut self.listener_sets,
+                };
+                if let Some(report) = of_kind.get_mut(&parent.name().to_string()) {
+                    report.failures.insert(failure.listener.section.clone(), failure.message.clone());
+                }
+            }
+        }
     }
 }
 
@@ -107,61 +126,127 @@ impl NodeReport {
 /// it not programmed, and names them. An address that only some nodes have is as it should be; one that none has cannot
 /// be used (`AddressNotUsable`).
 pub fn apply_nodes(statuses: &mut Statuses, nodes: &[Node]) {
+    let mut without_address = BTreeSet::new();
     for (name, status) in &mut statuses.gateways {
-        apply_to_gateway(name, status, nodes);
+        if apply_to_gateway(name, status, nodes) {
+            without_address.insert(name.clone());
+        }
     }
+    let Statuses { gateways, listener_sets, .. } = statuses;
+    for (name, status) in listener_sets {
+        if let Some(gateway) = gateways.get(&status.gateway) {
+            apply_to_listener_set(name, status, gateway, without_address.contains(&status.gateway), nodes);
+        }
+    }
+    statuses.count_listener_sets();
 }
 
-fn generation(status: &GatewayStatus) -> i64 {
-    status.conditions.first().map_or(0, |condition| condition.observed_generation)
+fn generation(conditions: &[Condition]) -> i64 {
+    conditions.first().map_or(0, |condition| condition.observed_generation)
 }
 
-/// What the nodes say of one Gateway.
+/// What the nodes say of one Gateway or ListenerSet.
 struct Reports<'a> {
-    /// Those that have the Gateway's generation in force.
-    current: Vec<(&'a Node, &'a GatewayReport)>,
+    parent: ListenerParent,
+    generation: i64,
+    /// Those that have the generation in force.
+    current: Vec<(&'a Node, &'a ParentReport)>,
     /// How many nodes there are.
     all: usize,
 }
 
-impl Reports<'_> {
-    /// The nodes that could not bind a listener though they have its address, and why.
+impl<'a> Reports<'a> {
+    fn new(nodes: &'a [Node], parent: ListenerParent, conditions: &[Condition]) -> Self {
+        let generation = generation(conditions);
+        let current = nodes.iter().filter_map(|node| node.in_force(&parent, generation)).collect();
+        Self { parent, generation, current, all: nodes.len() }
+    }
+
+    /// The nodes that could not bind a listener, and why.
     fn failing(&self, listener: &str) -> Vec<(&str, &str)> {
-        self.current
-            .iter()
-            .filter_map(|(node, report)| {
-                let mut failures = report.failures.iter();
-                let failure = failures.find(|it| it.listener == listener && !it.address_missing)?;
-                Some((node.name.as_str(), failure.message.as_str()))
-            })
-            .collect()
+        let failure = |(node, report): &(&'a Node, &'a ParentReport)| {
+            Some((node.name.as_str(), report.failures.get(listener)?.as_str()))
+        };
+        self.current.iter().filter_map(failure).collect()
     }
 
     /// Whether none of the nodes has the address.
     fn is_missing(&self, address: IpAddr) -> bool {
-        let lacks = |report: &GatewayReport| {
-            report.failures.iter().any(|it| it.address_missing && it.address == Some(address))
-        };
-        !self.current.is_empty() && self.current.iter().all(|(_, report)| lacks(report))
+        !self.current.is_empty() && self.current.iter().all(|(_, report)| report.missing.contains(&address))
     }
 
-    fn count(&self) -> String {
-        format!("{}/{} nodes", self.current.len(), self.all)
+    /// Corrects the listeners that are to be programmed. Yields which of them are on some nodes only.
+    fn judge(&self, listeners: &mut [ListenerStatus], without_address: bool) -> Vec<String> {
+        let mut partly_bound = Vec::new();
+        for listener in listeners.iter_mut().filter(|listener| listener.condition_holds(names::PROGRAMMED)) {
+            if without_address {
+                listener.replace(self.pending("no node has any of the Gateway's addresses"));
+            } else if let Some(message) = self.judge_one(listener) {
+                partly_bound.push(format!("listener {}: {message}", listener.name));
+            }
+        }
+        partly_bound
+    }
+
+    fn judge_one(&self, listener: &mut ListenerStatus) -> Option<String> {
+        let failing = self.failing(&listener.name);
+        if self.current.is_empty() {
+            let message = format!("no node has opened the port yet (0/{} nodes)", self.all);
+            listener.replace(self.pending(&message));
+            return None;
+        }
+        let (_, why) = failing.first()?;
+        let nodes: Vec<&str> = failing.iter().map(|(node, _)| *node).collect();
+        let bound = self.current.len() - failing.len();
+        let message = format!("not bound on {}: {why}; bound on {bound}/{} nodes", list(&nodes), self.all);
+        if failing.len() < self.all {
+            listener.replace(self.pending(&message));
+            return Some(message);
+        }
+        let reason = Reason::PortUnavailable;
+        let accepted = Condition::fails(names::ACCEPTED, reason.as_str(), message.as_str(), self.generation);
+        listener.replace(accepted);
+        let reason = unprogrammed_reason(&self.parent, reason);
+        listener.replace(Condition::fails(names::PROGRAMMED, reason, message, self.generation));
+        None
+    }
+
+    fn pending(&self, message: &str) -> Condition {
+        Condition::fails(names::PROGRAMMED, names::PENDING, message, self.generation)
+    }
+
+    /// Says on how many nodes, or why not, where `conditions` say that all is programmed.
+    fn count(&self, conditions: &mut [Condition], partly_bound: &[String]) {
+        let is_programmed =
+            |it: &&mut Condition| it.type_ == names::PROGRAMMED && it.status == ConditionStatus::True;
+        let Some(programmed) = conditions.iter_mut().find(is_programmed) else { return };
+        if partly_bound.is_empty() {
+            programmed.message = format!("{}/{} nodes", self.current.len(), self.all);
+        } else {
+            *programmed = self.pending(&list(partly_bound));
+        }
+    }
+
+    /// The addresses of these nodes: as many as fit, always the same ones.
+    fn addresses(&self) -> Vec<GatewayAddressStatus> {
+        let mut addresses: Vec<IpAddr> =
+            self.current.iter().flat_map(|(node, _)| node.addresses.iter().copied()).collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        let address = |value| GatewayAddressStatus { type_: "IPAddress", value };
+        addresses.into_iter().take(MAX_ADDRESSES).map(address).collect()
     }
 }
 
-fn apply_to_gateway(name: &NamespacedName, status: &mut GatewayStatus, nodes: &[Node]) {
-    let generation = generation(status);
-    let key = name.to_string();
-    let current = nodes.iter().filter_map(|node| node.in_force(&key, generation)).collect();
-    let reports = Reports { current, all: nodes.len() };
+/// Yields whether it asks for addresses of which no node has any.
+fn apply_to_gateway(name: &NamespacedName, status: &mut GatewayStatus, nodes: &[Node]) -> bool {
+    let reports = Reports::new(nodes, ListenerParent::Gateway(name.clone()), &status.conditions);
     let is_accepted = status
         .conditions
         .iter()
         .any(|condition| condition.type_ == names::ACCEPTED && condition.status == ConditionStatus::True);
     let mut verdict = verdict_of(&status.conditions);
-    let wanted_addresses = !status.addresses.is_empty();
-
+    let wants_addresses = !status.addresses.is_empty() || verdict.unusable_addresses.is_some();
     let missing: Vec<IpAddr> =
         status.addresses.iter().map(|it| it.value).filter(|it| reports.is_missing(*it)).collect();
     status.addresses.retain(|it| !missing.contains(&it.value));
@@ -169,63 +254,29 @@ fn apply_to_gateway(name: &NamespacedName, status: &mut GatewayStatus, nodes: &[
     unusable.extend(missing.iter().map(|address| format!("address {address}: no node has it")));
     verdict.unusable_addresses = (!unusable.is_empty()).then(|| unusable.join("; "));
 
-    let mut partly_bound = Vec::new();
-    for listener in status.listeners.iter_mut().filter(|listener| listener.condition_holds(names::PROGRAMMED))
-    {
-        if wanted_addresses && status.addresses.is_empty() {
-            let message = "no node has any of the Gateway's addresses";
-            listener.replace(Condition::fails(names::PROGRAMMED, names::PENDING, message, generation));
-        } else if let Some(message) = judge(listener, &reports, generation) {
-            partly_bound.push(message);
-        }
+    let without_address = wants_addresses && status.addresses.is_empty();
+    let partly_bound = reports.judge(&mut status.listeners, without_address);
+    status.conditions = gateway_conditions(verdict, &status.listeners, reports.generation);
+    reports.count(&mut status.conditions, &partly_bound);
+    if is_accepted && !wants_addresses {
+        status.addresses = reports.addresses();
     }
-    let mut conditions = gateway_conditions(verdict, &status.listeners, generation);
-    if let Some(programmed) = conditions.iter_mut().find(|condition| condition.type_ == names::PROGRAMMED)
-        && programmed.status == ConditionStatus::True
-    {
-        if partly_bound.is_empty() {
-            programmed.message = reports.count();
-        } else {
-            *programmed =
-                Condition::fails(names::PROGRAMMED, names::PENDING, partly_bound.join("; "), generation);
-        }
-    }
-    status.conditions = conditions;
-    if is_accepted && !wanted_addresses {
-        status.addresses = addresses(&reports);
-    }
+    without_address
 }
 
-/// Corrects a listener that is to be programmed. Yields why it is so on some nodes only, where it is.
-fn judge(listener: &mut ListenerStatus, reports: &Reports<'_>, generation: i64) -> Option<String> {
-    let failing = reports.failing(&listener.name);
-    let bound = reports.current.len() - failing.len();
-    if reports.current.is_empty() {
-        let message = format!("no node has opened the port yet (0/{} nodes)", reports.all);
-        listener.replace(Condition::fails(names::PROGRAMMED, names::PENDING, message, generation));
-        return None;
-    }
-    let (_, why) = failing.first()?;
-    let nodes: Vec<&str> = failing.iter().map(|(node, _)| *node).collect();
-    let message = format!("not bound on {}: {why}; bound on {bound}/{} nodes", list(&nodes), reports.all);
-    if failing.len() == reports.all {
-        let reason = Reason::PortUnavailable.as_str();
-        listener.replace(Condition::fails(names::ACCEPTED, reason, message.as_str(), generation));
-        listener.replace(Condition::fails(names::PROGRAMMED, names::INVALID, message, generation));
-        return None;
-    }
-    listener.replace(Condition::fails(names::PROGRAMMED, names::PENDING, message.as_str(), generation));
-    Some(format!("listener {}: {message}", listener.name))
-}
-
-/// The addresses of the nodes that serve a Gateway which asks for none: as many as fit, always the same ones.
-fn addresses(reports: &Reports<'_>) -> Vec<GatewayAddressStatus> {
-    let mut addresses: Vec<IpAddr> =
-        reports.current.iter().flat_map(|(node, _)| node.addresses.iter().copied()).collect();
-    addresses.sort_unstable();
-    addresses.dedup();
-    let address = |value| GatewayAddressStatus { type_: "IPAddress", value };
-    addresses.into_iter().take(MAX_ADDRESSES).map(address).collect()
+/// `gateway` is the status of its Gateway, which the nodes have been applied to.
+fn apply_to_listener_set(
+    name: &NamespacedName,
+    status: &mut ListenerSetStatus,
+    gateway: &GatewayStatus,
+    without_address: bool,
+    nodes: &[Node],
+) {
+    let reports = Reports::new(nodes, ListenerParent::ListenerSet(name.clone()), &status.conditions);
+    let verdict = SetVerdict::below(&status.conditions, gateway);
+    let partly_bound = reports.judge(&mut status.listeners, without_address);
+    status.conditions = listener_set_conditions(&verdict, &status.listeners, reports.generation);
+    reports.count(&mut status.conditions, &partly_bound);
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use super::{Check, NameRule, PORTS, syntax};
 use crate::problem::Problem;
 
 /// The longest name of an object.
-const LONGEST_NAME: usize = 253;
+pub(super) const LONGEST_NAME: usize = 253;
 
 /// What is wrong with a GatewayClass.
 pub fn gateway_class(object: &GatewayClass) -> Vec<Problem> {
@@ -45,17 +45,9 @@ pub fn gateway(object: &Gateway) -> Vec<Problem> {
             );
         }
     }
-    check.count("spec.listeners", "listeners", spec.listeners.len(), 1..=64);
-    let mut names = BTreeSet::new();
-    for (index, item) in spec.listeners.iter().enumerate() {
-        let field = format!("spec.listeners[{index}]");
-        listener(&mut check, &field, item);
-        if !item.name.is_empty() && !names.insert(&item.name) {
-            check.invalid(
-                format!("{field}.name"),
-                format!("another listener has the name {} as well", syntax::quote(&item.name)),
-            );
-        }
+    listeners(&mut check, &spec.listeners);
+    if let Some(allowed) = spec.allowed_listeners.as_ref().and_then(|it| it.namespaces.as_ref()) {
+        namespaces(&mut check, "spec.allowedListeners.namespaces", allowed.from(), allowed.selector.as_ref());
     }
     if let Some(reference) = spec.infrastructure.as_ref().and_then(|it| it.parameters_ref.as_ref()) {
         parameters_ref(&mut check, "spec.infrastructure.parametersRef", reference);
@@ -164,6 +156,22 @@ fn gateway_address(check: &mut Check, field: &str, address: &GatewayAddress) {
     }
 }
 
+/// The listeners of a Gateway or ListenerSet.
+pub(super) fn listeners(check: &mut Check, listeners: &[Listener]) {
+    check.count("spec.listeners", "listeners", listeners.len(), 1..=64);
+    let mut names = BTreeSet::new();
+    for (index, item) in listeners.iter().enumerate() {
+        let field = format!("spec.listeners[{index}]");
+        listener(check, &field, item);
+        if !item.name.is_empty() && !names.insert(&item.name) {
+            check.invalid(
+                format!("{field}.name"),
+                format!("another listener has the name {} as well", syntax::quote(&item.name)),
+            );
+        }
+    }
+}
+
 fn listener(check: &mut Check, field: &str, listener: &Listener) {
     let protocol = listener.protocol.as_str();
     check.subdomain(format!("{field}.name"), &listener.name);
@@ -192,22 +200,26 @@ fn listener(check: &mut Check, field: &str, listener: &Listener) {
 }
 
 fn allowed_routes(check: &mut Check, field: &str, allowed: &AllowedRoutes) {
-    if let Some(namespaces) = &allowed.namespaces {
-        let field = format!("{field}.namespaces");
-        check.one_of(format!("{field}.from"), namespaces.from(), &["All", "Same", "Selector", "None"]);
-        match &namespaces.selector {
-            Some(selector) => label_selector(check, &format!("{field}.selector"), selector),
-            None if namespaces.from() == "Selector" => {
-                check.invalid(format!("{field}.selector"), "is required where from is Selector");
-            }
-            None => {}
-        }
+    if let Some(allowed) = &allowed.namespaces {
+        namespaces(check, &format!("{field}.namespaces"), allowed.from(), allowed.selector.as_ref());
     }
     check.count(format!("{field}.kinds"), "kinds", allowed.kinds.len(), 0..=8);
     for (index, kind) in allowed.kinds.iter().enumerate() {
         let field = format!("{field}.kinds[{index}]");
         check.group(format!("{field}.group"), kind.group());
         check.kind(format!("{field}.kind"), &kind.kind);
+    }
+}
+
+/// From which namespaces routes may attach to a listener, or ListenerSets to a Gateway.
+fn namespaces(check: &mut Check, field: &str, from: &str, selector: Option<&LabelSelector>) {
+    check.one_of(format!("{field}.from"), from, &["All", "Same", "Selector", "None"]);
+    match selector {
+        Some(selector) => label_selector(check, &format!("{field}.selector"), selector),
+        None if from == "Selector" => {
+            check.invalid(format!("{field}.selector"), "is required where from is Selector");
+        }
+        None => {}
     }
 }
 

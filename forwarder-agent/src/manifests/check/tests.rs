@@ -59,6 +59,27 @@ fn valid_objects_have_no_problem() {
         gateway,
         expect![[""]],
     );
+    check(
+        "
+        metadata: {name: g, namespace: n}
+        spec:
+          gatewayClassName: c
+          listeners: [{name: a, port: 1, protocol: TCP}]
+          allowedListeners: {namespaces: {from: Selector, selector: {matchLabels: {a: b}}}}
+        ",
+        gateway,
+        expect![[""]],
+    );
+    check(
+        "
+        metadata: {name: l, namespace: n}
+        spec:
+          parentRef: {name: g, namespace: m, group: gateway.networking.k8s.io, kind: Gateway}
+          listeners: [{name: a, port: 1, protocol: TCP}, {name: same-port, port: 1, protocol: TCP}]
+        ",
+        listener_set,
+        expect![[""]],
+    );
     for version in ["v1", "v1alpha2"] {
         check(
             "
@@ -407,5 +428,65 @@ fn endpoint_slices() {
         expect![[r#"
         Warning EndpointSlice n/s: endpoints: 1001 endpoints are used, but an API server takes at most 1000 in an EndpointSlice (Invalid)
     "#]],
+    );
+}
+
+#[test]
+fn listener_sets() {
+    check(
+        "{metadata: {name: l, namespace: n}}",
+        listener_set,
+        expect![[r#"
+        Error ListenerSet n/l: spec.parentRef.name: is required (Invalid)
+        Error ListenerSet n/l: spec.listeners: has 0 listeners: 1 to 64 must be given (Invalid)
+    "#]],
+    );
+    check(
+        "
+        metadata: {name: L, namespace: n}
+        spec:
+          parentRef: {name: g, namespace: '', group: A, kind: ''}
+          listeners:
+          - {name: a, port: 0, protocol: TCP, tls: {}}
+          - {name: a, port: 1, protocol: TCP, allowedRoutes: {namespaces: {from: Selector}}}
+        ",
+        listener_set,
+        expect![[r#"
+            Error ListenerSet n/L: metadata.name: "L" is not a DNS name: at most 253 lower-case letters, digits, '-' and '.', each part starting and ending with a letter or digit (Invalid)
+            Error ListenerSet n/L: spec.parentRef.group: "A" is not a DNS name: at most 253 lower-case letters, digits, '-' and '.', each part starting and ending with a letter or digit (Invalid)
+            Error ListenerSet n/L: spec.parentRef.kind: is required, as a kind: at most 63 letters, digits and '-', starting with a letter (Invalid)
+            Error ListenerSet n/L: spec.parentRef.namespace: is required, as a DNS label: at most 63 lower-case letters, digits and '-', starting and ending with a letter or digit (Invalid)
+            Error ListenerSet n/L: spec.listeners[0].port: port 0 is out of range: use 1 to 65535 (Invalid)
+            Error ListenerSet n/L: spec.listeners[0].tls: is not allowed for the protocol TCP: remove it (Invalid)
+            Error ListenerSet n/L: spec.listeners[1].allowedRoutes.namespaces.selector: is required where from is Selector (Invalid)
+            Error ListenerSet n/L: spec.listeners[1].name: another listener has the name "a" as well (Invalid)
+        "#]],
+    );
+    check(
+        "
+        metadata: {name: g, namespace: n}
+        spec:
+          gatewayClassName: c
+          listeners: [{name: a, port: 1, protocol: TCP}]
+          allowedListeners: {namespaces: {from: Selector}}
+        ",
+        gateway,
+        expect![[r#"
+            Error Gateway n/g: spec.allowedListeners.namespaces.selector: is required where from is Selector (Invalid)
+        "#]],
+    );
+    check(
+        "
+        metadata: {name: g, namespace: n}
+        spec:
+          gatewayClassName: c
+          listeners: [{name: a, port: 1, protocol: TCP}]
+          allowedListeners: {namespaces: {from: Some, selector: {matchLabels: {'': x}}}}
+        ",
+        gateway,
+        expect![[r#"
+            Error Gateway n/g: spec.allowedListeners.namespaces.from: "Some" is not one of All, Same, Selector, None (Invalid)
+            Error Gateway n/g: spec.allowedListeners.namespaces.selector.matchLabels[]: is required, as a key such as example.com/name: an optional DNS name and '/', then at most 63 letters, digits, '-', '_' and '.' (Invalid)
+        "#]],
     );
 }

@@ -100,6 +100,11 @@ apiVersion: v1
 kind: Namespace
 metadata: {{name: other, namespace: default, labels: {{a: b}}}}
 ---
+apiVersion: gateway.networking.k8s.io/v1
+kind: ListenerSet
+metadata: {{name: ls}}
+spec: {{parentRef: {{name: g, namespace: other}}, listeners: [{{name: l, port: 1, protocol: TCP}}]}}
+---
 apiVersion: discovery.k8s.io/v1beta1
 kind: EndpointSlice
 metadata: {{name: s-1, labels: {{kubernetes.io/service-name: s}}}}
@@ -111,9 +116,10 @@ ports: [{{name: '', port: 8080}}]
         ),
     );
     fixture.check(expect![[r#"
-        EndpointSlice default/s-1 at all.yaml:36
+        EndpointSlice default/s-1 at all.yaml:41
         Gateway default/g at all.yaml:15
         GatewayClass tcp at all.yaml:2
+        ListenerSet default/ls at all.yaml:36
         Namespace other at all.yaml:32
         ReferenceGrant other/rg at all.yaml:25
         Service default/s at all.yaml:7
@@ -207,6 +213,14 @@ metadata: {name: r}
 apiVersion: v2
 kind: Service
 metadata: {name: r}
+---
+apiVersion: gateway.networking.x-k8s.io/v1alpha1
+kind: XListenerSet
+metadata: {name: ls}
+---
+apiVersion: gateway.networking.k8s.io/v1alpha2
+kind: ListenerSet
+metadata: {name: ls}
 ",
         expect![[r#"
             Warning a.yaml:2: HTTPRoute web: kind: HTTPRoute is not supported and is ignored: routes are TCPRoutes (UnsupportedKind)
@@ -214,6 +228,8 @@ metadata: {name: r}
             Warning a.yaml:10: kind: Gateway of networking.istio.io is not read and is ignored (UnsupportedKind)
             Error a.yaml:13: TCPRoute default/r: apiVersion: version "v2" of TCPRoute is not read: use gateway.networking.k8s.io/v1 or gateway.networking.k8s.io/v1alpha2; the object is refused (UnsupportedKind)
             Error a.yaml:17: Service default/r: apiVersion: version "v2" of Service is not read: use v1; the object is refused (UnsupportedKind)
+            Warning a.yaml:21: XListenerSet ls: kind: XListenerSet of gateway.networking.x-k8s.io is not read and is ignored (UnsupportedKind)
+            Error a.yaml:25: ListenerSet default/ls: apiVersion: version "v1alpha2" of ListenerSet is not read: use gateway.networking.k8s.io/v1; the object is refused (UnsupportedKind)
         "#]],
     );
 }

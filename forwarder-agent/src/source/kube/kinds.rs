@@ -8,8 +8,8 @@ use kube::discovery::ApiResource;
 use crate::manifests::{GATEWAY_GROUP, Kind};
 
 /// The kinds of the Gateway API that are read. Each may be missing from a cluster, or be there in another version.
-pub const GATEWAY_KINDS: [Kind; 4] =
-    [Kind::GatewayClass, Kind::Gateway, Kind::TcpRoute, Kind::ReferenceGrant];
+pub const GATEWAY_KINDS: [Kind; 5] =
+    [Kind::GatewayClass, Kind::Gateway, Kind::ListenerSet, Kind::TcpRoute, Kind::ReferenceGrant];
 
 /// The kinds that every cluster has.
 pub const CORE_KINDS: [Kind; 3] = [Kind::Namespace, Kind::Service, Kind::EndpointSlice];
@@ -61,7 +61,9 @@ pub fn resource(kind: Kind, version: &str) -> ApiResource {
 /// The API group of a kind.
 fn group(kind: Kind) -> &'static str {
     match kind {
-        Kind::GatewayClass | Kind::Gateway | Kind::TcpRoute | Kind::ReferenceGrant => GATEWAY_GROUP,
+        Kind::GatewayClass | Kind::Gateway | Kind::ListenerSet | Kind::TcpRoute | Kind::ReferenceGrant => {
+            GATEWAY_GROUP
+        }
         Kind::Namespace | Kind::Service => "",
         Kind::EndpointSlice => "discovery.k8s.io",
     }
@@ -72,6 +74,7 @@ pub(super) fn plural(kind: Kind) -> &'static str {
     match kind {
         Kind::GatewayClass => "gatewayclasses",
         Kind::Gateway => "gateways",
+        Kind::ListenerSet => "listenersets",
         Kind::TcpRoute => "tcproutes",
         Kind::ReferenceGrant => "referencegrants",
         Kind::Namespace => "namespaces",

@@ -24,7 +24,7 @@ pub struct Record {
     pub status: Option<Box<str>>,
 }
 
-/// Every GatewayClass, Gateway and TCPRoute as it stands in the API server. Cloning takes no time.
+/// Every GatewayClass, Gateway, ListenerSet and TCPRoute as it stands in the API server. Cloning takes no time.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Records {
     /// The objects.
@@ -36,7 +36,7 @@ pub struct Records {
 /// Whether objects of the kind carry a status of ours.
 pub(super) fn has_status(kind: Kind) -> bool {
     match kind {
-        Kind::GatewayClass | Kind::Gateway | Kind::TcpRoute => true,
+        Kind::GatewayClass | Kind::Gateway | Kind::ListenerSet | Kind::TcpRoute => true,
         Kind::ReferenceGrant | Kind::Namespace | Kind::Service | Kind::EndpointSlice => false,
     }
 }

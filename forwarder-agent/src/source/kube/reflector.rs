@@ -84,6 +84,7 @@ pub(super) async fn reflect(
     match teller.scope.kind {
         Kind::GatewayClass => teller.follow(client, resource, Manifest::GatewayClass).await,
         Kind::Gateway => teller.follow(client, resource, Manifest::Gateway).await,
+        Kind::ListenerSet => teller.follow(client, resource, Manifest::ListenerSet).await,
         Kind::TcpRoute => teller.follow(client, resource, Manifest::TcpRoute).await,
         Kind::ReferenceGrant => teller.follow(client, resource, Manifest::ReferenceGrant).await,
         Kind::Service => teller.follow(client, resource, Manifest::Service).await,
@@ -195,7 +196,10 @@ fn slim(mut manifest: Manifest) -> Manifest {
             object.metadata.labels.retain(|key, _| key == crate::manifests::SERVICE_NAME_LABEL);
             &mut object.metadata
         }),
-        Manifest::GatewayClass(_) | Manifest::Gateway(_) | Manifest::Namespace(_) => None,
+        Manifest::GatewayClass(_)
+        | Manifest::Gateway(_)
+        | Manifest::ListenerSet(_)
+        | Manifest::Namespace(_) => None,
     };
     if let Some(metadata) = metadata {
         metadata.annotations.clear();

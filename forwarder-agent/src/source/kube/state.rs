@@ -154,6 +154,7 @@ fn write(directory: &Path, manifests: &Manifests) -> Result<(), StateError> {
 fn write_all(out: &mut impl Write, manifests: &Manifests) -> io::Result<()> {
     manifests.gateway_classes.values().try_for_each(|object| line(out, Kind::GatewayClass, object))?;
     manifests.gateways.values().try_for_each(|object| line(out, Kind::Gateway, object))?;
+    manifests.listener_sets.values().try_for_each(|object| line(out, Kind::ListenerSet, object))?;
     manifests.tcp_routes.values().try_for_each(|object| line(out, Kind::TcpRoute, object))?;
     manifests.reference_grants.values().try_for_each(|object| line(out, Kind::ReferenceGrant, object))?;
     manifests.namespaces.values().try_for_each(|object| line(out, Kind::Namespace, object))?;
@@ -198,6 +199,7 @@ fn parse(line: &str) -> serde_json::Result<(ObjectRef, Manifest)> {
     let manifest = match kind.as_str() {
         "GatewayClass" => Manifest::GatewayClass(from(line)?),
         "Gateway" => Manifest::Gateway(from(line)?),
+        "ListenerSet" => Manifest::ListenerSet(from(line)?),
         "TCPRoute" => Manifest::TcpRoute(from(line)?),
         "ReferenceGrant" => Manifest::ReferenceGrant(from(line)?),
         "Namespace" => Manifest::Namespace(from(line)?),

@@ -26,23 +26,27 @@ fn statuses(listeners: &[&str], addresses: &[&str]) -> Statuses {
         addresses: addresses.iter().map(address).collect(),
         conditions: gateway_conditions(GatewayVerdict::default(), &listeners, 4),
         listeners,
+        attached_listener_sets: None,
     };
     Statuses { gateways: [(name(), status)].into(), ..Statuses::default() }
 }
 
-fn failure(listener: &str, address: Option<&str>, message: &str) -> ListenerFailure {
-    ListenerFailure {
-        listener: listener.to_owned(),
-        address: address.map(|text| text.parse().unwrap()),
-        message: message.to_owned(),
-        address_missing: message == "no such address",
-    }
+fn taken(listener: &str) -> ParentReport {
+    ParentReport { failures: [(listener.to_owned(), IN_USE.to_owned())].into(), ..open() }
 }
 
-/// A node that has a generation of the Gateway in force, but for these failures.
-fn node(name: &str, address: &str, generation: i64, failures: Vec<ListenerFailure>) -> Node {
-    let gateways = [("db/gateway".to_owned(), GatewayReport { generation, failures })].into();
-    let report = Some(NodeReport { node: name.to_owned(), gateways });
+fn missing(address: &str) -> ParentReport {
+    ParentReport { missing: [address.parse().unwrap()].into(), ..open() }
+}
+
+fn open() -> ParentReport {
+    ParentReport { generation: 4, ..ParentReport::default() }
+}
+
+/// A node that says so of the Gateway.
+fn node(name: &str, address: &str, of_gateway: ParentReport) -> Node {
+    let gateways = [("db/gateway".to_owned(), of_gateway)].into();
+    let report = Some(NodeReport { node: name.to_owned(), gateways, ..NodeReport::default() });
     Node { name: name.to_owned(), addresses: vec![address.parse().unwrap()], report }
 }
 
@@ -70,7 +74,7 @@ fn check(mut statuses: Statuses, nodes: &[Node], expected: &[&str]) {
 
 #[test]
 fn a_gateway_is_programmed_where_its_ports_are_open() {
-    let nodes = [node("b", "10.0.0.2", 4, vec![]), node("a", "10.0.0.1", 4, vec![]), silent("c")];
+    let nodes = [node("b", "10.0.0.2", open()), node("a", "10.0.0.1", open()), silent("c")];
     check(
         statuses(&["mysql"], &[]),
         &nodes,
@@ -88,7 +92,7 @@ fn a_gateway_is_programmed_where_its_ports_are_open() {
 fn an_older_generation_does_not_count() {
     check(
         statuses(&["mysql"], &[]),
-        &[node("a", "10.0.0.1", 3, vec![]), silent("b")],
+        &[node("a", "10.0.0.1", ParentReport { generation: 3, ..ParentReport::default() }), silent("b")],
         &[
             "gateway Accepted=True/Accepted",
             "gateway Programmed=False/Pending no listener is bound",
@@ -101,10 +105,9 @@ fn an_older_generation_does_not_count() {
 
 #[test]
 fn a_port_taken_on_every_node_makes_the_listener_unavailable() {
-    let taken = || vec![failure("mysql", None, IN_USE)];
     check(
         statuses(&["mysql", "other"], &[]),
-        &[node("a", "10.0.0.1", 4, taken()), node("b", "10.0.0.2", 4, taken())],
+        &[node("a", "10.0.0.1", taken("mysql")), node("b", "10.0.0.2", taken("mysql"))],
         &[
             "gateway Accepted=True/ListenersNotValid not valid: mysql",
             "gateway Programmed=True/Programmed 2/2 nodes",
@@ -119,10 +122,9 @@ fn a_port_taken_on_every_node_makes_the_listener_unavailable() {
 
 #[test]
 fn a_port_taken_on_some_nodes_names_them() {
-    let taken = vec![failure("mysql", None, IN_USE)];
     check(
         statuses(&["mysql"], &[]),
-        &[node("a", "10.0.0.1", 4, vec![]), node("b", "10.0.0.2", 4, taken)],
+        &[node("a", "10.0.0.1", open()), node("b", "10.0.0.2", taken("mysql"))],
         &[
             "gateway Accepted=True/Accepted",
             "gateway Programmed=False/Pending no listener is bound",
@@ -135,9 +137,8 @@ fn a_port_taken_on_some_nodes_names_them() {
 
 #[test]
 fn a_gateway_of_which_one_listener_is_missing_somewhere_is_not_programmed_and_says_where() {
-    let taken = vec![failure("mysql", None, IN_USE)];
     let mut statuses = statuses(&["mysql", "other"], &[]);
-    apply_nodes(&mut statuses, &[node("a", "10.0.0.1", 4, vec![]), node("b", "10.0.0.2", 4, taken)]);
+    apply_nodes(&mut statuses, &[node("a", "10.0.0.1", open()), node("b", "10.0.0.2", taken("mysql"))]);
     let programmed = &statuses.gateways[&name()].conditions[1];
     assert_eq!((programmed.status, programmed.reason), (ConditionStatus::False, "Pending"));
     assert!(programmed.message.contains("listener mysql: not bound on b"), "{}", programmed.message);
@@ -145,10 +146,9 @@ fn a_gateway_of_which_one_listener_is_missing_somewhere_is_not_programmed_and_sa
 
 #[test]
 fn an_address_that_one_node_has_is_as_it_should_be() {
-    let missing = vec![failure("mysql", Some("10.9.9.9"), "no such address")];
     check(
         statuses(&["mysql"], &["10.9.9.9"]),
-        &[node("a", "10.0.0.1", 4, vec![]), node("b", "10.0.0.2", 4, missing)],
+        &[node("a", "10.0.0.1", open()), node("b", "10.0.0.2", missing("10.9.9.9"))],
         &[
             "gateway Accepted=True/Accepted",
             "gateway Programmed=True/Programmed 2/2 nodes",
@@ -161,10 +161,9 @@ fn an_address_that_one_node_has_is_as_it_should_be() {
 
 #[test]
 fn an_address_that_no_node_has_cannot_be_used() {
-    let missing = || vec![failure("mysql", Some("10.9.9.9"), "no such address")];
     check(
         statuses(&["mysql"], &["10.9.9.9"]),
-        &[node("a", "10.0.0.1", 4, missing()), node("b", "10.0.0.2", 4, missing())],
+        &[node("a", "10.0.0.1", missing("10.9.9.9")), node("b", "10.0.0.2", missing("10.9.9.9"))],
         &[
             "gateway Accepted=True/Accepted",
             "gateway Programmed=False/AddressNotUsable address 10.9.9.9: no node has it",
@@ -178,7 +177,7 @@ fn an_address_that_no_node_has_cannot_be_used() {
 #[test]
 fn no_more_than_sixteen_addresses_are_told_and_always_the_same() {
     let nodes: Vec<Node> =
-        (1..=40).rev().map(|n| node(&format!("n{n:02}"), &format!("10.0.0.{n}"), 4, vec![])).collect();
+        (1..=40).rev().map(|n| node(&format!("n{n:02}"), &format!("10.0.0.{n}"), open())).collect();
     let mut statuses = statuses(&["mysql"], &[]);
     apply_nodes(&mut statuses, &nodes);
     let addresses: Vec<String> =
@@ -187,19 +186,79 @@ fn no_more_than_sixteen_addresses_are_told_and_always_the_same() {
     assert_eq!((addresses[0].as_str(), addresses[15].as_str()), ("10.0.0.1", "10.0.0.16"));
 }
 
+fn bind_failure(parent: ListenerParent, address: BindAddress, address_missing: bool) -> BindFailure {
+    BindFailure {
+        listener: ListenerName { parent, section: "mysql".to_owned() },
+        key: ListenerKey { address, port: NonZeroU16::new(3306).unwrap() },
+        message: IN_USE.to_owned(),
+        address_missing,
+    }
+}
+
 #[test]
 fn a_report_survives_the_way_to_the_leader() {
-    let failures = [BindFailure {
-        listener: ListenerName { gateway: name(), section: "mysql".to_owned() },
-        key: ListenerKey { address: BindAddress::Any, port: NonZeroU16::new(3306).unwrap() },
-        message: IN_USE.to_owned(),
-        address_missing: false,
-    }];
+    let gateway = ListenerParent::Gateway(name());
+    let address = BindAddress::Ip("10.9.9.9".parse().unwrap());
+    let failures =
+        [bind_failure(gateway.clone(), BindAddress::Any, false), bind_failure(gateway, address, true)];
     let report = NodeReport::new("a", &statuses(&["mysql"], &[]), &failures);
-    assert_eq!(report.gateways["db/gateway"].failures, [failure("mysql", None, IN_USE)]);
+    let expected = ParentReport { missing: missing("10.9.9.9").missing, ..taken("mysql") };
+    assert_eq!(report.gateways["db/gateway"], expected);
     let text = serde_json::to_string(&report).unwrap();
     assert_eq!(serde_json::from_str::<NodeReport>(&text).unwrap(), report);
     // What a later version may say besides is no reason not to hear the rest.
     let more = text.replacen('{', r#"{"more":1,"#, 1);
     assert_eq!(serde_json::from_str::<NodeReport>(&more).unwrap(), report);
+}
+
+#[test]
+fn a_listener_set_is_programmed_where_its_own_ports_are_open() {
+    let set = NamespacedName::new("team", "set");
+    let mut statuses = statuses(&["mysql"], &[]);
+    let gateway = &statuses.gateways[&name()];
+    let status = ListenerSetStatus {
+        gateway: name(),
+        conditions: listener_set_conditions(&SetVerdict::Taken, &gateway.listeners, 4),
+        listeners: gateway.listeners.clone(),
+    };
+    statuses.listener_sets.insert(set.clone(), status);
+    let failures = [bind_failure(ListenerParent::ListenerSet(set.clone()), BindAddress::Any, false)];
+    let of_node = |name: &str, failures: &[BindFailure]| Node {
+        name: name.to_owned(),
+        addresses: Vec::new(),
+        report: Some(NodeReport::new(name, &statuses, failures)),
+    };
+    let render = |nodes: &[Node]| {
+        let mut statuses = statuses.clone();
+        apply_nodes(&mut statuses, nodes);
+        let programmed = |conditions: &[Condition]| {
+            let programmed = conditions.iter().find(|it| it.type_ == names::PROGRAMMED).unwrap();
+            format!("{:?}/{} {}", programmed.status, programmed.reason, programmed.message)
+        };
+        let of_set = &statuses.listener_sets[&set];
+        [&statuses.gateways[&name()].conditions, &of_set.conditions, &of_set.listeners[0].conditions]
+            .map(|conditions| programmed(conditions))
+    };
+    assert_eq!(
+        render(&[of_node("a", &[]), of_node("b", &[])]),
+        ["True/Programmed 2/2 nodes", "True/Programmed 2/2 nodes", "True/Programmed "]
+    );
+    let partly = "not bound on b: address already in use; bound on 1/2 nodes";
+    assert_eq!(
+        render(&[of_node("a", &[]), of_node("b", &failures)]),
+        [
+            "True/Programmed 2/2 nodes".to_owned(),
+            "False/Pending no listener is bound".to_owned(),
+            format!("False/Pending {partly}")
+        ]
+    );
+    let taken = "not bound on b: address already in use; bound on 0/1 nodes";
+    assert_eq!(
+        render(&[of_node("b", &failures)]),
+        [
+            "True/Programmed 1/1 nodes".to_owned(),
+            "False/ListenersNotValid none of the listeners is valid".to_owned(),
+            format!("False/PortUnavailable {taken}")
+        ]
+    );
 }
