@@ -4,6 +4,7 @@
 //! [`peer`]s in the others. Everything is removed when its owner is dropped. Nothing waits without a deadline.
 
 pub mod agent;
+pub mod apiserver;
 pub mod client;
 pub mod database;
 pub mod datapath;
@@ -26,6 +27,7 @@ pub mod wait;
 pub mod wire;
 
 pub use agent::{Agent, AgentCommand};
+pub use apiserver::{Api, ApiServer};
 pub use datapath::Datapath;
 pub use fixture::Forwarding;
 pub use manifests::{BackendRef, Manifests};

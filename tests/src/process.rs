@@ -36,10 +36,19 @@ pub struct Process {
 impl Process {
     /// Starts `command` in `netns`; what it prints goes to `log`.
     pub fn start(netns: &NetNs, command: &mut Command, log: &Path) -> Result<Self> {
+        Self::start_in(Some(netns), command, log)
+    }
+
+    /// The same; without a namespace, where the test itself runs.
+    pub fn start_in(netns: Option<&NetNs>, command: &mut Command, log: &Path) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let output = File::create(log).with_context(|| format!("create {}", log.display()))?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
-        let child = netns.spawn(command).with_context(|| format!("start {command:?}"))?;
+        let child = match netns {
+            Some(netns) => netns.spawn(command),
+            None => command.spawn(),
+        };
+        let child = child.with_context(|| format!("start {command:?}"))?;
         Ok(Self { child, name, log: log.to_owned() })
     }
 
@@ -51,6 +60,13 @@ impl Process {
     /// What it printed so far.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// The end of that.
+    pub fn tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines.get(lines.len().saturating_sub(SHOWN_LINES)..).unwrap_or_default().join("\n")
     }
 
     /// Sends a signal; one that has ended already is left alone.
@@ -80,14 +96,7 @@ impl Drop for Process {
         let _ = self.child.kill();
         let status = self.child.wait();
         if thread::panicking() {
-            let log = self.log();
-            let lines: Vec<&str> = log.lines().collect();
-            let last = lines.get(lines.len().saturating_sub(SHOWN_LINES)..).unwrap_or_default().join("\n");
-            eprintln!(
-                "---- {} ended: {status:?}; the last of {} lines:\n{last}\n----",
-                self.name,
-                lines.len()
-            );
+            eprintln!("---- {} ended: {status:?}; the last lines:\n{}\n----", self.name, self.tail());
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Sets up, builds, runs and tests forwarder: `cargo xtask <command>`.
 
+mod apiserver;
 mod bench;
 mod ci;
 mod demo;

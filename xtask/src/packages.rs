@@ -36,6 +36,15 @@ pub(crate) fn is_available(package: &str) -> bool {
     process::read(Command::new("apt-cache").args(["show", package])).is_ok()
 }
 
+/// The version that the distribution offers, without its epoch.
+pub(crate) fn candidate(package: &str) -> Option<String> {
+    refresh();
+    let record =
+        process::read(Command::new("apt-cache").args(["show", "--no-all-versions", package])).ok()?;
+    let version = record.lines().find_map(|line| line.strip_prefix("Version: "))?;
+    Some(version.split_once(':').map_or(version, |(_, version)| version).to_owned())
+}
+
 /// Installs the packages, or says in one line how to.
 pub(crate) fn install(packages: &[String]) -> Result<()> {
     let names = packages.join(" ");

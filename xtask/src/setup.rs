@@ -2,6 +2,7 @@
 //!
 //! Everything is a [`Part`] that can be found or installed. What cannot be installed says what to do, in one line.
 
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::{linker, packages, process, toolchain, workspace};
+use crate::{apiserver, linker, packages, process, toolchain, workspace};
 
 /// What to prepare for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
@@ -50,6 +51,8 @@ enum Weight {
     Required,
     /// What needs it tells so itself.
     Advised,
+    /// The same, but nothing is skipped where `CI` is set.
+    RequiredInCi,
 }
 
 struct Part {
@@ -70,12 +73,20 @@ static FOR_RUN: [Part; 2] = [
     Part { name: "bpffs", weight: Weight::Advised, find: find_bpffs, install: mount_bpffs },
 ];
 
-static FOR_TEST: [Part; 1] = [Part {
-    name: "programs for tests",
-    weight: Weight::Required,
-    find: || find_programs(&TEST_PROGRAMS),
-    install: || install_programs(&TEST_PROGRAMS),
-}];
+static FOR_TEST: [Part; 2] = [
+    Part {
+        name: "programs for tests",
+        weight: Weight::Required,
+        find: || find_programs(&TEST_PROGRAMS),
+        install: || install_programs(&TEST_PROGRAMS),
+    },
+    Part {
+        name: "Kubernetes for tests",
+        weight: Weight::RequiredInCi,
+        find: apiserver::find,
+        install: apiserver::install,
+    },
+];
 
 static FOR_BENCH: [Part; 2] = [
     Part {
@@ -154,11 +165,16 @@ pub(crate) fn setup(need: Need, mode: Mode) -> Result<()> {
             eprintln!("{} missing: {error:#}", part.name);
             found = (part.install)().and_then(|()| (part.find)());
         }
-        match (found, mode, part.weight) {
+        let weight = match part.weight {
+            Weight::RequiredInCi if env::var_os("CI").is_some() => Weight::Required,
+            Weight::RequiredInCi => Weight::Advised,
+            weight => weight,
+        };
+        match (found, mode, weight) {
             (Ok(place), _, _) => eprintln!("{}: {place}", part.name),
             (Err(error), Mode::Install, Weight::Advised) => eprintln!("warning: {}: {error:#}", part.name),
             (Err(error), Mode::Check, Weight::Advised) => eprintln!("{} missing: {error:#}", part.name),
-            (Err(error), _, Weight::Required) => missing.push(format!("{}: {error:#}", part.name)),
+            (Err(error), _, _) => missing.push(format!("{}: {error:#}", part.name)),
         }
     }
     if !missing.is_empty() {

@@ -8,7 +8,7 @@ use anyhow::Result;
 
 use crate::setup::{Mode, Need, setup};
 use crate::workspace::{self, Profile};
-use crate::{ebpf, process};
+use crate::{apiserver, ebpf, process};
 
 /// Installs what tests need, builds everything, and runs the tests that match.
 pub(crate) fn test(package: Option<&str>, filters: &[OsString]) -> Result<()> {
@@ -27,6 +27,7 @@ pub(crate) fn test(package: Option<&str>, filters: &[OsString]) -> Result<()> {
         command.arg("--").args(filters);
     }
     command.env("FORWARDER_BIN", agent).env(ebpf::OBJECTS_VARIABLE, objects);
+    command.envs(apiserver::environment());
     if process::is_root() || env::var_os("CI").is_some() {
         // Who can make network namespaces does not skip what needs them.
         command.env("REQUIRE_NETNS", "1");
