@@ -4,6 +4,7 @@
 //! [`peer`]s in the others. Everything is removed when its owner is dropped. Nothing waits without a deadline.
 
 pub mod agent;
+pub mod chart;
 pub mod client;
 pub mod database;
 pub mod datapath;
