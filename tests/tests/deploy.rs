@@ -249,7 +249,7 @@ fn bad_values_are_refused_by_name() {
         ("--set=controllerName=forwarder", "controllerName"),
         ("--set=admin.port=0", "port"),
         ("--set=admin.address=off", "address"),
-        ("--set=bpf.pinDirectory=a/b", "pinDirectory"),
+        ("--set=bpf.pinDirectory=a.b", "pinDirectory"),
         ("--set=state.hostPath=var/lib", "hostPath"),
         ("--set-json=capabilities=[\"ALL\"]", "capabilities"),
         ("--set-json=capabilities=[\"CAP_BPF\"]", "capabilities"),

@@ -65,8 +65,8 @@ pub(crate) fn build_agent(profile: Profile, objects: Option<&Path>) -> Result<Pa
 
 /// Builds the agent with optimisations and with the C library inside, and yields the binary: it runs in an empty folder.
 ///
-/// The GNU C library will do, which every toolchain has: what it cannot do without its files is looking up names of hosts
-/// and users, which an agent does not do in a cluster.
+/// The GNU C library will do, which every toolchain has: since version 2.34 it looks up names of hosts, by `/etc/hosts` and
+/// DNS, without files of its own.
 pub(crate) fn build_static_agent(objects: &Path) -> Result<PathBuf> {
     let target = workspace::static_target();
     let mut command = Command::new(workspace::cargo());
