@@ -1,12 +1,13 @@
 //! The capabilities that the Helm chart asks for: they suffice, and none is idle.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
 
-use forwarder_tests::agent::binary;
+use forwarder_tests::agent::{DEADLINE, binary};
 use forwarder_tests::chart::chart;
 use forwarder_tests::kernel::{at_once, is_ready};
-use forwarder_tests::{AgentCommand, Forwarding, NetNs, client, peer};
+use forwarder_tests::{Agent, AgentCommand, Forwarding, NetNs, client, peer, wait_until};
 use serde_json::Value;
 
 /// A command that leaves its process these capabilities alone, as a container runtime does.
@@ -27,6 +28,12 @@ fn capabilities() -> Vec<String> {
     let values: Value = serde_saphyr::from_str(&values).expect("valid text");
     let names = values["capabilities"].as_array().expect("a list").iter();
     names.map(|name| name.as_str().expect("a text").to_owned()).collect()
+}
+
+/// The interfaces to which an agent has attached its programs, and how, by its log.
+fn ways_to_attach(agent: &Agent) -> BTreeSet<String> {
+    let log = agent.log();
+    log.lines().filter_map(|line| line.split_once(" attached ")).map(|(_, what)| what.to_owned()).collect()
 }
 
 /// What `forwarder probe` finds missing with these capabilities.
@@ -71,8 +78,11 @@ fn connections_are_taken_into_the_kernel_with_these_capabilities() {
     let streams = forwarding.connect_promoted(3);
     // Another such agent takes them over.
     forwarding.agent.kill().unwrap();
+    let before = ways_to_attach(&forwarding.agent);
     let command = command.succeeding(&forwarding.agent);
     forwarding.agent = command.start(&forwarding.topology.node, &forwarding.manifests.path()).unwrap();
+    // It does so in the same way: another one would leave the programs of the former agent beside its own.
+    wait_until("the programs are attached again", DEADLINE, || ways_to_attach(&forwarding.agent) == before);
     forwarding.agent.wait_pairs(3);
     for stream in &streams {
         client::ping(stream, b"still there").unwrap();
