@@ -63,6 +63,24 @@ pub(crate) fn build_agent(profile: Profile, objects: Option<&Path>) -> Result<Pa
     Ok(workspace::agent(profile))
 }
 
+/// Builds the agent with optimisations and with the C library inside, and yields the binary: it runs in an empty folder.
+///
+/// The GNU C library will do, which every toolchain has: since version 2.34 it looks up names of hosts, by `/etc/hosts` and
+/// DNS, without files of its own.
+pub(crate) fn build_static_agent(objects: &Path) -> Result<PathBuf> {
+    let target = workspace::static_target();
+    let mut command = Command::new(workspace::cargo());
+    // With a target, the flags are not those of build scripts and macros, which are no programs of their own.
+    command
+        .args(["build", "--package", "forwarder-agent", "--release", "--target", &target])
+        .current_dir(workspace::root())
+        .env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static")
+        .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo")
+        .env(OBJECTS_VARIABLE, objects);
+    process::run(&mut command)?;
+    Ok(workspace::target_directory().join(target).join("release/forwarder"))
+}
+
 fn tools() -> Result<(Compiler, PathBuf)> {
     toolchain::find().context("cannot build eBPF programs; run `cargo xtask setup`")
 }

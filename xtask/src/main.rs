@@ -5,6 +5,7 @@ mod bench;
 mod ci;
 mod demo;
 mod ebpf;
+mod image;
 mod linker;
 mod packages;
 mod process;
@@ -52,7 +53,12 @@ enum Task {
         /// With optimisations.
         #[arg(long)]
         release: bool,
+        /// With optimisations, and so that it needs no file beside itself.
+        #[arg(long = "static")]
+        is_static: bool,
     },
+    /// Build a container image with nothing in it but the agent, as an archive that container tools load.
+    Image(image::Arguments),
     /// Run the agent on examples/quickstart, with two demonstration backends.
     Run {
         /// Passed on to `forwarder agent`.
@@ -96,10 +102,12 @@ fn perform(task: Task) -> Result<()> {
         Task::Setup { need, check } => setup::setup(need, if check { Mode::Check } else { Mode::Install }),
         Task::BuildEbpf => ebpf::build().map(drop),
         Task::ClippyEbpf => ebpf::clippy(),
-        Task::Build { release } => {
+        Task::Build { is_static: true, .. } => ebpf::build_static_agent(&ebpf::build()?).map(drop),
+        Task::Build { release, .. } => {
             let profile = if release { Profile::Release } else { Profile::Dev };
             ebpf::build_agent(profile, Some(&ebpf::build()?)).map(drop)
         }
+        Task::Image(arguments) => image::image(&arguments),
         Task::Run { arguments } => run::run(&arguments),
         Task::Test { package, filters } => test::test(package.as_deref(), &filters),
         Task::Bench { arguments } => bench::bench(&arguments),

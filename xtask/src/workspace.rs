@@ -38,6 +38,11 @@ pub(crate) fn agent(profile: Profile) -> PathBuf {
         .join("forwarder")
 }
 
+/// The target that the agent is built for where it has to bring its C library along.
+pub(crate) fn static_target() -> String {
+    format!("{}-unknown-linux-gnu", env::consts::ARCH)
+}
+
 /// The target directory of the eBPF programs, apart from the host's so that neither build invalidates the other.
 pub(crate) fn ebpf_target_directory() -> PathBuf {
     root().join("target/ebpf")

@@ -37,6 +37,9 @@ impl AttachKind {
         // A kernel without tcx knows no such attach type, whatever its version says.
         match SchedClassifier::query_tcx("lo", TcAttachType::Ingress) {
             Ok(_) => Self::Tcx,
+            // It has named programs that hang there already, such as those of a former agent. What they are, it tells
+            // CAP_SYS_ADMIN alone (`bpf_prog_get_fd_by_id` in the kernel), which an agent need not have.
+            Err(ProgramError::SyscallError(error)) if error.call == "bpf_prog_get_fd_by_id" => Self::Tcx,
             Err(_) => Self::Clsact,
         }
     }
