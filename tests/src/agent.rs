@@ -1,6 +1,6 @@
 //! The binary under test.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -104,12 +104,17 @@ impl AgentCommand {
 
     /// Starts the agent in `netns` and waits until its admin interface answers. It may not be ready then.
     pub fn spawn(&self, netns: &NetNs, manifests: &Path) -> Result<Agent> {
+        self.spawn_on(netns, &[OsStr::new("--manifests"), manifests.as_os_str()])
+    }
+
+    /// The same with a source that these arguments name.
+    pub fn spawn_on(&self, netns: &NetNs, source: &[&OsStr]) -> Result<Agent> {
         mount_bpffs()?;
         let folder = TempDir::with_prefix("forwarder-agent-")?;
         let pins = self.pins.clone().unwrap_or_else(|| Arc::new(PinDir::unique()));
         let mut words = self.wrapper.iter().cloned().chain([binary().into_os_string()]);
         let mut command = Command::new(words.next().context("an empty command")?);
-        command.args(words).arg("agent").arg("--manifests").arg(manifests);
+        command.args(words).arg("agent").args(source);
         command.args(["--admin", ADMIN]).arg("--pin-dir").arg(&pins.0).args(&self.arguments);
         command.envs(self.environment.iter().copied());
         let process = Process::start(netns, &mut command, &folder.path().join("log"))?;

@@ -7,6 +7,7 @@ pub mod agent;
 pub mod apiserver;
 pub mod chart;
 pub mod client;
+pub mod cluster;
 pub mod database;
 pub mod datapath;
 pub mod fixture;
@@ -29,6 +30,7 @@ pub mod wire;
 
 pub use agent::{Agent, AgentCommand};
 pub use apiserver::{Api, ApiServer};
+pub use cluster::Cluster;
 pub use datapath::Datapath;
 pub use fixture::Forwarding;
 pub use manifests::{BackendRef, Manifests};

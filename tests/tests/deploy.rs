@@ -222,17 +222,7 @@ fn the_agent_knows_every_variable_that_it_is_given() {
     let objects = objects(&render(&helm, &arguments).unwrap()).unwrap();
     let environment = environment(&objects);
     assert!(environment.len() > settings.len());
-    // FIXME: remove those that the agent takes; it has no source that reads a cluster yet.
-    let to_come = [
-        "FORWARDER_KUBE",
-        "FORWARDER_NODE_NAME",
-        "FORWARDER_POD_NAME",
-        "FORWARDER_POD_NAMESPACE",
-        "FORWARDER_POD_SELECTOR",
-        "FORWARDER_STATE_DIR",
-        "FORWARDER_WATCH_NAMESPACES",
-    ];
-    for name in environment.keys().filter(|name| !to_come.contains(*name)) {
+    for name in environment.keys() {
         assert!(sources.contains(&format!("env = \"{name}\"")), "the agent takes no {name}");
     }
 }

@@ -56,8 +56,11 @@ pub(super) struct Writer {
 /// How far an object is.
 #[derive(Debug, Default)]
 struct Progress {
-    /// The version of the object and the digest of the status wanted, where nothing was to do or the write was made.
+    /// The version of the object and the digest of what is wanted, where nothing was to do.
     judged: Option<(String, u64)>,
+    /// The same where the status was written. A field that the cluster's CRD does not know is dropped there: what came
+    /// back is all there is to have.
+    written: Option<(String, u64)>,
     /// The version that a write was made from: until another is seen, there is nothing to judge.
     stale: Option<String>,
     is_writing: bool,
@@ -72,6 +75,8 @@ struct Write<T> {
     /// The object as it was when the write was made up.
     record: Arc<Record>,
     digest: u64,
+    /// Whether it is the status.
+    is_status: bool,
     warnings: Vec<Warning>,
     /// What to write, or the version of the object that was written.
     what: T,
@@ -214,20 +219,29 @@ impl Writer {
                 again = Some(again.map_or(at, |again| again.min(at)));
                 continue;
             }
-            let finalizers = match wanted {
-                Wanted::GatewayClass { .. } => finalizer_patch(record, is_used),
-                Wanted::Gateway(_) | Wanted::ListenerSet(_) | Wanted::Route { .. } => None,
+            let status = if progress.written.as_ref().is_some_and(|it| (&it.0, it.1) == (version, digest)) {
+                None
+            } else {
+                patch(record, wanted, &time)
             };
-            let (what, warnings) = match (finalizers, patch(record, wanted, &time)) {
-                (Some(body), _) => (Body::Finalizers(body), Vec::new()),
-                (None, Some(patch)) => (Body::Status(patch.body), patch.warnings),
-                (None, None) => {
-                    progress.judged = Some((version.clone(), digest));
-                    continue;
-                }
+            let (what, warnings) = if let Some(patch) = status {
+                (Body::Status(patch.body), patch.warnings)
+            } else if let Some(body) = finalizers(record, wanted, is_used) {
+                (Body::Finalizers(body), Vec::new())
+            } else {
+                progress.judged = Some((version.clone(), digest));
+                continue;
             };
             progress.is_writing = true;
-            queue.push_back(Write { id: id.clone(), record: Arc::clone(record), digest, warnings, what });
+            let is_status = matches!(what, Body::Status(_));
+            queue.push_back(Write {
+                id: id.clone(),
+                record: Arc::clone(record),
+                digest,
+                is_status,
+                warnings,
+                what,
+            });
         }
         again
     }
@@ -248,7 +262,7 @@ impl Writer {
     }
 
     fn start(&self, write: Write<Body>, served: &Served, writes: &mut Writes) {
-        let Write { id, record, digest, warnings, what } = write;
+        let Write { id, record, digest, is_status, warnings, what } = write;
         let resource = served.values().find(|resource| resource.kind == id.kind);
         let api: Option<Api<DynamicObject>> = resource.map(|resource| match id.namespace.as_str() {
             "" => Api::all_with(self.client.clone(), resource),
@@ -264,10 +278,10 @@ impl Writer {
                     .await
                     .map(|it| it.resource_version()),
                 (Some(api), Body::Finalizers(body)) => {
-                    api.patch(&id.name, &params, &Patch::Merge(body)).await.map(|_| None)
+                    api.patch(&id.name, &params, &Patch::Merge(body)).await.map(|it| it.resource_version())
                 }
             };
-            Write { id, record, digest, warnings, what }
+            Write { id, record, digest, is_status, warnings, what }
         }));
     }
 
@@ -277,21 +291,26 @@ impl Writer {
         write: Write<Result<Option<String>, kube::Error>>,
         served: &Served,
     ) -> Option<Instant> {
-        let Write { id, record, digest, warnings, what } = write;
+        let Write { id, record, digest, is_status, warnings, what } = write;
         let kind = KINDS.into_iter().find(|kind| kind.as_str() == id.kind)?;
         let progress = self.objects.entry(id.clone()).or_default();
         progress.is_writing = false;
         progress.stale = Some(record.resource_version.clone());
         let error = match what {
             Ok(version) => {
+                let next = Instant::now() + INTERVAL;
                 progress.failures = 0;
-                progress.not_before = Some(Instant::now() + INTERVAL);
-                // A field that the cluster's CRD does not know is dropped there: what came back is all there is to have.
-                progress.judged = version.map(|version| (version, digest));
+                progress.not_before = Some(next);
+                // What was written and is as it was before is told by no watch.
+                let is_same = version.as_ref() == Some(&record.resource_version);
+                progress.stale = Some(record.resource_version.clone()).filter(|_| !is_same);
+                if is_status {
+                    progress.written = version.map(|version| (version, digest));
+                }
                 self.health.count(kind, WriteResult::Written);
                 tracing::debug!(object = %id, "status written");
                 self.tell(&id, &record, warnings, served);
-                return None;
+                return is_same.then_some(next);
             }
             Err(error) => error,
         };
@@ -350,6 +369,14 @@ impl Writer {
                 }
             });
         }
+    }
+}
+
+/// The finalizers that an object is to have, where it has others.
+fn finalizers(record: &Record, wanted: Wanted<'_>, is_used: bool) -> Option<Value> {
+    match wanted {
+        Wanted::GatewayClass { .. } => finalizer_patch(record, is_used),
+        Wanted::Gateway(_) | Wanted::ListenerSet(_) | Wanted::Route { .. } => None,
     }
 }
 
