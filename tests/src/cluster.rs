@@ -82,7 +82,7 @@ impl Cluster {
         Node { name, netns: netns.clone(), address, state_dir: self.states.path().join(name) }
     }
 
-    /// Makes the Pod of a node's agent, as the DaemonSet would.
+    /// Makes the Pod of a node's agent, as the `DaemonSet` would.
     pub fn create_pod(&self, node: &Node) -> Result<()> {
         let pod = Pod {
             name: node.pod(),
