@@ -1,31 +1,27 @@
 //! The agent: wires source, resolver, reconciler, workers, datapath and admin endpoint, and ends them in order.
 
+mod control;
 mod input;
 mod kernel;
 mod leaving;
 mod sockmap;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use forwarder_common::sockmap::STREAMS_CAPACITY;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::SignalKind;
-use tokio::sync::watch;
 
-use self::input::OutcomeSender;
+use self::control::Control;
 use self::kernel::{Kernel, find_listener, inherit, promote_after};
 use self::leaving::{Leaving, Signals};
 use self::sockmap::SockmapTier;
 use crate::admin::{self, AdminError};
 use crate::counters::{ListenerCounters, PerWorker, WorkerCounters};
-use crate::datapath::interfaces::{Interface, smallest_mtu};
+use crate::datapath::interfaces::smallest_mtu;
 use crate::listener::ListenSettings;
 use crate::live::LiveConnections;
-use crate::manifests::Change;
 use crate::model::ListenerSettings;
-use crate::pairs::Promoter;
-use crate::publish::Outcome;
 use crate::reconciler::{InForce, Reconciler, SocketState};
 use crate::relay::Tier;
 use crate::report::{InputProblems, Report};
@@ -35,8 +31,6 @@ use crate::settings::Settings;
 use crate::sockmap::{SockmapPairs, SockmapSettings};
 use crate::source::Loaded;
 use crate::source::kube::ConnectError;
-use crate::status::nodes::NodeReport;
-use crate::status::{self, BindFailure};
 use crate::switches::Switches;
 use crate::upstream::ConnectSettings;
 use crate::view::{self, DatapathTiers, TierState, TierView};
@@ -46,8 +40,6 @@ use crate::{metrics, reconciler};
 pub use self::input::ClusterHealth;
 pub use self::sockmap::SockmapCell;
 
-/// How often listeners that could not be bound are tried again.
-const BIND_RETRY: Duration = Duration::from_secs(1);
 /// File descriptors that are not for connections: listeners, maps, pipes, the admin endpoint.
 const RESERVED_FILES: u64 = 256;
 
@@ -313,6 +305,8 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         () = control.follow(input.loaded, kernel.interfaces, kernel.routes) => SignalKind::terminate(),
         signal = signals.next() => signal,
     };
+    // Another agent is to write the statuses: the Lease is given back at once.
+    drop(control.outcome.take());
     let leaving = Leaving { signal, promoter: kernel.promoter, sockmap, window: settings.drain_timeout };
     leaving.end(&mut signals, control.reconciler, &shared).await;
     if let (Some(pairs), Some(thread)) = (&shared.connections.pairs, pairs_thread) {
@@ -322,193 +316,6 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         let _ = thread.join();
     }
     Ok(())
-}
-
-/// What follows the input.
-struct Control {
-    reconciler: Reconciler,
-    shared: Arc<Shared>,
-    resolver: Resolver,
-    promoter: Option<Arc<Promoter>>,
-    sockmap: Arc<SockmapTier>,
-    segment_size: Arc<SegmentSize>,
-    /// Who is told what became of the manifests.
-    outcome: Option<OutcomeSender>,
-    /// What was loaded and put into force last.
-    in_force: Option<(Arc<Loaded>, Resolution)>,
-}
-
-impl Control {
-    /// Puts into force what the source loads, keeps the classifier where listeners are, and tries again what failed.
-    async fn follow(
-        &mut self,
-        mut loaded: watch::Receiver<Arc<Loaded>>,
-        mut interfaces: Option<watch::Receiver<Vec<Interface>>>,
-        mut routes: Option<watch::Receiver<u64>>,
-    ) {
-        let promoter = self.promoter.clone();
-        let mut retry = tokio::time::interval(BIND_RETRY);
-        loop {
-            tokio::select! {
-                Ok(()) = loaded.changed() => {
-                    let started = Instant::now();
-                    let loaded = Arc::clone(&loaded.borrow_and_update());
-                    if self.update_endpoints(&loaded, started).await {
-                        continue;
-                    }
-                    self.resolve(loaded).await;
-                    // Before ports open, so that the first SYN is counted.
-                    self.attach(interfaces.as_mut());
-                    self.put_into_force(started).await;
-                }
-                () = changed(interfaces.as_mut()) => {
-                    self.attach(interfaces.as_mut());
-                    self.reconciler.retry();
-                }
-                () = changed(routes.as_mut()) => {
-                    if let Some(promoter) = &promoter {
-                        promoter.pairs.routes_changed();
-                    }
-                    continue;
-                }
-                () = path_wanted(promoter.as_deref()) => self.attach(interfaces.as_mut()),
-                _ = retry.tick() => {
-                    if !self.reconciler.retry() {
-                        continue;
-                    }
-                }
-            }
-            self.report();
-        }
-    }
-
-    /// Puts into force what was loaded if nothing but endpoints has changed, at the cost of these; tells whether it did.
-    async fn update_endpoints(&mut self, loaded: &Arc<Loaded>, started: Instant) -> bool {
-        let Some((before, Resolution { resolved, problems })) = &mut self.in_force else { return false };
-        let Change::Endpoints(services) = before.manifests.change_to(&loaded.manifests) else { return false };
-        let ops = resolve::update_endpoints(resolved, &loaded.manifests, &services);
-        let backends = ops.len();
-        self.reconciler.perform(ops).await;
-        *problems = InputProblems::new(loaded, resolved.problems.clone());
-        *before = Arc::clone(loaded);
-        let mut report = self.shared.report();
-        report.updates.endpoints += 1;
-        report.set_input(problems.clone());
-        drop(report);
-        tracing::debug!(
-            services = services.len(),
-            backends,
-            duration_ms = milliseconds(started),
-            "endpoints in force"
-        );
-        true
-    }
-
-    async fn resolve(&mut self, loaded: Arc<Loaded>) {
-        let (resolver, input) = (self.resolver.clone(), Arc::clone(&loaded));
-        // Thousands of routes take a while: health checks are answered meanwhile.
-        match tokio::task::spawn_blocking(move || resolver.resolve(&input)).await {
-            Ok(resolution) => self.in_force = Some((loaded, resolution)),
-            Err(error) => {
-                tracing::error!(%error, "resolving the manifests failed; the former state stays in force");
-            }
-        }
-    }
-
-    async fn put_into_force(&self, started: Instant) {
-        let Some((_, Resolution { resolved, problems })) = &self.in_force else { return };
-        if let Some(reason) = self.sockmap.start_if_wanted(&resolved.table).await {
-            self.shared.report().datapath.sockmap_error = Some(reason);
-        }
-        self.reconciler.apply(&resolved.table).await;
-        self.reconciler.remove_former_listeners();
-        self.shared.report().updates.full += 1;
-        tracing::info!(
-            listeners = resolved.table.listeners.len(),
-            backends = resolved.table.backends.len(),
-            problems = problems.list().len(),
-            duration_ms = milliseconds(started),
-            "manifests in force"
-        );
-    }
-
-    /// Attaches the classifier to the interfaces that hold addresses of listeners.
-    fn attach(&self, interfaces: Option<&mut watch::Receiver<Vec<Interface>>>) {
-        let Some(interfaces) = interfaces else { return };
-        let interfaces = interfaces.borrow_and_update().clone();
-        if self.promoter.is_some() {
-            self.segment_size.set_mtu(smallest_mtu(&interfaces));
-        }
-        let table = self.in_force.as_ref().map(|(_, resolution)| &resolution.resolved.table);
-        let bound = table.into_iter().flat_map(|table| table.listeners.keys()).map(|key| key.address);
-        let bound = bound.collect();
-        let mut in_force = self.shared.in_force();
-        let Some(datapath) = &mut in_force.datapath else { return };
-        for problem in datapath.attach(&interfaces, &bound) {
-            tracing::warn!(%problem, "packets of this interface are not counted");
-        }
-        let attachments = datapath.attachments();
-        drop(in_force);
-        self.shared.report().datapath.interfaces = attachments
-            .into_iter()
-            .map(|one| view::InterfaceView { name: one.interface, attachment: one.kind.as_str().to_owned() })
-            .collect();
-    }
-
-    /// Publishes statuses and problems, and logs the problems that are new.
-    fn report(&self) {
-        let Some((_, resolution)) = &self.in_force else { return };
-        let failures = self.shared.in_force().bind_failures();
-        let mut statuses = resolution.resolved.statuses.clone();
-        status::apply_bind_failures(&mut statuses, &failures);
-        self.publish(resolution, &failures);
-        let bind_problems = failures.iter().map(|failure| failure.problem(&statuses)).collect();
-        let mut report = self.shared.report();
-        report.set_input(resolution.problems.clone());
-        report.set_bind_problems(bind_problems);
-        report.statuses = statuses;
-    }
-
-    /// Tells what became of the manifests, if that is new.
-    fn publish(&self, resolution: &Resolution, failures: &[BindFailure]) {
-        let (Some(OutcomeSender { node, sender }), Some((loaded, _))) = (&self.outcome, &self.in_force)
-        else {
-            return;
-        };
-        let statuses = &resolution.resolved.statuses;
-        let report = NodeReport::new(node, statuses, failures);
-        sender.send_if_modified(|before| {
-            let is_new = before.report != report || before.statuses != *statuses;
-            if is_new {
-                let (loaded, statuses) = (Arc::clone(loaded), statuses.clone());
-                *before = Arc::new(Outcome { loaded, statuses, report });
-            }
-            is_new
-        });
-    }
-}
-
-/// Down to microseconds: a change of endpoints takes less than one millisecond.
-fn milliseconds(since: Instant) -> f64 {
-    (since.elapsed().as_secs_f64() * 1e6).round() / 1e3
-}
-
-/// Waits until a program is wanted on another interface; for ever where none can be.
-async fn path_wanted(promoter: Option<&Promoter>) {
-    match promoter {
-        Some(promoter) => promoter.flows.paths().changed().await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Waits for a change; for ever where there is nothing to follow.
-async fn changed<T>(receiver: Option<&mut watch::Receiver<T>>) {
-    if let Some(receiver) = receiver
-        && receiver.changed().await.is_ok()
-    {
-        return;
-    }
-    std::future::pending::<()>().await;
 }
 
 /// Raises the limit on open files as far as this process may, and returns it.

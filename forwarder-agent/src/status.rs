@@ -160,6 +160,9 @@ pub struct RouteParentStatus {
     /// The parentRef's port.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<i64>,
+    /// Whether another route serves one of the listeners: there is no condition for it, and people should know.
+    #[serde(skip)]
+    pub is_superseded: bool,
     /// Its conditions.
     pub conditions: Vec<Condition>,
 }
@@ -290,6 +293,7 @@ mod tests {
             parent,
             section_name: Some("mysql".to_owned()),
             port: None,
+            is_superseded: false,
             conditions: Vec::new(),
         };
         let name = NamespacedName::new("db", "a");

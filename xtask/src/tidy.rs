@@ -15,6 +15,9 @@ const IMPURE: [&str; 8] =
 /// The files below the agent's sources that may name aya.
 const KNOW_AYA: [&str; 2] = ["datapath/", "cli/probe.rs"];
 
+/// The files below the agent's sources that may name the Kubernetes client.
+const KNOW_KUBE: [&str; 2] = ["publish/", "source/kube/"];
+
 const MAX_LINES: usize = 500;
 const AGENT: &str = "forwarder-agent/src/";
 
@@ -75,6 +78,12 @@ fn check_file(name: &str, text: &str, findings: &mut Vec<String>) {
             let knows_aya = KNOW_AYA.iter().any(|prefix| path.starts_with(prefix));
             if !knows_aya && ["aya::", "aya_log::", "aya_obj::"].iter().any(|word| names(code, word)) {
                 find(number, "only datapath/ and cli/probe.rs may name aya");
+            }
+            let knows_kube = KNOW_KUBE.iter().any(|prefix| path.starts_with(prefix));
+            if !knows_kube
+                && ["kube::", "k8s_openapi::", "kube_lease_manager::"].iter().any(|word| names(code, word))
+            {
+                find(number, "only source/kube/ and publish/ may name the Kubernetes client");
             }
         }
     }
@@ -148,6 +157,15 @@ mod tests {
         check("forwarder-agent/src/datapath/bpf.rs", "use aya::Ebpf;\n", &[]);
         check("forwarder-agent/src/cli/probe.rs", "use aya::Ebpf;\n", &[]);
         check("forwarder-common/src/lib.rs", "use aya::Pod;\n", &[]);
+    }
+
+    #[test]
+    fn only_the_source_and_the_publisher_know_the_kubernetes_client() {
+        let finding =
+            "forwarder-agent/src/agent.rs:1: only source/kube/ and publish/ may name the Kubernetes client";
+        check("forwarder-agent/src/agent.rs", "use kube::Client;\n", &[finding]);
+        check("forwarder-agent/src/source/kube/mod.rs", "use kube::Client;\n", &[]);
+        check("forwarder-agent/src/publish/writer.rs", "use k8s_openapi::api;\n", &[]);
     }
 
     #[test]

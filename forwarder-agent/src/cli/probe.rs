@@ -10,7 +10,7 @@ use rustix::thread::{CapabilitySet, capabilities};
 use serde::Serialize;
 
 use super::{Output, print_json, table};
-use crate::source::kube;
+use crate::source;
 use crate::{promote, relay, sockmap};
 
 /// How long the Kubernetes API may take to answer.
@@ -110,14 +110,15 @@ fn kubernetes(kubeconfig: Option<&Path>) -> Result<String, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot make an event loop: {error}"))?;
     let ask = async {
-        let client = kube::connect(kubeconfig).await.map_err(|error| kube::one_line(&error))?;
-        kube::discover(&client).await.map_err(|error| kube::one_line(&error))
+        let client =
+            source::kube::connect(kubeconfig).await.map_err(|error| source::kube::one_line(&error))?;
+        source::kube::discover(&client).await.map_err(|error| source::kube::one_line(&error))
     };
     let answer = runtime.block_on(async { tokio::time::timeout(KUBERNETES, ask).await });
     // Where nobody answers, neither does the resolver of names, on a thread of its own.
     runtime.shutdown_background();
     let served = answer.map_err(|_| format!("no answer within {} seconds", KUBERNETES.as_secs()))??;
-    let missing: Vec<&str> = kube::GATEWAY_KINDS
+    let missing: Vec<&str> = source::kube::GATEWAY_KINDS
         .iter()
         .filter(|kind| !served.contains_key(kind))
         .map(|kind| kind.as_str())

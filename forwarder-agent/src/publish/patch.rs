@@ -9,9 +9,11 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::manifests::{Kind, ParentRef};
+use crate::problem::Reason;
 use crate::source::kube::Record;
 use crate::status::{
-    Condition, ConditionStatus, GatewayClassStatus, GatewayStatus, ListenerSetStatus, ListenerStatus, names,
+    Condition, ConditionStatus, GatewayClassStatus, GatewayStatus, ListenerSetStatus, ListenerStatus,
+    RouteParentStatus, names,
 };
 
 /// The condition types that are ours on the objects that are ours.
@@ -39,9 +41,17 @@ pub(super) enum Wanted<'a> {
     ListenerSet(&'a ListenerSetStatus),
     Route {
         controller: &'a str,
-        /// Each parent that is ours, with its reference in the spec.
-        parents: &'a [(ParentRef, &'a [Condition])],
+        /// Each parent that is ours.
+        parents: &'a [Parent<'a>],
     },
+}
+
+/// A parent of a route.
+#[derive(Clone, Debug, Hash)]
+pub(super) struct Parent<'a> {
+    /// Its reference, as it stands in the route's spec.
+    pub(super) reference: &'a ParentRef,
+    pub(super) status: &'a RouteParentStatus,
 }
 
 /// What has to be written.
@@ -149,11 +159,7 @@ impl Merge<'_> {
         let since = text("lastTransitionTime").filter(|_| text("status") == Some(status));
         let is_new = (text("status"), text("reason")) != (Some(status), Some(wanted.reason));
         if is_new && is_bad(wanted) {
-            let (reason, message) = (wanted.reason.to_owned(), wanted.message.clone());
-            let warning = Warning { reason, message };
-            if !self.warnings.contains(&warning) {
-                self.warnings.push(warning);
-            }
+            self.warn(wanted.reason, &wanted.message);
         }
         json!({
             "type": wanted.type_,
@@ -181,47 +187,63 @@ impl Merge<'_> {
     }
 
     /// Our parents in place of what we said of them before, those of others where they are.
-    fn parents(&mut self, current: &Value, controller: &str, wanted: &[(ParentRef, &[Condition])]) -> Value {
-        let mut left: Vec<&(ParentRef, &[Condition])> = wanted.iter().collect();
+    fn parents(&mut self, current: &Value, controller: &str, wanted: &[Parent<'_>]) -> Value {
+        let mut left: Vec<&Parent<'_>> = wanted.iter().collect();
         let mut merged = Vec::new();
         for entry in items(current) {
             if entry["controllerName"].as_str() != Some(controller) {
                 merged.push(entry.clone());
                 continue;
             }
-            let Ok(parent_ref) = serde_json::from_value::<ParentRef>(entry["parentRef"].clone()) else {
+            let Ok(reference) = serde_json::from_value::<ParentRef>(entry["parentRef"].clone()) else {
                 continue;
             };
-            if let Some(index) = left.iter().position(|(wanted, _)| is_same(wanted, &parent_ref)) {
-                let (parent_ref, conditions) = left.remove(index);
-                merged.push(self.parent(&entry["conditions"], controller, parent_ref, conditions));
+            if let Some(index) = left.iter().position(|wanted| is_same(wanted.reference, &reference)) {
+                merged.push(self.parent(&entry["conditions"], controller, left.remove(index)));
             }
         }
-        for (parent_ref, conditions) in left {
+        for wanted in left {
             if merged.len() < MOST_PARENTS {
-                merged.push(self.parent(&Value::Null, controller, parent_ref, conditions));
+                merged.push(self.parent(&Value::Null, controller, wanted));
             }
         }
         Value::Array(merged)
     }
 
-    fn parent(
-        &mut self,
-        current: &Value,
-        controller: &str,
-        parent_ref: &ParentRef,
-        ours: &[Condition],
-    ) -> Value {
-        let mut parent_ref = value(parent_ref);
+    fn parent(&mut self, current: &Value, controller: &str, wanted: &Parent<'_>) -> Value {
+        let mut reference = value(wanted.reference);
         // As it stands in the spec: what is absent there stays absent.
-        if let Some(fields) = parent_ref.as_object_mut() {
+        if let Some(fields) = reference.as_object_mut() {
             fields.retain(|_, field| !field.is_null());
         }
+        self.warn_if_superseded(current, wanted.status);
         json!({
             "controllerName": controller,
-            "parentRef": parent_ref,
-            "conditions": self.conditions(current, ours),
+            "parentRef": reference,
+            "conditions": self.conditions(current, &wanted.status.conditions),
         })
+    }
+
+    /// A route that is superseded is accepted all the same, so that no condition turns bad by it.
+    fn warn_if_superseded(&mut self, current: &Value, wanted: &RouteParentStatus) {
+        let is_accepted = |condition: &&Condition| condition.type_ == names::ACCEPTED;
+        let Some(accepted) = wanted.conditions.iter().find(is_accepted).filter(|_| wanted.is_superseded)
+        else {
+            return;
+        };
+        let is_known = items(current).iter().any(|it| {
+            it["type"].as_str() == Some(names::ACCEPTED) && it["message"].as_str() == Some(&accepted.message)
+        });
+        if !is_known {
+            self.warn(Reason::Superseded.as_str(), &accepted.message);
+        }
+    }
+
+    fn warn(&mut self, reason: &str, message: &str) {
+        let warning = Warning { reason: reason.to_owned(), message: message.to_owned() };
+        if !self.warnings.contains(&warning) {
+            self.warnings.push(warning);
+        }
     }
 }
 

@@ -22,9 +22,9 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
-use super::patch::{KINDS, Wanted, Warning, finalizer_patch, patch};
+use super::patch::{KINDS, Parent, Wanted, Warning, finalizer_patch, patch};
 use super::{FIELD_MANAGER, Identity, Outcome, PublishHealth, WriteResult, reports};
-use crate::manifests::{ApiRelease, Kind, Manifests, NamespacedName, ObjectRef, ParentRef};
+use crate::manifests::{ApiRelease, Kind, Manifests, NamespacedName, ObjectRef};
 use crate::source::kube::{Record, Records, Served, one_line};
 use crate::status::nodes::{Node, apply_nodes};
 use crate::status::{Condition, Statuses};
@@ -387,7 +387,7 @@ fn wanted<'a>(
     record: &Record,
     statuses: &'a Statuses,
     manifests: &'a Manifests,
-    parents: &'a mut Vec<(ParentRef, &'a [Condition])>,
+    parents: &'a mut Vec<Parent<'a>>,
 ) -> Option<Wanted<'a>> {
     let name = NamespacedName::new(&id.namespace, &id.name);
     let is_current = |conditions: &[Condition]| {
@@ -411,11 +411,11 @@ fn wanted<'a>(
             if let Some(status) = statuses.tcp_routes.get(&name) {
                 let spec = &manifests.tcp_routes.get(&name)?.spec;
                 for parent in &status.parents {
-                    let parent_ref = spec.parent_refs.get(parent.parent_ref)?;
+                    let reference = spec.parent_refs.get(parent.parent_ref)?;
                     if !is_current(&parent.conditions) {
                         return None;
                     }
-                    parents.push((parent_ref.clone(), parent.conditions.as_slice()));
+                    parents.push(Parent { reference, status: parent });
                 }
             } else if !record.status.as_ref().is_some_and(|status| status.contains(controller)) {
                 // Nothing of ours is there, nor is it to be.

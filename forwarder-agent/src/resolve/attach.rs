@@ -25,8 +25,17 @@ pub(super) struct Parent {
     pub(super) index: usize,
     /// Where the listeners of the Gateway or ListenerSet are found.
     pub(super) place: Place,
-    /// Whether a listener takes the route: then what the listeners do with it, as a sentence.
-    pub(super) accepted: Result<String, Refusal>,
+    /// Whether a listener takes the route: then what the listeners do with it.
+    pub(super) accepted: Result<Accepted, Refusal>,
+}
+
+/// What the listeners that take a route do with it.
+#[derive(Default)]
+pub(super) struct Accepted {
+    /// As a sentence.
+    pub(super) message: String,
+    /// Whether another route serves one of them.
+    pub(super) is_superseded: bool,
 }
 
 /// Attaches the routes to listeners, and returns those that have a parent among `gateways` and their ListenerSets, oldest first.
@@ -125,7 +134,7 @@ impl<'a> Attacher<'a, '_> {
         index: usize,
         parent_ref: &ParentRef,
         place: Place,
-    ) -> Result<String, Refusal> {
+    ) -> Result<Accepted, Refusal> {
         let refuse = |problems: &mut Vec<Problem>, reason, field: &str, message: String| {
             let object = ObjectRef::new(Kind::TcpRoute, route);
             let field = format!("spec.parentRefs[{index}]{field}");
@@ -134,7 +143,7 @@ impl<'a> Attacher<'a, '_> {
         };
         let gateway = self.gateways.get(place.gateway);
         let Some(listeners) = gateway.and_then(|gateway| gateway.listeners(place.set)) else {
-            return Ok(String::new());
+            return Ok(Accepted::default());
         };
         let matching = matching_listeners(listeners, parent_ref);
         if matching.is_empty() {
@@ -163,7 +172,7 @@ impl<'a> Attacher<'a, '_> {
         let kind = listeners.parent.kind();
         let outcome = self.attach_to_listeners(route, place, &allowing);
         self.report_superseded(route, index, &outcome);
-        Ok(outcome.sentence(kind))
+        Ok(Accepted { message: outcome.sentence(kind), is_superseded: !outcome.superseded.is_empty() })
     }
 
     /// Why a listener does not take a route.

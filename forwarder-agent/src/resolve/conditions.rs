@@ -168,7 +168,9 @@ fn parent_status(
     let generation = route.route.metadata.generation;
     let mut conditions = vec![
         match &parent.accepted {
-            Ok(message) => Condition::holds(names::ACCEPTED, names::ACCEPTED, message.as_str(), generation),
+            Ok(accepted) => {
+                Condition::holds(names::ACCEPTED, names::ACCEPTED, accepted.message.as_str(), generation)
+            }
             Err(refusal) => {
                 let reason = refusal.condition_reason();
                 Condition::fails(names::ACCEPTED, reason, refusal.message.as_str(), generation)
@@ -191,6 +193,7 @@ fn parent_status(
         parent: gateways.get(parent.place.gateway)?.listeners(parent.place.set)?.parent.clone(),
         section_name: parent_ref.section_name.clone(),
         port: parent_ref.port,
+        is_superseded: parent.accepted.as_ref().is_ok_and(|accepted| accepted.is_superseded),
         conditions,
     })
 }

@@ -1,6 +1,8 @@
 use serde_json::json;
 
 use super::*;
+use crate::manifests::NamespacedName;
+use crate::model::ListenerParent;
 
 const OURS: &str = "forwarder.dev/tcp";
 const NOW: &str = "2026-11-25T12:00:00Z";
@@ -24,7 +26,23 @@ fn reference(name: &str) -> ParentRef {
 }
 
 fn route_patch(status: &Value, parents: &[(ParentRef, &[Condition])]) -> Option<Patch> {
-    patch(&record(status), Wanted::Route { controller: OURS, parents }, NOW)
+    patch_of(status, parents, false)
+}
+
+fn patch_of(status: &Value, parents: &[(ParentRef, &[Condition])], is_superseded: bool) -> Option<Patch> {
+    let of_parent = |(_, conditions): &(ParentRef, &[Condition])| RouteParentStatus {
+        parent_ref: 0,
+        parent: ListenerParent::Gateway(NamespacedName::default()),
+        section_name: None,
+        port: None,
+        is_superseded,
+        conditions: conditions.to_vec(),
+    };
+    let statuses: Vec<RouteParentStatus> = parents.iter().map(of_parent).collect();
+    let references = parents.iter().map(|(reference, _)| reference);
+    let parents: Vec<Parent<'_>> =
+        references.zip(&statuses).map(|(reference, status)| Parent { reference, status }).collect();
+    patch(&record(status), Wanted::Route { controller: OURS, parents: &parents }, NOW)
 }
 
 fn condition(type_: &str, status: &str, since: &str) -> Value {
@@ -118,6 +136,20 @@ fn the_time_of_a_condition_moves_with_its_status_alone() {
     assert_eq!(patch.body["status"]["parents"][0]["conditions"][0]["lastTransitionTime"], json!(NOW));
     let warning = Warning { reason: "NoMatchingParent".to_owned(), message: "no listener".to_owned() };
     assert_eq!(patch.warnings, [warning]);
+}
+
+#[test]
+fn people_are_told_once_that_a_route_is_superseded() {
+    let conditions = [Condition::holds(names::ACCEPTED, names::ACCEPTED, "superseded on mysql by b/c", 2)];
+    let parents = [(reference("a"), &conditions[..])];
+    let patch = patch_of(&Value::Null, &parents, true).unwrap();
+    let warning =
+        Warning { reason: "Superseded".to_owned(), message: "superseded on mysql by b/c".to_owned() };
+    assert_eq!(patch.warnings, [warning]);
+    // Another condition changes: this one has been told.
+    let more = [conditions[0].clone(), Condition::holds(names::RESOLVED_REFS, names::RESOLVED_REFS, "", 2)];
+    let patch = patch_of(&patch.body["status"], &[(reference("a"), &more)], true).unwrap();
+    assert_eq!(patch.warnings, []);
 }
 
 #[test]
