@@ -462,3 +462,6 @@ fn digest(of: &impl Hash) -> u64 {
 async fn closed(outcome: &mut watch::Receiver<Arc<Outcome>>) {
     while outcome.changed().await.is_ok() {}
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,6 +5,8 @@
 //! up the others. The flow: a `reflector` for each kind tells of its objects, the `store` makes one set of manifests of
 //! them, and [`watch`] publishes that once it is quiet, at first when every kind has been read.
 
+#[cfg(test)]
+pub(crate) mod fake;
 mod kinds;
 mod object;
 mod records;
@@ -487,3 +489,6 @@ pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
     }
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
+
+#[cfg(test)]
+mod tests;
