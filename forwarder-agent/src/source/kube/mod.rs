@@ -289,7 +289,14 @@ impl Follower {
         self.is_published = true;
         self.health.is_stale.store(false, Ordering::Relaxed);
         // First what is written to, so that who is told of new manifests finds their objects.
-        self.records.send_replace(self.store.records());
+        let records = self.store.records();
+        self.records.send_if_modified(|current| {
+            let is_new = *current != records;
+            if is_new {
+                *current = records;
+            }
+            is_new
+        });
         let loaded = self.store.loaded();
         self.loaded.send_if_modified(|current| {
             let is_new = **current != loaded;

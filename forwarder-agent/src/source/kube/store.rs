@@ -72,7 +72,7 @@ impl Store {
                 if let Some(listed) = &mut progress.listed {
                     listed.insert(item.id.clone());
                 }
-                self.put(*item);
+                self.put(scope.kind, *item);
             }
             News::Gone(id) => self.remove(&id),
             News::ListEnds => {
@@ -144,9 +144,9 @@ impl Store {
         ApiRelease::Installed(self.releases.values().flatten().cloned().collect())
     }
 
-    fn put(&mut self, item: Item) {
+    fn put(&mut self, kind: Kind, item: Item) {
         let Item { id, manifest, record } = item;
-        if self.scopes.keys().any(|scope| scope.kind.as_str() == id.kind && has_status(scope.kind)) {
+        if has_status(kind) {
             self.records.objects.insert(id.clone(), Arc::new(record));
         }
         match manifest {
