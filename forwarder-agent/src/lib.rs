@@ -13,6 +13,7 @@ pub mod cli;
 mod connection;
 pub mod counters;
 pub mod datapath;
+mod error;
 pub mod listener;
 pub mod live;
 mod lock;

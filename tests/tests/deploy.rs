@@ -3,10 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
+use forwarder_tests::ApiServer;
 use forwarder_tests::agent::binary;
-use forwarder_tests::chart::{MONITORED, chart, container, objects, only, plain, render, tool, workspace};
+use forwarder_tests::apiserver::{ADMIN, Channel, require_kubernetes};
+use forwarder_tests::chart::{
+    MONITORED, NAMESPACE, chart, container, objects, only, plain, render, tool, workspace,
+};
 use forwarder_tests::process;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -195,11 +200,7 @@ fn values_reach_the_agent() {
 #[test]
 fn the_agent_knows_every_variable_that_it_is_given() {
     let Some(helm) = tool("helm") else { return };
-    let folder = workspace().join("forwarder-agent/src");
-    let sources: String = ["settings.rs", "cli/mod.rs"]
-        .iter()
-        .map(|file| fs::read_to_string(folder.join(file)).unwrap())
-        .collect();
+    let help = process::stdout(Command::new(binary()).args(["agent", "--help"])).unwrap();
     let settings: serde_json::Map<String, Value> = serde_saphyr::from_str::<Value>(
         &fs::read_to_string(chart().join("values.yaml")).unwrap(),
     )
@@ -223,7 +224,7 @@ fn the_agent_knows_every_variable_that_it_is_given() {
     let environment = environment(&objects);
     assert!(environment.len() > settings.len());
     for name in environment.keys() {
-        assert!(sources.contains(&format!("env = \"{name}\"")), "the agent takes no {name}");
+        assert!(help.contains(&format!("[env: {name}=")), "the agent takes no {name}");
     }
 }
 
@@ -351,5 +352,43 @@ fn the_examples_are_valid() {
                 (&json!("databases/databases/users"), &json!("databases/users")),
             ]
         );
+    }
+}
+
+/// Has an API server check a file or, with `-k`, a folder, without keeping anything of it.
+fn dry_run(server: &ApiServer, flag: &str, path: &Path) {
+    let path = path.to_str().expect("a path in UTF-8");
+    let arguments = ["apply", "--server-side", "--dry-run=server", "--validate=strict", flag, path];
+    let printed = server.kubectl(ADMIN, &arguments).expect("an API server that takes it");
+    assert!(printed.lines().count() > 0 && printed.lines().all(|line| line.contains("dry run")), "{printed}");
+}
+
+#[test]
+fn an_api_server_takes_what_it_would_be_given() {
+    if !require_kubernetes() {
+        return;
+    }
+    let Some(helm) = tool("helm") else { return };
+    let server = ApiServer::start().unwrap();
+    let api = server.api().unwrap();
+    api.install_crds("v1.6.1", Channel::Standard).unwrap();
+    // A dry run makes no namespace for what comes after it.
+    for namespace in [NAMESPACE, "databases", "a"] {
+        api.create_namespace(namespace).unwrap();
+    }
+    let folder = TempDir::new().unwrap();
+    // The kinds of monitoring are not installed here.
+    for (name, values) in
+        [("defaults.yaml", None), ("namespaces.yaml", Some("--set-json=watchNamespaces=[\"a\"]"))]
+    {
+        let file = folder.path().join(name);
+        fs::write(&file, render(&helm, &values.into_iter().collect::<Vec<_>>()).unwrap()).unwrap();
+        dry_run(&server, "-f", &file);
+    }
+    for overlay in ["base", "overlays/example"] {
+        dry_run(&server, "-k", &workspace().join("deploy/kustomize").join(overlay));
+    }
+    for file in ["gatewayclass.yaml", "gateway.yaml", "databases.yaml", "routes-v1.yaml"] {
+        dry_run(&server, "-f", &workspace().join("examples/kubernetes").join(file));
     }
 }

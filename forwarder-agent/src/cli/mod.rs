@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::agent;
+use crate::error::one_line;
 use crate::settings::Options;
 use crate::telemetry::{self, LogFormat};
 
@@ -99,7 +100,7 @@ pub fn run() -> ExitCode {
         }
     };
     outcome.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
+        eprintln!("error: {}", one_line(error.as_ref()));
         ExitCode::from(2)
     })
 }

@@ -10,6 +10,7 @@ use rustix::thread::{CapabilitySet, capabilities};
 use serde::Serialize;
 
 use super::{Output, print_json, table};
+use crate::error::one_line;
 use crate::source;
 use crate::{promote, relay, sockmap};
 
@@ -110,9 +111,8 @@ fn kubernetes(kubeconfig: Option<&Path>) -> Result<String, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot make an event loop: {error}"))?;
     let ask = async {
-        let client =
-            source::kube::connect(kubeconfig).await.map_err(|error| source::kube::one_line(&error))?;
-        source::kube::discover(&client).await.map_err(|error| source::kube::one_line(&error))
+        let client = source::kube::connect(kubeconfig).await.map_err(|error| one_line(&error))?;
+        source::kube::discover(&client).await.map_err(|error| one_line(&error))
     };
     let answer = runtime.block_on(async { tokio::time::timeout(KUBERNETES, ask).await });
     // Where nobody answers, neither does the resolver of names, on a thread of its own.

@@ -8,6 +8,7 @@ use kube_lease_manager::LeaseManagerBuilder;
 use tokio::sync::watch;
 
 use super::Identity;
+use crate::error::one_line;
 
 /// How long the Lease holds without being renewed, in seconds, and how long before its end it is renewed.
 const DURATION: u64 = 15;
@@ -50,7 +51,7 @@ async fn take_part(client: &Client, identity: &Identity, sender: &watch::Sender<
         .await;
     let manager = match manager {
         Ok(manager) => manager,
-        Err(error) => return crate::source::kube::one_line(&error),
+        Err(error) => return one_line(&error),
     };
     let (mut states, task) = manager.watch().await;
     loop {
@@ -66,7 +67,7 @@ async fn take_part(client: &Client, identity: &Identity, sender: &watch::Sender<
             drop(states);
             return match task.await {
                 Ok(Ok(_)) => "the election ended".to_owned(),
-                Ok(Err(error)) => crate::source::kube::one_line(&error),
+                Ok(Err(error)) => one_line(&error),
                 Err(error) => error.to_string(),
             };
         }

@@ -20,7 +20,8 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use super::{FIELD_MANAGER, Identity, Outcome};
-use crate::source::kube::{backoff, one_line};
+use crate::error::one_line;
+use crate::source::kube::backoff;
 use crate::status::nodes::{Node, NodeReport};
 
 /// The label of the Leases with reports: the installation.

@@ -24,8 +24,9 @@ use tokio::time::{Instant, sleep_until};
 
 use super::patch::{KINDS, Parent, Wanted, Warning, finalizer_patch, patch};
 use super::{FIELD_MANAGER, Identity, Outcome, PublishHealth, WriteResult, reports};
+use crate::error::one_line;
 use crate::manifests::{ApiRelease, Kind, Manifests, NamespacedName, ObjectRef};
-use crate::source::kube::{Record, Records, Served, one_line};
+use crate::source::kube::{Record, Records, Served};
 use crate::status::nodes::{Node, apply_nodes};
 use crate::status::{Condition, Statuses};
 

@@ -32,6 +32,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use self::reflector::{Message, News, Scope};
 use self::store::Store;
 use super::Loaded;
+use crate::error::one_line;
 use crate::lock::lock;
 use crate::manifests::{GATEWAY_GROUP, Kind};
 use crate::settings::KubeSettings;
@@ -481,20 +482,6 @@ fn served_versions(served: Option<&Served>) -> String {
         format!("{kind} {version}")
     });
     versions.collect::<Vec<_>>().join(", ")
-}
-
-/// An error with its causes, less those that its own text names already, on one line.
-pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

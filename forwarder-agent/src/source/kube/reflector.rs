@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use super::kinds;
 use super::object::Received;
 use super::records::Record;
+use crate::error::one_line;
 use crate::manifests::{Kind, Metadata, Namespace, ObjectRef};
 use crate::source::manifest::Manifest;
 
@@ -219,5 +220,5 @@ fn failure(error: watcher::Error) -> WatchFailure {
         | Error::WatchFailed(_)
         | Error::NoResourceVersion => None,
     };
-    WatchFailure { message: super::one_line(&error), code }
+    WatchFailure { message: one_line(&error), code }
 }
