@@ -200,7 +200,7 @@ fn values_reach_the_agent() {
 #[test]
 fn the_agent_knows_every_variable_that_it_is_given() {
     let Some(helm) = tool("helm") else { return };
-    let help = process::stdout(Command::new(binary()).args(["agent", "--help"])).unwrap();
+    let usage = process::stdout(Command::new(binary()).args(["agent", "--help"])).unwrap();
     let settings: serde_json::Map<String, Value> = serde_saphyr::from_str::<Value>(
         &fs::read_to_string(chart().join("values.yaml")).unwrap(),
     )
@@ -224,7 +224,7 @@ fn the_agent_knows_every_variable_that_it_is_given() {
     let environment = environment(&objects);
     assert!(environment.len() > settings.len());
     for name in environment.keys() {
-        assert!(help.contains(&format!("[env: {name}=")), "the agent takes no {name}");
+        assert!(usage.contains(&format!("[env: {name}=")), "the agent takes no {name}");
     }
 }
 

@@ -51,6 +51,8 @@ pub(super) struct Writer {
     health: Arc<PublishHealth>,
     recorder: Recorder,
     events: Allowance,
+    /// Whether it was said that this agent is not among those that count.
+    is_uncounted: bool,
     objects: HashMap<ObjectRef, Progress>,
 }
 
@@ -97,7 +99,7 @@ impl Writer {
             Reporter { controller: identity.controller.clone(), instance: Some(identity.holder()) };
         let recorder = Recorder::new(client.clone(), reporter);
         let events = Allowance { left: Allowance::MOST, since: Instant::now() };
-        Self { client, identity, health, recorder, events, objects: HashMap::new() }
+        Self { client, identity, health, recorder, events, is_uncounted: false, objects: HashMap::new() }
     }
 
     /// Writes whenever it is this agent's turn, until nobody sets the outcome any more.
@@ -192,7 +194,8 @@ impl Writer {
         queue: &mut VecDeque<Write<Body>>,
     ) -> Option<Instant> {
         let mut statuses = outcome.statuses.clone();
-        apply_nodes(&mut statuses, &self.with_own(nodes, outcome));
+        let nodes = self.with_own(nodes, outcome);
+        apply_nodes(&mut statuses, &nodes);
         let identity = Arc::clone(&self.identity);
         let manifests = &outcome.loaded.manifests;
         let used_classes: BTreeSet<&str> =
@@ -248,7 +251,7 @@ impl Writer {
     }
 
     /// The nodes, of which this one says what it knows itself. Outside a Pod there is no other.
-    fn with_own(&self, mut nodes: Vec<Node>, outcome: &Outcome) -> Vec<Node> {
+    fn with_own(&mut self, mut nodes: Vec<Node>, outcome: &Outcome) -> Vec<Node> {
         let own = Node {
             name: self.identity.node.clone(),
             addresses: Vec::new(),
@@ -257,7 +260,15 @@ impl Writer {
         match nodes.iter_mut().find(|node| node.name == own.name) {
             Some(node) => node.report = own.report,
             None if self.identity.pod.is_none() => nodes.push(own),
-            None => {}
+            None => {
+                if !std::mem::replace(&mut self.is_uncounted, true) {
+                    tracing::warn!(
+                        selector = self.identity.pod_selector,
+                        pod = self.identity.pod,
+                        "the selector does not match this agent's own Pod: statuses count the Pods that it matches"
+                    );
+                }
+            }
         }
         nodes
     }

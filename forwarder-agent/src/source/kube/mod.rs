@@ -161,6 +161,7 @@ pub fn watch(client: Client, settings: &KubeSettings) -> KubeSource {
         loaded: loaded_sender,
         records: records_sender,
         health: Arc::clone(&health),
+        knows_release: false,
         is_published: false,
     };
     tokio::spawn(follower.run());
@@ -182,6 +183,8 @@ struct Follower {
     loaded: watch::Sender<Arc<Loaded>>,
     records: watch::Sender<Records>,
     health: Arc<KubeHealth>,
+    /// Whether the CRDs have been listed, so that their release is known.
+    knows_release: bool,
     is_published: bool,
 }
 
@@ -278,7 +281,8 @@ impl Follower {
 
     /// Publishes what is known, once that is everything.
     fn publish(&mut self, without_refused: bool) -> bool {
-        if self.served.is_none() || !(self.is_published || self.store.is_complete(without_refused)) {
+        let is_complete = self.store.is_complete(without_refused) && (self.knows_release || without_refused);
+        if self.served.is_none() || !(self.is_published || is_complete) {
             return false;
         }
         if !self.is_published {
@@ -416,6 +420,7 @@ impl Follower {
             }
             Event::InitDone => {
                 self.store.retain_releases(named);
+                self.knows_release = true;
                 true
             }
         }

@@ -21,8 +21,8 @@ use crate::source::manifest::Manifest;
 const FILE: &str = "last-known.yaml";
 /// How long after a change it is written: what changes often is written once.
 const DELAY: Duration = Duration::from_secs(2);
-/// How soon after the last time.
-const INTERVAL: Duration = Duration::from_secs(15);
+/// How soon after the last time: with 100,000 endpoints it is tens of megabytes.
+const INTERVAL: Duration = Duration::from_mins(1);
 /// What stands between two documents.
 const SEPARATOR: &str = "---";
 
