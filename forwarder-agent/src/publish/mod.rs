@@ -1,8 +1,8 @@
 //! Tells a Kubernetes API what became of its objects.
 //!
-//! Every agent reports in a Lease of its own what it has bound ([`reports`]). One of them, which holds another Lease
-//! ([`leader`]), puts these reports together with what the manifests resolve to, and writes the statuses
-//! ([`writer`]): what has to be written is computed by [`patch`]. All agents resolve the same manifests to the same
+//! Every agent reports in a Lease of its own what it has bound (`reports`). One of them, which holds another Lease
+//! (`leader`), puts these reports together with what the manifests resolve to, and writes the statuses
+//! (`writer`): what has to be written is computed by `patch`. All agents resolve the same manifests to the same
 //! statuses, so that it does not matter which one it is, nor whether for a moment it is two.
 
 mod leader;

@@ -3,7 +3,7 @@
 //! Which version of each kind of the Gateway API is read follows from what the API server serves, asked again whenever a
 //! CRD changes or a watch finds its resource gone; a kind that is not served is said so, and waited for without holding
 //! up the others. The flow: a `reflector` for each kind tells of its objects, the `store` makes one set of manifests of
-//! them, and [`watch`] publishes that once it is quiet, at first when every kind has been read.
+//! them, and [`watch()`] publishes that once it is quiet, at first when every kind has been read.
 
 #[cfg(test)]
 pub(crate) mod fake;
@@ -168,7 +168,7 @@ pub fn watch(client: Client, settings: &KubeSettings) -> KubeSource {
     KubeSource { loaded, records, health }
 }
 
-/// The state of [`watch`].
+/// The state of [`watch()`].
 struct Follower {
     client: Client,
     namespaces: Vec<String>,
