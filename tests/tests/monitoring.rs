@@ -22,7 +22,10 @@ fn metrics(text: &str) -> BTreeSet<&str> {
 
 #[test]
 fn alerts_and_dashboard_name_metrics_that_there_are() {
-    let source = fs::read_to_string(workspace().join("forwarder-agent/src/metrics.rs")).unwrap();
+    let source: String = ["metrics.rs", "metrics/cluster.rs"]
+        .iter()
+        .map(|file| fs::read_to_string(workspace().join("forwarder-agent/src").join(file)).unwrap())
+        .collect();
     let known = metrics(&source);
     assert!(known.contains("forwarder_listener_up"));
     for file in ["files/alerts.yaml", "files/dashboard.json"] {
@@ -68,10 +71,13 @@ fn alerts_and_dashboard_name_metrics_of_a_running_agent() {
     let metrics_of_agent = forwarding.agent.metrics().unwrap();
     for file in ["files/alerts.yaml", "files/dashboard.json"] {
         let text = fs::read_to_string(chart().join(file)).unwrap();
-        // An agent has these only with tier sockmap, and with problems.
-        let named = metrics(&text)
-            .into_iter()
-            .filter(|name| !name.starts_with("forwarder_sockmap_") && *name != "forwarder_problems");
+        // An agent has these only with tier sockmap, in a cluster, and with problems.
+        let is_elsewhere = |name: &str| {
+            name.starts_with("forwarder_sockmap_")
+                || name.starts_with("forwarder_kube_")
+                || name == "forwarder_problems"
+        };
+        let named = metrics(&text).into_iter().filter(|name| !is_elsewhere(name));
         for name in named {
             assert!(metrics_of_agent.has(name), "{file} names {name}, which this agent does not show");
         }
