@@ -125,12 +125,12 @@ impl Cluster {
 
     /// Applies files of `examples/kubernetes`.
     pub fn apply_examples(&self, files: &[&str]) -> Result<()> {
-        for file in files {
-            let path = workspace().join("examples/kubernetes").join(file);
-            let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-            self.api.apply(&text)?;
-        }
-        Ok(())
+        files.iter().try_for_each(|file| self.api.apply(&example(file)?).map(drop))
+    }
+
+    /// Deletes what files of `examples/kubernetes` hold, in their order.
+    pub fn delete_examples(&self, files: &[&str]) -> Result<()> {
+        files.iter().try_for_each(|file| self.api.delete_all(&example(file)?))
     }
 
     /// Makes a Service of one port, named `tcp`, and a slice of it with these endpoints, all of the same port.
@@ -169,6 +169,11 @@ impl Cluster {
     pub fn wait_object(&self, path: &str, condition: impl FnMut(&Value) -> bool) -> Result<Value> {
         self.api.wait_for(&format!("{GATEWAY_API}/{path}"), DEADLINE, condition)
     }
+}
+
+fn example(file: &str) -> Result<String> {
+    let path = workspace().join("examples/kubernetes").join(file);
+    fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
 }
 
 /// A node of the cluster.

@@ -1,45 +1,11 @@
 //! The case that the forwarder was made for, in a cluster: two databases behind one Gateway, and the second is served too.
 
-use std::thread;
-
 use forwarder_tests::apiserver::{Channel, require_kubernetes};
 use forwarder_tests::cluster::{condition, has_condition};
-use forwarder_tests::database::{Database, require_program};
-use forwarder_tests::mariadb::query;
-use forwarder_tests::{Cluster, require_root};
+use forwarder_tests::database::require_program;
+use forwarder_tests::databases::SERVERS;
+use forwarder_tests::{Cluster, Databases, require_root};
 use serde_json::Value;
-
-/// The examples, with the servers that the `StatefulSet`s would run.
-struct Databases {
-    cluster: Cluster,
-    _servers: [Database; 2],
-}
-
-impl Databases {
-    fn start(cluster: Cluster) -> Self {
-        let topology = &cluster.topology;
-        let endpoints = [topology.backend1_address(3306), topology.backend2_address(3306)];
-        let servers = thread::scope(|scope| {
-            let one = scope.spawn(|| Database::mariadb(&topology.backend1, endpoints[0], 101));
-            let two = scope.spawn(|| Database::mariadb(&topology.backend2, endpoints[1], 202));
-            [one, two].map(|server| server.join().expect("no panic").expect("a server"))
-        });
-        cluster.api.create_namespace("databases").expect("a namespace");
-        cluster.apply_examples(&["gatewayclass.yaml", "gateway.yaml", "databases.yaml"]).expect("examples");
-        for (service, endpoint) in ["orders-db", "users-db"].into_iter().zip(endpoints) {
-            cluster.create_slice("databases", service, "mysql", &[endpoint]).expect("a slice");
-        }
-        Self { cluster, _servers: servers }
-    }
-
-    /// Which servers answer at the two ports of the Gateway.
-    fn servers(&self) -> [String; 2] {
-        let topology = &self.cluster.topology;
-        [3306, 3307].map(|port| {
-            query(&topology.client, topology.node_address(port), "SELECT @@server_id").expect("an answer")
-        })
-    }
-}
 
 fn is_programmed(gateway: &Value) -> bool {
     has_condition(&gateway["status"]["conditions"], "Programmed", "True/Programmed")
@@ -50,12 +16,14 @@ fn two_databases_behind_one_gateway_are_both_served_and_said_so() {
     if !require_root() || !require_kubernetes() || !require_program("mariadbd") {
         return;
     }
-    let databases = Databases::start(Cluster::start("v1.6.1", Channel::Standard).unwrap());
+    let cluster = Cluster::start("v1.6.1", Channel::Standard).unwrap();
+    let databases = Databases::mariadb(cluster).unwrap();
+    databases.declare_gateway().unwrap();
+    databases.declare_routes("v1").unwrap();
     let cluster = &databases.cluster;
-    cluster.apply_examples(&["routes-v1.yaml"]).unwrap();
     let agent = cluster.start_agent(&cluster.node(), &[]).unwrap();
     agent.wait_ready().unwrap();
-    assert_eq!(databases.servers(), ["101", "202"]);
+    assert_eq!(databases.answers().unwrap(), SERVERS);
 
     let gateway = cluster.wait_object("v1/namespaces/databases/gateways/databases", is_programmed).unwrap();
     let status = &gateway["status"];

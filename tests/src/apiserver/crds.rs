@@ -1,11 +1,12 @@
 //! The CRDs of Gateway API.
 
+use std::ffi::OsStr;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::api::Api;
 use super::apply::{Head, documents};
@@ -50,12 +51,27 @@ pub fn crds(version: &str, channel: Channel) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// What the name of a file of a release ends in: `tcproutes`.
+fn plural(file: &Path) -> &str {
+    let stem = file.file_stem().and_then(OsStr::to_str).unwrap_or_default();
+    stem.split_once('_').map_or(stem, |(_, plural)| plural)
+}
+
 impl Api {
     /// Installs the CRDs of a release and waits until all of them are served. Those of another release are replaced.
     pub fn install_crds(&self, version: &str, channel: Channel) -> Result<()> {
-        let files = crds(version, channel)?;
+        self.install_crds_of(version, channel, |_| true)
+    }
+
+    /// The same for some kinds only, which `is_wanted` is asked for by their plurals.
+    pub fn install_crds_of(
+        &self,
+        version: &str,
+        channel: Channel,
+        is_wanted: impl Fn(&str) -> bool,
+    ) -> Result<()> {
         let mut objects = Vec::new();
-        for file in &files {
+        for file in crds(version, channel)?.iter().filter(|file| is_wanted(plural(file))) {
             let applied = self.apply(&fs::read_to_string(file)?);
             objects.extend(applied.with_context(|| file.display().to_string())?);
         }
@@ -82,6 +98,19 @@ impl Api {
         let path = format!("{CRDS}/{name}");
         self.delete(&path)?;
         self.wait_until_gone(&path, DEADLINE)
+    }
+
+    /// Has the CRDs of Gateway API say that they are of another release, one after another.
+    pub fn set_release(&self, release: &str) -> Result<()> {
+        let changes =
+            json!({"metadata": {"annotations": {"gateway.networking.k8s.io/bundle-version": release}}});
+        for crd in self.list(CRDS)? {
+            let name = crd.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default();
+            if name.ends_with(".gateway.networking.k8s.io") {
+                self.patch(&format!("{CRDS}/{name}"), &changes)?;
+            }
+        }
+        Ok(())
     }
 
     /// Waits until every version that a CRD says to serve can be asked for, which is when it is established.
