@@ -215,15 +215,14 @@ impl<'a> Reports<'a> {
         Condition::fails(names::PROGRAMMED, names::PENDING, message, self.generation)
     }
 
-    /// Says on how many nodes, or why not, where `conditions` say that all is programmed.
+    /// Says on how many nodes, or on which not, where nothing else is in the way of `conditions` being programmed.
     fn count(&self, conditions: &mut [Condition], partly_bound: &[String]) {
-        let is_programmed =
-            |it: &&mut Condition| it.type_ == names::PROGRAMMED && it.status == ConditionStatus::True;
-        let Some(programmed) = conditions.iter_mut().find(is_programmed) else { return };
-        if partly_bound.is_empty() {
-            programmed.message = format!("{}/{} nodes", self.current.len(), self.all);
-        } else {
+        let Some(programmed) = conditions.iter_mut().find(|it| it.type_ == names::PROGRAMMED) else { return };
+        let is_programmed = programmed.status == ConditionStatus::True;
+        if !partly_bound.is_empty() && (is_programmed || programmed.reason == names::PENDING) {
             *programmed = self.pending(&list(partly_bound));
+        } else if is_programmed {
+            programmed.message = format!("{}/{} nodes", self.current.len(), self.all);
         }
     }
 

@@ -127,7 +127,7 @@ fn a_port_taken_on_some_nodes_names_them() {
         &[node("a", "10.0.0.1", open()), node("b", "10.0.0.2", taken("mysql"))],
         &[
             "gateway Accepted=True/Accepted",
-            "gateway Programmed=False/Pending no listener is bound",
+            "gateway Programmed=False/Pending listener mysql: not bound on b: address already in use; bound on 1/2 nodes",
             "mysql Accepted=True/Accepted",
             "mysql Programmed=False/Pending not bound on b: address already in use; bound on 1/2 nodes",
             "addresses 10.0.0.1 10.0.0.2",
@@ -248,7 +248,7 @@ fn a_listener_set_is_programmed_where_its_own_ports_are_open() {
         render(&[of_node("a", &[]), of_node("b", &failures)]),
         [
             "True/Programmed 2/2 nodes".to_owned(),
-            "False/Pending no listener is bound".to_owned(),
+            format!("False/Pending listener {}: {partly}", statuses.listener_sets[&set].listeners[0].name),
             format!("False/Pending {partly}")
         ]
     );
