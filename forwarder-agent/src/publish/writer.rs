@@ -64,6 +64,8 @@ struct Progress {
     /// The version that a write was made from: until another is seen, there is nothing to judge.
     stale: Option<String>,
     is_writing: bool,
+    /// Whether it was passed over because of that, so that it has to be looked at once the write is over.
+    is_passed_over: bool,
     /// Not before.
     not_before: Option<Instant>,
     failures: u32,
@@ -212,6 +214,7 @@ impl Writer {
             let progress = self.objects.entry(id.clone()).or_default();
             let version = &record.resource_version;
             let is_judged = progress.judged.as_ref().is_some_and(|it| (&it.0, it.1) == (version, digest));
+            progress.is_passed_over |= progress.is_writing && !is_judged;
             if progress.is_writing || is_judged || progress.stale.as_ref() == Some(version) {
                 continue;
             }
@@ -295,6 +298,7 @@ impl Writer {
         let kind = KINDS.into_iter().find(|kind| kind.as_str() == id.kind)?;
         let progress = self.objects.entry(id.clone()).or_default();
         progress.is_writing = false;
+        let is_passed_over = std::mem::take(&mut progress.is_passed_over);
         progress.stale = Some(record.resource_version.clone());
         let error = match what {
             Ok(version) => {
@@ -310,7 +314,7 @@ impl Writer {
                 self.health.count(kind, WriteResult::Written);
                 tracing::debug!(object = %id, "status written");
                 self.tell(&id, &record, warnings, served);
-                return is_same.then_some(next);
+                return (is_same || is_passed_over).then_some(next);
             }
             Err(error) => error,
         };
@@ -318,7 +322,7 @@ impl Writer {
             kube::Error::Api(status) if status.code == 409 => {
                 self.health.count(kind, WriteResult::Conflict);
                 tracing::debug!(object = %id, "somebody was faster: looking again");
-                return None;
+                return is_passed_over.then(Instant::now);
             }
             // It is gone, or its CRD is.
             kube::Error::Api(status) if status.code == 404 => return None,
@@ -462,3 +466,6 @@ fn digest(of: &impl Hash) -> u64 {
 async fn closed(outcome: &mut watch::Receiver<Arc<Outcome>>) {
     while outcome.changed().await.is_ok() {}
 }
+
+#[cfg(test)]
+mod tests;
