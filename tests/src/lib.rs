@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod database;
 pub mod datapath;
 pub mod fixture;
+pub mod gateways;
 pub mod http;
 pub mod kernel;
 pub mod manifests;

@@ -9,7 +9,7 @@ use forwarder_tests::mariadb::query;
 use forwarder_tests::{Cluster, require_root};
 use serde_json::Value;
 
-/// The examples, with the servers that the StatefulSets would run.
+/// The examples, with the servers that the `StatefulSets` would run.
 struct Databases {
     cluster: Cluster,
     _servers: [Database; 2],
