@@ -20,6 +20,8 @@ pub const DEADLINE: Duration = Duration::from_secs(30);
 pub const GATEWAY_API: &str = "/apis/gateway.networking.k8s.io";
 /// The controller that agents are by default.
 pub const CONTROLLER: &str = "forwarder.dev/tcp";
+/// The installation of `deploy/kustomize/base`.
+const INSTANCE: &str = "forwarder";
 
 /// An API server with the RBAC of `deploy/kustomize/base`, in the namespace of the network's node.
 #[derive(Debug)]
@@ -79,14 +81,15 @@ impl Cluster {
     }
 
     fn node_at(&self, name: &'static str, netns: &NetNs, address: IpAddr) -> Node {
-        Node { name, netns: netns.clone(), address, state_dir: self.states.path().join(name) }
+        let state_dir = self.states.path().join(name);
+        Node { name, instance: INSTANCE, netns: netns.clone(), address, state_dir }
     }
 
     /// Makes the Pod of a node's agent, as the `DaemonSet` would.
     pub fn create_pod(&self, node: &Node) -> Result<()> {
         let pod = Pod {
             name: node.pod(),
-            labels: [("name", "forwarder"), ("instance", "forwarder")]
+            labels: [("name", "forwarder"), ("instance", node.instance)]
                 .map(|(key, value)| (format!("app.kubernetes.io/{key}"), value.to_owned()))
                 .to_vec(),
             node: node.name.to_owned(),
@@ -111,11 +114,13 @@ impl Cluster {
     pub fn run_agent(&self, node: &Node, command: &AgentCommand) -> Result<Agent> {
         let mut command = command.clone();
         let pod = node.pod();
+        let selector =
+            format!("app.kubernetes.io/name=forwarder,app.kubernetes.io/instance={}", node.instance);
         for (flag, value) in [
             ("--node-name", node.name),
             ("--pod-name", &pod),
             ("--pod-namespace", NAMESPACE),
-            ("--pod-selector", "app.kubernetes.io/name=forwarder,app.kubernetes.io/instance=forwarder"),
+            ("--pod-selector", &selector),
         ] {
             command.arguments.extend([flag.into(), value.into()]);
         }
@@ -181,6 +186,8 @@ fn example(file: &str) -> Result<String> {
 pub struct Node {
     /// Its name.
     pub name: &'static str,
+    /// The installation that its agent belongs to.
+    pub instance: &'static str,
     /// Its network.
     pub netns: NetNs,
     /// Its address.
@@ -192,7 +199,14 @@ pub struct Node {
 impl Node {
     /// The name of its agent's Pod.
     pub fn pod(&self) -> String {
-        format!("forwarder-{}", self.name)
+        format!("{}-{}", self.instance, self.name)
+    }
+
+    /// The same node for the agent of another installation.
+    #[must_use]
+    pub fn of_instance(&self, instance: &'static str) -> Self {
+        let state_dir = self.state_dir.with_file_name(format!("{instance}-{}", self.name));
+        Self { instance, state_dir, ..self.clone() }
     }
 }
 

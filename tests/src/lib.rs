@@ -12,6 +12,7 @@ pub mod database;
 pub mod databases;
 pub mod datapath;
 pub mod fixture;
+pub mod gateways;
 pub mod http;
 pub mod kernel;
 pub mod manifests;
