@@ -1,5 +1,6 @@
 //! The CRDs of Gateway API come, change and go while an agent runs.
 
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -284,4 +285,21 @@ fn a_class_is_let_go_when_crds_are_deleted_in_the_order_of_their_names() {
     for crd in &crds {
         api.wait_until_gone(crd, DEADLINE).unwrap();
     }
+}
+
+#[test]
+fn crds_that_are_deleted_while_nobody_watches_take_their_objects_away() {
+    if !can_run() {
+        return;
+    }
+    let (mut databases, agent) = served_by("v1.6.1", Channel::Standard);
+    let id = agent.id().to_string();
+    let signal = |name: &str| Command::new("kill").args([name, &id]).status().unwrap();
+    signal("-STOP");
+    // The watches end here, so that the deletions after it are told by none.
+    databases.cluster.server.restart().unwrap();
+    databases.cluster.api.delete_crd("tcproutes.gateway.networking.k8s.io").unwrap();
+    signal("-CONT");
+    wait_until("TCPRoute is missing", DEADLINE, || missing_kinds(&agent) == ["TCPRoute"]);
+    wait_without_routes(&databases);
 }

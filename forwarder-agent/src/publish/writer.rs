@@ -463,9 +463,9 @@ impl Allowance {
     }
 }
 
-/// Whether GatewayClasses of this release have a place for features, as objects with a name.
+/// Whether GatewayClasses of this release have a place for features, as objects with a name, in every channel.
 fn has_features(release: &ApiRelease) -> bool {
-    release.is_at_least(1, 2)
+    release.is_at_least(1, 4)
 }
 
 fn digest(of: &impl Hash) -> u64 {

@@ -17,6 +17,7 @@ use tokio::sync::watch;
 
 use crate::lock::lock;
 
+const CRDS: &str = "customresourcedefinitions";
 const GROUP: &str = "/apis/gateway.networking.k8s.io";
 
 /// The body of an answer.
@@ -71,6 +72,12 @@ impl FakeApi {
             ((*kind).to_owned(), versions.iter().map(|version| (*version).to_owned()).collect())
         };
         lock(&self.0.state).served = served.iter().map(owned).collect();
+        for (plural, _) in served {
+            let name = format!("{plural}.gateway.networking.k8s.io");
+            if self.get(CRDS, &name).is_none() {
+                self.put(CRDS, json!({ "metadata": { "name": name } }));
+            }
+        }
         self.changed();
     }
 

@@ -83,6 +83,12 @@ pub(super) fn plural(kind: Kind) -> &'static str {
     }
 }
 
+/// The kind of the Gateway API that a CRD such as `gateways.gateway.networking.k8s.io` is of, if it is read.
+pub(super) fn kind_of_crd(crd: &str) -> Option<Kind> {
+    let (name, group) = crd.split_once('.')?;
+    GATEWAY_KINDS.into_iter().find(|kind| group == GATEWAY_GROUP && name == plural(*kind))
+}
+
 /// The resource of the kinds themselves.
 pub(super) fn crds() -> ApiResource {
     ApiResource {

@@ -414,12 +414,12 @@ impl Follower {
             }
             Event::Delete(object) => {
                 let Some(name) = crd(&object) else { return false };
-                self.store.forget_release(&name);
+                self.store.remove_crd(&name);
                 named.remove(&name);
                 true
             }
             Event::InitDone => {
-                self.store.retain_releases(named);
+                self.store.retain_crds(named);
                 self.knows_release = true;
                 true
             }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-use super::kinds::{GATEWAY_KINDS, Served, plural};
+use super::kinds::{GATEWAY_KINDS, Served, kind_of_crd, plural};
 use super::records::{Records, has_status};
 use super::reflector::{Item, Message, News, Scope, WatchFailure};
 use crate::manifests::{ApiRelease, Kind, ObjectRef};
@@ -81,6 +81,8 @@ impl Store {
                     self.remove_others(&scope, &listed);
                 }
             }
+            // What was remembered is too old, which happens in every cluster: everything is listed again.
+            News::Failed(failure) if failure.code == Some(410) => return false,
             News::Failed(failure) => {
                 let is_new = progress.failure.as_ref() != Some(&failure);
                 progress.failure = Some(failure);
@@ -103,14 +105,22 @@ impl Store {
         self.releases.insert(crd.to_owned(), release);
     }
 
-    /// Forgets a CRD that is gone.
-    pub(super) fn forget_release(&mut self, crd: &str) {
+    /// A CRD is gone, and with it every object of its kind, whether a watch has told so or not.
+    pub(super) fn remove_crd(&mut self, crd: &str) {
         self.releases.remove(crd);
+        if let Some(kind) = kind_of_crd(crd) {
+            self.remove_all(kind);
+        }
     }
 
-    /// The CRDs that are known: what a list of all has not named is gone.
-    pub(super) fn retain_releases(&mut self, named: &BTreeSet<String>) {
+    /// These are all CRDs of the Gateway API: others are gone.
+    pub(super) fn retain_crds(&mut self, named: &BTreeSet<String>) {
         self.releases.retain(|crd, _| named.contains(crd));
+        for kind in GATEWAY_KINDS {
+            if !named.iter().any(|crd| kind_of_crd(crd) == Some(kind)) {
+                self.remove_all(kind);
+            }
+        }
     }
 
     /// Whether all objects of every scope are known; or, with `or_failed`, have failed to be.
@@ -187,6 +197,10 @@ impl Store {
         for id in &gone {
             self.remove(id);
         }
+    }
+
+    fn remove_all(&mut self, kind: Kind) {
+        self.remove_others(&Scope { kind, namespace: None }, &HashSet::new());
     }
 
     fn problems(&self) -> Vec<Problem> {

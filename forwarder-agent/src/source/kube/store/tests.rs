@@ -177,15 +177,59 @@ fn a_kind_that_is_not_served_is_told() {
 fn the_release_is_that_of_all_crds() {
     let mut store = Store::default();
     let release = |version: &str| Some(version.to_owned());
+    let crd = |plural: &str| format!("{plural}.gateway.networking.k8s.io");
     assert_eq!(store.loaded().manifests.api_release, ApiRelease::Unknown);
-    store.set_release("gateways", release("v1.5.1"));
-    store.set_release("tcproutes", release("v1.6.1"));
+    store.set_release(&crd("gateways"), release("v1.5.1"));
+    store.set_release(&crd("tcproutes"), release("v1.6.1"));
     let both = ["v1.5.1".to_owned(), "v1.6.1".to_owned()];
     assert_eq!(store.loaded().manifests.api_release, ApiRelease::Installed(both.into()));
-    store.set_release("gateways", None);
+    store.set_release(&crd("gateways"), None);
     assert_eq!(store.loaded().manifests.api_release, ApiRelease::Unknown);
-    store.forget_release("gateways");
+    store.remove_crd(&crd("gateways"));
     assert_eq!(store.loaded().manifests.api_release, ApiRelease::Installed(["v1.6.1".to_owned()].into()));
-    store.retain_releases(&BTreeSet::new());
+    store.retain_crds(&BTreeSet::new());
     assert_eq!(store.loaded().manifests.api_release, ApiRelease::Unknown);
+}
+
+fn route(name: &str) -> News {
+    let route: crate::manifests::TcpRoute =
+        serde_json::from_value(json!({ "metadata": { "name": name } })).unwrap();
+    News::Put(Box::new(Item {
+        id: id(Kind::TcpRoute, "db", name),
+        manifest: Ok(Manifest::TcpRoute(route.into())),
+        record: Record::default(),
+    }))
+}
+
+#[test]
+fn objects_go_with_their_crd_though_no_watch_has_told_so() {
+    let crds = ["gateways", "tcproutes"].map(|plural| format!("{plural}.gateway.networking.k8s.io"));
+    // It is told to be gone, or a list of all does not name it.
+    let removals: [fn(&mut Store, &[String; 2]); 2] = [
+        |store, crds| store.remove_crd(&crds[1]),
+        |store, crds| store.retain_crds(&[crds[0].clone()].into()),
+    ];
+    for remove in removals {
+        let mut store = Fixture::new(&[Kind::TcpRoute, Kind::Service]);
+        store.tell(Kind::TcpRoute, [News::ListBegins, route("a"), News::ListEnds]);
+        store.tell(Kind::Service, [News::ListBegins, service("db", "a", 1), News::ListEnds]);
+        // That it is not served for a moment, as while an API server starts, takes nothing away.
+        store.0.end(&scope(Kind::TcpRoute));
+        assert_eq!(store.0.loaded().manifests.tcp_routes.len(), 1);
+        store.0.retain_crds(&crds.clone().into());
+        assert_eq!(store.0.loaded().manifests.tcp_routes.len(), 1);
+        remove(&mut store.0, &crds);
+        assert_eq!(store.0.loaded().manifests.tcp_routes.len(), 0);
+        assert!(store.0.records().objects.is_empty());
+        assert_eq!(store.services(), ["db/a"]);
+    }
+}
+
+#[test]
+fn a_watch_that_is_too_old_is_no_problem() {
+    let mut store = Fixture::new(&[Kind::Service]);
+    store.tell(Kind::Service, [News::ListBegins, service("db", "a", 1), News::ListEnds]);
+    let before = store.problems();
+    assert_eq!(store.tell(Kind::Service, [refused(Some(410))]), [false]);
+    assert_eq!(store.problems(), before);
 }
