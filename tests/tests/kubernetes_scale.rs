@@ -21,6 +21,8 @@ use serde_json::{Value, json};
 const LISTENERS: usize = 64;
 const FIRST_PORT: u16 = 10_000;
 const WRITERS: usize = 4;
+/// One socket for each listener: descriptors may be few.
+const ARGUMENTS: [&str; 2] = ["--workers", "1"];
 const SERVICES: &str = "/api/v1/namespaces/default/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
 /// No agent of this size may need more, in KiB.
@@ -194,10 +196,11 @@ fn a_thousand_routes_and_ten_thousand_endpoints_are_served_and_say_so() {
         return;
     }
     let size = Size::of_environment();
-    raise_descriptor_limit().unwrap();
+    let descriptors = raise_descriptor_limit().unwrap();
+    assert!(descriptors > size.routes as u64 + 500, "each listener has a socket: {descriptors}");
     let large = Large::start(size);
     let node = large.cluster.node();
-    let mut agent = large.cluster.start_agent(&node, &[]).unwrap();
+    let mut agent = large.cluster.start_agent(&node, &ARGUMENTS).unwrap();
     agent.wait_ready().unwrap();
     let empty = agent.rss_kib().unwrap();
 
@@ -217,7 +220,7 @@ fn a_thousand_routes_and_ten_thousand_endpoints_are_served_and_say_so() {
 
     let start = Instant::now();
     agent.kill().unwrap();
-    let command = AgentCommand::new(&[]).succeeding(&agent);
+    let command = AgentCommand::new(&ARGUMENTS).succeeding(&agent);
     let next = large.cluster.run_agent(&node, &command).unwrap();
     wait_until("it is ready", size.deadline(), || next.ready().is_ok_and(|ready| ready.status == 200));
     println!("the next agent was ready after {:?}", start.elapsed());
