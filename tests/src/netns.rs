@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
@@ -241,6 +241,19 @@ impl Topology {
     pub fn restore_backend1_link(&self) -> Result<()> {
         veth(&self.node, &near(2), &self.backend1, FAR)?;
         address(&self.node, &near(2), &self.backend1, 2)
+    }
+
+    /// Gives the first host of backends every address of 10.128.0.0/9: see [`Self::numbered_address`].
+    pub fn add_numbered_addresses(&self) -> Result<()> {
+        const NUMBERED: &str = "10.128.0.0/9";
+        self.backend1.ip(&["route", "add", "local", NUMBERED, "dev", "lo"])?;
+        self.node.ip(&["route", "add", NUMBERED, "via", &self.backend1_address(0).ip().to_string()])
+    }
+
+    /// One of the addresses that [`Self::add_numbered_addresses`] adds: for thousands of endpoints.
+    pub fn numbered_address(&self, number: u32, port: u16) -> SocketAddr {
+        let first = u32::from_be_bytes([10, 128, 0, 1]);
+        SocketAddr::from((Ipv4Addr::from(first + number), port))
     }
 
     /// An address of the node, as seen from the client.

@@ -142,6 +142,12 @@ pub fn identify(name: &'static str) -> impl Fn(&TcpStream) -> io::Result<()> + S
     }
 }
 
+/// Speaks first: sends the address that it was reached at and a line end, then echoes.
+pub fn tell_address(mut stream: &TcpStream) -> io::Result<()> {
+    writeln!(stream, "{}", stream.local_addr()?.ip())?;
+    echo(stream)
+}
+
 /// Reads until the end, then answers with the hexadecimal SHA-256 of what it read, and the length.
 pub fn digest(mut stream: &TcpStream) -> io::Result<()> {
     let (digest, length) = random::receive_to_end(&mut stream)?;

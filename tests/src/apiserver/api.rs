@@ -18,7 +18,7 @@ use crate::wait::wait_for;
 
 /// How long connecting, a read or a write may take.
 const TIMEOUT: Duration = Duration::from_secs(20);
-const JSON: &str = "application/json";
+pub(super) const JSON: &str = "application/json";
 /// Asks for no more of an object than its metadata.
 const METADATA: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1";
 
@@ -181,16 +181,9 @@ impl Api {
     ) -> Result<(u16, String)> {
         let (kind, body) = body.unwrap_or((JSON, ""));
         // HTTP/1.0 forbids chunks and closes the connection after the answer.
-        let head = format!(
-            "{method} {path} HTTP/1.0\r\nHost: {}\r\nAuthorization: Bearer {}\r\nAccept: {accept}\r\n\
-             Content-Type: {kind}\r\nContent-Length: {}\r\n\r\n",
-            self.address,
-            self.token,
-            body.len()
-        );
+        let request = self.message(method, path, "1.0", accept, (kind, body));
         let mut stream = self.connect()?;
-        stream.write_all(head.as_bytes())?;
-        stream.write_all(body.as_bytes())?;
+        stream.write_all(request.as_bytes())?;
         stream.flush()?;
         let answer = read(&mut stream).context("read the answer")?;
         let (head, body) = answer.split_once("\r\n\r\n").context("an answer without an end of its head")?;
@@ -198,7 +191,25 @@ impl Api {
         Ok((code.context("an answer without a status")?, body.to_owned()))
     }
 
-    fn connect(&self) -> Result<StreamOwned<ClientConnection, TcpStream>> {
+    /// A request as it is sent.
+    pub(super) fn message(
+        &self,
+        method: &str,
+        path: &str,
+        version: &str,
+        accept: &str,
+        (kind, body): (&str, &str),
+    ) -> String {
+        format!(
+            "{method} {path} HTTP/{version}\r\nHost: {}\r\nAuthorization: Bearer {}\r\nAccept: {accept}\r\n\
+             Content-Type: {kind}\r\nContent-Length: {}\r\n\r\n{body}",
+            self.address,
+            self.token,
+            body.len()
+        )
+    }
+
+    pub(super) fn connect(&self) -> Result<StreamOwned<ClientConnection, TcpStream>> {
         let connect = || TcpStream::connect_timeout(&self.address, TIMEOUT);
         let stream = match &self.netns {
             Some(netns) => netns.run(connect),

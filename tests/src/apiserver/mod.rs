@@ -11,10 +11,12 @@ mod audit;
 mod crds;
 mod objects;
 mod server;
+mod session;
 
 pub use api::{Api, ApiError, Credentials};
 pub use assets::{Program, program, require_kubernetes};
 pub use audit::Write;
 pub use crds::{Channel, RELEASES, crds};
-pub use objects::{Endpoint, Pod};
+pub use objects::{Endpoint, Pod, endpoint_slice, service};
 pub use server::{ADMIN, ApiServer, Options, User};
+pub use session::Session;

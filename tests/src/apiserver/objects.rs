@@ -108,12 +108,8 @@ impl Api {
 
     /// Makes a Service with ports: name, port, and the name or number of the target's.
     pub fn create_service(&self, namespace: &str, name: &str, ports: &[(&str, u16, Value)]) -> Result<Value> {
-        let ports: Vec<Value> = ports
-            .iter()
-            .map(|(name, port, target)| json!({"name": name, "port": port, "targetPort": target}))
-            .collect();
         let path = format!("/api/v1/namespaces/{namespace}/services");
-        self.create(&path, &json!({"metadata": {"name": name}, "spec": {"ports": ports}}))
+        self.create(&path, &service(name, ports))
     }
 
     /// Makes a slice of the endpoints of a service, all of one address family, with ports by the service's names.
@@ -143,7 +139,17 @@ impl Api {
     }
 }
 
-fn endpoint_slice(name: &str, service: &str, ports: &[(&str, u16)], endpoints: &[Endpoint]) -> Value {
+/// A Service with ports: name, port, and the name or number of the target's.
+pub fn service(name: &str, ports: &[(&str, u16, Value)]) -> Value {
+    let ports: Vec<Value> = ports
+        .iter()
+        .map(|(name, port, target)| json!({"name": name, "port": port, "targetPort": target}))
+        .collect();
+    json!({"metadata": {"name": name}, "spec": {"ports": ports}})
+}
+
+/// A slice of the endpoints of a service, all of one address family, with ports by the service's names.
+pub fn endpoint_slice(name: &str, service: &str, ports: &[(&str, u16)], endpoints: &[Endpoint]) -> Value {
     let is_v6 = endpoints.first().is_some_and(|endpoint| endpoint.address.is_ipv6());
     let ports: Vec<Value> = ports.iter().map(|(name, port)| json!({"name": name, "port": port})).collect();
     let endpoints: Vec<Value> = endpoints
