@@ -20,7 +20,7 @@ pub struct Report {
     /// The listeners that could not be bound.
     pub bind_problems: Vec<Problem>,
     /// The statuses, bind failures included.
-    pub statuses: Statuses,
+    pub statuses: Arc<Statuses>,
     /// How often the input was put into force.
     pub updates: Updates,
     /// What the kernel does for the agent.

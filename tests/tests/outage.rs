@@ -15,8 +15,8 @@ use forwarder_tests::{AgentCommand, Load, NetNs, Topology, peer, require_root, w
 use serde_json::Value;
 
 const WAIT: Duration = Duration::from_secs(20);
-/// An agent that has waited for a minute asks again only some time later, at random, and then may have to start over.
-const AGAIN: Duration = Duration::from_mins(1);
+/// An agent that has waited for long asks again only some seconds later, at random.
+const AGAIN: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(4);
 
 fn is_ready() -> bool {

@@ -158,8 +158,11 @@ impl Control {
     fn report(&self) {
         let Some((_, resolution)) = &self.in_force else { return };
         let failures = self.shared.in_force().bind_failures();
-        let mut statuses = resolution.resolved.statuses.clone();
-        status::apply_bind_failures(&mut statuses, &failures);
+        let mut statuses = Arc::clone(&resolution.resolved.statuses);
+        // With thousands of routes, a copy is worth to be spared.
+        if !failures.is_empty() {
+            status::apply_bind_failures(Arc::make_mut(&mut statuses), &failures);
+        }
         self.publish(resolution, &failures);
         let bind_problems = failures.iter().map(|failure| failure.problem(&statuses)).collect();
         let mut report = self.shared.report();
@@ -179,7 +182,7 @@ impl Control {
         sender.send_if_modified(|before| {
             let is_new = before.report != report || before.statuses != *statuses;
             if is_new {
-                let (loaded, statuses) = (Arc::clone(loaded), statuses.clone());
+                let (loaded, statuses) = (Arc::clone(loaded), Arc::clone(statuses));
                 *before = Arc::new(Outcome { loaded, statuses, report });
             }
             is_new

@@ -33,7 +33,7 @@ pub struct Outcome {
     /// The manifests.
     pub loaded: Arc<Loaded>,
     /// Their statuses, on the assumption that every listener can be bound.
-    pub statuses: Statuses,
+    pub statuses: Arc<Statuses>,
     /// What this node has bound.
     pub report: NodeReport,
 }

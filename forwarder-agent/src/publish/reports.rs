@@ -21,7 +21,7 @@ use tokio::time::sleep;
 
 use super::{FIELD_MANAGER, Identity, Outcome};
 use crate::error::one_line;
-use crate::source::kube::backoff;
+use crate::source::kube::{WATCH_SECONDS, backoff};
 use crate::status::nodes::{Node, NodeReport};
 
 /// The label of the Leases with reports: the installation.
@@ -93,10 +93,12 @@ fn lease(identity: &Identity, pod: &str, owner: Option<&str>, report: &NodeRepor
 
 /// The nodes on which an agent runs or should, with their reports: what the one that writes statuses follows.
 pub(super) async fn follow(client: Client, identity: Arc<Identity>, nodes: watch::Sender<Option<Vec<Node>>>) {
-    let selector = watcher::Config::default().labels(&identity.pod_selector);
+    let selector = watcher::Config::default().timeout(WATCH_SECONDS).labels(&identity.pod_selector);
     let pods = Api::<Pod>::namespaced(client.clone(), &identity.namespace);
     let mut pods = std::pin::pin!(watcher(pods, selector).backoff(backoff()));
-    let selector = watcher::Config::default().labels(&format!("{LABEL}={}", identity.installation()));
+    let selector = watcher::Config::default()
+        .timeout(WATCH_SECONDS)
+        .labels(&format!("{LABEL}={}", identity.installation()));
     let leases = Api::<PartialObjectMeta<Lease>>::namespaced(client, &identity.namespace);
     let mut leases = std::pin::pin!(watcher(leases, selector).backoff(backoff()));
     let (mut agents, mut reports) = (Followed::new(agent), Followed::new(report));

@@ -195,7 +195,12 @@ impl Writer {
         nodes: Vec<Node>,
         queue: &mut VecDeque<Write<Body>>,
     ) -> Option<Instant> {
-        let mut statuses = outcome.statuses.clone();
+        // What nodes say concerns these alone: routes may be thousands, and stay where they are.
+        let mut statuses = Statuses {
+            gateways: outcome.statuses.gateways.clone(),
+            listener_sets: outcome.statuses.listener_sets.clone(),
+            ..Statuses::default()
+        };
         let nodes = self.with_own(nodes, outcome);
         apply_nodes(&mut statuses, &nodes);
         let identity = Arc::clone(&self.identity);
@@ -211,7 +216,14 @@ impl Writer {
                 return Some(now + DEBOUNCE);
             }
             let mut parents = Vec::new();
-            let wanted = wanted(&identity.controller, id, record, &statuses, manifests, &mut parents);
+            let wanted = wanted(
+                &identity.controller,
+                id,
+                record,
+                (&statuses, &outcome.statuses),
+                manifests,
+                &mut parents,
+            );
             let Some(wanted) = wanted else { continue };
             let is_used = used_classes.contains(id.name.as_str());
             let digest = digest(&(wanted, is_used));
@@ -396,12 +408,13 @@ fn finalizers(record: &Record, wanted: Wanted<'_>, is_used: bool) -> Option<Valu
     }
 }
 
-/// The status that an object is to have; `None` where it is not ours, or another version of it was looked at.
+/// The status that an object is to have; `None` where it is not ours, or another version of it was looked at. What the
+/// nodes have a say in is in the first of the statuses, the rest in the second.
 fn wanted<'a>(
     controller: &'a str,
     id: &ObjectRef,
     record: &Record,
-    statuses: &'a Statuses,
+    (of_nodes, statuses): (&'a Statuses, &'a Statuses),
     manifests: &'a Manifests,
     parents: &'a mut Vec<Parent<'a>>,
 ) -> Option<Wanted<'a>> {
@@ -416,11 +429,11 @@ fn wanted<'a>(
             is_current(&status.conditions).then_some(Wanted::GatewayClass { status, features })
         }
         Kind::Gateway => {
-            let status = statuses.gateways.get(&name)?;
+            let status = of_nodes.gateways.get(&name)?;
             is_current(&status.conditions).then_some(Wanted::Gateway(status))
         }
         Kind::ListenerSet => {
-            let status = statuses.listener_sets.get(&name)?;
+            let status = of_nodes.listener_sets.get(&name)?;
             is_current(&status.conditions).then_some(Wanted::ListenerSet(status))
         }
         _ => {

@@ -28,6 +28,8 @@ mod selector;
 mod settings;
 mod table;
 
+use std::sync::Arc;
+
 use crate::manifests::Manifests;
 use crate::model::{ListenerSettings, RouteTable};
 use crate::status::Statuses;
@@ -69,7 +71,7 @@ pub struct Resolved {
     pub table: RouteTable,
     /// The statuses, on the assumption that every listener of the table can be bound:
     /// [`crate::status::apply_bind_failures`] corrects them.
-    pub statuses: Statuses,
+    pub statuses: Arc<Statuses>,
     /// What is wrong.
     pub problems: Problems,
 }
@@ -86,6 +88,6 @@ pub fn resolve(manifests: &Manifests, settings: &ResolveSettings) -> Resolved {
     let grants = grants::Grants::new(manifests);
     let destinations = destinations::resolve(manifests, &grants, &routes, &mut problems);
     let (table, of_backends) = table::build(manifests, &gateways, &routes, &destinations);
-    let statuses = conditions::statuses(&classes, &gateways, &routes, &destinations, manifests);
+    let statuses = Arc::new(conditions::statuses(&classes, &gateways, &routes, &destinations, manifests));
     Resolved { table, statuses, problems: Problems { general: problems.into(), of_backends } }
 }

@@ -22,7 +22,9 @@ fn writer() -> Writer {
 fn outcome() -> Outcome {
     let conditions = vec![Condition::holds("Accepted", "Accepted", "", 1)];
     let mut outcome = Outcome::default();
-    outcome.statuses.gateway_classes.insert(CLASS.to_owned(), GatewayClassStatus { conditions });
+    Arc::make_mut(&mut outcome.statuses)
+        .gateway_classes
+        .insert(CLASS.to_owned(), GatewayClassStatus { conditions });
     outcome
 }
 

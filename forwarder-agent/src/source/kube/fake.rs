@@ -42,8 +42,9 @@ struct State {
     history: Vec<(u64, String, &'static str, Value)>,
     /// What is older is not remembered.
     compacted: u64,
-    /// How often watches were told that they are too old.
+    /// How often watches were told that they are too old, and how often they just ended.
     expiries: u64,
+    ends: u64,
     /// The versions of the kinds of the Gateway API that are served.
     served: BTreeMap<String, Vec<String>>,
     /// Requests to be refused: the start of method and path, the code, how many.
@@ -131,6 +132,16 @@ impl FakeApi {
         state.version += 1;
         state.compacted = state.version;
         state.expiries += 1;
+        drop(state);
+        self.changed();
+    }
+
+    /// Forgets what has happened, and ends every watch without a word: it is refused when it comes back.
+    pub(crate) fn forget(&self) {
+        let mut state = lock(&self.0.state);
+        state.version += 1;
+        state.compacted = state.version;
+        state.ends += 1;
         drop(state);
         self.changed();
     }
@@ -270,12 +281,12 @@ impl FakeApi {
     }
 
     fn watch(&self, collection: String, from: u64) -> Response<Answer> {
-        let expiries = {
+        let begun = {
             let state = lock(&self.0.state);
             if from < state.compacted {
                 return status(410);
             }
-            state.expiries
+            (state.expiries, state.ends)
         };
         let start = (self.clone(), self.0.changes.subscribe(), collection, from, false);
         let events =
@@ -285,7 +296,7 @@ impl FakeApi {
                 }
                 loop {
                     changes.mark_unchanged();
-                    let (lines, end) = api.news(&collection, &mut seen, expiries);
+                    let (lines, end) = api.news(&collection, &mut seen, begun);
                     if !lines.is_empty() || end {
                         let frame = http_body::Frame::data(Bytes::from(lines));
                         return Some((Ok::<_, Infallible>(frame), (api, changes, collection, seen, end)));
@@ -299,10 +310,13 @@ impl FakeApi {
     }
 
     /// What a watch is told: lines of JSON, and whether it ends.
-    fn news(&self, collection: &str, seen: &mut u64, expiries: u64) -> (String, bool) {
+    fn news(&self, collection: &str, seen: &mut u64, (expiries, ends): (u64, u64)) -> (String, bool) {
         let state = lock(&self.0.state);
         if state.expiries > expiries {
             return (format!("{}\n", json!({ "type": "ERROR", "object": status_object(410) })), true);
+        }
+        if state.ends > ends {
+            return (String::new(), true);
         }
         let is_served = state.served.contains_key(collection) || !is_gateway_kind(collection);
         let news = state.history.iter().filter(|(version, of, _, _)| version > seen && of == collection);

@@ -39,7 +39,7 @@ use crate::settings::KubeSettings;
 
 pub use self::kinds::{CORE_KINDS, GATEWAY_KINDS, Served, discover, resource};
 pub use self::records::{Record, Records};
-pub(crate) use self::reflector::backoff;
+pub(crate) use self::reflector::{WATCH_SECONDS, backoff};
 
 /// For so long it must be quiet before changes are published, and so long may that be put off.
 const QUIET: Duration = Duration::from_millis(50);
@@ -52,7 +52,7 @@ const REFUSED_FOR: Duration = Duration::from_secs(10);
 const ASK_AGAIN: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(3), Duration::from_secs(10)];
 /// How often it is asked anyway.
 const ASK_ANYWAY: Duration = Duration::from_mins(1);
-/// An API server tells something in each minute, if only a bookmark: silence for longer means a dead connection.
+/// An API server ends each watch before that: silence for longer means a dead connection.
 const SILENCE: Duration = Duration::from_secs(95);
 /// The annotation of a CRD that tells the release of the Gateway API.
 const BUNDLE_VERSION: &str = "gateway.networking.k8s.io/bundle-version";

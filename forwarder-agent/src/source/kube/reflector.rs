@@ -12,6 +12,7 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep};
 
 use super::kinds;
 use super::object::Received;
@@ -93,8 +94,7 @@ pub(super) async fn reflect(
         Kind::Namespace => {
             // Their labels are all that matters.
             let api = Api::<PartialObjectMeta<DynamicObject>>::all_with(client, &resource);
-            let watch = watcher(api, watcher::Config::default().page_size(PAGE));
-            teller.tell(watch, namespace).await;
+            teller.tell(|| watcher(api.clone(), config(PAGE)), namespace).await;
         }
     }
 }
@@ -104,17 +104,55 @@ pub(super) fn crds(
     client: Client,
 ) -> impl Stream<Item = Option<watcher::Event<PartialObjectMeta<DynamicObject>>>> {
     let api = Api::<PartialObjectMeta<DynamicObject>>::all_with(client, &kinds::crds());
-    watcher(api, watcher::Config::default().page_size(PAGE)).backoff(backoff()).map(Result::ok)
+    watcher(api, config(PAGE)).backoff(backoff()).map(Result::ok)
 }
 
-/// From half a second to ten, at random: hundreds of agents must not come back in one moment, nor minutes late.
+/// The API server ends a watch after so many seconds, and it is begun again where it was. Silence for longer than that
+/// means a dead connection: not every API server tells something in each minute where nothing changes.
+pub(crate) const WATCH_SECONDS: u32 = 80;
+/// A watch that is too old more than once in this time waits as after any other failure.
+const EXPIRED_AGAIN: Duration = Duration::from_secs(30);
+
+fn config(page: u32) -> watcher::Config {
+    watcher::Config::default().page_size(page).timeout(WATCH_SECONDS)
+}
+
+/// From half a second to some ten, at random: hundreds of agents must not come back in one moment, nor minutes late.
 pub(crate) fn backoff() -> impl Backoff {
     let delays = backon::ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(500))
-        .with_max_delay(Duration::from_secs(10))
+        // The jitter is on top of it, and as large.
+        .with_max_delay(Duration::from_secs(5))
         .with_jitter()
         .without_max_times();
     ResetTimerBackoff::new(watcher::ExponentialBackoff::from(delays), Duration::from_mins(2))
+}
+
+/// How long is waited before the next request.
+struct Pace {
+    delays: Box<dyn Backoff + Send>,
+    /// When what was remembered was too old last.
+    expired: Option<Instant>,
+}
+
+impl Pace {
+    fn after(&mut self, news: &News) -> Option<Duration> {
+        match news {
+            // The list that follows may fail like the one before.
+            News::ListBegins => None,
+            News::Put(_) | News::Gone(_) | News::ListEnds => {
+                self.delays.reset();
+                None
+            }
+            // All that is asked for is to list everything again, as after each restart of an API server: at once, once.
+            News::Failed(failure) if failure.code == Some(410) => {
+                let now = Instant::now();
+                let is_again = self.expired.replace(now).is_some_and(|before| now - before < EXPIRED_AGAIN);
+                if is_again { self.delays.next() } else { None }
+            }
+            News::Failed(_) => self.delays.next(),
+        }
+    }
 }
 
 struct Teller {
@@ -133,20 +171,21 @@ impl Teller {
             None => Api::<Received<T>>::all_with(client, &resource),
         };
         let page = if self.scope.kind == Kind::EndpointSlice { PAGE_OF_SLICES } else { PAGE };
-        let watch = watcher(api, watcher::Config::default().page_size(page));
-        self.tell(watch, |received| {
+        let start = || watcher(api.clone(), config(page));
+        self.tell(start, |received| {
             let record = received.record();
             (received.content.map(Arc::new).map(wrap), record)
         })
         .await;
     }
 
-    async fn tell<K: Resource>(
+    async fn tell<K: Resource, W: Stream<Item = watcher::Result<watcher::Event<K>>> + Send>(
         self,
-        watch: impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send,
+        start: impl Fn() -> W,
         read: impl Fn(K) -> (Result<Manifest, String>, Record),
     ) {
-        let mut watch = std::pin::pin!(watch.backoff(backoff()));
+        let mut watch = std::pin::pin!(start());
+        let mut pace = Pace { delays: Box::new(backoff()), expired: None };
         while let Some(event) = watch.next().await {
             let put = |object: K| {
                 let id = self.id(&object);
@@ -158,11 +197,22 @@ impl Teller {
                 Ok(watcher::Event::InitApply(object) | watcher::Event::Apply(object)) => put(object),
                 Ok(watcher::Event::Delete(object)) => News::Gone(self.id(&object)),
                 Ok(watcher::Event::InitDone) => News::ListEnds,
-                Err(error) => News::Failed(failure(error)),
+                Err(error) => {
+                    let failure = failure(&error);
+                    // It would be tried again for ever from where nothing is remembered.
+                    if failure.code == Some(410) && matches!(error, watcher::Error::WatchStartFailed(_)) {
+                        watch.set(start());
+                    }
+                    News::Failed(failure)
+                }
             };
+            let delay = pace.after(&news);
             let message = Message { scope: self.scope.clone(), epoch: self.epoch, news };
             if self.messages.send(message).await.is_err() {
                 return;
+            }
+            if let Some(delay) = delay {
+                sleep(delay).await;
             }
         }
     }
@@ -208,9 +258,9 @@ fn slim(mut manifest: Manifest) -> Manifest {
     manifest
 }
 
-fn failure(error: watcher::Error) -> WatchFailure {
+fn failure(error: &watcher::Error) -> WatchFailure {
     use watcher::Error;
-    let code = match &error {
+    let code = match error {
         Error::InitialListFailed(kube::Error::Api(status))
         | Error::WatchStartFailed(kube::Error::Api(status))
         | Error::WatchFailed(kube::Error::Api(status))
@@ -220,5 +270,5 @@ fn failure(error: watcher::Error) -> WatchFailure {
         | Error::WatchFailed(_)
         | Error::NoResourceVersion => None,
     };
-    WatchFailure { message: one_line(&error), code }
+    WatchFailure { message: one_line(error), code }
 }

@@ -76,6 +76,21 @@ async fn a_watch_that_is_too_old_starts_over_and_misses_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_watch_that_is_refused_for_its_age_starts_over() {
+    let api = FakeApi::new(&ALL);
+    api.put("services", service("a"));
+    let mut source = watch(api.client(), &settings());
+    source.until("the service", |loaded| services(loaded) == ["a"]).await;
+    for name in ["b", "c"] {
+        api.put("services", service(name));
+        api.forget();
+        source.until("the other", |loaded| services(loaded).contains(&name.to_owned())).await;
+    }
+    // It is no problem that anybody would have to look at.
+    assert!(source.loaded.borrow().problems.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_version_that_is_not_served_any_more_is_left_for_one_that_is() {
     let old: Vec<(&str, &[&str])> = ALL
         .iter()
