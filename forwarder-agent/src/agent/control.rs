@@ -49,7 +49,11 @@ impl Control {
         let mut retry = tokio::time::interval(BIND_RETRY);
         loop {
             tokio::select! {
-                Ok(()) = loaded.changed() => {
+                changed = loaded.changed() => {
+                    if changed.is_err() {
+                        tracing::error!("the source has come to an end, by a bug: the agent leaves for another one");
+                        return;
+                    }
                     let started = Instant::now();
                     let loaded = Arc::clone(&loaded.borrow_and_update());
                     if self.update_endpoints(&loaded, started).await {
@@ -180,7 +184,9 @@ impl Control {
         let statuses = &resolution.resolved.statuses;
         let report = NodeReport::new(node, statuses, failures);
         sender.send_if_modified(|before| {
-            let is_new = before.report != report || before.statuses != *statuses;
+            let is_new = !Arc::ptr_eq(&before.loaded, loaded)
+                || before.report != report
+                || before.statuses != *statuses;
             if is_new {
                 let (loaded, statuses) = (Arc::clone(loaded), Arc::clone(statuses));
                 *before = Arc::new(Outcome { loaded, statuses, report });

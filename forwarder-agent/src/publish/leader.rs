@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kube::Client;
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::{Api, Client};
 use kube_lease_manager::LeaseManagerBuilder;
 use tokio::sync::watch;
 
@@ -63,13 +64,33 @@ async fn take_part(client: &Client, identity: &Identity, sender: &watch::Sender<
                 "election of the agent that writes statuses"
             );
         }
-        if states.changed().await.is_err() {
+        let has_ended = tokio::select! {
+            changed = states.changed() => changed.is_err(),
+            lost = lost(client, identity, is_leader) => return lost,
+        };
+        if has_ended {
             drop(states);
             return match task.await {
                 Ok(Ok(_)) => "the election ended".to_owned(),
                 Ok(Err(error)) => one_line(&error),
                 Err(error) => error.to_string(),
             };
+        }
+    }
+}
+
+/// Waits until the Lease is not what the election takes it for: it is not made again once it has been deleted, and who
+/// holds it goes on to believe so.
+async fn lost(client: &Client, identity: &Identity, is_leader: bool) -> String {
+    let leases = Api::<Lease>::namespaced(client.clone(), &identity.namespace);
+    loop {
+        tokio::time::sleep(Duration::from_secs(DURATION)).await;
+        // An API server that does not answer has not given the Lease to anybody else.
+        let Ok(lease) = leases.get_opt(&lease_name(identity)).await else { continue };
+        let Some(lease) = lease else { return "the Lease was deleted".to_owned() };
+        let holder = lease.spec.and_then(|spec| spec.holder_identity);
+        if is_leader && holder.as_ref() != Some(&identity.holder()) {
+            return format!("the Lease is held by {}", holder.unwrap_or_default());
         }
     }
 }

@@ -5,6 +5,7 @@
 //! (`writer`): what has to be written is computed by `patch`. All agents resolve the same manifests to the same
 //! statuses, so that it does not matter which one it is, nor whether for a moment it is two.
 
+mod events;
 mod leader;
 mod patch;
 mod reports;

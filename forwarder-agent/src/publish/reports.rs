@@ -7,21 +7,20 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
 use kube::core::{PartialObjectMeta, Resource};
+use kube::runtime::watcher;
 use kube::runtime::watcher::Event;
-use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
 use serde_json::json;
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::{FIELD_MANAGER, Identity, Outcome};
 use crate::error::one_line;
-use crate::source::kube::{WATCH_SECONDS, backoff};
+use crate::source::kube::{WATCH_SECONDS, events};
 use crate::status::nodes::{Node, NodeReport};
 
 /// The label of the Leases with reports: the installation.
@@ -30,6 +29,8 @@ const LABEL: &str = "forwarder.dev/report-of";
 const ANNOTATION: &str = "forwarder.dev/report";
 /// How long changes are gathered before they are reported.
 const DEBOUNCE: Duration = Duration::from_millis(100);
+/// How long after the last change it is reported again.
+const AGAIN: Duration = Duration::from_mins(5);
 /// How long to wait after a failure.
 const RETRY: Duration = Duration::from_secs(2);
 
@@ -45,9 +46,14 @@ pub(super) async fn write_own(
     let mut owner = None;
     let mut written = None;
     let mut has_failed = false;
-    while outcome.changed().await.is_ok() {
-        sleep(DEBOUNCE).await;
-        loop {
+    loop {
+        match timeout(AGAIN, outcome.changed()).await {
+            Ok(Ok(())) => sleep(DEBOUNCE).await,
+            Ok(Err(_)) => return,
+            // Somebody may have deleted the Lease, or its Pod may not have been there yet. To write the same is no change.
+            Err(_) => written = None,
+        }
+        while !outcome.borrow().report.node.is_empty() {
             let report = outcome.borrow_and_update().report.clone();
             if written.as_ref() == Some(&report) {
                 break;
@@ -95,21 +101,18 @@ fn lease(identity: &Identity, pod: &str, owner: Option<&str>, report: &NodeRepor
 pub(super) async fn follow(client: Client, identity: Arc<Identity>, nodes: watch::Sender<Option<Vec<Node>>>) {
     let selector = watcher::Config::default().timeout(WATCH_SECONDS).labels(&identity.pod_selector);
     let pods = Api::<Pod>::namespaced(client.clone(), &identity.namespace);
-    let mut pods = std::pin::pin!(watcher(pods, selector).backoff(backoff()));
+    let mut pods = events("Pods of agents", move || watcher(pods.clone(), selector.clone()));
     let selector = watcher::Config::default()
         .timeout(WATCH_SECONDS)
         .labels(&format!("{LABEL}={}", identity.installation()));
     let leases = Api::<PartialObjectMeta<Lease>>::namespaced(client, &identity.namespace);
-    let mut leases = std::pin::pin!(watcher(leases, selector).backoff(backoff()));
+    let mut leases = events("Leases of agents", move || watcher(leases.clone(), selector.clone()));
     let (mut agents, mut reports) = (Followed::new(agent), Followed::new(report));
     loop {
-        let failure = tokio::select! {
-            Some(event) = pods.next() => event.map(|event| agents.take_in(event)).err(),
-            Some(event) = leases.next() => event.map(|event| reports.take_in(event)).err(),
+        tokio::select! {
+            Some(event) = pods.recv() => agents.take_in(event),
+            Some(event) = leases.recv() => reports.take_in(event),
             () = nodes.closed() => return,
-        };
-        if let Some(error) = failure {
-            tracing::warn!(error = one_line(&error), "cannot follow the other agents; trying again");
         }
         if !(agents.is_complete && reports.is_complete) {
             continue;

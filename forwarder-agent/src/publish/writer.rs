@@ -13,15 +13,14 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
-use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::{Patch, PatchParams};
 use kube::core::DynamicObject;
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, ResourceExt};
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
+use super::events::Events;
 use super::patch::{KINDS, Parent, Wanted, Warning, finalizer_patch, patch};
 use super::{FIELD_MANAGER, Identity, Outcome, PublishHealth, WriteResult, reports};
 use crate::error::one_line;
@@ -49,8 +48,7 @@ pub(super) struct Writer {
     client: Client,
     identity: Arc<Identity>,
     health: Arc<PublishHealth>,
-    recorder: Recorder,
-    events: Allowance,
+    events: Events,
     /// Whether it was said that this agent is not among those that count.
     is_uncounted: bool,
     objects: HashMap<ObjectRef, Progress>,
@@ -72,6 +70,16 @@ struct Progress {
     /// Not before.
     not_before: Option<Instant>,
     failures: u32,
+}
+
+impl Progress {
+    /// Looks at the same version again in a while; yields when.
+    fn retry_soon(&mut self) -> Instant {
+        let at = Instant::now() + RETRY.0;
+        self.stale = None;
+        self.not_before = Some(at);
+        at
+    }
 }
 
 /// A write that is to be made, or has come to an end.
@@ -97,11 +105,8 @@ type Writes = FuturesUnordered<BoxFuture<'static, Write<Result<Option<String>, k
 
 impl Writer {
     pub(super) fn new(client: Client, identity: Arc<Identity>, health: Arc<PublishHealth>) -> Self {
-        let reporter =
-            Reporter { controller: identity.controller.clone(), instance: Some(identity.holder()) };
-        let recorder = Recorder::new(client.clone(), reporter);
-        let events = Allowance { left: Allowance::MOST, since: Instant::now() };
-        Self { client, identity, health, recorder, events, is_uncounted: false, objects: HashMap::new() }
+        let events = Events::new(client.clone(), &identity);
+        Self { client, identity, health, events, is_uncounted: false, objects: HashMap::new() }
     }
 
     /// Writes whenever it is this agent's turn, until nobody sets the outcome any more.
@@ -203,6 +208,10 @@ impl Writer {
         };
         let nodes = self.with_own(nodes, outcome);
         apply_nodes(&mut statuses, &nodes);
+        // Nothing has been resolved yet, or only what a former agent has kept.
+        if outcome.loaded.manifests.api_release == ApiRelease::NotInstalled {
+            return None;
+        }
         let identity = Arc::clone(&self.identity);
         let manifests = &outcome.loaded.manifests;
         let used_classes: BTreeSet<&str> =
@@ -298,7 +307,6 @@ impl Writer {
         let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
         writes.push(Box::pin(async move {
             let what = match (api, what) {
-                // The kind is not served any more; whatever comes next is told by the watches.
                 (None, _) => Ok(None),
                 (Some(api), Body::Status(body)) => api
                     .patch_status(&id.name, &params, &Patch::Merge(body))
@@ -325,6 +333,8 @@ impl Writer {
         let is_passed_over = std::mem::take(&mut progress.is_passed_over);
         progress.stale = Some(record.resource_version.clone());
         let error = match what {
+            // The kind is not served any more: whatever comes next is told by the watches.
+            Ok(None) => return Some(progress.retry_soon()),
             Ok(version) => {
                 let next = Instant::now() + INTERVAL;
                 progress.failures = 0;
@@ -337,7 +347,7 @@ impl Writer {
                 }
                 self.health.count(kind, WriteResult::Written);
                 tracing::debug!(object = %id, "status written");
-                self.tell(&id, &record, warnings, served);
+                self.events.tell(&id, &record, warnings, served);
                 return (is_same || is_passed_over).then_some(next);
             }
             Err(error) => error,
@@ -348,8 +358,8 @@ impl Writer {
                 tracing::debug!(object = %id, "somebody was faster: looking again");
                 return is_passed_over.then(Instant::now);
             }
-            // It is gone, or its CRD is.
-            kube::Error::Api(status) if status.code == 404 => return is_passed_over.then(Instant::now),
+            // It is gone, or it is served in another version now: the watches will tell.
+            kube::Error::Api(status) if status.code == 404 => return Some(progress.retry_soon()),
             _ => {}
         }
         self.health.count(kind, WriteResult::Failed);
@@ -364,39 +374,6 @@ impl Writer {
             "cannot write the status; trying again"
         );
         progress.not_before
-    }
-
-    /// Tells people, by events of the object, which conditions have turned bad.
-    fn tell(&mut self, id: &ObjectRef, record: &Record, warnings: Vec<Warning>, served: &Served) {
-        let resource = served.values().find(|resource| resource.kind == id.kind);
-        let reference = ObjectReference {
-            api_version: resource.map(|resource| resource.api_version.clone()),
-            kind: Some(id.kind.clone()),
-            namespace: Some(id.namespace.clone()).filter(|namespace| !namespace.is_empty()),
-            name: Some(id.name.clone()),
-            uid: Some(record.uid.clone()),
-            ..ObjectReference::default()
-        };
-        for Warning { reason, message } in warnings {
-            if !self.events.take() {
-                tracing::debug!(object = %id, reason, "too many events: this one is in the status only");
-                continue;
-            }
-            let (recorder, reference) = (self.recorder.clone(), reference.clone());
-            tokio::spawn(async move {
-                let note = Some(message).filter(|message| !message.is_empty());
-                let event = Event {
-                    type_: EventType::Warning,
-                    reason,
-                    note,
-                    action: "Configure".to_owned(),
-                    secondary: None,
-                };
-                if let Err(error) = recorder.publish(&event, &reference).await {
-                    tracing::debug!(error = one_line(&error), "an event was not recorded");
-                }
-            });
-        }
     }
 }
 
@@ -446,33 +423,15 @@ fn wanted<'a>(
                     }
                     parents.push(Parent { reference, status: parent });
                 }
+            } else if manifests.tcp_routes.get(&name)?.metadata.generation != record.generation {
+                // It has been seen before it was resolved.
+                return None;
             } else if !record.status.as_ref().is_some_and(|status| status.contains(controller)) {
                 // Nothing of ours is there, nor is it to be.
                 return None;
             }
             Some(Wanted::Route { controller, parents })
         }
-    }
-}
-
-/// How many events may be told: some at once, and then one a second.
-#[derive(Debug)]
-struct Allowance {
-    left: u32,
-    since: Instant,
-}
-
-impl Allowance {
-    const MOST: u32 = 50;
-
-    fn take(&mut self) -> bool {
-        let seconds = self.since.elapsed().as_secs();
-        self.since += Duration::from_secs(seconds);
-        let more = u32::try_from(seconds).unwrap_or(Self::MOST);
-        self.left = self.left.saturating_add(more).min(Self::MOST);
-        let is_left = self.left > 0;
-        self.left = self.left.saturating_sub(1);
-        is_left
     }
 }
 

@@ -1,6 +1,7 @@
 use kube::core::Status;
 
 use super::*;
+use crate::source::Loaded;
 use crate::status::GatewayClassStatus;
 
 const CLASS: &str = "forwarder";
@@ -21,7 +22,9 @@ fn writer() -> Writer {
 /// A class that is to be accepted.
 fn outcome() -> Outcome {
     let conditions = vec![Condition::holds("Accepted", "Accepted", "", 1)];
-    let mut outcome = Outcome::default();
+    let mut loaded = Loaded::default();
+    loaded.manifests.api_release = ApiRelease::Unknown;
+    let mut outcome = Outcome { loaded: Arc::new(loaded), ..Outcome::default() };
     Arc::make_mut(&mut outcome.statuses)
         .gateway_classes
         .insert(CLASS.to_owned(), GatewayClassStatus { conditions });

@@ -23,6 +23,11 @@ struct Leader {
 
 impl Leader {
     fn start(api: FakeApi) -> Self {
+        Self::start_after(Duration::ZERO, api)
+    }
+
+    /// The same with an agent that takes so long to resolve what it reads.
+    fn start_after(delay: Duration, api: FakeApi) -> Self {
         let client = api.client();
         let options = Options {
             kube: KubeOptions { enabled: Some(true), ..KubeOptions::default() },
@@ -38,6 +43,7 @@ impl Leader {
         tokio::spawn(async move {
             while loaded.changed().await.is_ok() {
                 let loaded = Arc::clone(&loaded.borrow_and_update());
+                sleep(delay).await;
                 let statuses = resolve(&loaded.manifests, &resolve_settings).statuses;
                 let report = NodeReport::new(&node, &statuses, &[]);
                 sender.send_replace(Arc::new(Outcome { loaded, statuses, report }));
@@ -181,4 +187,25 @@ async fn who_does_not_lead_writes_nothing() {
     assert!(!leader.health.is_leader());
     leader.election.send_replace(true);
     leader.until("the status again", has_parent).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_taken_away_before_it_has_been_resolved() {
+    let api = api();
+    let before = Leader::start(api.clone());
+    before.until("the status", has_parent).await;
+    before.election.send_replace(false);
+    sleep(QUIET).await;
+    let (route, writes) = (api.get("tcproutes", "db/a"), api.writes().len());
+    // Another one leads at once, and knows only later what it has read.
+    let leader = Leader::start_after(Duration::from_secs(20), api);
+    // A route that comes meanwhile has a status by somebody who was faster.
+    let mut other = route.clone().unwrap();
+    other["metadata"]["name"] = "b".into();
+    sleep(Duration::from_secs(30)).await;
+    leader.api.put("tcproutes", other);
+    sleep(QUIET).await;
+    assert_eq!(leader.api.get("tcproutes", "db/a"), route);
+    let taken = leader.api.writes()[writes..].iter().any(|(_, body)| body["status"]["parents"] == json!([]));
+    assert!(!taken, "{:?}", &leader.api.writes()[writes..]);
 }

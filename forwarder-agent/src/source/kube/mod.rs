@@ -5,6 +5,8 @@
 //! up the others. The flow: a `reflector` for each kind tells of its objects, the `store` makes one set of manifests of
 //! them, and [`watch()`] publishes that once it is quiet, at first when every kind has been read.
 
+mod asks;
+mod connect;
 #[cfg(test)]
 pub(crate) mod fake;
 mod kinds;
@@ -15,45 +17,42 @@ mod state;
 mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures_util::StreamExt;
+use futures_util::FutureExt;
+use kube::Client;
 use kube::core::{DynamicObject, PartialObjectMeta, Resource};
 use kube::discovery::ApiResource;
 use kube::runtime::watcher::Event;
-use kube::{Client, Config};
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
 
+use self::asks::{Asking, Asks, answer_of, ask};
 use self::reflector::{Message, News, Scope};
 use self::store::Store;
 use super::Loaded;
-use crate::error::one_line;
 use crate::lock::lock;
 use crate::manifests::{GATEWAY_GROUP, Kind};
 use crate::settings::KubeSettings;
 
+pub use self::connect::{ConnectError, connect};
 pub use self::kinds::{CORE_KINDS, GATEWAY_KINDS, Served, discover, resource};
 pub use self::records::{Record, Records};
-pub(crate) use self::reflector::{WATCH_SECONDS, backoff};
+pub(crate) use self::reflector::{WATCH_SECONDS, events};
 
 /// For so long it must be quiet before changes are published, and so long may that be put off.
 const QUIET: Duration = Duration::from_millis(50);
 const PATIENCE: Duration = Duration::from_millis(100);
 /// How long the API server may take, at first, before the last known state is published in place of what it says.
 const STATE_AFTER: Duration = Duration::from_secs(3);
-/// How long a kind may be refused, at first, before the others are published without it.
+/// A watch that goes on says nothing where nothing changes: its failure is over if it has not come again for so long.
+const FAILURE: Duration = Duration::from_secs(30);
+/// How long a kind may be refused, once the API server answers, before the others are published without it.
 const REFUSED_FOR: Duration = Duration::from_secs(10);
-/// A served version shows in the discovery documents only some moments after its CRD has changed.
-const ASK_AGAIN: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(3), Duration::from_secs(10)];
-/// How often it is asked anyway.
-const ASK_ANYWAY: Duration = Duration::from_mins(1);
-/// An API server ends each watch before that: silence for longer means a dead connection.
-const SILENCE: Duration = Duration::from_secs(95);
 /// The annotation of a CRD that tells the release of the Gateway API.
 const BUNDLE_VERSION: &str = "gateway.networking.k8s.io/bundle-version";
 
@@ -91,48 +90,6 @@ impl KubeHealth {
     }
 }
 
-/// Why no client could be made.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// A kubeconfig cannot be used.
-    #[error("cannot use kubeconfig {path}: {source}")]
-    Kubeconfig {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: kube::config::KubeconfigError,
-    },
-    /// Neither the environment nor a service account says where the API server is.
-    #[error(
-        "no Kubernetes API is configured: run in a Pod with a service account, set KUBECONFIG, or give --kubeconfig ({0})"
-    )]
-    Infer(#[from] kube::config::InferConfigError),
-    /// The configuration is there, and unusable.
-    #[error("cannot make a client of the Kubernetes API: {0}")]
-    Client(#[from] kube::Error),
-}
-
-/// A client of the API server. Nothing is asked of it yet.
-///
-/// # Errors
-/// It is not said where the API server is, or how to authenticate.
-pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client, ConnectError> {
-    let mut config = match kubeconfig {
-        None => Config::infer().await?,
-        Some(path) => {
-            let read = async {
-                let kubeconfig = kube::config::Kubeconfig::read_from(path)?;
-                Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default()).await
-            };
-            read.await.map_err(|source| ConnectError::Kubeconfig { path: path.to_owned(), source })?
-        }
-    };
-    config.connect_timeout = Some(Duration::from_secs(5));
-    config.read_timeout = Some(SILENCE);
-    Ok(Client::try_from(config)?)
-}
-
 /// What the API server holds, followed.
 #[derive(Debug)]
 pub struct KubeSource {
@@ -148,6 +105,7 @@ pub struct KubeSource {
 pub fn watch(client: Client, settings: &KubeSettings) -> KubeSource {
     let (loaded_sender, loaded) = watch::channel(Arc::default());
     let (records_sender, records) = watch::channel(Records::default());
+    let (kept, to_keep) = watch::channel(None);
     let health = Arc::new(KubeHealth::new());
     let follower = Follower {
         client,
@@ -161,9 +119,14 @@ pub fn watch(client: Client, settings: &KubeSettings) -> KubeSource {
         loaded: loaded_sender,
         records: records_sender,
         health: Arc::clone(&health),
+        kept,
         knows_release: false,
+        gives_up: false,
         is_published: false,
     };
+    if let Some(directory) = &settings.state_dir {
+        tokio::spawn(state::keep(directory.clone(), to_keep));
+    }
     tokio::spawn(follower.run());
     KubeSource { loaded, records, health }
 }
@@ -183,8 +146,12 @@ struct Follower {
     loaded: watch::Sender<Arc<Loaded>>,
     records: watch::Sender<Records>,
     health: Arc<KubeHealth>,
+    /// What is to be kept for the next agent.
+    kept: watch::Sender<Option<Arc<Loaded>>>,
     /// Whether the CRDs have been listed, so that their release is known.
     knows_release: bool,
+    /// Whether kinds that are refused are not waited for any more.
+    gives_up: bool,
     is_published: bool,
 }
 
@@ -208,16 +175,15 @@ impl Follower {
         for kind in CORE_KINDS {
             self.follow(kind, &resource(kind, "v1"));
         }
-        let started = Instant::now();
-        let mut crds = std::pin::pin!(reflector::crds(self.client.clone()));
+        let mut crds = reflector::crds(self.client.clone());
         let mut named = BTreeSet::new();
         let mut due: Option<Due> = None;
         let mut asks = Asks::new();
-        let mut writer = state::Writer::new(self.state_dir.clone());
-        let state_at = started + STATE_AFTER;
-        let give_up_at = started + REFUSED_FOR;
+        let mut asking: Option<Asking> = None;
+        let mut failures = tokio::time::interval(FAILURE / 3);
+        let state_at = Instant::now() + STATE_AFTER;
         let mut state_is_due = true;
-        let mut refusals_are_due = true;
+        let mut give_up_at: Option<Instant> = None;
         loop {
             tokio::select! {
                 Some(message) = self.messages.1.recv() => {
@@ -231,19 +197,28 @@ impl Follower {
                         due = Some(Due::after_change(due));
                     }
                 }
-                Some(event) = crds.next() => {
-                    if let Some(event) = event && self.crd_changed(event, &mut named) {
+                Some(event) = crds.recv() => {
+                    if self.crd_changed(event, &mut named) {
                         asks.soon();
                         due = Some(Due::after_change(due));
                     }
                 }
-                () = sleep_until(asks.next) => {
-                    let answer = self.ask().await;
+                // The watches are listened to while this is answered.
+                () = sleep_until(asks.next), if asking.is_none() => {
+                    asking = Some(ask(self.client.clone()).boxed());
+                }
+                answer = answer_of(&mut asking), if asking.is_some() => {
+                    asking = None;
                     asks.answered(answer.is_ok());
                     match answer {
-                        Ok(served) => if self.serve(served) {
-                            due = Some(Due::after_change(due));
-                        },
+                        Ok(served) => {
+                            let first = Instant::now() + REFUSED_FOR;
+                            give_up_at.get_or_insert(first);
+                            let has_removed = self.remove_kinds(&served);
+                            if self.serve(served) || has_removed {
+                                due = Some(Due::after_change(due));
+                            }
+                        }
                         Err(error) => tracing::warn!(
                             error,
                             "cannot ask the Kubernetes API which kinds it serves; asking again"
@@ -254,34 +229,31 @@ impl Follower {
                     state_is_due = false;
                     self.publish_kept_state().await;
                 }
-                () = sleep_until(give_up_at), if refusals_are_due => {
-                    refusals_are_due = false;
+                () = at(give_up_at), if give_up_at.is_some() && !self.gives_up => {
+                    self.gives_up = true;
                     due = Some(Due::after_change(due));
                 }
-                () = async { sleep_until(due.map_or(started, |due| due.at)).await }, if due.is_some() => {
+                () = at(due.map(|due| due.at)), if due.is_some() => {
                     due = None;
-                    if self.publish(!refusals_are_due) {
-                        state_is_due = false;
-                        writer.changed(&self.loaded.borrow());
+                    state_is_due &= !self.publish();
+                }
+                _ = failures.tick() => {
+                    if self.store.forgive(FAILURE) {
+                        due = Some(Due::after_change(due));
                     }
                 }
-                () = writer.due() => writer.write().await,
                 () = self.loaded.closed() => return self.stop(),
             }
         }
     }
 
-    /// Asks what is served, for a bounded time: the watches have to be listened to.
-    async fn ask(&self) -> Result<Served, String> {
-        match timeout(Duration::from_secs(5), discover(&self.client)).await {
-            Ok(answer) => answer.map_err(|error| one_line(&error)),
-            Err(_) => Err("no answer within 5 seconds".to_owned()),
-        }
-    }
-
-    /// Publishes what is known, once that is everything.
-    fn publish(&mut self, without_refused: bool) -> bool {
-        let is_complete = self.store.is_complete(without_refused) && (self.knows_release || without_refused);
+    /// Publishes what is known, once that is everything, or everything that the API server will tell.
+    fn publish(&mut self) -> bool {
+        // Soon after its start, an API server knows its CRDs, and serves them some moments later.
+        let is_served = |kind: &Kind| self.served.as_ref().is_some_and(|served| served.contains_key(kind));
+        let is_known = self.knows_release
+            && GATEWAY_KINDS.iter().all(|kind| is_served(kind) || !self.store.has_crd(*kind));
+        let is_complete = self.store.is_complete(self.gives_up) && (is_known || self.gives_up);
         if self.served.is_none() || !(self.is_published || is_complete) {
             return false;
         }
@@ -310,7 +282,19 @@ impl Follower {
             }
             is_new
         });
+        if is_known && self.store.is_complete(false) {
+            self.kept.send_replace(Some(Arc::clone(&self.loaded.borrow())));
+        }
         true
+    }
+
+    /// Removes the objects of kinds that are neither served nor have a CRD. That a kind is not served says nothing by
+    /// itself: so it is for a moment when an API server starts. Yields whether there was one.
+    fn remove_kinds(&mut self, served: &Served) -> bool {
+        let store = &mut self.store;
+        let is_gone = |kind: &Kind| !served.contains_key(kind) && !store.has_crd(*kind);
+        let gone: Vec<Kind> = GATEWAY_KINDS.into_iter().filter(is_gone).collect();
+        self.knows_release && gone.into_iter().filter(|kind| store.remove_kind(*kind)).count() > 0
     }
 
     /// Publishes what a former agent has kept, while the API server does not answer.
@@ -414,12 +398,12 @@ impl Follower {
             }
             Event::Delete(object) => {
                 let Some(name) = crd(&object) else { return false };
-                self.store.remove_crd(&name);
+                self.store.forget_release(&name);
                 named.remove(&name);
                 true
             }
             Event::InitDone => {
-                self.store.retain_crds(named);
+                self.store.retain_releases(named);
                 self.knows_release = true;
                 true
             }
@@ -446,38 +430,11 @@ impl Follower {
     }
 }
 
-/// When the API server is asked which kinds it serves.
-struct Asks {
-    next: Instant,
-    /// How many times of [`ASK_AGAIN`] are left, and since when they count.
-    changed: Instant,
-    left: std::slice::Iter<'static, Duration>,
-    failures: u32,
-}
-
-impl Asks {
-    fn new() -> Self {
-        let now = Instant::now();
-        Self { next: now, changed: now, left: [].iter(), failures: 0 }
-    }
-
-    /// Something has changed: asks at once, and some times after.
-    fn soon(&mut self) {
-        self.changed = Instant::now();
-        self.left = ASK_AGAIN.iter();
-        self.next = self.next.min(self.changed + QUIET);
-    }
-
-    fn answered(&mut self, is_answer: bool) {
-        let now = Instant::now();
-        if is_answer {
-            self.failures = 0;
-            let again = self.left.find_map(|after| Some(self.changed + *after).filter(|at| *at > now));
-            self.next = again.unwrap_or(now + ASK_ANYWAY);
-        } else {
-            self.failures += 1;
-            self.next = now + Duration::from_millis(500 << self.failures.min(5)).min(Duration::from_secs(10));
-        }
+/// Waits until a time; for ever if there is none.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -8,7 +8,7 @@ use futures_util::{Stream, StreamExt};
 use kube::core::{DynamicObject, PartialObjectMeta, Resource};
 use kube::discovery::ApiResource;
 use kube::runtime::utils::{Backoff, ResetTimerBackoff};
-use kube::runtime::{WatchStreamExt, watcher};
+use kube::runtime::watcher;
 use kube::{Api, Client};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
@@ -99,12 +99,54 @@ pub(super) async fn reflect(
     }
 }
 
-/// The changes of the CRDs, by their metadata. `None` stands for a failure.
-pub(super) fn crds(
-    client: Client,
-) -> impl Stream<Item = Option<watcher::Event<PartialObjectMeta<DynamicObject>>>> {
+/// The changes of the CRDs, by their metadata.
+pub(super) fn crds(client: Client) -> mpsc::Receiver<watcher::Event<PartialObjectMeta<DynamicObject>>> {
     let api = Api::<PartialObjectMeta<DynamicObject>>::all_with(client, &kinds::crds());
-    watcher(api, config(PAGE)).backoff(backoff()).map(Result::ok)
+    events("CustomResourceDefinitions", move || watcher(api.clone(), config(PAGE)))
+}
+
+/// What a watch tells, tried again whenever it fails. It ends when nobody listens any more.
+pub(crate) fn events<K, W>(
+    what: &'static str,
+    start: impl Fn() -> W + Send + 'static,
+) -> mpsc::Receiver<watcher::Event<K>>
+where
+    K: Send + 'static,
+    W: Stream<Item = watcher::Result<watcher::Event<K>>> + Send,
+{
+    let (sender, receiver) = mpsc::channel(64);
+    tokio::spawn(async move {
+        let mut watch = std::pin::pin!(start());
+        let mut pace = Pace::new();
+        let mut has_failed = false;
+        while let Some(event) = watch.next().await {
+            let delay = pace.after(event.as_ref());
+            match event {
+                Ok(event) => {
+                    has_failed &= matches!(event, watcher::Event::Init);
+                    if sender.send(event).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    if is_refused_for_its_age(&error) {
+                        watch.set(start());
+                    }
+                    if failure(&error).code != Some(410) && !std::mem::replace(&mut has_failed, true) {
+                        tracing::warn!(
+                            what,
+                            error = one_line(&error),
+                            "a watch of the Kubernetes API failed; trying again"
+                        );
+                    }
+                }
+            }
+            if let Some(delay) = delay {
+                sleep(delay).await;
+            }
+        }
+    });
+    receiver
 }
 
 /// The API server ends a watch after so many seconds, and it is begun again where it was. Silence for longer than that
@@ -118,7 +160,7 @@ fn config(page: u32) -> watcher::Config {
 }
 
 /// From half a second to some ten, at random: hundreds of agents must not come back in one moment, nor minutes late.
-pub(crate) fn backoff() -> impl Backoff {
+fn backoff() -> impl Backoff {
     let delays = backon::ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(500))
         // The jitter is on top of it, and as large.
@@ -136,21 +178,25 @@ struct Pace {
 }
 
 impl Pace {
-    fn after(&mut self, news: &News) -> Option<Duration> {
-        match news {
+    fn new() -> Self {
+        Self { delays: Box::new(backoff()), expired: None }
+    }
+
+    fn after<K>(&mut self, event: Result<&watcher::Event<K>, &watcher::Error>) -> Option<Duration> {
+        match event {
             // The list that follows may fail like the one before.
-            News::ListBegins => None,
-            News::Put(_) | News::Gone(_) | News::ListEnds => {
+            Ok(watcher::Event::Init) => None,
+            Ok(_) => {
                 self.delays.reset();
                 None
             }
             // All that is asked for is to list everything again, as after each restart of an API server: at once, once.
-            News::Failed(failure) if failure.code == Some(410) => {
+            Err(error) if failure(error).code == Some(410) => {
                 let now = Instant::now();
                 let is_again = self.expired.replace(now).is_some_and(|before| now - before < EXPIRED_AGAIN);
                 if is_again { self.delays.next() } else { None }
             }
-            News::Failed(_) => self.delays.next(),
+            Err(_) => self.delays.next(),
         }
     }
 }
@@ -185,8 +231,9 @@ impl Teller {
         read: impl Fn(K) -> (Result<Manifest, String>, Record),
     ) {
         let mut watch = std::pin::pin!(start());
-        let mut pace = Pace { delays: Box::new(backoff()), expired: None };
+        let mut pace = Pace::new();
         while let Some(event) = watch.next().await {
+            let delay = pace.after(event.as_ref());
             let put = |object: K| {
                 let id = self.id(&object);
                 let (manifest, record) = read(object);
@@ -198,15 +245,12 @@ impl Teller {
                 Ok(watcher::Event::Delete(object)) => News::Gone(self.id(&object)),
                 Ok(watcher::Event::InitDone) => News::ListEnds,
                 Err(error) => {
-                    let failure = failure(&error);
-                    // It would be tried again for ever from where nothing is remembered.
-                    if failure.code == Some(410) && matches!(error, watcher::Error::WatchStartFailed(_)) {
+                    if is_refused_for_its_age(&error) {
                         watch.set(start());
                     }
-                    News::Failed(failure)
+                    News::Failed(failure(&error))
                 }
             };
-            let delay = pace.after(&news);
             let message = Message { scope: self.scope.clone(), epoch: self.epoch, news };
             if self.messages.send(message).await.is_err() {
                 return;
@@ -256,6 +300,12 @@ fn slim(mut manifest: Manifest) -> Manifest {
         metadata.annotations.clear();
     }
     manifest
+}
+
+/// Whether a watch was refused at its start, since nothing is remembered from there on. It would be tried again for ever
+/// from the same version.
+fn is_refused_for_its_age(error: &watcher::Error) -> bool {
+    failure(error).code == Some(410) && matches!(error, watcher::Error::WatchStartFailed(_))
 }
 
 fn failure(error: &watcher::Error) -> WatchFailure {

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, sleep_until};
+use tokio::sync::watch;
+use tokio::time::sleep;
 
 use super::kinds;
 use crate::manifests::{GATEWAY_GROUP, Kind, Manifests, ObjectRef};
@@ -42,6 +43,8 @@ pub(super) enum StateError {
         #[source]
         source: serde_json::Error,
     },
+    #[error("reading the kept state panicked: {0}")]
+    Panic(tokio::task::JoinError),
     #[error(
         "cannot write {path}: {source}; the next agent has nothing to start with while the API server is away"
     )]
@@ -52,56 +55,25 @@ pub(super) enum StateError {
     },
 }
 
-/// Writes the state down some time after it has changed.
-pub(super) struct Writer {
-    directory: Option<PathBuf>,
-    state: Option<Arc<Loaded>>,
-    due: Option<Instant>,
-    written: Option<Instant>,
-    /// A failure is told once.
-    has_failed: bool,
-}
-
-impl Writer {
-    /// A writer to a folder, or to nowhere.
-    pub(super) fn new(directory: Option<PathBuf>) -> Self {
-        Self { directory, state: None, due: None, written: None, has_failed: false }
-    }
-
-    /// Something may have changed.
-    pub(super) fn changed(&mut self, loaded: &Arc<Loaded>) {
-        if self.directory.is_none() || self.state.as_ref().is_some_and(|state| Arc::ptr_eq(state, loaded)) {
-            return;
-        }
-        self.state = Some(Arc::clone(loaded));
-        let soonest = self.written.map(|written| written + INTERVAL);
-        let at = Instant::now() + DELAY;
-        self.due.get_or_insert(soonest.map_or(at, |soonest| soonest.max(at)));
-    }
-
-    /// Waits until it is to be written.
-    pub(super) async fn due(&self) {
-        match self.due {
-            Some(at) => sleep_until(at).await,
-            None => std::future::pending().await,
-        }
-    }
-
-    /// Writes it.
-    pub(super) async fn write(&mut self) {
-        self.due = None;
-        self.written = Some(Instant::now());
-        let (Some(directory), Some(state)) = (self.directory.clone(), self.state.clone()) else { return };
-        let written = tokio::task::spawn_blocking(move || write(&directory, &state.manifests)).await;
-        match written {
-            Ok(Ok(())) => self.has_failed = false,
-            Ok(Err(error)) if !self.has_failed => {
-                self.has_failed = true;
-                tracing::warn!(%error, "the state is not kept");
+/// Writes the state down some time after it has changed, until nobody sets it any more. A disk that hangs holds up
+/// nothing else.
+pub(super) async fn keep(directory: PathBuf, mut state: watch::Receiver<Option<Arc<Loaded>>>) {
+    let mut has_failed = false;
+    while state.changed().await.is_ok() {
+        sleep(DELAY).await;
+        let Some(loaded) = state.borrow_and_update().clone() else { continue };
+        let to = directory.clone();
+        match tokio::task::spawn_blocking(move || write(&to, &loaded.manifests)).await {
+            Ok(Ok(())) => has_failed = false,
+            Ok(Err(error)) => {
+                if !std::mem::replace(&mut has_failed, true) {
+                    tracing::warn!(%error, "the state is not kept; trying again");
+                }
+                state.mark_changed();
             }
-            Ok(Err(_)) => {}
             Err(error) => tracing::error!(%error, "writing the state panicked"),
         }
+        sleep(INTERVAL).await;
     }
 }
 
@@ -109,7 +81,7 @@ impl Writer {
 pub(super) async fn read(directory: &Path) -> Result<Option<Loaded>, StateError> {
     let path = directory.join(FILE);
     let reading = tokio::task::spawn_blocking(move || read_file(&path));
-    reading.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+    reading.await.unwrap_or_else(|error| Err(StateError::Panic(error)))
 }
 
 fn read_file(path: &Path) -> Result<Option<Loaded>, StateError> {

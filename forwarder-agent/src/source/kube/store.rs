@@ -6,6 +6,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::kinds::{GATEWAY_KINDS, Served, kind_of_crd, plural};
 use super::records::{Records, has_status};
@@ -37,7 +40,7 @@ struct Progress {
     /// The objects of the list that is being told.
     listed: Option<HashSet<ObjectRef>>,
     /// Why it does not go on.
-    failure: Option<WatchFailure>,
+    failure: Option<(WatchFailure, Instant)>,
 }
 
 impl Store {
@@ -84,8 +87,8 @@ impl Store {
             // What was remembered is too old, which happens in every cluster: everything is listed again.
             News::Failed(failure) if failure.code == Some(410) => return false,
             News::Failed(failure) => {
-                let is_new = progress.failure.as_ref() != Some(&failure);
-                progress.failure = Some(failure);
+                let is_new = progress.failure.as_ref().is_none_or(|(before, _)| *before != failure);
+                progress.failure = Some((failure, Instant::now()));
                 return is_new;
             }
         }
@@ -105,31 +108,45 @@ impl Store {
         self.releases.insert(crd.to_owned(), release);
     }
 
-    /// A CRD is gone, and with it every object of its kind, whether a watch has told so or not.
-    pub(super) fn remove_crd(&mut self, crd: &str) {
+    /// Forgets a CRD that is gone.
+    pub(super) fn forget_release(&mut self, crd: &str) {
         self.releases.remove(crd);
-        if let Some(kind) = kind_of_crd(crd) {
-            self.remove_all(kind);
-        }
     }
 
     /// These are all CRDs of the Gateway API: others are gone.
-    pub(super) fn retain_crds(&mut self, named: &BTreeSet<String>) {
+    pub(super) fn retain_releases(&mut self, named: &BTreeSet<String>) {
         self.releases.retain(|crd, _| named.contains(crd));
-        for kind in GATEWAY_KINDS {
-            if !named.iter().any(|crd| kind_of_crd(crd) == Some(kind)) {
-                self.remove_all(kind);
-            }
-        }
     }
 
-    /// Whether all objects of every scope are known; or, with `or_failed`, have failed to be.
-    pub(super) fn is_complete(&self, or_failed: bool) -> bool {
+    /// Whether the CRD of a kind is there.
+    pub(super) fn has_crd(&self, kind: Kind) -> bool {
+        self.releases.keys().any(|crd| kind_of_crd(crd) == Some(kind))
+    }
+
+    /// Removes every object of a kind of which there can be none any more, whether a watch has told so or not. Yields
+    /// whether there was one.
+    pub(super) fn remove_kind(&mut self, kind: Kind) -> bool {
+        let before = self.held.len() + self.unreadable.len();
+        self.remove_others(&Scope { kind, namespace: None }, &HashSet::new());
+        before != self.held.len() + self.unreadable.len()
+    }
+
+    /// Whether all objects of every scope are known; or, with `or_refused`, whether the API server will not tell of the
+    /// rest. One that cannot answer for a while has refused nothing.
+    pub(super) fn is_complete(&self, or_refused: bool) -> bool {
         self.scopes.values().all(|progress| {
-            // An API server that cannot be reached has not refused.
-            let has_refused = progress.failure.as_ref().is_some_and(|failure| failure.code.is_some());
-            progress.is_complete || (or_failed && has_refused)
+            let is_refusal = |(failure, _): &(WatchFailure, Instant)| matches!(failure.code, Some(403 | 404));
+            progress.is_complete || (or_refused && progress.failure.as_ref().is_some_and(is_refusal))
         })
+    }
+
+    /// Drops failures that have not come again for so long: a watch that goes on says nothing where nothing changes.
+    /// Yields whether there was one.
+    pub(super) fn forgive(&mut self, after: Duration) -> bool {
+        let is_over = |progress: &&mut Progress| {
+            progress.is_complete && progress.failure.as_ref().is_some_and(|(_, at)| at.elapsed() > after)
+        };
+        self.scopes.values_mut().filter(is_over).map(|progress| progress.failure = None).count() > 0
     }
 
     /// What the API server holds of the objects that carry a status.
@@ -199,10 +216,6 @@ impl Store {
         }
     }
 
-    fn remove_all(&mut self, kind: Kind) {
-        self.remove_others(&Scope { kind, namespace: None }, &HashSet::new());
-    }
-
     fn problems(&self) -> Vec<Problem> {
         let missing = GATEWAY_KINDS.into_iter().filter(|kind| !self.records.served.contains_key(kind));
         let missing = missing.map(|kind| {
@@ -213,7 +226,7 @@ impl Store {
             of_kind(kind, Reason::UnsupportedKind, message)
         });
         let failing = self.scopes.iter().filter_map(|(scope, progress)| {
-            let failure = progress.failure.as_ref()?;
+            let (failure, _) = progress.failure.as_ref()?;
             let of = scope.namespace.as_ref().map(|it| format!(" of namespace {it}")).unwrap_or_default();
             let kept = if progress.is_complete { "; what was read before stays in force" } else { "" };
             let what = plural(scope.kind);

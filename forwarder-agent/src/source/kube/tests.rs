@@ -174,3 +174,58 @@ async fn the_kept_state_is_in_force_while_the_api_does_not_answer() {
     source.until("both", |loaded| services(loaded) == ["a", "b"]).await;
     assert!(!source.health.is_stale());
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_api_that_answers_in_part_does_not_take_the_kept_state_away() {
+    let api = FakeApi::new(&ALL);
+    api.put("services", service("a"));
+    let state = tempfile::tempdir().unwrap();
+    let file = state.path().join("last-known.yaml");
+    let settings = KubeSettings { state_dir: Some(state.path().to_owned()), ..settings() };
+    let mut source = watch(api.client(), &settings);
+    source.until("the service", |loaded| services(loaded) == ["a"]).await;
+    let written = async {
+        while !file.exists() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    timeout(LONG, written).await.unwrap();
+    drop(source);
+    let kept = std::fs::read_to_string(&file).unwrap();
+
+    // It says what it serves, as one whose storage is away does, and lists nothing.
+    api.refuse("GET /api/v1/services", 500, 40);
+    api.put("services", service("b"));
+    let mut source = watch(api.client(), &settings);
+    source.until("the kept service", |loaded| services(loaded) == ["a"]).await;
+    let others = tokio::time::sleep(Duration::from_mins(2));
+    tokio::pin!(others);
+    loop {
+        tokio::select! {
+            () = &mut others => break,
+            changed = source.loaded.changed() => {
+                changed.unwrap();
+                assert_eq!(services(&source.loaded.borrow_and_update()), ["a"]);
+            }
+        }
+    }
+    assert!(source.health.is_stale());
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), kept);
+    source.until("both", |loaded| services(loaded) == ["a", "b"]).await;
+    assert!(!source.health.is_stale());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kind_whose_crd_is_there_is_waited_for_until_it_is_served() {
+    let api = FakeApi::new(&ALL);
+    api.put("services", service("a"));
+    api.put("tcproutes", route("a"));
+    // As for a moment after the start of an API server.
+    api.serve(&ALL[..2]);
+    let mut source = watch(api.client(), &settings());
+    let first = source.loaded.changed();
+    assert!(timeout(Duration::from_secs(5), first).await.is_err(), "something was in force");
+    api.serve(&ALL);
+    source.loaded.changed().await.unwrap();
+    assert_eq!(source.loaded.borrow().manifests.tcp_routes.len(), 1);
+}

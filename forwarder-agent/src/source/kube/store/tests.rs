@@ -155,9 +155,11 @@ fn a_kind_that_is_refused_holds_up_the_others_for_a_while_only() {
     assert!(!store.0.is_complete(false));
     assert!(store.0.is_complete(true));
     assert!(store.problems().iter().any(|it| it == "cannot follow referencegrants: refused"));
-    // An API server that cannot be reached has refused nothing: nothing is known of the kind.
-    store.tell(Kind::ReferenceGrant, [refused(None)]);
-    assert!(!store.0.is_complete(true));
+    // An API server that cannot be reached, or not answer, has refused nothing: nothing is known of the kind.
+    for code in [None, Some(500), Some(503), Some(429), Some(401)] {
+        store.tell(Kind::ReferenceGrant, [refused(code)]);
+        assert!(!store.0.is_complete(true), "{code:?}");
+    }
     store.tell(Kind::ReferenceGrant, [News::ListBegins, News::ListEnds]);
     assert!(store.0.is_complete(false));
     assert!(!store.problems().iter().any(|it| it.contains("referencegrants: refused")));
@@ -185,9 +187,9 @@ fn the_release_is_that_of_all_crds() {
     assert_eq!(store.loaded().manifests.api_release, ApiRelease::Installed(both.into()));
     store.set_release(&crd("gateways"), None);
     assert_eq!(store.loaded().manifests.api_release, ApiRelease::Unknown);
-    store.remove_crd(&crd("gateways"));
+    store.forget_release(&crd("gateways"));
     assert_eq!(store.loaded().manifests.api_release, ApiRelease::Installed(["v1.6.1".to_owned()].into()));
-    store.retain_crds(&BTreeSet::new());
+    store.retain_releases(&BTreeSet::new());
     assert_eq!(store.loaded().manifests.api_release, ApiRelease::Unknown);
 }
 
@@ -202,27 +204,34 @@ fn route(name: &str) -> News {
 }
 
 #[test]
-fn objects_go_with_their_crd_though_no_watch_has_told_so() {
-    let crds = ["gateways", "tcproutes"].map(|plural| format!("{plural}.gateway.networking.k8s.io"));
-    // It is told to be gone, or a list of all does not name it.
-    let removals: [fn(&mut Store, &[String; 2]); 2] = [
-        |store, crds| store.remove_crd(&crds[1]),
-        |store, crds| store.retain_crds(&[crds[0].clone()].into()),
-    ];
-    for remove in removals {
-        let mut store = Fixture::new(&[Kind::TcpRoute, Kind::Service]);
-        store.tell(Kind::TcpRoute, [News::ListBegins, route("a"), News::ListEnds]);
-        store.tell(Kind::Service, [News::ListBegins, service("db", "a", 1), News::ListEnds]);
-        // That it is not served for a moment, as while an API server starts, takes nothing away.
-        store.0.end(&scope(Kind::TcpRoute));
-        assert_eq!(store.0.loaded().manifests.tcp_routes.len(), 1);
-        store.0.retain_crds(&crds.clone().into());
-        assert_eq!(store.0.loaded().manifests.tcp_routes.len(), 1);
-        remove(&mut store.0, &crds);
-        assert_eq!(store.0.loaded().manifests.tcp_routes.len(), 0);
-        assert!(store.0.records().objects.is_empty());
-        assert_eq!(store.services(), ["db/a"]);
-    }
+fn all_objects_of_a_kind_go_and_no_others() {
+    let mut store = Fixture::new(&[Kind::TcpRoute, Kind::Service]);
+    store.tell(Kind::TcpRoute, [News::ListBegins, route("a"), News::ListEnds]);
+    store.tell(Kind::Service, [News::ListBegins, service("db", "a", 1), News::ListEnds]);
+    // That it is not served for a moment, as while an API server starts, takes nothing away.
+    store.0.end(&scope(Kind::TcpRoute));
+    assert_eq!(store.0.loaded().manifests.tcp_routes.len(), 1);
+    store.0.set_release("tcproutes.gateway.networking.k8s.io", None);
+    assert!(store.0.has_crd(Kind::TcpRoute) && !store.0.has_crd(Kind::Gateway));
+    assert!(store.0.remove_kind(Kind::TcpRoute));
+    assert!(!store.0.remove_kind(Kind::TcpRoute));
+    assert_eq!(store.0.loaded().manifests.tcp_routes.len(), 0);
+    assert!(store.0.records().objects.is_empty());
+    assert_eq!(store.services(), ["db/a"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_that_does_not_come_again_is_over() {
+    let after = Duration::from_secs(30);
+    let mut store = Fixture::new(&[Kind::Service, Kind::ReferenceGrant]);
+    store.tell(Kind::Service, [News::ListBegins, News::ListEnds, refused(None)]);
+    store.tell(Kind::ReferenceGrant, [News::ListBegins, refused(Some(403))]);
+    assert!(!store.0.forgive(after));
+    tokio::time::advance(Duration::from_secs(31)).await;
+    assert!(store.0.forgive(after));
+    // What was never read is not well because nobody says otherwise.
+    let problems = store.problems().join("\n");
+    assert!(!problems.contains("services") && problems.contains("referencegrants: refused"), "{problems}");
 }
 
 #[test]
