@@ -200,6 +200,10 @@ impl Writer {
         nodes: Vec<Node>,
         queue: &mut VecDeque<Write<Body>>,
     ) -> Option<Instant> {
+        // Nothing has been resolved yet, or only what a former agent has kept.
+        if outcome.loaded.manifests.api_release == ApiRelease::NotInstalled {
+            return None;
+        }
         // What nodes say concerns these alone: routes may be thousands, and stay where they are.
         let mut statuses = Statuses {
             gateways: outcome.statuses.gateways.clone(),
@@ -208,10 +212,6 @@ impl Writer {
         };
         let nodes = self.with_own(nodes, outcome);
         apply_nodes(&mut statuses, &nodes);
-        // Nothing has been resolved yet, or only what a former agent has kept.
-        if outcome.loaded.manifests.api_release == ApiRelease::NotInstalled {
-            return None;
-        }
         let identity = Arc::clone(&self.identity);
         let manifests = &outcome.loaded.manifests;
         let used_classes: BTreeSet<&str> =

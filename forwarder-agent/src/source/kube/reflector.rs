@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{Stream, StreamExt};
+use futures_util::{Stream, StreamExt, stream};
 use kube::core::{DynamicObject, PartialObjectMeta, Resource};
 use kube::discovery::ApiResource;
 use kube::runtime::utils::{Backoff, ResetTimerBackoff};
@@ -116,11 +116,9 @@ where
 {
     let (sender, receiver) = mpsc::channel(64);
     tokio::spawn(async move {
-        let mut watch = std::pin::pin!(start());
-        let mut pace = Pace::new();
+        let mut watch = std::pin::pin!(paced(start));
         let mut has_failed = false;
         while let Some(event) = watch.next().await {
-            let delay = pace.after(event.as_ref());
             match event {
                 Ok(event) => {
                     has_failed &= matches!(event, watcher::Event::Init);
@@ -128,21 +126,15 @@ where
                         return;
                     }
                 }
-                Err(error) => {
-                    if is_refused_for_its_age(&error) {
-                        watch.set(start());
-                    }
-                    if failure(&error).code != Some(410) && !std::mem::replace(&mut has_failed, true) {
+                Err(failure) => {
+                    if failure.code != Some(410) && !std::mem::replace(&mut has_failed, true) {
                         tracing::warn!(
                             what,
-                            error = one_line(&error),
+                            error = failure.message,
                             "a watch of the Kubernetes API failed; trying again"
                         );
                     }
                 }
-            }
-            if let Some(delay) = delay {
-                sleep(delay).await;
             }
         }
     });
@@ -168,6 +160,28 @@ fn backoff() -> impl Backoff {
         .with_jitter()
         .without_max_times();
     ResetTimerBackoff::new(watcher::ExponentialBackoff::from(delays), Duration::from_mins(2))
+}
+
+/// What a watch tells. After a failure it waits before it goes on, and begins anew where it could not go on.
+fn paced<K, W>(start: impl Fn() -> W) -> impl Stream<Item = Result<watcher::Event<K>, WatchFailure>>
+where
+    W: Stream<Item = watcher::Result<watcher::Event<K>>>,
+{
+    let first = (Box::pin(start()), start, Pace::new(), None);
+    stream::unfold(first, |(mut watch, start, mut pace, delay)| async move {
+        if let Some(delay) = delay {
+            sleep(delay).await;
+        }
+        let event = watch.next().await?;
+        let delay = pace.after(event.as_ref());
+        let event = event.map_err(|error| {
+            if is_refused_for_its_age(&error) {
+                watch.set(start());
+            }
+            failure(&error)
+        });
+        Some((event, (watch, start, pace, delay)))
+    })
 }
 
 /// How long is waited before the next request.
@@ -230,10 +244,8 @@ impl Teller {
         start: impl Fn() -> W,
         read: impl Fn(K) -> (Result<Manifest, String>, Record),
     ) {
-        let mut watch = std::pin::pin!(start());
-        let mut pace = Pace::new();
+        let mut watch = std::pin::pin!(paced(start));
         while let Some(event) = watch.next().await {
-            let delay = pace.after(event.as_ref());
             let put = |object: K| {
                 let id = self.id(&object);
                 let (manifest, record) = read(object);
@@ -244,19 +256,11 @@ impl Teller {
                 Ok(watcher::Event::InitApply(object) | watcher::Event::Apply(object)) => put(object),
                 Ok(watcher::Event::Delete(object)) => News::Gone(self.id(&object)),
                 Ok(watcher::Event::InitDone) => News::ListEnds,
-                Err(error) => {
-                    if is_refused_for_its_age(&error) {
-                        watch.set(start());
-                    }
-                    News::Failed(failure(&error))
-                }
+                Err(failure) => News::Failed(failure),
             };
             let message = Message { scope: self.scope.clone(), epoch: self.epoch, news };
             if self.messages.send(message).await.is_err() {
                 return;
-            }
-            if let Some(delay) = delay {
-                sleep(delay).await;
             }
         }
     }
