@@ -32,6 +32,11 @@ pub const AGENT_PRIORITY: u32 = 0x6677_6401;
 pub const STATE_TAIL: u32 = 1;
 /// [`Flow::state`]: the local sockets have nothing left to do and see nothing more.
 pub const STATE_SPLICED: u32 = 2;
+/// [`Flow::state`]: the agent has ended the pair: whoever sends something of it is told so by a reset.
+pub const STATE_RESET: u32 = 3;
+/// [`Flow::state`]: nothing of the pair is forwarded any more, and its packets are the local stack's, as if it stood nowhere. Its
+/// entries wait for their removal.
+pub const STATE_OVER: u32 = 4;
 
 /// [`Flow::direction`]: from downstream (the client) to upstream (the endpoint).
 pub const DIRECTION_REQUEST: u32 = 0;
@@ -143,7 +148,7 @@ pub struct Flow {
     pub pair: u32,
     /// [`DIRECTION_REQUEST`] or [`DIRECTION_RESPONSE`].
     pub direction: u32,
-    /// [`STATE_TAIL`] or [`STATE_SPLICED`].
+    /// [`STATE_TAIL`], [`STATE_SPLICED`], [`STATE_RESET`] or [`STATE_OVER`].
     pub state: u32,
     /// What is added to sequence numbers, modulo 2^32.
     pub sequence_shift: u32,
@@ -159,6 +164,12 @@ pub struct Flow {
     /// How far the agent's socket on the outgoing leg had acknowledged at the promotion, in the receiver's own numbers. In
     /// [`STATE_TAIL`] nothing less is acknowledged: what has been promised is on its way.
     pub acknowledged: u32,
+    /// The index of the interface that packets to the sender leave by, and its own are expected by.
+    pub arrival: u32,
+    /// The TTL or hop limit that packets leave with: that of the node's own packets.
+    pub hop_limit: u8,
+    /// Zero.
+    pub pad: [u8; 3],
 }
 
 /// What is known of one direction of a pair: the agent writes what it knows at the promotion, the programs keep it
@@ -181,8 +192,9 @@ pub struct Half {
     /// The least that any packet would have been shifted by in [`STATE_TAIL`]: that one had waited least between its sender's
     /// clock and the node's, which is how far the two clocks are apart.
     pub timestamp_least: u32,
-    /// Zero.
-    pub pad: u32,
+    /// The right edge of the window that the sender has announced, the farthest so far: the first number of the opposite
+    /// direction that it does not take yet, in the numbers that it sees.
+    pub edge: u32,
     /// The sequence number after the last byte or FIN that the sender has sent, in its own numbers.
     pub sequence_end: u32,
     /// What the sender has acknowledged, in the numbers that it sees.
@@ -426,7 +438,7 @@ const _: () = {
     assert!(offset_of!(FlowKey, source_port) == 32);
     assert!(offset_of!(FlowKey, destination_port) == 34);
 
-    assert!(size_of::<Flow>() == 104 && align_of::<Flow>() == 8);
+    assert!(size_of::<Flow>() == 112 && align_of::<Flow>() == 8);
     assert!(offset_of!(Flow, interface) == 36);
     assert!(offset_of!(Flow, next_hop) == 40);
     assert!(offset_of!(Flow, mtu) == 60);
@@ -441,10 +453,13 @@ const _: () = {
     assert!(offset_of!(Flow, target_scale) == 97);
     assert!(offset_of!(Flow, flags) == 98);
     assert!(offset_of!(Flow, acknowledged) == 100);
+    assert!(offset_of!(Flow, arrival) == 104);
+    assert!(offset_of!(Flow, hop_limit) == 108);
     assert!(size_of::<NextHop>() == 20 && offset_of!(NextHop, address) == 4);
 
     assert!(size_of::<Half>() == 64 && align_of::<Half>() == 8);
     assert!(offset_of!(Half, timestamp_shift) == 32);
+    assert!(offset_of!(Half, edge) == 44);
     assert!(offset_of!(Half, flags) == 62);
 
     assert!(size_of::<Pair>() == 144 && align_of::<Pair>() == 8);
@@ -490,6 +505,9 @@ mod tests {
             target_scale: 0,
             flags: 0,
             acknowledged: 0,
+            arrival: 2,
+            hop_limit: 64,
+            pad: [0; 3],
         };
         let response = Flow {
             direction: DIRECTION_RESPONSE,

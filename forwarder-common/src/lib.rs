@@ -21,7 +21,7 @@ pub use layout::{BackendKey, BackendValue, ListenerCounters, ListenerKey, Listen
 pub use verdict::Verdict;
 
 /// The version of every layout in this crate; pinned maps stand under `v{ABI_VERSION}`.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// The classifier for interfaces whose packets begin with an Ethernet header (`lo` among them). At most 15 characters,
 /// the kernel's limit (`BPF_OBJ_NAME_LEN` less the final zero).

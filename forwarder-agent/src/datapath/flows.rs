@@ -29,6 +29,9 @@ use crate::promote::{Hop, Leg, Placement, Refusal, Way, join};
 const BPF_NOEXIST: u64 = 1;
 const BPF_EXIST: u64 = 2;
 
+/// The TTL or hop limit of what is sent on: what Linux gives its own packets unless it is told otherwise (`IPDEFTTL`).
+const HOP_LIMIT: u8 = 64;
+
 /// The maps of flows, open.
 pub struct FlowTable {
     maps: Mutex<FlowMaps>,
@@ -286,6 +289,7 @@ impl FlowTable {
             next_hop: NextHop::new(egress.next_hop),
             mtu: self.mtu(&egress),
             way,
+            hop_limit: HOP_LIMIT,
         })
     }
 
@@ -366,6 +370,8 @@ impl FlowTable {
             flow.mtu = self.mtu(&egress);
             has_moved |= before != *flow;
         }
+        let [(_, request), (_, response)] = &mut pair.flows;
+        (request.arrival, response.arrival) = (response.interface, request.interface);
         if has_moved {
             self.rewrite(pair)?;
         }

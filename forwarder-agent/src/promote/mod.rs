@@ -44,6 +44,8 @@ pub struct Hop {
     pub mtu: u32,
     /// Who sends them.
     pub way: Way,
+    /// The TTL or hop limit that they leave with, as [`Flow::hop_limit`].
+    pub hop_limit: u8,
 }
 
 /// Who sends what has been translated.
@@ -111,8 +113,8 @@ pub fn join(downstream: &Leg, upstream: &Leg, placement: Placement) -> Result<Jo
     let now = downstream.clock_time.max(upstream.clock_time);
     Ok(Joint {
         flows: [
-            direction(downstream, upstream, DIRECTION_REQUEST, placement.upstream, placement.pair),
-            direction(upstream, downstream, DIRECTION_RESPONSE, placement.downstream, placement.pair),
+            direction(downstream, upstream, DIRECTION_REQUEST, placement),
+            direction(upstream, downstream, DIRECTION_RESPONSE, placement),
         ],
         pair: Pair {
             opened: now,
@@ -139,7 +141,7 @@ const fn half(from: &Leg, now: u64) -> Half {
         timestamp_shift: 0,
         timestamp_known: 0,
         timestamp_least: 0,
-        pad: 0,
+        edge: from.next_sent.wrapping_sub(from.unacknowledged).wrapping_add(from.send_window),
         sequence_end: from.next_received,
         acknowledged: from.next_sent.wrapping_sub(from.unacknowledged),
         fin_end: 0,
@@ -149,7 +151,10 @@ const fn half(from: &Leg, now: u64) -> Half {
 }
 
 /// What arrives on `from` and leaves on `to`.
-fn direction(from: &Leg, to: &Leg, direction: u32, hop: Hop, pair: u32) -> (FlowKey, Flow) {
+fn direction(from: &Leg, to: &Leg, direction: u32, placement: Placement) -> (FlowKey, Flow) {
+    let Placement { downstream, upstream, pair } = placement;
+    let (arrival, hop) =
+        if direction == DIRECTION_REQUEST { (downstream, upstream) } else { (upstream, downstream) };
     let clear_ecn = from.options.congestion_marks && !to.options.congestion_marks;
     let flow = Flow {
         out: tuple(to.local, to.peer),
@@ -169,6 +174,9 @@ fn direction(from: &Leg, to: &Leg, direction: u32, hop: Hop, pair: u32) -> (Flow
             | if from.options.timestamps { FLOW_TIMESTAMPS } else { 0 }
             | hop.way.flag(),
         acknowledged: to.next_received,
+        arrival: arrival.interface,
+        hop_limit: hop.hop_limit,
+        pad: [0; 3],
     };
     (tuple(from.peer, from.local), flow)
 }
@@ -188,7 +196,13 @@ mod tests {
 
     const fn hop(interface: u32) -> Hop {
         let way = if interface == 3 { Way::Stack } else { Way::Redirect };
-        Hop { interface, next_hop: NextHop { family: 2, address: [0; 16] }, mtu: interface + 1500, way }
+        Hop {
+            interface,
+            next_hop: NextHop { family: 2, address: [0; 16] },
+            mtu: interface + 1500,
+            way,
+            hop_limit: 64,
+        }
     }
 
     const PLACEMENT: Placement = Placement { downstream: hop(3), upstream: hop(4), pair: 7 };
@@ -230,11 +244,13 @@ mod tests {
         assert_eq!(request.sequence_shift.wrapping_add(response.acknowledgement_shift), 0);
         assert_eq!(response.sequence_shift.wrapping_add(request.acknowledgement_shift), 0);
         assert_eq!((request.interface, response.interface), (4, 3));
+        assert_eq!((request.arrival, response.arrival), (3, 4));
         assert_eq!((request.mtu, response.mtu), (1504, 1503));
         assert_eq!([request, response].map(|flow| Way::of(&flow)), [Way::Redirect, Way::Stack]);
         assert_eq!((request.clock, response.clock), (upstream.clock, downstream.clock));
         assert_eq!((pair.request.bytes, pair.request.sequence_end), (70, downstream.next_received));
         assert_eq!(pair.response.acknowledged, upstream.next_sent - 20);
+        assert_eq!(pair.response.edge, upstream.next_sent - 20 + 65_536);
     }
 
     #[test]

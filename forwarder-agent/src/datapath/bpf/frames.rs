@@ -215,6 +215,9 @@ fn flow(out: FlowKey) -> Flow {
         target_scale: 9,
         flags: 0,
         acknowledged: 0,
+        arrival: 0,
+        hop_limit: 64,
+        pad: [0; 3],
     }
 }
 
