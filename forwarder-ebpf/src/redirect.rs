@@ -111,15 +111,22 @@ fn release(segment: &Segment, flow: &Flow) -> u32 {
 /// Notes the packet in what is known of its direction.
 #[inline(always)]
 fn note(context: &TcContext, segment: &Segment, flow: &Flow, half: &mut Half, reverse: &Half) {
-    let seen = Seen {
+    let seen = seen(context, segment, coarse_time());
+    let is_accepted = half.accepts(reverse, flow, &seen);
+    half.note(reverse, flow, &seen, is_accepted);
+}
+
+/// What is noted of the packet.
+#[inline(always)]
+pub(crate) fn seen(context: &TcContext, segment: &Segment, time: u64) -> Seen {
+    Seen {
         sequence: segment.sequence,
         acknowledgement: segment.acknowledgement,
         payload: payload_length(context, segment),
         window: segment.window,
         flags: segment.flags,
-        time: coarse_time(),
-    };
-    half.note(reverse, flow, &seen);
+        time,
+    }
 }
 
 /// `CLOCK_MONOTONIC` in nanoseconds as it stood at the first packet of this tick of the kernel's timer: to read the clock

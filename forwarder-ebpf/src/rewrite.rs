@@ -10,7 +10,7 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{FLOW_CLEAR_ECN, Flow, Half, STATE_TAIL};
 use forwarder_common::packet::{
-    FLAG_SYN, IpVersion, Segment, USUAL_OFFSET, USUAL_OPTIONS, USUAL_TCP_HEADER, tcp_field,
+    IpVersion, Segment, USUAL_OFFSET, USUAL_OPTIONS, USUAL_TCP_HEADER, tcp_field,
 };
 use forwarder_common::translate::{
     self, ChecksumChange, MAX_OPTIONS, MAX_SACK_BLOCKS, Options, OptionsWalk, Timestamps,
@@ -19,6 +19,7 @@ use forwarder_common::verdict::Verdict;
 
 use crate::classify::Found;
 use crate::maps::OPTIONS_WALK;
+use crate::redirect::seen;
 
 pub(crate) const IPV4_CHECKSUM: u32 = 10;
 pub(crate) const IPV6_SOURCE: u32 = 8;
@@ -78,7 +79,7 @@ fn rewrite_usual(
     let [.., new_source, _, _, _, new_destination] = *flow.out.address_words();
     let addresses = ChecksumChange::NONE.and(source, new_source).and(destination, new_destination);
     let [new_ports, new_sequence, new_acknowledgement, new_misc, _] = new_words(segment, flow, misc, last);
-    let [new_value, new_echo] = timestamps(segment, flow, half, reverse, [value, echo]);
+    let [new_value, new_echo] = timestamps(context, segment, flow, half, reverse, [value, echo]);
     let change = ChecksumChange::NONE
         .and(ports, new_ports)
         .and(sequence, new_sequence)
@@ -155,7 +156,7 @@ fn rewrite_any(
         if segment.header_length == USUAL_TCP_HEADER { load(context, tcp + FIXED_HEADER)? } else { [0; 3] };
     if options[0] == USUAL_OPTIONS.to_be() {
         let [kinds, value, echo] = options;
-        let [new_value, new_echo] = timestamps(segment, flow, half, reverse, [value, echo]);
+        let [new_value, new_echo] = timestamps(context, segment, flow, half, reverse, [value, echo]);
         change = change.and(value, new_value).and(echo, new_echo);
         let [ports, sequence, acknowledgement, misc, last] = new;
         let new = [ports, sequence, acknowledgement, misc, last, kinds, new_value, new_echo];
@@ -185,7 +186,7 @@ fn translate_options(
     if options.timestamps != 0 {
         let at = options.timestamps;
         let old: [u32; 2] = load(context, tcp + at)?;
-        let new = timestamps(segment, flow, half, reverse, old);
+        let new = timestamps(context, segment, flow, half, reverse, old);
         change = change.and_at(at, old[0], new[0]).and_at(at, old[1], new[1]);
         store(context, tcp + at, &new)?;
     }
@@ -205,7 +206,14 @@ fn translate_options(
 /// The timestamps `TSval` and `TSecr` of the segment on the other leg, in network byte order as those on this one. Learns how
 /// far the clocks are apart.
 #[inline(always)]
-fn timestamps(segment: &Segment, flow: &Flow, half: &mut Half, reverse: &Half, old: [u32; 2]) -> [u32; 2] {
+fn timestamps(
+    context: &TcContext,
+    segment: &Segment,
+    flow: &Flow,
+    half: &mut Half,
+    reverse: &Half,
+    old: [u32; 2],
+) -> [u32; 2] {
     let old = Timestamps { value: u32::from_be(old[0]), echo: u32::from_be(old[1]) };
     let mut value_shift = half.timestamp_shift;
     if half.timestamp_known == 0 || flow.state == STATE_TAIL {
@@ -214,8 +222,9 @@ fn timestamps(segment: &Segment, flow: &Flow, half: &mut Half, reverse: &Half, o
         let clock = translate::clock_at(flow.clock, flow.clock_time, now);
         let shift = clock.wrapping_sub(old.value);
         // Who repeats a SYN has not completed the handshake, and refuses echoes of other clocks than that of its SYNs
-        // (`tcp_check_req`), but not their absence: so nothing is learnt from it.
-        if segment.flags & FLAG_SYN == 0 {
+        // (`tcp_check_req`), but not their absence: so nothing is learnt from it. Nor from what the receiver does not take:
+        // a stranger's clock would make all that the sender says look old.
+        if half.accepts(reverse, flow, &seen(context, segment, 0)) {
             half.learn_clock(shift);
         }
         // While the local socket still sends, its clock is the measure: what is told here must not be ahead of it,

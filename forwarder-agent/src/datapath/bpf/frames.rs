@@ -18,6 +18,9 @@ pub(super) const REVERSE_SHIFT: u32 = 0x8000_0001;
 pub(super) const TIMESTAMP_SHIFT: u32 = 0xdead_beef;
 pub(super) const REVERSE_TIMESTAMP_SHIFT: u32 = 0x1234_5678;
 
+/// What both ends take beyond what they have acknowledged.
+const WINDOW: u32 = 60_000;
+
 /// A TCP packet in an Ethernet frame.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Frame {
@@ -233,7 +236,11 @@ pub(super) fn known_clocks() -> Pair {
 pub(super) fn at(frame: &Frame) -> Pair {
     let mut pair = known_clocks();
     pair.request.sequence_end = frame.sequence;
+    pair.request.acknowledged = frame.acknowledgement;
+    pair.request.edge = frame.acknowledgement.wrapping_add(WINDOW);
+    pair.response.sequence_end = frame.acknowledgement.wrapping_sub(REVERSE_SHIFT);
     pair.response.acknowledged = frame.sequence.wrapping_add(SEQUENCE_SHIFT);
+    pair.response.edge = pair.response.acknowledged.wrapping_add(WINDOW);
     pair
 }
 

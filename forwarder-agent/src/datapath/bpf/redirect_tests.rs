@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use aya::maps::HashMap as BpfHashMap;
 use forwarder_common::flow::{
-    DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOWS, Flow, FlowKey, HALF_FIN, HALF_RESET, HALF_SYN, Pair,
+    DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOWS, Flow, FlowKey, HALF_FIN, HALF_RESET, HALF_SYN, Half, Pair,
     STATE_SPLICED, STATE_TAIL,
 };
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN};
@@ -134,7 +134,18 @@ fn a_long_packet_is_translated() {
 #[test]
 fn a_clock_is_learnt_from_the_first_packet_and_kept() {
     let (key, flow) = flow_v4();
-    let Some((_bpffs, bpf)) = with_flow(key, Flow { clock: 77, ..flow }, Pair::default()) else { return };
+    let fresh = Pair {
+        request: Half { timestamp_known: 0, timestamp_shift: 0, ..at(&Frame::new(key)).request },
+        response: Half { timestamp_known: 0, ..at(&Frame::new(key)).response },
+        ..Pair::default()
+    };
+    let Some((_bpffs, bpf)) = with_flow(key, Flow { clock: 77, ..flow }, fresh) else { return };
+    // A stranger's clock is not the sender's.
+    let mut strange = Frame::new(key);
+    strange.sequence = strange.sequence.wrapping_add(1 << 30);
+    strange.options[2] = Field::Timestamps(0x7000_0000, 2_000);
+    run(&bpf, PROGRAM_ETHERNET, &strange.encode());
+    assert_eq!(pair(&bpf).request.timestamp_known, 0);
     let timestamps = |frame: &[u8]| {
         let word = |at: usize| u32::from_be_bytes(frame[at..at + 4].try_into().unwrap());
         (word(14 + 20 + 24), word(14 + 20 + 28))
