@@ -19,7 +19,7 @@ use forwarder_common::verdict::Verdict;
 
 use crate::classify::Found;
 use crate::maps::OPTIONS_WALK;
-use crate::redirect::seen;
+use crate::redirect::{payload_length, seen};
 
 pub(crate) const IPV4_CHECKSUM: u32 = 10;
 pub(crate) const IPV6_SOURCE: u32 = 8;
@@ -78,7 +78,8 @@ fn rewrite_usual(
     ] = found.headers;
     let [.., new_source, _, _, _, new_destination] = *flow.out.address_words();
     let addresses = ChecksumChange::NONE.and(source, new_source).and(destination, new_destination);
-    let [new_ports, new_sequence, new_acknowledgement, new_misc, _] = new_words(segment, flow, misc, last);
+    let [new_ports, new_sequence, new_acknowledgement, new_misc, _] =
+        new_words(context, segment, flow, reverse, misc, last);
     let [new_value, new_echo] = timestamps(context, segment, flow, half, reverse, [value, echo]);
     let change = ChecksumChange::NONE
         .and(ports, new_ports)
@@ -125,8 +126,15 @@ fn rewrite_usual(
 /// The fixed part of the TCP header on the other leg, as it will lie in the packet; `misc` and `last` are its fourth and fifth
 /// word as they lie there.
 #[inline(always)]
-fn new_words(segment: &Segment, flow: &Flow, misc: u32, last: u32) -> [u32; FIXED_WORDS] {
-    let numbers = flow.numbers(segment);
+fn new_words(
+    context: &TcContext,
+    segment: &Segment,
+    flow: &Flow,
+    reverse: &Half,
+    misc: u32,
+    last: u32,
+) -> [u32; FIXED_WORDS] {
+    let numbers = flow.numbers(segment, reverse, || payload_length(context, segment));
     let ports = u32::from(flow.out.source_port) << 16 | u32::from(flow.out.destination_port);
     let misc = u32::from_be(misc) & 0xffff_0000 | u32::from(numbers.window);
     [ports.to_be(), numbers.sequence.to_be(), numbers.acknowledgement.to_be(), misc.to_be(), last]
@@ -147,7 +155,7 @@ fn rewrite_any(
     let tcp = segment.tcp_offset;
     let old: [u32; FIXED_WORDS] = load(context, tcp)?;
     let [_, _, _, misc, last] = old;
-    let new = new_words(segment, flow, misc, last);
+    let new = new_words(context, segment, flow, reverse, misc, last);
     let mut change = ChecksumChange::NONE;
     for word in 0..FIXED_WORDS {
         change = change.and(old[word], new[word]);

@@ -29,7 +29,7 @@ const TAIL_IS_SHORT: Duration = Duration::from_millis(200);
 /// How long what was redirected may remain without an answer before it is taken for swallowed: longer than the first
 /// retransmissions take.
 const PROBATION: Duration = Duration::from_millis(1_500);
-/// What may be on its way through userspace at the promotion, however small the receiver's window.
+/// What may be on its way through userspace at the promotion, even where that is most of the receiver's window.
 const SMALL_TAIL: u64 = 16 << 10;
 
 /// Joins the two sides at TC, and hands them over once what their sockets had received before has been delivered.
@@ -80,10 +80,12 @@ fn join(
     let up = leg(upstream, connection.received.get(), to_upstream)?;
     for (from, to, relayed) in [(&down, &up, connection.received.get()), (&up, &down, connection.sent.get())]
     {
-        // The receiver drops what comes beyond its window while the tail is on its way: it would be sent again only after
-        // a time-out.
+        // What is held must lie within the receiver's window, or it stays here for as long as the receiver does not read. And the
+        // receiver drops what comes beyond its window while the tail is on its way: it would be sent again only after a
+        // time-out.
         let tail = from.received.saturating_sub(relayed) + u64::from(to.unacknowledged);
-        if tail > SMALL_TAIL.max(u64::from(to.send_window) / 2) {
+        let window = u64::from(to.send_window);
+        if tail > window || tail > SMALL_TAIL.max(window / 2) {
             return Err(Refusal::SlowReceiver);
         }
     }
