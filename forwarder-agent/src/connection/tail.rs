@@ -281,6 +281,7 @@ fn silence(downstream: &TcpStream, upstream: &TcpStream) {
         if let Err(error) = leg::silence(socket) {
             tracing::debug!(%error, "a socket may speak when it is closed");
         }
+        failpoint::block("silence.downstream");
     }
 }
 

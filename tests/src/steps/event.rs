@@ -1,6 +1,6 @@
 //! What an end of a connection does, and what has to come of it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -12,6 +12,8 @@ use crate::wire::Trouble;
 
 /// How long after the agent goes on an event may take to have its effect.
 const EFFECT: Duration = Duration::from_secs(1);
+/// How long it is waited for what is late.
+const LATE: Duration = Duration::from_secs(4);
 /// How long a packet takes to the agent at most.
 const TRAVEL: Duration = Duration::from_millis(300);
 /// One packet of data.
@@ -227,10 +229,17 @@ fn finish(conversation: &mut Conversation) -> Result<()> {
 fn expect(
     conversation: &mut Conversation,
     what: &str,
-    condition: impl FnMut(&mut Conversation) -> bool,
+    mut condition: impl FnMut(&mut Conversation) -> bool,
 ) -> Result<()> {
-    if conversation.until(EFFECT, condition) {
+    let started = Instant::now();
+    if conversation.until(EFFECT, &mut condition) {
         return Ok(());
     }
-    bail!("not within {EFFECT:?}: {what} ({})", conversation.standing())
+    let standing = conversation.standing();
+    // What is late and what never happens are different faults.
+    let late = match conversation.until(LATE, condition) {
+        true => format!("only after {:?}", started.elapsed()),
+        false => format!("not within {:?}", EFFECT + LATE),
+    };
+    bail!("{late}: {what} (after {EFFECT:?}: {standing})")
 }

@@ -149,23 +149,35 @@ impl Lane {
         Ok(Conversation::new(client, accepted.context("the agent has connected no endpoint")?, self.next)?)
     }
 
-    /// Has the kernel forward one connection, on which both ends are seen to hear each other.
+    /// Has the kernel forward one connection, on which both ends are seen to hear each other: then a hand-over waits for
+    /// nothing. The tier may begin to take connections a while after the agent is ready.
     fn warm_up(&mut self) -> Result<()> {
+        const ATTEMPTS: usize = 10;
+        const ONE: Duration = Duration::from_millis(700);
         let last = self.tier.last();
         self.stop_at(last)?;
-        let mut conversation = self.connect()?;
-        let mut sent = Instant::now();
-        let has_arrived = conversation.until(ARRIVAL, |conversation| {
-            if sent.elapsed() > Duration::from_millis(5) {
-                sent = Instant::now();
-                for side in Side::BOTH {
-                    conversation.at(side).target += BEFORE / 2;
+        for _ in 0..ATTEMPTS {
+            let mut conversation = self.connect()?;
+            let mut sent = Instant::now();
+            let has_arrived = conversation.until(ONE, |conversation| {
+                if sent.elapsed() > Duration::from_millis(5) {
+                    sent = Instant::now();
+                    for side in Side::BOTH {
+                        conversation.at(side).target += BEFORE / 2;
+                    }
                 }
+                self.has_reached(last)
+            });
+            if has_arrived {
+                self.go_on(last)?;
+                for side in Side::BOTH {
+                    conversation.at(side).finish();
+                }
+                drop(conversation);
+                return self.await_rest();
             }
-            self.has_reached(last)
-        });
-        ensure!(has_arrived, "it was not handed over: {}\n{}", conversation.standing(), self.agent.log());
-        Ok(self.go_on(last)?)
+        }
+        bail!("no connection was handed over\n{}", self.agent.log())
     }
 
     /// Plays a cell.
@@ -206,7 +218,7 @@ impl Lane {
         let mut listed = Vec::new();
         let rests = wait_for(REST, || {
             listed = self.agent.connections("").ok()?;
-            listed.iter().all(|one| one["state"] == "spliced" && one["tier"] == "tc").then_some(())
+            listed.iter().all(|one| one["state"] != "tail" && one["tier"] == "tc").then_some(())
         });
         rests.with_context(|| format!("not within {REST:?}: the agent is done with it ({listed:?})"))
     }
@@ -224,25 +236,27 @@ impl Lane {
             played?
         } else {
             self.stop_at(successor)?;
-            thread::scope(|scope| {
+            let (agent, played) = thread::scope(|scope| {
                 let starting = scope.spawn(|| command.start(&node, &manifests));
-                let arrived = self.await_step(successor, &mut conversation);
-                let played = event::play(cell, &mut conversation, &self.net);
-                self.go_on(successor)?;
-                let agent = starting.join().expect("an agent's start does not panic")?;
-                arrived.and(played.map(|played| (agent, played)))
-            })
-            .map(|(agent, played)| {
-                self.agent = agent;
-                played
-            })?
+                let played = self
+                    .await_step(successor, &mut conversation)
+                    .and_then(|()| event::play(cell, &mut conversation, &self.net));
+                // Where it has not come there, it is not stopped either.
+                let _ = self.go_on(successor);
+                let agent = starting.join().expect("an agent's start does not panic");
+                agent.and_then(|agent| Ok((agent, played?)))
+            })?;
+            self.agent = agent;
+            played
         };
         match Fate::of(cell.step) {
             Fate::Lives => event::judge(&played, &mut conversation)?,
             fate => event::judge_end(fate, &mut conversation)?,
         }
         drop(conversation);
-        self.await_rest()
+        self.await_rest()?;
+        // The next cell is this agent's.
+        self.warm_up()
     }
 
     /// Has the agent hold bytes while it stops at the first step.

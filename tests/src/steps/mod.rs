@@ -138,7 +138,7 @@ impl Fate {
     /// Of a connection whose agent was killed at `step`.
     fn of(step: &str) -> Self {
         match step {
-            "splice.after" | "splice.silenced" | "splice.handed_over" => Self::Lives,
+            "splice.after" | "silence.downstream" | "splice.silenced" | "splice.handed_over" => Self::Lives,
             "join.pair_written" | "rewrite.request_written" | "splice.before" => Self::IsReset,
             _ if step.starts_with("tail.") => Self::IsReset,
             _ => Self::Ends,
@@ -160,6 +160,7 @@ pub const TC: &[(&str, &[Held])] = &[
     ("splice.before", EASY),
     ("rewrite.request_written", EASY),
     ("splice.after", EASY),
+    ("silence.downstream", EASY),
     ("splice.silenced", EASY),
     ("splice.handed_over", EASY),
 ];
