@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -75,14 +76,15 @@ pub struct Lane {
     net: Net,
     folder: TempDir,
     next: u64,
+    shows: bool,
 }
 
 impl Lane {
-    /// Starts one, whose network is known to work.
+    /// Starts one, whose network is known to work. It `shows` much of each failure, or just names it.
     ///
     /// # Errors
     /// It does not start.
-    pub fn start(tier: Tier, family: Family) -> Result<Self> {
+    pub fn start(tier: Tier, family: Family, shows: bool) -> Result<Self> {
         let (topology, wires) = wire::wired(1)?;
         for host in [&topology.client, &topology.backend1] {
             host.sysctl("ipv4/tcp_rmem", SMALL_BUFFERS)?;
@@ -108,7 +110,8 @@ impl Lane {
             AgentCommand::new(&arguments).with_binary(stepped_binary()).wrapped(&["env", &variable]);
         let agent = command.start(&topology.node, &manifests.path())?;
         let net = Net { topology, wires };
-        let mut lane = Self { tier, agent, command, listener, address, manifests, net, folder, next: 0 };
+        let mut lane =
+            Self { tier, agent, command, listener, address, manifests, net, folder, next: 0, shows };
         lane.warm_up().context("the first connection, by which the way is known to work")?;
         Ok(lane)
     }
@@ -208,9 +211,30 @@ impl Lane {
         }
         let played = event::play(cell, &mut conversation, &self.net);
         self.go_on(step)?;
-        event::judge(&played?, &mut conversation)?;
+        let judged = event::judge(&played?, &mut conversation);
+        if judged.is_err() && self.shows {
+            self.show(cell);
+        }
+        judged?;
         drop(conversation);
         self.await_rest()
+    }
+
+    /// Shows what can be seen of a connection that stands still, in all places.
+    fn show(&self, cell: Cell) {
+        let Topology { client, node, backend1, .. } = &self.net.topology;
+        println!("{cell}:\n{}", self.agent.log());
+        for (name, host) in [("client", client), ("node", node), ("endpoint", backend1)] {
+            let sockets = host.stdout(Command::new("ss").args(["-tinoOH"])).unwrap_or_default();
+            let counters = host.stdout(Command::new("nstat").arg("-as")).unwrap_or_default();
+            println!("{name}:\n{sockets}{counters}");
+        }
+        for map in ["flows", "pairs"] {
+            let mut dump = Command::new("sh");
+            dump.arg("-c")
+                .arg(format!("bpftool -j map dump pinned {}/v*/{map}", self.agent.pin_dir().display()));
+            println!("{map}: {}", crate::process::stdout(&mut dump).unwrap_or_default());
+        }
     }
 
     /// Waits until the agent has nothing left to do for connections that are over, but to wait for stray packets.
@@ -348,15 +372,13 @@ pub fn run(tier: Tier, cells: &[Cell]) -> Result<Table> {
                     {
                         let mut present = match lane.take() {
                             Some((family, present)) if family == cell.family => present,
-                            _ => Lane::start(tier, cell.family)?,
+                            _ => Lane::start(tier, cell.family, cells.len() < SHOWS)?,
                         };
                         let started = Instant::now();
                         let outcome = present.play(cell).map_err(|error| format!("{error:#}"));
                         // What has failed may leave anything.
                         if outcome.is_ok() {
                             lane = Some((cell.family, present));
-                        } else if cells.len() < SHOWS_LOG {
-                            println!("{cell}:\n{}", present.agent.log());
                         }
                         outcomes.lock().unwrap_or_else(PoisonError::into_inner)[index] =
                             Some(outcome.map(|()| started.elapsed()));
@@ -381,8 +403,8 @@ pub fn run(tier: Tier, cells: &[Cell]) -> Result<Table> {
     Ok(table)
 }
 
-/// Of so few cells the agents' logs are shown where one fails.
-const SHOWS_LOG: usize = 40;
+/// Of so few cells much is shown where one fails.
+const SHOWS: usize = 40;
 
 /// The agent with failpoints: `FORWARDER_STEPPED_BIN`, or the debug build of the workspace.
 fn stepped_binary() -> PathBuf {
