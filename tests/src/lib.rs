@@ -26,6 +26,7 @@ pub mod random;
 pub mod sequence;
 pub mod served;
 pub mod shape;
+pub mod steps;
 pub mod swarm;
 mod tap;
 pub mod traffic;

@@ -16,6 +16,7 @@ use super::relaying::Relay;
 use crate::counters::End;
 use crate::datapath::flows::JoinedPair;
 use crate::datapath::paths::Exit;
+use crate::failpoint;
 use crate::pairs::Promoter;
 use crate::promote::{Leg, Refusal, leg};
 use crate::relay::Direction;
@@ -45,6 +46,7 @@ pub(super) async fn attempt(
         Ok(pair) => pair,
         Err(refusal) => return Attempt::Refused(refusal),
     };
+    failpoint::block("join.pair_written");
     worker.counters().promoted.add(1);
     let joined = Joined { promoter, pair: Some(pair) };
     connection.is_in_tail.set(true);
@@ -75,9 +77,12 @@ fn join(
         first_sent.set(Some(leg.first_sent));
         Ok(leg)
     };
+    failpoint::block("join.begin");
     let [to_downstream, to_upstream] = &connection.first_sent;
     let down = leg(downstream, connection.sent.get(), to_downstream)?;
+    failpoint::block("join.downstream_read");
     let up = leg(upstream, connection.received.get(), to_upstream)?;
+    failpoint::block("join.upstream_read");
     for (from, to, relayed) in [(&down, &up, connection.received.get()), (&up, &down, connection.sent.get())]
     {
         // What is held must lie within the receiver's window, or it stays here for as long as the receiver does not read. And the
@@ -142,6 +147,7 @@ async fn deliver_tail(
     let mut hearing = Hearing::default();
     let mut seen = 0;
     relay.hold_ends(true);
+    failpoint::reached("tail.begin").await;
     loop {
         let Some(pair) = &mut joined.pair else { return Tail::Ended(End::Finished) };
         let check = if started.elapsed() < TAIL_IS_SHORT { TAIL_CHECK } else { SLOW_TAIL_CHECK };
@@ -176,6 +182,7 @@ async fn deliver_tail(
         if !has_landed {
             continue;
         }
+        failpoint::reached("tail.landed").await;
         if let Err(error) = pass_ends_on(promoter, pair, relay) {
             tracing::warn!(%error, "an end cannot be passed on: the connection is reset");
             joined.abort();
@@ -185,6 +192,7 @@ async fn deliver_tail(
             || !is_delivered(downstream, &relay.request)
             || !is_delivered(upstream, &relay.response)
         {
+            failpoint::reached("tail.delivering").await;
             continue;
         }
         match hearing.judge(promoter, pair, &state, connection) {
@@ -208,12 +216,15 @@ async fn deliver_tail(
                 return Tail::Ended(End::Lost);
             }
         }
+        failpoint::reached("splice.before").await;
         if let Err(error) = promoter.flows.splice(pair) {
             tracing::warn!(%error, "the kernel does not take a connection over: it is reset");
             joined.abort();
             return Tail::Ended(End::Lost);
         }
+        failpoint::reached("splice.after").await;
         silence(downstream, upstream);
+        failpoint::reached("splice.silenced").await;
         tracing::debug!(
             listener = %connection.serving.listener.name,
             downstream.addr = %connection.downstream,
@@ -223,6 +234,7 @@ async fn deliver_tail(
         if let (Some(pair), Some(record)) = (joined.pair.take(), connection.hand_over()) {
             promoter.pairs.add(&pair, Some(record));
         }
+        failpoint::reached("splice.handed_over").await;
         return Tail::Delivered;
     }
 }
@@ -271,6 +283,7 @@ fn silence(downstream: &TcpStream, upstream: &TcpStream) {
         if let Err(error) = leg::silence(socket) {
             tracing::debug!(%error, "a socket may speak when it is closed");
         }
+        failpoint::block("silence.downstream");
     }
 }
 
