@@ -518,6 +518,7 @@ mod tests {
             window: 9,
             sequence,
             acknowledgement: 700,
+            is_first_fragment: false,
             ip_offset: 14,
             ip_length: 40,
             tcp_offset: 34,

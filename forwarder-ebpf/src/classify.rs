@@ -11,11 +11,11 @@ use forwarder_common::packet::{
 };
 use forwarder_common::verdict::Verdict;
 
-use crate::icmp;
 use crate::maps::{AGENT, COUNTERS, FOUND, LISTENERS, LOCAL_ADDRESSES, VERDICTS};
 use crate::redirect::redirect;
 use crate::rewrite;
 use crate::tail::has_socket;
+use crate::{fragment, icmp};
 
 /// `__sk_buff::pkt_type` of what is addressed to the interface; TCP takes nothing else (`tcp_v4_rcv`).
 const PACKET_HOST: u32 = 0;
@@ -70,6 +70,10 @@ fn judge(context: &TcContext, link: LinkLayer) -> (i32, Verdict) {
                 _ => TC_ACT_SHOT,
             };
             return (action, verdict);
+        }
+        Err(Verdict::Fragment) => {
+            let outcome = fragment::redirect(context, link);
+            return (outcome.action, outcome.verdict);
         }
         Err(verdict) => return (TC_ACT_UNSPEC, verdict),
     };

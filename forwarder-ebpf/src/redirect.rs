@@ -8,13 +8,13 @@ use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
     DIRECTION_REQUEST, FLOW_BY_STACK, Flow, Half, NextHop, STATE_SPLICED, STATE_TAIL, Seen,
 };
-use forwarder_common::packet::Segment;
+use forwarder_common::packet::{FLAG_FIN, Segment};
 use forwarder_common::verdict::Verdict;
 
 use crate::classify::Found;
 use crate::maps::{CLOCK, FLOWS, PAIRS};
 use crate::rewrite::rewrite;
-use crate::{icmp, tail};
+use crate::{fragment, icmp, tail};
 
 /// What becomes of a packet that belongs to a flow.
 pub(crate) struct Outcome {
@@ -36,7 +36,12 @@ impl Outcome {
 pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     let segment = &found.segment;
     #[expect(clippy::needless_borrows_for_generic_args, reason = "a copy would stand on the stack")]
-    let flow = FLOWS.get_ptr(&segment.tuple)?;
+    let Some(flow) = FLOWS.get_ptr(&segment.tuple) else {
+        if segment.is_first_fragment {
+            fragment::forget(context, segment);
+        }
+        return None;
+    };
     // SAFETY: the element lives until every running program has left it, for the map is not preallocated; a value is
     // replaced as a whole by a new element, so what is read is of one version.
     let flow = unsafe { &*flow };
@@ -69,6 +74,11 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
         }
         note(context, segment, flow, half, reverse);
         return Some(Outcome::drop(Verdict::Held));
+    }
+    if segment.is_first_fragment
+        && let Err(verdict) = fragment::announce(context, segment)
+    {
+        return Some(Outcome::drop(verdict));
     }
     if flow.state == STATE_TAIL {
         tail::send_clone(context);
@@ -124,7 +134,8 @@ pub(crate) fn seen(context: &TcContext, segment: &Segment, time: u64) -> Seen {
         acknowledgement: segment.acknowledgement,
         payload: payload_length(context, segment),
         window: segment.window,
-        flags: segment.flags,
+        // The end of a segment is noted with its last fragment, which tells where it is.
+        flags: if segment.is_first_fragment { segment.flags & !FLAG_FIN } else { segment.flags },
         time,
     }
 }
@@ -132,7 +143,7 @@ pub(crate) fn seen(context: &TcContext, segment: &Segment, time: u64) -> Seen {
 /// `CLOCK_MONOTONIC` in nanoseconds as it stood at the first packet of this tick of the kernel's timer: to read the clock
 /// costs more than to look at the tick, which the kernel inlines.
 #[inline(always)]
-fn coarse_time() -> u64 {
+pub(crate) fn coarse_time() -> u64 {
     // SAFETY: the helpers have no conditions.
     let (tick, now) = (unsafe { bpf_jiffies64() }, || unsafe { bpf_ktime_get_ns() });
     let Some(clock) = CLOCK.get_ptr_mut(0) else { return now() };

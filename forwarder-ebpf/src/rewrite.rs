@@ -24,7 +24,7 @@ use crate::redirect::{payload_length, seen};
 pub(crate) const IPV4_CHECKSUM: u32 = 10;
 pub(crate) const IPV6_SOURCE: u32 = 8;
 /// The bits of explicit congestion notification in the type of service.
-const ECN_MASK: u8 = 3;
+pub(crate) const ECN_MASK: u8 = 3;
 /// Bytes of the TCP header before the options, and 32-bit words of it.
 const FIXED_HEADER: u32 = 20;
 const FIXED_WORDS: usize = 5;
