@@ -27,9 +27,9 @@ use forwarder_common::packet::{
 use forwarder_common::translate::ChecksumChange;
 use forwarder_common::verdict::Verdict;
 
-use crate::classify::SocketBuffer;
+use crate::classify::{INGRESS, SocketBuffer};
 use crate::icmp::write;
-use crate::maps::{FLOWS, FRAGMENTS, PAIRS};
+use crate::maps::{FLOWS, FOUND, FRAGMENTS, PAIRS};
 use crate::redirect::{Outcome, coarse_time, leave};
 use crate::rewrite::{ECN_MASK, IPV4_CHECKSUM, load, store};
 
@@ -122,7 +122,7 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
     let Some(fragment) = parse_fragment(&SocketBuffer(context), version, ip_offset) else { return is_others };
     let Some(first) = FRAGMENTS.get_ptr(&FragmentKey::of(&fragment)) else { return is_others };
     // SAFETY: the element is one of the map, whatever becomes of it: see there. Any bits are valid.
-    let first = unsafe { *first };
+    let first = unsafe { &*first };
     let now = coarse_time();
     if now.saturating_sub(first.time) > LIFETIME {
         return is_others;
@@ -158,8 +158,11 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
         (&mut pair.response, &pair.request)
     };
     if fragment.is_last && first.flags & (FLAG_SYN | FLAG_RST) == 0 {
+        let Some(found) = FOUND.get_ptr_mut(INGRESS) else { return is_others };
+        // SAFETY: as in `find_segment`. There is no room for it on the stack.
+        let seen = unsafe { &mut (*found).seen };
         // Only now is it known how long the segment is.
-        let seen = Seen {
+        *seen = Seen {
             sequence: first.sequence,
             acknowledgement: first.acknowledgement,
             payload: fragment.position + fragment.length - first.length,
@@ -167,8 +170,8 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
             flags: first.flags,
             time: now,
         };
-        let is_accepted = half.accepts(reverse, flow, &seen);
-        half.note(reverse, flow, &seen, is_accepted);
+        let is_accepted = half.accepts(reverse, flow, seen);
+        half.note(reverse, flow, seen, is_accepted);
     } else {
         half.packets += 1;
     }

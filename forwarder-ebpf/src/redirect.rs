@@ -6,7 +6,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, Half, NextHop, STATE_SPLICED, STATE_TAIL, Seen,
+    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, NextHop, STATE_SPLICED, STATE_TAIL, Seen,
 };
 use forwarder_common::packet::{FLAG_FIN, Segment};
 use forwarder_common::verdict::Verdict;
@@ -33,7 +33,7 @@ impl Outcome {
 
 /// Translates and redirects the packet if it is one of a flow. `None` for every other packet, which is unchanged.
 #[inline(always)]
-pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
+pub(crate) fn redirect(context: &TcContext, found: &mut Found) -> Option<Outcome> {
     let segment = &found.segment;
     #[expect(clippy::needless_borrows_for_generic_args, reason = "a copy would stand on the stack")]
     let Some(flow) = FLOWS.get_ptr(&segment.tuple) else {
@@ -65,6 +65,8 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     } else {
         (&mut pair.response, &pair.request)
     };
+    found.seen = seen(context, segment);
+    found.is_accepted = half.accepts(reverse, flow, &found.seen);
     if is_new_connection {
         // Where the pair is over, the local stack accepts it. Else the agent asks the other end, whose answer the client
         // resets (RFC 9293, 3.5.1).
@@ -72,7 +74,7 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
             release(segment, flow);
             return None;
         }
-        note(context, segment, flow, half, reverse);
+        half.note(reverse, flow, &found.seen, found.is_accepted);
         return Some(Outcome::drop(Verdict::Held));
     }
     if segment.is_first_fragment
@@ -88,7 +90,7 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     }
     Some(match rewrite(context, found, flow, half, reverse) {
         Ok(()) => {
-            note(context, segment, flow, half, reverse);
+            half.note(reverse, flow, &found.seen, found.is_accepted);
             leave(flow)
         }
         Err(verdict) => Outcome::drop(verdict),
@@ -118,17 +120,9 @@ fn release(segment: &Segment, flow: &Flow) -> u32 {
     0
 }
 
-/// Notes the packet in what is known of its direction.
-#[inline(always)]
-fn note(context: &TcContext, segment: &Segment, flow: &Flow, half: &mut Half, reverse: &Half) {
-    let seen = seen(context, segment, coarse_time());
-    let is_accepted = half.accepts(reverse, flow, &seen);
-    half.note(reverse, flow, &seen, is_accepted);
-}
-
 /// What is noted of the packet.
 #[inline(always)]
-pub(crate) fn seen(context: &TcContext, segment: &Segment, time: u64) -> Seen {
+fn seen(context: &TcContext, segment: &Segment) -> Seen {
     Seen {
         sequence: segment.sequence,
         acknowledgement: segment.acknowledgement,
@@ -136,7 +130,7 @@ pub(crate) fn seen(context: &TcContext, segment: &Segment, time: u64) -> Seen {
         window: segment.window,
         // The end of a segment is noted with its last fragment, which tells where it is.
         flags: if segment.is_first_fragment { segment.flags & !FLAG_FIN } else { segment.flags },
-        time,
+        time: coarse_time(),
     }
 }
 
