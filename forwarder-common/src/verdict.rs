@@ -52,11 +52,14 @@ pub enum Verdict {
     TooBig = 20,
     /// Of a flow: translated, and left to the stack, which sends it on.
     LeftToStack = 21,
+    /// Of a flow, but by an interface that the stack does not expect its sender behind, and which checks that strictly: left to
+    /// the stack, which drops it (`rp_filter`).
+    OtherInterface = 22,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -79,10 +82,11 @@ impl Verdict {
         Self::TooBigPassedOn,
         Self::TooBig,
         Self::LeftToStack,
+        Self::OtherInterface,
     ];
 
     /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 22;
+    pub const COUNT: u32 = 23;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -115,6 +119,7 @@ impl Verdict {
             Self::TooBigPassedOn => "too_big_passed_on",
             Self::TooBig => "too_big",
             Self::LeftToStack => "left_to_stack",
+            Self::OtherInterface => "other_interface",
         }
     }
 }
