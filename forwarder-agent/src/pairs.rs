@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use forwarder_common::flow::{Flow, HALF_FIN, HALF_RESET, HALF_SYN, Pair};
+use forwarder_common::flow::{Flow, HALF_FIN, HALF_RESET, Pair};
 
 use crate::counters::End;
 use crate::datapath::flows::{FlowTable, JoinedPair};
@@ -21,6 +21,7 @@ use crate::lock::lock;
 use crate::record::Record;
 use crate::removal::{self, Standing};
 
+mod probes;
 mod segments;
 mod view;
 
@@ -34,7 +35,7 @@ const MOST_WORK: u32 = 40;
 const LONGEST_PERIOD: Duration = Duration::from_secs(1);
 /// How long after its last packet a pair that is over is kept, for what is sent again.
 const LINGER: Duration = Duration::from_secs(2);
-/// How long a reset is given to be followed by something else of the same sender: then it was a stranger's.
+/// How long a reset is given to be followed by something else of the same sender: then it was a stranger's who knew the number.
 const RESET_STANDS: Duration = Duration::from_millis(200);
 /// How many probes may go without an answer before an end is taken for dead.
 const PROBES: u32 = 6;
@@ -100,6 +101,7 @@ pub struct Pairs {
     /// Those that have come since the table was last looked at: workers do not wait for that.
     incoming: Mutex<Vec<Entry>>,
     resets: Mutex<Vec<PendingReset>>,
+    questions: probes::Limit,
     routes_changed: AtomicBool,
     /// When pairs looked for their ways anew, last: `CLOCK_MONOTONIC` in nanoseconds.
     rerouted: AtomicU64,
@@ -114,13 +116,16 @@ struct Entry {
     is_counted: bool,
     /// Since when the listener of a pair of a former agent is known to be gone.
     gone: Option<Instant>,
-    /// When bytes were last seen to have moved, and how many had.
+    /// When payload was last seen to have moved, and how much had; what was sent again counts apart.
     active: Instant,
     bytes: [u64; 2],
+    repeated: [u64; 2],
     /// Since when it is over.
     over: Option<Instant>,
     /// How many probes each end has not answered.
     probes: [u32; 2],
+    /// What the ends were asked for a stranger's sake.
+    asked: probes::Asked,
 }
 
 struct PendingReset {
@@ -150,6 +155,7 @@ impl Pairs {
             table: Mutex::default(),
             incoming: Mutex::default(),
             resets: Mutex::default(),
+            questions: probes::Limit::default(),
             routes_changed: AtomicBool::new(false),
             rerouted: AtomicU64::new(0),
             leaves: AtomicBool::new(false),
@@ -168,10 +174,12 @@ impl Pairs {
             is_counted: record.is_some(),
             record,
             pair: *pair,
+            repeated: [0; 2],
             gone: None,
             active: Instant::now(),
             over: None,
             probes: [0; 2],
+            asked: probes::Asked::default(),
         };
         // Its way was looked for when it was joined; what has changed since, the sweep told those that were here.
         let [(_, Flow { clock_time, .. }), _] = entry.pair.flows;
@@ -283,6 +291,7 @@ impl Pairs {
     /// Looks at every pair once.
     fn sweep(&self, find: &FindListener) {
         self.hold();
+        self.flows.paths().refresh_filters();
         let reroutes =
             self.routes_changed.swap(false, Ordering::Relaxed) | self.flows.paths().take_changed_mtus();
         if reroutes {
@@ -324,6 +333,11 @@ impl Pairs {
                 Found::Gone => drop(entry.gone.get_or_insert_with(Instant::now)),
             }
         }
+        let repeated = [state.request.repeated, state.response.repeated];
+        if repeated != entry.repeated {
+            entry.repeated = repeated;
+            entry.active = Instant::now();
+        }
         let bytes = [state.request.bytes, state.response.bytes];
         if bytes != entry.bytes {
             entry.bytes = bytes;
@@ -337,12 +351,7 @@ impl Pairs {
             return close(entry, &state);
         }
         entry.over = None;
-        // The answer of the other end tells the one that has forgotten the connection to reset it.
-        for (side, half) in [(1, &state.request), (0, &state.response)] {
-            if half.flags & HALF_SYN != 0 {
-                self.send(&[segments::probe(&entry.pair, &state, side, monotonic())]);
-            }
-        }
+        self.ask(entry, &state);
         if self.is_removed(entry) {
             return Fate::Reset(End::Removed);
         }

@@ -55,11 +55,14 @@ pub enum Verdict {
     /// A fragment of a flow's packet that is refused: the first without the whole TCP header, or one that overlaps the first
     /// (RFC 1858): dropped.
     FragmentRefused = 22,
+    /// Of a flow, but by an interface that the stack does not expect its sender behind, and which checks that strictly: left to
+    /// the stack, which drops it (`rp_filter`).
+    OtherInterface = 23,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -83,10 +86,11 @@ impl Verdict {
         Self::TooBig,
         Self::LeftToStack,
         Self::FragmentRefused,
+        Self::OtherInterface,
     ];
 
     /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 23;
+    pub const COUNT: u32 = 24;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -120,6 +124,7 @@ impl Verdict {
             Self::TooBig => "too_big",
             Self::LeftToStack => "left_to_stack",
             Self::FragmentRefused => "fragment_refused",
+            Self::OtherInterface => "other_interface",
         }
     }
 }

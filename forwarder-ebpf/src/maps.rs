@@ -10,6 +10,7 @@ use aya_ebpf::macros::btf_map;
 use forwarder_common::flow::{Flow, FlowKey, PAIRS_CAPACITY, Pair};
 use forwarder_common::layout::{
     AddressBytes, AgentState, BACKENDS_CAPACITY, LISTENERS_CAPACITY, LOCAL_ADDRESSES_CAPACITY,
+    LOOSE_INTERFACES_CAPACITY,
 };
 use forwarder_common::translate::OptionsWalk;
 use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue, Verdict};
@@ -50,6 +51,11 @@ pub(crate) static LOCAL_ADDRESSES: HashMap<
     { LOCAL_ADDRESSES_CAPACITY as usize },
     NO_PREALLOC,
 > = HashMap::new();
+
+/// The interfaces whose packets are taken whoever is expected behind them.
+#[btf_map(name = "loose_interfaces")]
+pub(crate) static LOOSE_INTERFACES: HashMap<u32, u32, { LOOSE_INTERFACES_CAPACITY as usize }, NO_PREALLOC> =
+    HashMap::new();
 
 /// The flows: both directions of every promoted pair.
 #[btf_map(name = "flows")]

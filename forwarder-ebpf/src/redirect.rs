@@ -8,11 +8,11 @@ use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
     DIRECTION_REQUEST, FLOW_BY_STACK, Flow, NextHop, STATE_SPLICED, STATE_TAIL, Seen,
 };
-use forwarder_common::packet::{FLAG_FIN, Segment};
+use forwarder_common::packet::{FLAG_FIN, IpVersion, Segment};
 use forwarder_common::verdict::Verdict;
 
 use crate::classify::Found;
-use crate::maps::{CLOCK, FLOWS, PAIRS};
+use crate::maps::{CLOCK, FLOWS, LOOSE_INTERFACES, PAIRS};
 use crate::rewrite::rewrite;
 use crate::{fragment, icmp, tail};
 
@@ -47,6 +47,9 @@ pub(crate) fn redirect(context: &TcContext, found: &mut Found) -> Option<Outcome
     let flow = unsafe { &*flow };
     if tail::is_clone(context) {
         return Some(tail::acknowledge(context, segment));
+    }
+    if !is_expected(context, segment, flow) {
+        return Some(Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::OtherInterface });
     }
     let is_new_connection = segment.is_attempt();
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else {
@@ -95,6 +98,17 @@ pub(crate) fn redirect(context: &TcContext, found: &mut Found) -> Option<Outcome
         }
         Err(verdict) => Outcome::drop(verdict),
     })
+}
+
+/// Whether the stack would take the packet from this interface. What it does not look into (IPv6), or not strictly, may come
+/// by any.
+#[inline(always)]
+fn is_expected(context: &TcContext, segment: &Segment, flow: &Flow) -> bool {
+    // SAFETY: the kernel hands the program a valid `__sk_buff`, whose field may be read.
+    let interface = unsafe { (*context.skb.skb).ifindex };
+    interface == flow.arrival
+        || matches!(segment.version, IpVersion::V6)
+        || LOOSE_INTERFACES.get_ptr(interface).is_some()
 }
 
 /// Sends what has been translated on its way.

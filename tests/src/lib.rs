@@ -14,6 +14,7 @@ pub mod database;
 pub mod databases;
 pub mod datapath;
 pub mod fixture;
+pub mod forge;
 pub mod gateways;
 pub mod http;
 pub mod kernel;

@@ -10,9 +10,9 @@ use crate::translate::is_before;
 
 /// The largest window (RFC 7323, 2.3), rounded up.
 const MAX_WINDOW: u32 = 1 << 30;
-/// How far below what is expected a number may lie at least, and at most by one window: that of the largest segment, so that what
-/// is sent again to a closed window counts as well.
-const LEAST_BEHIND: u32 = 0xffff;
+/// By how much at least numbers may differ from what is expected, where a window is smaller: what was sent to a window that has
+/// closed since may be sent and acknowledged again.
+const LEAST: u32 = 0xffff;
 /// How far beyond what is known numbers may lie in [`STATE_TAIL`]. The local sockets have granted their own windows, and have
 /// received after they were read and before the programs saw anything: nobody told the programs of that.
 const TAIL_GAP: u32 = 16 << 20;
@@ -22,26 +22,26 @@ impl Half {
     /// window, or lies less than a window before it (`tcp_sequence`), and it acknowledges what the receiver may have sent
     /// (`tcp_ack`). Of SYN and RST segments it says nothing.
     ///
-    /// A receiver may have sent up to the edge of the window that this half's sender has announced, even where less of it is
-    /// known: two CPUs that note at once may lose what one of them saw.
+    /// A receiver may have sent up to the edge of the window that this half's sender has announced, and by a little more, even
+    /// where less of it is known: two CPUs that note at once may lose what one of them saw, and what is known has to catch up.
     #[inline(always)]
     #[must_use]
     pub const fn accepts(&self, reverse: &Self, flow: &Flow, segment: &Seen) -> bool {
         if segment.flags & (FLAG_SYN | FLAG_RST | FLAG_ACK) != FLAG_ACK {
             return false;
         }
-        let behind = reverse.granted() | LEAST_BEHIND;
+        let behind = reverse.granted() | LEAST;
         let ahead = self.reach(reverse, flow);
         if !lies_within(segment.sequence, flow.first(reverse), behind + segment.payload, ahead) {
             return false;
         }
         let granted = self.granted();
         let sent = reverse.sequence_end.wrapping_sub(flow.acknowledgement_shift);
-        let mut ahead = larger(granted, distance(self.acknowledged, sent));
+        let mut ahead = larger(granted | LEAST, distance(self.acknowledged, sent));
         if flow.state == STATE_TAIL {
             ahead += TAIL_GAP;
         }
-        lies_within(segment.acknowledgement, self.acknowledged, granted | LEAST_BEHIND, ahead)
+        lies_within(segment.acknowledgement, self.acknowledged, granted | LEAST, ahead)
     }
 
     /// Notes a segment of `flow`, whose opposite half is `reverse`; `is_accepted` is what [`Self::accepts`] says of it.

@@ -10,6 +10,8 @@ use forwarder_common::packet::FLAG_ACK;
 use super::super::Bpf;
 use super::{Bpffs, PAIR, bpffs, load_guard, write_flows, write_pair};
 
+/// The interface that test runs say packets arrive by.
+pub(super) const LOOPBACK: u32 = 1;
 pub(super) const TC_ACT_SHOT: i32 = 2;
 pub(super) const TC_ACT_REDIRECT: i32 = 7;
 /// Shifts that make the numbers of most packets wrap.
@@ -218,7 +220,7 @@ fn flow(out: FlowKey) -> Flow {
         target_scale: 9,
         flags: 0,
         acknowledged: 0,
-        arrival: 0,
+        arrival: LOOPBACK,
         hop_limit: 64,
         pad: [0; 3],
     }

@@ -112,6 +112,7 @@ fn promote(
         mtu: 1500,
         hop_limit: 64,
         way: Way::Redirect,
+        hop_limit: 64,
     };
     let placement =
         Placement { downstream: hop("veth-down", &legs[0]), upstream: hop("veth-up", &legs[1]), pair: PAIR };

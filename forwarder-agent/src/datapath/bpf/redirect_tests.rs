@@ -12,8 +12,8 @@ use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN}
 use forwarder_common::{PROGRAM_ETHERNET, Verdict};
 
 use super::frames::{
-    Field, Frame, REVERSE_SHIFT, TC_ACT_REDIRECT, TC_ACT_SHOT, at, checksum, flow_v4, flow_v6, known_clocks,
-    with_flow,
+    Field, Frame, LOOPBACK, REVERSE_SHIFT, TC_ACT_REDIRECT, TC_ACT_SHOT, at, checksum, flow_v4, flow_v6,
+    known_clocks, with_flow,
 };
 use super::{PAIR, TC_ACT_UNSPEC, pair, run, run_in, verdicts, write_flows};
 
@@ -282,4 +282,24 @@ fn directions_are_noted_apart() {
     run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode());
     let pair = pair(&bpf);
     assert_eq!((pair.request.packets, pair.response.packets), (0, 1));
+}
+
+#[test]
+fn what_comes_by_another_interface_is_left_to_a_stack_that_would_not_take_it() {
+    let elsewhere = |(key, flow): (FlowKey, Flow)| (key, Flow { arrival: LOOPBACK + 1, ..flow });
+    let (key, flow) = elsewhere(flow_v4());
+    for frame in [Frame::new(key), Frame { flags: FLAG_SYN, ..Frame::new(key) }] {
+        let Some((_bpffs, bpf)) = with_flow(key, flow, at(&Frame::new(key))) else { return };
+        let frame = frame.encode();
+        assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame.clone()));
+        assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::OtherInterface, 1)]));
+        assert_eq!(pair(&bpf), at(&Frame::new(key)));
+        // Where it is not strict, packets may come by any.
+        bpf.paths().take_from_any(LOOPBACK);
+        assert_ne!(run(&bpf, PROGRAM_ETHERNET, &frame).0, TC_ACT_UNSPEC);
+    }
+    // IPv6 looks into none.
+    let (key, flow) = elsewhere(flow_v6());
+    let Some((_bpffs, bpf)) = with_flow(key, flow, at(&Frame::new(key))) else { return };
+    assert_eq!(run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode()).0, TC_ACT_REDIRECT);
 }

@@ -64,11 +64,11 @@ fn an_end_is_noted_and_no_payload() {
 #[test]
 fn acknowledgements_go_forward_only_and_not_beyond_what_may_have_been_sent() {
     assert_eq!(noted(&[seen(5_000, 0, 690, 0)]).acknowledged, 700);
-    // The endpoint is known to have sent up to 200, which is 700, and may have sent up to 1,200.
+    // The endpoint is known to have sent up to 200, which is 700, and may have sent more.
     assert_eq!(noted(&[seen(5_000, 0, 710, 0)]).acknowledged, 710);
-    assert_eq!(noted(&[seen(5_000, 0, 1_700, 0)]).acknowledged, 1_700);
-    check_ignored(seen(5_000, 0, 1_701, 0));
-    check_ignored(seen(5_000, 100, 1_701, FLAG_FIN));
+    assert_eq!(noted(&[seen(5_000, 0, 700 + 0xffff, 0)]).acknowledged, 700 + 0xffff);
+    check_ignored(seen(5_000, 0, 700 + 0x1_0000, 0));
+    check_ignored(seen(5_000, 100, 700 + 0x1_0000, FLAG_FIN));
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn a_blind_walk_through_all_numbers_forges_no_more_than_a_window() {
         .collect();
     let half = noted(&segments);
     assert!(half.bytes <= u64::from(WINDOW), "{half:?}");
-    assert_eq!(half.acknowledged, 700);
+    assert!(half.acknowledged <= 0x1_0000, "{half:?}");
 }
 
 #[test]
