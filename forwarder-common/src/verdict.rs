@@ -52,11 +52,13 @@ pub enum Verdict {
     TooBig = 20,
     /// Of a flow: translated, and left to the stack, which sends it on.
     LeftToStack = 21,
+    /// Of a pair that the agent has ended: answered with a reset.
+    ResetAnswered = 22,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -79,10 +81,11 @@ impl Verdict {
         Self::TooBigPassedOn,
         Self::TooBig,
         Self::LeftToStack,
+        Self::ResetAnswered,
     ];
 
     /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 22;
+    pub const COUNT: u32 = 23;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -115,6 +118,7 @@ impl Verdict {
             Self::TooBigPassedOn => "too_big_passed_on",
             Self::TooBig => "too_big",
             Self::LeftToStack => "left_to_stack",
+            Self::ResetAnswered => "reset_answered",
         }
     }
 }

@@ -6,7 +6,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, Half, NextHop, STATE_SPLICED, STATE_TAIL, Seen,
+    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, Half, NextHop, STATE_RESET, STATE_SPLICED, STATE_TAIL, Seen,
 };
 use forwarder_common::packet::Segment;
 use forwarder_common::verdict::Verdict;
@@ -14,7 +14,7 @@ use forwarder_common::verdict::Verdict;
 use crate::classify::Found;
 use crate::maps::{CLOCK, FLOWS, PAIRS};
 use crate::rewrite::rewrite;
-use crate::{icmp, tail};
+use crate::{icmp, reset, tail};
 
 /// What becomes of a packet that belongs to a flow.
 pub(crate) struct Outcome {
@@ -44,8 +44,14 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
         return Some(tail::acknowledge(context, segment));
     }
     let is_new_connection = segment.is_attempt();
+    if flow.state == STATE_RESET {
+        if is_new_connection {
+            release(segment, flow);
+            return None;
+        }
+        return Some(reset::answer(context, segment, flow));
+    }
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else {
-        // One that the agent has ended: the stack resets who does not know yet.
         if is_new_connection {
             release(segment, flow);
             return None;
@@ -91,12 +97,18 @@ pub(crate) fn leave(flow: &Flow) -> Outcome {
     if flow.flags & FLOW_BY_STACK != 0 {
         return Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::LeftToStack };
     }
+    Outcome { action: redirect_to_neighbour(flow), verdict: Verdict::Redirected }
+}
+
+/// Hands the packet to the neighbour that packets of `flow` go to. Returns what the program is to return.
+#[inline(always)]
+pub(crate) fn redirect_to_neighbour(flow: &Flow) -> i32 {
     // SAFETY: `NextHop` is laid out as the helper's parameters, which it copies.
     let action = unsafe {
         let next_hop = (&raw const flow.next_hop).cast_mut().cast();
         bpf_redirect_neigh(flow.interface, next_hop, size_of::<NextHop>() as i32, 0)
     };
-    Outcome { action: action as i32, verdict: Verdict::Redirected }
+    action as i32
 }
 
 /// Forgets both directions of a pair that is over; the agent removes the rest.
@@ -125,7 +137,7 @@ fn note(context: &TcContext, segment: &Segment, flow: &Flow, half: &mut Half, re
 /// `CLOCK_MONOTONIC` in nanoseconds as it stood at the first packet of this tick of the kernel's timer: to read the clock
 /// costs more than to look at the tick, which the kernel inlines.
 #[inline(always)]
-fn coarse_time() -> u64 {
+pub(crate) fn coarse_time() -> u64 {
     // SAFETY: the helpers have no conditions.
     let (tick, now) = (unsafe { bpf_jiffies64() }, || unsafe { bpf_ktime_get_ns() });
     let Some(clock) = CLOCK.get_ptr_mut(0) else { return now() };

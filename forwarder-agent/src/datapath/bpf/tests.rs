@@ -39,6 +39,9 @@ mod redirect_tests;
 #[path = "icmp_tests.rs"]
 mod icmp_tests;
 
+#[path = "reset_tests.rs"]
+mod reset_tests;
+
 #[path = "../../../../forwarder-common/src/packet/samples.rs"]
 mod samples;
 
