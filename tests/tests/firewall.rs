@@ -15,6 +15,8 @@ use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
 use forwarder_tests::kernel::{at_once, is_ready};
 use forwarder_tests::peer::Server;
 use forwarder_tests::shape::stage::Family;
+use forwarder_tests::traffic::Traffic;
+use forwarder_tests::wire::{self, Trouble};
 use forwarder_tests::{AgentCommand, Forwarding, Manifests, Topology, peer, wait_for, wait_until};
 
 /// How soon both ends have to know that an operator has reset their connection.
@@ -44,6 +46,14 @@ fn drop_invalid(topology: &Topology, chains: Chains) {
         );
     }
     topology.node.stdout(Command::new("nft").arg(rules)).expect("rules");
+}
+
+/// How many packets the node has dropped in a chain.
+fn dropped(topology: &Topology, chain: &str) -> u64 {
+    let rules = topology.node.stdout(Command::new("nft").args(["list", "chain", "inet", "firewall", chain]));
+    let rules = rules.expect("a chain");
+    let (_, rest) = rules.split_once("counter packets ").expect("a counter");
+    rest.split(' ').next().and_then(|count| count.parse().ok()).expect("a number")
 }
 
 fn start<F>(topology: Topology, family: Family, arguments: &[&str], handle: F) -> Forwarding
@@ -229,4 +239,32 @@ fn probes_find_out_who_lives() {
             });
         }
     });
+}
+
+#[test]
+fn what_was_lost_of_the_tail_arrives_though_more_was_sent_past_it() {
+    const COUNT: usize = 16;
+    if !can_run() {
+        return;
+    }
+    for family in FAMILIES {
+        let (topology, wires) = wire::wired(25).expect("a network");
+        drop_invalid(&topology, HOST);
+        let trouble = Trouble { lost: 300, held: 300, hold: Duration::from_millis(5), ..Trouble::default() };
+        wires.iter().for_each(|wire| wire.set(trouble));
+        let arguments = ["--datapath", "tc", "--promote-after", "128KiB"];
+        let forwarding = start(topology, family, &arguments, peer::echo);
+        let agent = &forwarding.agent;
+        let traffic = Traffic::start(connect(&forwarding, family, COUNT));
+        let started = Instant::now();
+        wait_until("all are promoted", LONG, || {
+            let connections = agent.connections("").expect("a list");
+            connections.iter().filter(|one| one["state"] == "spliced").count() == COUNT
+        });
+        println!("{family:?}: all are promoted after {:?}", started.elapsed());
+        // Not one acknowledgement for the node's sockets.
+        assert_eq!(dropped(&forwarding.topology, "input"), 0, "{family:?}");
+        traffic.wait_progress(LONG);
+        traffic.finish().expect("every byte");
+    }
 }
