@@ -28,6 +28,9 @@ pub const PAIRS_CAPACITY: u32 = 262_144;
 /// The priority (`SO_PRIORITY`) of packets that the agent sends in the name of pairs, which the guard lets pass. It is
 /// nobody else's, and unlike a mark it has no say in routing.
 pub const AGENT_PRIORITY: u32 = 0x6677_6401;
+/// The priority of those among them that the agent has handed to the interface itself, and that have no neighbour's address
+/// yet: the guard hands them to the neighbour that the pair's packets go to.
+pub const AGENT_LINK_PRIORITY: u32 = 0x6677_6402;
 
 /// [`Flow::state`]: packets are translated and redirected, while the local sockets still deliver what they had received
 /// before: they see the acknowledgements of it.

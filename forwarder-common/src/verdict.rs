@@ -58,11 +58,13 @@ pub enum Verdict {
     /// Of a flow, but by an interface that the stack does not expect its sender behind, and which checks that strictly: left to
     /// the stack, which drops it (`rp_filter`).
     OtherInterface = 23,
+    /// Of a pair that the agent has ended: answered with a reset.
+    ResetAnswered = 24,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -87,10 +89,11 @@ impl Verdict {
         Self::LeftToStack,
         Self::FragmentRefused,
         Self::OtherInterface,
+        Self::ResetAnswered,
     ];
 
     /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 24;
+    pub const COUNT: u32 = 25;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -125,6 +128,7 @@ impl Verdict {
             Self::LeftToStack => "left_to_stack",
             Self::FragmentRefused => "fragment_refused",
             Self::OtherInterface => "other_interface",
+            Self::ResetAnswered => "reset_answered",
         }
     }
 }

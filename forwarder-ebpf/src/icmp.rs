@@ -21,13 +21,13 @@ use crate::tail;
 
 const IPV4_SOURCE: u32 = 12;
 const IPV4_HEADER: u32 = 20;
-const IPV6_HEADER: u32 = 40;
+pub(crate) const IPV6_HEADER: u32 = 40;
 /// Bytes of the TCP header without its options: what is quoted of it.
-const TCP_HEADER: u32 = 20;
+pub(crate) const TCP_HEADER: u32 = 20;
 /// How many routers may pass a message on.
 const HOP_LIMIT: u32 = 64;
 /// "Don't fragment" in the word that IPv4's identification begins: with it, there needs to be none (RFC 6864, 4.1).
-const DONT_FRAGMENT: u32 = 0x4000;
+pub(crate) const DONT_FRAGMENT: u32 = 0x4000;
 
 /// Passes on what a router says to the node of a packet that was redirected, to the end that has sent the packet. Every
 /// other packet is left as it is: [`Verdict::NotTcp`].

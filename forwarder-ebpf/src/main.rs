@@ -13,6 +13,7 @@ mod guard;
 mod icmp;
 mod maps;
 mod redirect;
+mod reset;
 mod rewrite;
 mod tail;
 

@@ -6,7 +6,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, NextHop, STATE_SPLICED, STATE_TAIL, Seen,
+    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, NextHop, STATE_RESET, STATE_SPLICED, STATE_TAIL, Seen,
 };
 use forwarder_common::packet::{FLAG_FIN, IpVersion, Segment};
 use forwarder_common::verdict::Verdict;
@@ -14,7 +14,7 @@ use forwarder_common::verdict::Verdict;
 use crate::classify::Found;
 use crate::maps::{CLOCK, FLOWS, LOOSE_INTERFACES, PAIRS};
 use crate::rewrite::rewrite;
-use crate::{fragment, icmp, tail};
+use crate::{fragment, icmp, reset, tail};
 
 /// What becomes of a packet that belongs to a flow.
 pub(crate) struct Outcome {
@@ -52,8 +52,14 @@ pub(crate) fn redirect(context: &TcContext, found: &mut Found) -> Option<Outcome
         return Some(Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::OtherInterface });
     }
     let is_new_connection = segment.is_attempt();
+    if flow.state == STATE_RESET {
+        if is_new_connection {
+            release(segment, flow);
+            return None;
+        }
+        return Some(reset::answer(context, segment, flow));
+    }
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else {
-        // One that the agent has ended: the stack resets who does not know yet.
         if is_new_connection {
             release(segment, flow);
             return None;
@@ -117,12 +123,18 @@ pub(crate) fn leave(flow: &Flow) -> Outcome {
     if flow.flags & FLOW_BY_STACK != 0 {
         return Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::LeftToStack };
     }
+    Outcome { action: redirect_to_neighbour(flow), verdict: Verdict::Redirected }
+}
+
+/// Hands the packet to the neighbour that packets of `flow` go to. Returns what the program is to return.
+#[inline(always)]
+pub(crate) fn redirect_to_neighbour(flow: &Flow) -> i32 {
     // SAFETY: `NextHop` is laid out as the helper's parameters, which it copies.
     let action = unsafe {
         let next_hop = (&raw const flow.next_hop).cast_mut().cast();
         bpf_redirect_neigh(flow.interface, next_hop, size_of::<NextHop>() as i32, 0)
     };
-    Outcome { action: action as i32, verdict: Verdict::Redirected }
+    action as i32
 }
 
 /// Forgets both directions of a pair that is over; the agent removes the rest.

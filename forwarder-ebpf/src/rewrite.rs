@@ -307,7 +307,7 @@ pub(crate) fn checksum(
 
 /// Walks the options, with the state of the walk in memory that the verifier does not follow.
 #[inline(always)]
-fn walk_options(context: &TcContext, segment: &Segment) -> Result<Options, Verdict> {
+pub(crate) fn walk_options(context: &TcContext, segment: &Segment) -> Result<Options, Verdict> {
     let walk = OPTIONS_WALK.get_ptr_mut(0).ok_or(Verdict::OptionsRefused)?;
     // SAFETY: the pointer is to this CPU's value, which no other program uses meanwhile: packets are not interrupted by
     // packets on one CPU. Volatile, so that the state goes through memory.

@@ -11,7 +11,7 @@ use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError};
 use forwarder_common::ABI_VERSION;
 use forwarder_common::flow::{
     DIRECTION_REQUEST, FLOW_BY_STACK, FLOW_ENDED, FLOW_REVERSE_ENDED, FLOWS, Flow, FlowKey, NextHop, PAIRS,
-    Pair, STATE_SPLICED,
+    Pair, STATE_RESET, STATE_SPLICED,
 };
 use forwarder_common::layout::{AGENT, AgentState, address_bytes, address_of};
 use rustix::io::Errno;
@@ -77,6 +77,19 @@ impl JoinedPair {
     /// The endpoint, and the node's address that it was connected from.
     pub fn upstream(&self) -> (SocketAddr, SocketAddr) {
         ends(&self.flows[1].0)
+    }
+
+    /// The same pair once the agent has ended it.
+    fn ended(mut self) -> Self {
+        for (_, flow) in &mut self.flows {
+            flow.state = STATE_RESET;
+        }
+        self
+    }
+
+    /// Whether the agent has ended it.
+    pub fn is_ended(&self) -> bool {
+        self.flows.iter().any(|(_, flow)| flow.state == STATE_RESET)
     }
 
     /// Whether the sockets have nothing more to do with it.
@@ -148,6 +161,21 @@ impl FlowMaps {
         Ok(Listed { pairs, orphans })
     }
 
+    /// Writes both directions of a pair anew.
+    fn rewrite(&mut self, pair: &JoinedPair) -> Result<(), DatapathError> {
+        for (key, flow) in &pair.flows {
+            // What a program has forgotten meanwhile must not come back, nor take the place of what came after it.
+            if self.flows.get(key, 0).is_ok_and(|there| there.pair != pair.number) {
+                continue;
+            }
+            self.flows
+                .insert(key, flow, BPF_EXIST)
+                .map_err(|source| error("write to", FLOWS, Some(pair.number), source))?;
+            crate::failpoint::block("rewrite.request_written");
+        }
+        Ok(())
+    }
+
     /// Removes what is there of a pair.
     fn remove(&mut self, pair: &JoinedPair) {
         // The pair first: it turns both directions off at once. What is gone needs no removal.
@@ -168,6 +196,16 @@ impl FlowMaps {
 pub fn read(pin_dir: &Path) -> Result<Vec<(JoinedPair, Pair)>, DatapathError> {
     let maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
     Ok(maps.list()?.pairs)
+}
+
+/// Has the kernel forward nothing more of pairs that a dead agent has pinned in a directory, and reset whoever still sends
+/// something of them, until they are forgotten.
+///
+/// # Errors
+/// The maps cannot be opened, or the kernel refuses.
+pub fn end<'a>(pin_dir: &Path, pairs: impl IntoIterator<Item = &'a JoinedPair>) -> Result<(), DatapathError> {
+    let mut maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
+    pairs.into_iter().try_for_each(|pair| maps.rewrite(&pair.ended()))
 }
 
 /// Takes pairs out of the maps that a dead agent has pinned in a directory.
@@ -400,18 +438,7 @@ impl FlowTable {
     }
 
     fn rewrite(&self, pair: &JoinedPair) -> Result<(), DatapathError> {
-        let mut maps = self.maps();
-        for (key, flow) in &pair.flows {
-            // What a program has forgotten meanwhile must not come back, nor take the place of what came after it.
-            if maps.flows.get(key, 0).is_ok_and(|there| there.pair != pair.number) {
-                continue;
-            }
-            maps.flows
-                .insert(key, flow, BPF_EXIST)
-                .map_err(|source| error("write to", FLOWS, Some(pair.number), source))?;
-            crate::failpoint::block("rewrite.request_written");
-        }
-        Ok(())
+        self.maps().rewrite(pair)
     }
 
     /// What is known of a pair; `None` if it is gone.
@@ -428,10 +455,13 @@ impl FlowTable {
         self.live.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Has the kernel forward nothing of a pair any more, and keeps its addresses from being used by another until it is
-    /// removed: unless its client opens a new connection.
-    pub fn deactivate(&self, pair: &JoinedPair) {
-        let _ = self.maps().pairs.remove(&pair.number);
+    /// Has the kernel forward nothing of a pair any more, and reset whoever still sends something of it. Its addresses are
+    /// nobody else's until it is removed: unless its client opens a new connection.
+    ///
+    /// # Errors
+    /// The kernel refuses, or a program has forgotten the pair.
+    pub fn end(&self, pair: &JoinedPair) -> Result<(), DatapathError> {
+        self.rewrite(&pair.ended())
     }
 
     /// Whether the addresses and ports are still this pair's.

@@ -44,6 +44,8 @@ mod fragment_tests;
 
 #[path = "../../../../forwarder-common/src/packet/cut.rs"]
 mod cut;
+#[path = "reset_tests.rs"]
+mod reset_tests;
 
 #[path = "../../../../forwarder-common/src/packet/samples.rs"]
 mod samples;
