@@ -34,7 +34,7 @@ const PERIOD: Duration = Duration::from_millis(250);
 /// what is over has to make room for others.
 const MOST_WORK: u32 = 40;
 const LONGEST_PERIOD: Duration = Duration::from_secs(1);
-/// How long after its last packet a pair that is over is kept, for what is sent again.
+/// How long after its last packet a pair of which both ends have ended is kept, for what is sent again.
 const LINGER: Duration = Duration::from_secs(2);
 /// How long a reset is given to be followed by something else of the same sender: then it was a stranger's who knew the number.
 const RESET_STANDS: Duration = Duration::from_millis(200);
@@ -506,17 +506,14 @@ fn close(entry: &mut Entry, state: &Pair) -> Fate {
     } else {
         End::Finished
     };
-    if reason == End::Finished || since.elapsed() >= RESET_STANDS {
-        end(entry, reason);
+    if reason != End::Finished {
+        // The reset may have been lost, or been one that the other end does not believe, which then may have nothing to say.
+        return if since.elapsed() >= RESET_STANDS { Fate::Reset(reason) } else { Fate::Stays };
     }
+    end(entry, reason);
     let last = state.request.last_seen.max(state.response.last_seen);
     let quiet = Duration::from_nanos(monotonic().saturating_sub(last));
-    match reason {
-        _ if quiet < LINGER => Fate::Stays,
-        End::Finished => Fate::Leaves,
-        // The reset may have been lost, and the other end have nothing to say.
-        _ => Fate::Reset(reason),
-    }
+    if quiet < LINGER { Fate::Stays } else { Fate::Leaves }
 }
 
 /// Counts and logs the end of a pair's connection.
