@@ -223,7 +223,8 @@ mod tests {
 
     #[test]
     fn names_fit_the_kernel() {
-        for name in PINNED_MAPS.into_iter().chain(crate::PROGRAMS) {
+        let updates = [crate::update::PROGRAM_SET_FLOWS, crate::update::PROGRAM_SET_LISTENER];
+        for name in PINNED_MAPS.into_iter().chain(crate::PROGRAMS).chain(updates) {
             assert!(name.len() <= 15, "{name}");
         }
     }

@@ -95,8 +95,8 @@ fn count(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
     let Some(counters) = COUNTERS.get_ptr_mut(listener_id) else {
         return Err(if is_held { Verdict::Held } else { Verdict::CounterMissing });
     };
-    // SAFETY: the pointer is to this CPU's value, which no program interrupts here; an element that is removed meanwhile
-    // is freed after the program's end, for the map is not preallocated (`htab_elem_free_rcu`).
+    // SAFETY: the pointer is to this CPU's value, which no program interrupts here, and which is allocated to nobody else
+    // while this program runs: see `maps`.
     let counters = unsafe { &mut *counters };
     counters.packets += 1;
     counters.bytes += u64::from(context.len().wrapping_sub(segment.ip_offset));
@@ -195,7 +195,8 @@ fn is_for_interface(context: &TcContext) -> bool {
 #[inline(always)]
 fn find_listener(segment: &Segment) -> Result<u32, Verdict> {
     let key = ListenerKey::new(segment.tuple.destination, segment.tuple.destination_port);
-    // SAFETY: the reference is read at once, before anything else runs, and nothing here changes the map.
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`. The agent may change the word that
+    // is read meanwhile.
     if let Some(listener) = unsafe { LISTENERS.get(key) } {
         return Ok(listener.listener_id);
     }

@@ -4,7 +4,9 @@
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::{AGENT_PRIORITY, FLOW_REVERSE_ENDED, Flow, Half, STATE_TAIL};
+use forwarder_common::flow::{
+    AGENT_PRIORITY, FLOW_REVERSE_ENDED, Flow, Half, STATE_OVER, STATE_RESET, STATE_TAIL,
+};
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, LinkLayer, Segment, tcp_field};
 use forwarder_common::translate::{self, ChecksumChange};
 use forwarder_common::verdict::Verdict;
@@ -46,8 +48,11 @@ fn guard(context: &TcContext, link: LinkLayer) -> i32 {
 #[inline(always)]
 fn judge(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     let flow = FLOWS.get_ptr(segment.tuple.reversed())?;
-    // SAFETY: the element lives until every running program has left it, for the map is not preallocated.
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let flow = unsafe { &*flow };
+    if flow.state == STATE_OVER || flow.state == STATE_RESET {
+        return None;
+    }
     let pair = PAIRS.get_ptr(flow.pair)?;
     // SAFETY: as above.
     let (half, other) = unsafe { &*pair }.halves(flow);

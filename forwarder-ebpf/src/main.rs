@@ -2,7 +2,8 @@
 //!
 //! [`classify`] counts, at the ingress of each interface, the TCP packets to the listeners, and passes them on to the next
 //! program as they were. What belongs to a flow, [`redirect`] turns into a packet of the other leg, and [`icmp`] tells its
-//! ends of packets that are too large. [`guard`], at egress, holds back what the local sockets of a flow say.
+//! ends of packets that are too large. [`guard`], at egress, holds back what the local sockets of a flow say. Those of [`update`]
+//! hang nowhere: by them, the agent changes what stands in the maps.
 #![no_std]
 #![no_main]
 
@@ -13,6 +14,7 @@ mod maps;
 mod redirect;
 mod rewrite;
 mod tail;
+mod update;
 
 /// What the kernel demands of programs that call its GPL-only helpers.
 #[unsafe(link_section = "license")]

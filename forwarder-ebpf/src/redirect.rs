@@ -6,7 +6,8 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, Half, NextHop, STATE_SPLICED, STATE_TAIL, Seen,
+    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, Half, NextHop, STATE_OVER, STATE_RESET, STATE_SPLICED,
+    STATE_TAIL, Seen,
 };
 use forwarder_common::packet::Segment;
 use forwarder_common::verdict::Verdict;
@@ -37,13 +38,23 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     let segment = &found.segment;
     #[expect(clippy::needless_borrows_for_generic_args, reason = "a copy would stand on the stack")]
     let flow = FLOWS.get_ptr(&segment.tuple)?;
-    // SAFETY: the element lives until every running program has left it, for the map is not preallocated; a value is
-    // replaced as a whole by a new element, so what is read is of one version.
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`. The agent may change words of it
+    // meanwhile: see `update`.
     let flow = unsafe { &*flow };
     if tail::is_clone(context) {
         return Some(tail::acknowledge(context, segment));
     }
+    if flow.state == STATE_OVER {
+        return None;
+    }
     let is_new_connection = segment.is_attempt();
+    if flow.state == STATE_RESET {
+        if is_new_connection {
+            release(segment, flow);
+            return None;
+        }
+        return Some(Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::PairMissing });
+    }
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else {
         // One that the agent has ended: the stack resets who does not know yet.
         if is_new_connection {
@@ -99,12 +110,18 @@ pub(crate) fn leave(flow: &Flow) -> Outcome {
     Outcome { action: action as i32, verdict: Verdict::Redirected }
 }
 
-/// Forgets both directions of a pair that is over; the agent removes the rest.
+/// Has nobody take both directions of a pair that is over for flows any more; the agent removes them.
 #[inline(never)]
 fn release(segment: &Segment, flow: &Flow) -> u32 {
-    // What is not there any more needs no removal.
-    let _ = FLOWS.remove(flow.out.reversed());
-    let _ = FLOWS.remove(segment.tuple);
+    for key in [flow.out.reversed(), segment.tuple] {
+        let Some(other) = FLOWS.get_ptr_mut(key) else { continue };
+        // SAFETY: as in `redirect`; others read the word as it was or as it is.
+        unsafe {
+            if (*other).pair == flow.pair {
+                (*other).state = STATE_OVER;
+            }
+        }
+    }
     0
 }
 

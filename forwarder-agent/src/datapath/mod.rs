@@ -8,7 +8,9 @@ pub mod cleanup;
 mod conntrack;
 #[cfg(test)]
 pub(crate) mod fake;
+mod flow_maps;
 pub mod flows;
+pub mod gate;
 pub mod grace;
 pub mod interfaces;
 mod load_error;
@@ -23,6 +25,7 @@ pub mod routes;
 pub mod segments;
 pub mod sockmap;
 pub mod stack;
+mod updates;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
