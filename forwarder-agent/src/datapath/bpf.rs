@@ -121,7 +121,7 @@ impl Bpf {
         }
         let links = if has_flows { Some(pins.links()?) } else { None };
         let updates = Arc::new(Updates::take(&mut ebpf, pins.directory())?);
-        let maps = Maps::take(&mut ebpf)?;
+        let maps = Maps::take(&mut ebpf, pins.directory(), Arc::clone(&updates))?;
         pins.take_over();
         Ok(Self {
             attachments: Attachments::new(AttachKind::of_kernel(), links),

@@ -4,10 +4,11 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use aya::maps::MapError;
 use aya::programs::SchedClassifier;
 use aya::{Ebpf, TestRun, TestRunOptions};
 use forwarder_common::flow::{FLOWS, Flow, FlowKey};
-use forwarder_common::layout::{LISTENERS, ListenerKey, ListenerValue};
+use forwarder_common::layout::{ListenerKey, ListenerValue};
 use forwarder_common::update::{
     FlowUpdate, ListenerUpdate, PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER, REQUEST_OFFSET,
 };
@@ -52,14 +53,9 @@ impl Updates {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub(super) fn set_listener(&self, key: ListenerKey, value: ListenerValue) -> Result<bool, DatapathError> {
+    pub(super) fn set_listener(&self, key: ListenerKey, value: ListenerValue) -> Result<bool, MapError> {
         let request = ListenerUpdate { key, value }.bytes();
-        run(&self.listeners, &request).map(|written| written > 0).map_err(|source| DatapathError {
-            operation: "change",
-            map: LISTENERS,
-            entry: Some(format!("port {}", key.port)),
-            source: Box::new(source.into()),
-        })
+        Ok(run(&self.listeners, &request)? > 0)
     }
 }
 

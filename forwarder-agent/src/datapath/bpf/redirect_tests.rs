@@ -256,7 +256,9 @@ fn options_that_nobody_understands_are_not_translated_in_part() {
 #[test]
 fn a_flow_that_is_over_is_none() {
     let (key, flow) = flow_v4();
-    let Some((_bpffs, bpf)) = with_flow(key, Flow { state: STATE_OVER, ..flow }, known_clocks()) else { return };
+    let Some((_bpffs, bpf)) = with_flow(key, Flow { state: STATE_OVER, ..flow }, known_clocks()) else {
+        return;
+    };
     let frame = Frame::new(key).encode();
     assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
     assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::NoListener, 1)]));
@@ -266,7 +268,9 @@ fn a_flow_that_is_over_is_none() {
 #[test]
 fn a_new_connection_on_the_tuple_of_a_pair_that_the_agent_has_ended_is_for_the_local_stack() {
     let (key, flow) = flow_v4();
-    let Some((_bpffs, bpf)) = with_flow(key, Flow { state: STATE_RESET, ..flow }, known_clocks()) else { return };
+    let Some((_bpffs, bpf)) = with_flow(key, Flow { state: STATE_RESET, ..flow }, known_clocks()) else {
+        return;
+    };
     let frame = Frame { flags: FLAG_SYN, payload: Vec::new(), ..Frame::new(key) }.encode();
     assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
     let flows: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map(FLOWS).unwrap().try_into().unwrap();

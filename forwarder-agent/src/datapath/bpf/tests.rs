@@ -39,6 +39,9 @@ mod redirect_tests;
 #[path = "icmp_tests.rs"]
 mod icmp_tests;
 
+#[path = "reuse_tests.rs"]
+mod reuse_tests;
+
 #[path = "../../../../forwarder-common/src/packet/samples.rs"]
 mod samples;
 
