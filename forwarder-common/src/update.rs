@@ -8,11 +8,15 @@ use core::mem::{align_of, offset_of, size_of};
 
 use crate::flow::{Flow, FlowKey, NextHop};
 use crate::layout::{ListenerKey, ListenerValue};
+use crate::sockmap::Credit;
 
 /// The program that writes what [`FlowUpdate`]s say, for up to [`MOST_FLOW_UPDATES`]; returns how many flows it has written.
 pub const PROGRAM_SET_FLOWS: &str = "fwd_set_flows";
 /// The program that writes what a [`ListenerUpdate`] says; returns how many listeners it has written.
 pub const PROGRAM_SET_LISTENER: &str = "fwd_set_listen";
+
+/// The program of tier `sockmap` that writes what a [`CreditUpdate`] says; returns how many credits it has written.
+pub const PROGRAM_SET_CREDIT: &str = "fwd_set_credit";
 
 /// How many flows one request changes at most: those of a pair.
 pub const MOST_FLOW_UPDATES: usize = 2;
@@ -114,6 +118,35 @@ impl ListenerUpdate {
     }
 }
 
+/// What the credit of a socket's stream is to be from now on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct CreditUpdate {
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// Its credit.
+    pub credit: Credit,
+}
+
+/// Bytes of a [`CreditUpdate`].
+pub const CREDIT_UPDATE_SIZE: usize = size_of::<CreditUpdate>();
+
+impl CreditUpdate {
+    /// As it lies in the packet.
+    #[must_use]
+    pub fn bytes(&self) -> [u8; CREDIT_UPDATE_SIZE] {
+        let Self { cookie, credit: Credit { relayed, credit, full, notice_shift, pad } } = *self;
+        let mut bytes = Bytes::new();
+        for word in [cookie, relayed] {
+            bytes.put(&word.to_ne_bytes());
+        }
+        for word in [credit, full, notice_shift, pad] {
+            bytes.put(&word.to_ne_bytes());
+        }
+        bytes.filled
+    }
+}
+
 /// Bytes that are filled from the first on.
 struct Bytes<const N: usize> {
     filled: [u8; N],
@@ -145,4 +178,7 @@ const _: () = {
 
     assert!(size_of::<ListenerUpdate>() == 28 && align_of::<ListenerUpdate>() == 4);
     assert!(offset_of!(ListenerUpdate, value) == 20);
+
+    assert!(size_of::<CreditUpdate>() == 32 && align_of::<CreditUpdate>() == 8);
+    assert!(offset_of!(CreditUpdate, credit) == 8);
 };

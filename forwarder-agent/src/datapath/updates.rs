@@ -76,7 +76,7 @@ fn own(ebpf: &mut Ebpf, pins: &Path, name: &'static str) -> Result<SchedClassifi
 }
 
 /// Runs a program once; what it returns.
-fn run(program: &SchedClassifier, request: &[u8]) -> Result<u32, io::Error> {
+pub(super) fn run(program: &SchedClassifier, request: &[u8]) -> Result<u32, io::Error> {
     let packet = [&[0; REQUEST_OFFSET], request].concat();
     let options = TestRunOptions { data_in: Some(&packet), ..TestRunOptions::default() };
     let result = program.test_run(options).map_err(io::Error::other)?;

@@ -42,6 +42,9 @@ mod icmp_tests;
 #[path = "reuse_tests.rs"]
 mod reuse_tests;
 
+#[path = "update_tests.rs"]
+mod update_tests;
+
 #[path = "../../../../forwarder-common/src/packet/samples.rs"]
 mod samples;
 
