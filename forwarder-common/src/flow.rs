@@ -1,12 +1,14 @@
 //! Flows: pairs of connections that the kernel forwards by itself, as they stand in the maps.
 //!
 //! A pair has two directions. Each stands in [`FLOWS`] under the tuple that its packets have when they arrive, with all
-//! that is needed to turn them into packets of the other leg: written by the agent alone, and never changed but for
-//! its state. What changes with each packet stands in [`PAIRS`]: created by the agent, written by the programs, each half of
-//! it only for packets of its own direction. So nobody ever undoes what another wrote.
+//! that is needed to turn them into packets of the other leg: written by the agent, in place where it changes
+//! ([`crate::update`]); programs write its state alone, where the pair is over. What changes with each packet stands in
+//! [`PAIRS`]: created by the agent, written by the programs, each half of it only for packets of its own direction. So nobody
+//! ever undoes what another wrote.
 //!
-//! The programs take packets for those of a flow only while its pair stands in [`PAIRS`]: creating and removing that one
-//! entry turns both directions on and off at the same moment.
+//! The programs take packets for those of a flow only while its pair stands in [`PAIRS`]: creating that one entry turns both
+//! directions on at the same moment. [`STATE_OVER`] turns them off, one right after the other; the entries are removed
+//! later, in the order of [`STATE_TAIL`] to [`STATE_OVER`] no state ever goes back.
 
 use core::mem::{align_of, offset_of, size_of};
 use core::net::IpAddr;

@@ -47,6 +47,8 @@ pub type AddressBytes = [u8; 16];
 /// The address of a listener that is bound to every address of the node.
 pub const ANY_ADDRESS: AddressBytes = [0; 16];
 
+/// [`ListenerValue::state`]: there is no listener any more; the entry waits for its removal.
+pub const STATE_REMOVED: u32 = 0;
 /// [`ListenerValue::state`]: the listener's socket accepts.
 pub const STATE_READY: u32 = 1;
 /// [`ListenerValue::state`]: it accepts no more; its connections live on.
@@ -101,7 +103,7 @@ impl ListenerKey {
 pub struct ListenerValue {
     /// The listener's number: key of [`COUNTERS`], and of [`BACKENDS`] with a slot.
     pub listener_id: u32,
-    /// [`STATE_READY`] or [`STATE_DRAINING`].
+    /// [`STATE_READY`], [`STATE_DRAINING`] or [`STATE_REMOVED`].
     pub state: u32,
 }
 
@@ -229,7 +231,9 @@ mod tests {
 
     #[test]
     fn names_fit_the_kernel() {
-        for name in PINNED_MAPS.into_iter().chain(crate::PROGRAMS) {
+        use crate::update::{PROGRAM_SET_CREDIT, PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER};
+        let updates = [PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER, PROGRAM_SET_CREDIT];
+        for name in PINNED_MAPS.into_iter().chain(crate::PROGRAMS).chain(updates) {
             assert!(name.len() <= 15, "{name}");
         }
     }

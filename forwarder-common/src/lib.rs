@@ -15,6 +15,7 @@ pub mod layout;
 pub mod packet;
 pub mod sockmap;
 pub mod translate;
+pub mod update;
 pub mod verdict;
 
 pub use layout::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue};

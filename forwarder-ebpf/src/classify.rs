@@ -6,7 +6,7 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::trace;
 use forwarder_common::flow::Seen;
-use forwarder_common::layout::{ANY_ADDRESS, AgentState, ListenerKey};
+use forwarder_common::layout::{ANY_ADDRESS, AgentState, ListenerKey, ListenerValue, STATE_REMOVED};
 use forwarder_common::packet::{
     Header, LinkLayer, Packet, Segment, USUAL_OFFSET, UsualHeaders, parse, parse_usual,
 };
@@ -100,8 +100,8 @@ fn count(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
     let Some(counters) = COUNTERS.get_ptr_mut(listener_id) else {
         return Err(if is_held { Verdict::Held } else { Verdict::CounterMissing });
     };
-    // SAFETY: the pointer is to this CPU's value, which no program interrupts here; an element that is removed meanwhile
-    // is freed after the program's end, for the map is not preallocated (`htab_elem_free_rcu`).
+    // SAFETY: the pointer is to this CPU's value, which no program interrupts here, and which is allocated to nobody else
+    // while this program runs: see `maps`.
     let counters = unsafe { &mut *counters };
     counters.packets += 1;
     counters.bytes += u64::from(context.len().wrapping_sub(segment.ip_offset));
@@ -203,20 +203,24 @@ fn is_for_interface(context: &TcContext) -> bool {
 #[inline(always)]
 fn find_listener(segment: &Segment) -> Result<u32, Verdict> {
     let key = ListenerKey::new(segment.tuple.destination, segment.tuple.destination_port);
-    // SAFETY: the reference is read at once, before anything else runs, and nothing here changes the map.
-    if let Some(listener) = unsafe { LISTENERS.get(key) } {
+    if let Some(listener) = listener_at(&key) {
         return Ok(listener.listener_id);
     }
     let key = ListenerKey::new(ANY_ADDRESS, segment.tuple.destination_port);
-    // SAFETY: as above.
-    let listener_id = match unsafe { LISTENERS.get(key) } {
-        Some(listener) => listener.listener_id,
-        None => return Err(Verdict::NoListener),
-    };
+    let Some(listener) = listener_at(&key) else { return Err(Verdict::NoListener) };
     if LOCAL_ADDRESSES.get_ptr(segment.tuple.destination).is_none() {
         return Err(Verdict::NotLocal);
     }
-    Ok(listener_id)
+    Ok(listener.listener_id)
+}
+
+#[inline(always)]
+fn listener_at(key: &ListenerKey) -> Option<ListenerValue> {
+    let listener = LISTENERS.get_ptr(key)?;
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`. The agent may change words of it
+    // meanwhile.
+    let listener = unsafe { *listener };
+    if listener.state == STATE_REMOVED { None } else { Some(listener) }
 }
 
 /// The packet, of which the kernel copies what is read: headers lie at odd places, and a copy, which does not, is cheaper

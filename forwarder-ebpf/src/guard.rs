@@ -5,7 +5,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    AGENT_LINK_PRIORITY, AGENT_PRIORITY, FLOW_REVERSE_ENDED, Flow, Half, STATE_TAIL,
+    AGENT_LINK_PRIORITY, AGENT_PRIORITY, FLOW_REVERSE_ENDED, Flow, Half, STATE_OVER, STATE_TAIL,
 };
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, LinkLayer, Segment, tcp_field};
 use forwarder_common::translate::{self, ChecksumChange};
@@ -68,8 +68,11 @@ fn hand_over(context: &TcContext, link: LinkLayer, segment: &Segment) -> i32 {
 #[inline(always)]
 fn judge(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     let flow = FLOWS.get_ptr(segment.tuple.reversed())?;
-    // SAFETY: the element lives until every running program has left it, for the map is not preallocated.
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let flow = unsafe { &*flow };
+    if flow.state == STATE_OVER {
+        return None;
+    }
     let pair = PAIRS.get_ptr(flow.pair)?;
     // SAFETY: as above.
     let (half, other) = unsafe { &*pair }.halves(flow);

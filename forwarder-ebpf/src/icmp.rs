@@ -4,7 +4,7 @@
 use aya_ebpf::bindings::{BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT, bpf_adj_room_mode};
 use aya_ebpf::helpers::generated::{bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_store_bytes};
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::{Flow, STATE_TAIL};
+use forwarder_common::flow::{Flow, STATE_OVER, STATE_RESET, STATE_TAIL};
 use forwarder_common::icmp::{
     ICMP_CHECKSUM, ICMP_HEADER, ICMP_TOO_BIG, ICMPV6_TOO_BIG, PROTOCOL_ICMP, PROTOCOL_ICMPV6, TooBig,
     parse_too_big,
@@ -42,8 +42,11 @@ pub(crate) fn pass_on(context: &TcContext, link: LinkLayer) -> Verdict {
     }
     // What comes from where the packet went goes to where the packet came from.
     let Some(flow) = FLOWS.get_ptr(word.quoted.reversed()) else { return Verdict::NotTcp };
-    // SAFETY: the element lives until every running program has left it, for the map is not preallocated.
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let flow = unsafe { &*flow };
+    if flow.state == STATE_OVER || flow.state == STATE_RESET {
+        return Verdict::NotTcp;
+    }
     if PAIRS.get_ptr(flow.pair).is_none() {
         return Verdict::NotTcp;
     }
@@ -135,7 +138,7 @@ pub(crate) fn is_too_big(context: &TcContext, segment: &Segment, flow: &Flow) ->
 #[inline(never)]
 pub(crate) fn refuse(context: &TcContext, segment: &Segment, flow: &Flow) -> i32 {
     let Some(back) = FLOWS.get_ptr(flow.out.reversed()) else { return TC_ACT_SHOT };
-    // SAFETY: the element lives until every running program has left it, for the map is not preallocated.
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let back = unsafe { &*back };
     if quote(context, segment, flow.mtu).is_err() {
         return TC_ACT_SHOT;

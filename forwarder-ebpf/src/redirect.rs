@@ -6,7 +6,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, NextHop, STATE_RESET, STATE_SPLICED, STATE_TAIL, Seen,
+    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, NextHop, STATE_OVER, STATE_RESET, STATE_SPLICED, STATE_TAIL, Seen,
 };
 use forwarder_common::packet::{FLAG_FIN, IpVersion, Segment};
 use forwarder_common::verdict::Verdict;
@@ -42,11 +42,14 @@ pub(crate) fn redirect(context: &TcContext, found: &mut Found) -> Option<Outcome
         }
         return None;
     };
-    // SAFETY: the element lives until every running program has left it, for the map is not preallocated; a value is
-    // replaced as a whole by a new element, so what is read is of one version.
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`. The agent may change words of it
+    // meanwhile: see `update`.
     let flow = unsafe { &*flow };
     if tail::is_clone(context) {
         return Some(tail::acknowledge(context, segment));
+    }
+    if flow.state == STATE_OVER {
+        return None;
     }
     if !is_expected(context, segment, flow) {
         return Some(Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::OtherInterface });
@@ -60,10 +63,7 @@ pub(crate) fn redirect(context: &TcContext, found: &mut Found) -> Option<Outcome
         return Some(reset::answer(context, segment, flow));
     }
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else {
-        if is_new_connection {
-            release(segment, flow);
-            return None;
-        }
+        // The agent is just about to insert it: the connection is the local socket's still, a SYN on its tuple included.
         return Some(Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::PairMissing });
     };
     // SAFETY: as above. Other CPUs may write to it at the same time: each field is of one word, and none depends on
@@ -137,12 +137,18 @@ pub(crate) fn redirect_to_neighbour(flow: &Flow) -> i32 {
     action as i32
 }
 
-/// Forgets both directions of a pair that is over; the agent removes the rest.
+/// Has nobody take both directions of a pair that is over for flows any more; the agent removes them.
 #[inline(never)]
 fn release(segment: &Segment, flow: &Flow) -> u32 {
-    // What is not there any more needs no removal.
-    let _ = FLOWS.remove(flow.out.reversed());
-    let _ = FLOWS.remove(segment.tuple);
+    for key in [flow.out.reversed(), segment.tuple] {
+        let Some(other) = FLOWS.get_ptr_mut(key) else { continue };
+        // SAFETY: as in `redirect`; others read the word as it was or as it is.
+        unsafe {
+            if (*other).pair == flow.pair {
+                (*other).state = STATE_OVER;
+            }
+        }
+    }
     0
 }
 

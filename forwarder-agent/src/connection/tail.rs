@@ -14,7 +14,7 @@ use super::Connection;
 use super::promotion::Attempt;
 use super::relaying::Relay;
 use crate::counters::End;
-use crate::datapath::flows::JoinedPair;
+use crate::datapath::flows::{JoinPermit, JoinedPair};
 use crate::datapath::paths::Exit;
 use crate::failpoint;
 use crate::pairs::Promoter;
@@ -42,11 +42,23 @@ pub(super) async fn attempt(
     upstream: &TcpStream,
     connection: &Connection,
 ) -> Attempt {
-    let pair = match join(promoter, downstream, upstream, connection) {
+    let Ok(local) = downstream.local_addr() else { return Attempt::Refused(Refusal::Ended) };
+    let permit = tokio::select! {
+        biased;
+        permit = promoter.flows.ready(connection.downstream, local) => permit,
+        // What is not relayed meanwhile would be all the more to deliver afterwards.
+        end = poll_fn(|cx| relay.poll(cx, worker, downstream, upstream, connection)) => return Attempt::Ended(end),
+    };
+    // An end may have been passed on while it waited.
+    if !relay.is_open() {
+        return Attempt::Refused(Refusal::Ended);
+    }
+    let pair = match join(promoter, &permit, downstream, upstream, connection) {
         Ok(pair) => pair,
         Err(refusal) => return Attempt::Refused(refusal),
     };
     failpoint::block("join.pair_written");
+    drop(permit);
     worker.counters().promoted.add(1);
     let joined = Joined { promoter, pair: Some(pair) };
     connection.is_in_tail.set(true);
@@ -62,6 +74,7 @@ pub(super) async fn attempt(
 /// Reads both sides and joins them in the kernel.
 fn join(
     promoter: &Promoter,
+    permit: &JoinPermit,
     downstream: &TcpStream,
     upstream: &TcpStream,
     connection: &Connection,
@@ -94,7 +107,7 @@ fn join(
             return Err(Refusal::SlowReceiver);
         }
     }
-    promoter.flows.join(connection.opened_at(), &down, &up)
+    promoter.flows.join(permit, connection.opened_at(), &down, &up)
 }
 
 /// How the time between promotion and hand-over ended.

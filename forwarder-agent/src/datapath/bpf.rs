@@ -10,6 +10,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 use aya_log::EbpfLogger;
 use forwarder_common::flow::{FLOWS, PAIRS, PAIRS_CAPACITY};
 use forwarder_common::layout::{LOOSE_INTERFACES, PINNED_MAPS};
+use forwarder_common::update::{PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER};
 use forwarder_common::{
     ListenerCounters, PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP, PROGRAM_IP, Verdict,
 };
@@ -29,6 +30,7 @@ use super::maps::{self, Maps};
 use super::paths::Paths;
 use super::pins::Pins;
 use super::routes::Routes;
+use super::updates::Updates;
 use super::{BackendEntry, Datapath, DatapathError, ListenerId, ListenerState};
 use crate::model::{BindAddress, ListenerKey};
 
@@ -88,6 +90,7 @@ pub struct Bpf {
     has_flows: bool,
     pins: Pins,
     maps: Maps,
+    updates: Arc<Updates>,
     /// The problems that were told and last.
     told: BTreeSet<String>,
     ebpf: Ebpf,
@@ -118,7 +121,8 @@ impl Bpf {
             }
         }
         let links = if has_flows { Some(pins.links()?) } else { None };
-        let maps = Maps::take(&mut ebpf)?;
+        let updates = Arc::new(Updates::take(&mut ebpf, pins.directory())?);
+        let maps = Maps::take(&mut ebpf, pins.directory(), Arc::clone(&updates))?;
         let paths: Arc<Paths> = Arc::default();
         paths.set_filters(LooseInterfaces::new(maps::table(&mut ebpf, LOOSE_INTERFACES)?));
         pins.take_over();
@@ -127,6 +131,7 @@ impl Bpf {
             paths,
             has_flows,
             maps,
+            updates,
             pins,
             told: BTreeSet::new(),
             ebpf,
@@ -140,7 +145,8 @@ impl Bpf {
     pub fn flows(&self) -> Option<Result<FlowTable, FlowTableError>> {
         let open = || {
             let routes = Routes::open()?;
-            Ok(FlowTable::open(self.pins.directory(), routes, Arc::clone(&self.paths))?)
+            let (updates, paths) = (Arc::clone(&self.updates), Arc::clone(&self.paths));
+            FlowTable::open(self.pins.directory(), updates, routes, paths)
         };
         self.has_flows.then(open)
     }
@@ -309,7 +315,7 @@ fn load(settings: &LoadSettings<'_>) -> Result<Ebpf, LoadError> {
     }
     let mut ebpf =
         loader.load(OBJECT).map_err(|error| LoadError::new("create the BPF maps".to_owned(), "", error))?;
-    for name in [PROGRAM_ETHERNET, PROGRAM_IP] {
+    for name in [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER] {
         load_program(&mut ebpf, name)?;
     }
     Ok(ebpf)

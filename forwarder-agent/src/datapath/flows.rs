@@ -1,33 +1,35 @@
 //! The flows of promoted pairs in the kernel's maps, shared by the workers.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError};
-use forwarder_common::ABI_VERSION;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, FLOW_BY_STACK, FLOW_ENDED, FLOW_REVERSE_ENDED, FLOWS, Flow, FlowKey, NextHop, PAIRS,
-    Pair, STATE_RESET, STATE_SPLICED,
+    FLOW_BY_STACK, FLOW_ENDED, FLOW_REVERSE_ENDED, FLOWS, Flow, FlowKey, NextHop, Pair, STATE_OVER,
+    STATE_RESET, STATE_SPLICED,
 };
 use forwarder_common::layout::{AGENT, AgentState, address_bytes, address_of};
 use rustix::io::Errno;
 
 use super::conntrack::Conntrack;
+pub use super::flow_maps::{Condemned, end, forget, read};
+use super::flow_maps::{FlowMaps, Listed, error};
+use super::gate::{Gate, Permit};
+
 use super::load_error::errno_of;
 use super::paths::{Exit, Paths};
 use super::ports::TakenPorts;
 use super::routes::{Egress, RouteError, Routes};
 use super::stack::Family;
+use super::updates::Updates;
 use super::{DatapathError, monotonic};
 use crate::promote::{Hop, Leg, Placement, Refusal, Way, join};
 
-/// The flags of `bpf(BPF_MAP_UPDATE_ELEM)` by which an entry must not be there yet, or must be there.
+/// The flag of `bpf(BPF_MAP_UPDATE_ELEM)` by which an entry must not be there yet: what replaced one would free it.
 const BPF_NOEXIST: u64 = 1;
-const BPF_EXIST: u64 = 2;
 
 /// The TTL or hop limit of what is sent on: what Linux gives its own packets unless it is told otherwise (`IPDEFTTL`).
 const HOP_LIMIT: u8 = 64;
@@ -35,29 +37,21 @@ const HOP_LIMIT: u8 = 64;
 /// The maps of flows, open.
 pub struct FlowTable {
     maps: Mutex<FlowMaps>,
+    updates: Arc<Updates>,
+    /// Before the maps are inserted into.
+    gate: Gate<Condemned>,
     routes: Routes,
     /// `None` where the kernel has none.
     conntrack: Option<Conntrack>,
     paths: Arc<Paths>,
     ports: TakenPorts,
     next: AtomicU32,
-    /// How many pairs there are.
-    live: AtomicUsize,
+    /// How many pairs stand in the maps.
+    live: Arc<AtomicUsize>,
 }
 
-struct FlowMaps {
-    flows: BpfHashMap<MapData, FlowKey, Flow>,
-    pairs: BpfHashMap<MapData, u32, Pair>,
-    agent: Array<MapData, AgentState>,
-}
-
-/// What stands in the maps.
-struct Listed {
-    /// The pairs that stand whole there.
-    pairs: Vec<(JoinedPair, Pair)>,
-    /// The tuples of directions that have no pair or no opposite.
-    orphans: Vec<FlowKey>,
-}
+/// Leave to join connections. The programs may meanwhile not be told to forget others.
+pub type JoinPermit = Permit<Condemned>;
 
 /// A pair that the kernel forwards: its number and its two directions, from the client first.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -80,7 +74,7 @@ impl JoinedPair {
     }
 
     /// The same pair once the agent has ended it.
-    fn ended(mut self) -> Self {
+    pub(super) fn ended(mut self) -> Self {
         for (_, flow) in &mut self.flows {
             flow.state = STATE_RESET;
         }
@@ -90,6 +84,11 @@ impl JoinedPair {
     /// Whether the agent has ended it.
     pub fn is_ended(&self) -> bool {
         self.flows.iter().any(|(_, flow)| flow.state == STATE_RESET)
+    }
+
+    /// What is removed at its end.
+    pub(super) fn condemned(&self) -> Condemned {
+        Condemned::Pair(self.number, self.flows.map(|(key, _)| key))
     }
 
     /// Whether the sockets have nothing more to do with it.
@@ -104,6 +103,16 @@ fn ends(key: &FlowKey) -> (SocketAddr, SocketAddr) {
         SocketAddr::new(address_of(key.source), key.source_port),
         SocketAddr::new(address_of(key.destination), key.destination_port),
     )
+}
+
+/// The tuple of packets from `source` to `destination`.
+fn key_of(source: SocketAddr, destination: SocketAddr) -> FlowKey {
+    FlowKey {
+        source: address_bytes(source.ip()),
+        destination: address_bytes(destination.ip()),
+        source_port: source.port(),
+        destination_port: destination.port(),
+    }
 }
 
 /// What a former agent has left in the maps.
@@ -124,101 +133,9 @@ pub enum FlowTableError {
     /// Routes cannot be asked for.
     #[error(transparent)]
     Routes(#[from] RouteError),
-}
-
-impl FlowMaps {
-    /// Opens the pinned maps of a directory.
-    fn open(pins: &Path) -> Result<Self, DatapathError> {
-        let open = |name: &'static str| {
-            MapData::from_pin(pins.join(name)).map_err(|source| error("open", name, None, source))
-        };
-        let hash = |name| Ok(Map::HashMap(open(name)?));
-        let failed = |name| move |source| error("open", name, None, source);
-        Ok(Self {
-            flows: BpfHashMap::try_from(hash(FLOWS)?).map_err(failed(FLOWS))?,
-            pairs: BpfHashMap::try_from(hash(PAIRS)?).map_err(failed(PAIRS))?,
-            agent: Array::try_from(Map::Array(open(AGENT)?)).map_err(failed(AGENT))?,
-        })
-    }
-
-    /// The pairs that stand whole in the maps, and the tuples of directions that have no pair or no opposite.
-    fn list(&self) -> Result<Listed, DatapathError> {
-        let mut halves = HashMap::new();
-        for entry in &self.flows {
-            let (key, flow) = entry.map_err(|source| error("read", FLOWS, None, source))?;
-            let directions: &mut [Option<(FlowKey, Flow)>; 2] = halves.entry(flow.pair).or_default();
-            directions[usize::from(flow.direction != DIRECTION_REQUEST)] = Some((key, flow));
-        }
-        let (mut pairs, mut orphans) = (Vec::new(), Vec::new());
-        for (number, directions) in halves {
-            match (directions, self.pairs.get(&number, 0)) {
-                ([Some(request), Some(response)], Ok(state)) => {
-                    pairs.push((JoinedPair { number, flows: [request, response] }, state));
-                }
-                (directions, _) => orphans.extend(directions.into_iter().flatten().map(|(key, _)| key)),
-            }
-        }
-        Ok(Listed { pairs, orphans })
-    }
-
-    /// Writes both directions of a pair anew.
-    fn rewrite(&mut self, pair: &JoinedPair) -> Result<(), DatapathError> {
-        for (key, flow) in &pair.flows {
-            // What a program has forgotten meanwhile must not come back, nor take the place of what came after it.
-            if self.flows.get(key, 0).is_ok_and(|there| there.pair != pair.number) {
-                continue;
-            }
-            self.flows
-                .insert(key, flow, BPF_EXIST)
-                .map_err(|source| error("write to", FLOWS, Some(pair.number), source))?;
-            crate::failpoint::block("rewrite.request_written");
-        }
-        Ok(())
-    }
-
-    /// Removes what is there of a pair.
-    fn remove(&mut self, pair: &JoinedPair) {
-        // The pair first: it turns both directions off at once. What is gone needs no removal.
-        let _ = self.pairs.remove(&pair.number);
-        for (key, _) in &pair.flows {
-            // The tuple may be another pair's by now.
-            if self.flows.get(key, 0).is_ok_and(|flow| flow.pair == pair.number) {
-                let _ = self.flows.remove(key);
-            }
-        }
-    }
-}
-
-/// What a dead agent, or a running one, has pinned in a directory.
-///
-/// # Errors
-/// Nothing is pinned there, or it cannot be read.
-pub fn read(pin_dir: &Path) -> Result<Vec<(JoinedPair, Pair)>, DatapathError> {
-    let maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
-    Ok(maps.list()?.pairs)
-}
-
-/// Has the kernel forward nothing more of pairs that a dead agent has pinned in a directory, and reset whoever still sends
-/// something of them, until they are forgotten.
-///
-/// # Errors
-/// The maps cannot be opened, or the kernel refuses.
-pub fn end<'a>(pin_dir: &Path, pairs: impl IntoIterator<Item = &'a JoinedPair>) -> Result<(), DatapathError> {
-    let mut maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
-    pairs.into_iter().try_for_each(|pair| maps.rewrite(&pair.ended()))
-}
-
-/// Takes pairs out of the maps that a dead agent has pinned in a directory.
-///
-/// # Errors
-/// They cannot be opened.
-pub fn forget<'a>(
-    pin_dir: &Path,
-    pairs: impl IntoIterator<Item = &'a JoinedPair>,
-) -> Result<(), DatapathError> {
-    let mut maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
-    pairs.into_iter().for_each(|pair| maps.remove(pair));
-    Ok(())
+    /// No thread can be made.
+    #[error("cannot start the thread that removes flows: {0}")]
+    Thread(#[from] std::io::Error),
 }
 
 impl FlowTable {
@@ -226,9 +143,24 @@ impl FlowTable {
     ///
     /// # Errors
     /// They cannot be opened.
-    pub fn open(pins: &Path, routes: Routes, paths: Arc<Paths>) -> Result<Self, DatapathError> {
+    pub(super) fn open(
+        pins: &Path,
+        updates: Arc<Updates>,
+        routes: Routes,
+        paths: Arc<Paths>,
+    ) -> Result<Self, FlowTableError> {
         let maps = Mutex::new(FlowMaps::open(pins)?);
-        let (next, live) = (AtomicU32::new(1), AtomicUsize::new(0));
+        let (next, live) = (AtomicU32::new(1), Arc::new(AtomicUsize::new(0)));
+        // Those that are removed from, open for the thread that does so.
+        let (mut removed_from, left) = (FlowMaps::open(pins)?, Arc::clone(&live));
+        let gate = Gate::start("flows", move |batch| {
+            for condemned in batch {
+                removed_from.remove(condemned);
+                if let Condemned::Pair(..) = condemned {
+                    left.fetch_sub(1, Ordering::Relaxed);
+                }
+            }
+        })?;
         let conntrack = match Conntrack::open() {
             Ok(conntrack) => Some(conntrack),
             Err(error) => {
@@ -236,7 +168,8 @@ impl FlowTable {
                 None
             }
         };
-        Ok(Self { maps, routes, conntrack, paths, ports: TakenPorts::default(), next, live })
+        let ports = TakenPorts::default();
+        Ok(Self { maps, updates, gate, routes, conntrack, paths, ports, next, live })
     }
 
     fn maps(&self) -> MutexGuard<'_, FlowMaps> {
@@ -263,21 +196,34 @@ impl FlowTable {
         if self.live.load(Ordering::Relaxed) == 0 {
             return false;
         }
-        let key = FlowKey {
-            source: address_bytes(peer.ip()),
-            destination: address_bytes(local.ip()),
-            source_port: peer.port(),
-            destination_port: local.port(),
-        };
-        self.maps().flows.get(&key, 0).is_ok()
+        self.maps().flows.get(&key_of(peer, local), 0).is_ok()
+    }
+
+    /// Waits until a connection from `client` to `local` may be joined, which is so at once unless others have been removed
+    /// within the last milliseconds: see [`super::gate`]. Removals wait meanwhile for the permit's end.
+    pub async fn ready(&self, client: SocketAddr, local: SocketAddr) -> JoinPermit {
+        // What is left there of a former connection of the client's has to go first.
+        let key = key_of(client, local);
+        let there = self.maps().flows.get(&key, 0).ok();
+        if let Some(flow) = there.filter(|flow| flow.state == STATE_OVER) {
+            self.gate.condemn(Condemned::Flows(flow.pair, [key, flow.out.reversed()]));
+            self.gate.hasten();
+        }
+        self.gate.permit().await
     }
 
     /// Joins two legs in state tail: from now on their new packets pass by the sockets. The client's connection was
-    /// accepted at `opened` (`CLOCK_MONOTONIC`, nanoseconds).
+    /// accepted at `opened` (`CLOCK_MONOTONIC`, nanoseconds). The legs are to be read while the permit is held: they change.
     ///
     /// # Errors
     /// Why they stay as they are.
-    pub fn join(&self, opened: u64, downstream: &Leg, upstream: &Leg) -> Result<JoinedPair, Refusal> {
+    pub fn join(
+        &self,
+        _: &JoinPermit,
+        opened: u64,
+        downstream: &Leg,
+        upstream: &Leg,
+    ) -> Result<JoinedPair, Refusal> {
         let placement = Placement {
             downstream: self.hop(downstream)?,
             upstream: self.hop(upstream)?,
@@ -300,9 +246,11 @@ impl FlowTable {
             );
         }
         written = written.and_then(|()| maps.pairs.insert(pair.number, joint.pair, BPF_NOEXIST));
+        drop(maps);
         written.map_err(|source| {
-            maps.remove(&pair);
+            self.gate.condemn(Condemned::Flows(pair.number, pair.flows.map(|(key, _)| key)));
             if errno_of(&source) == Some(Errno::TOOBIG) {
+                self.gate.hasten();
                 return Refusal::MapFull;
             }
             let error = error("write to", FLOWS, Some(pair.number), source);
@@ -375,7 +323,7 @@ impl FlowTable {
         for (_, flow) in &mut pair.flows {
             flow.flags |= if flow.direction == direction { FLOW_ENDED } else { FLOW_REVERSE_ENDED };
         }
-        self.rewrite(pair)
+        self.updates.set_flows(&pair.flows)
     }
 
     /// Closes the guard: the local sockets have delivered everything.
@@ -386,7 +334,7 @@ impl FlowTable {
         for (_, flow) in &mut pair.flows {
             flow.state = STATE_SPLICED;
         }
-        self.rewrite(pair)
+        self.updates.set_flows(&pair.flows)
     }
 
     /// Looks up anew how a pair's packets leave, after routes or MTUs have changed; tells whether that is another way now.
@@ -414,7 +362,7 @@ impl FlowTable {
         let [(_, request), (_, response)] = &mut pair.flows;
         (request.arrival, response.arrival) = (response.interface, request.interface);
         if has_moved {
-            self.rewrite(pair)?;
+            self.updates.set_flows(&pair.flows)?;
         }
         Ok(has_moved)
     }
@@ -433,12 +381,8 @@ impl FlowTable {
             return Ok(false);
         }
         *pair = changed;
-        self.rewrite(pair)?;
+        self.updates.set_flows(&pair.flows)?;
         Ok(true)
-    }
-
-    fn rewrite(&self, pair: &JoinedPair) -> Result<(), DatapathError> {
-        self.maps().rewrite(pair)
     }
 
     /// What is known of a pair; `None` if it is gone.
@@ -446,28 +390,34 @@ impl FlowTable {
         self.maps().pairs.get(&number, 0).ok()
     }
 
-    /// Takes a pair out of the kernel, both directions at once: its packets are the local stack's again. To be called once
-    /// for each pair that was joined or inherited.
+    /// Takes a pair out of the kernel: its packets are the local stack's again, at once; what stands there of it goes a little
+    /// later. To be called once for each pair that was joined or inherited.
     pub fn remove(&self, pair: &JoinedPair) {
-        self.maps().remove(pair);
+        let flows = pair.flows.map(|(key, flow)| (key, Flow { state: STATE_OVER, ..flow }));
+        if let Err(error) = self.updates.set_flows(&flows) {
+            tracing::warn!(%error, "a pair goes on until it is removed");
+        }
+        self.gate.condemn(pair.condemned());
         let (endpoint, local) = pair.upstream();
         self.ports.free(local, endpoint);
-        self.live.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Has the kernel forward nothing of a pair any more, and reset whoever still sends something of it. Its addresses are
     /// nobody else's until it is removed: unless its client opens a new connection.
     ///
     /// # Errors
-    /// The kernel refuses, or a program has forgotten the pair.
+    /// The kernel refuses.
     pub fn end(&self, pair: &JoinedPair) -> Result<(), DatapathError> {
-        self.rewrite(&pair.ended())
+        self.updates.set_flows(&pair.ended().flows)
     }
 
     /// Whether the addresses and ports are still this pair's.
     pub fn holds(&self, pair: &JoinedPair) -> bool {
         let maps = self.maps();
-        pair.flows.iter().all(|(key, _)| maps.flows.get(key, 0).is_ok_and(|flow| flow.pair == pair.number))
+        pair.flows.iter().all(|(key, _)| {
+            let there = maps.flows.get(key, 0);
+            there.is_ok_and(|flow| flow.pair == pair.number && flow.state != STATE_OVER)
+        })
     }
 
     /// Holds new connections back for `duration` from now where nobody listens, or even where somebody does if
@@ -490,19 +440,19 @@ impl FlowTable {
     /// # Errors
     /// The maps cannot be read.
     pub fn inherit(&self) -> Result<Inherited, DatapathError> {
-        let mut maps = self.maps();
+        let maps = self.maps();
         let Listed { pairs, orphans } = maps.list()?;
         let pairs: Vec<JoinedPair> = pairs.into_iter().map(|(pair, _)| pair).collect();
         let numbers: Vec<u32> = maps.pairs.keys().filter_map(Result::ok).collect();
         self.next.store(numbers.iter().max().map_or(1, |last| last.wrapping_add(1)), Ordering::Relaxed);
         let whole: HashSet<u32> = pairs.iter().map(|pair| pair.number).collect();
         let mut remnants = orphans.len();
-        for key in &orphans {
-            let _ = maps.flows.remove(key);
+        for (number, key) in &orphans {
+            self.gate.condemn(Condemned::Flows(*number, [*key; 2]));
         }
         for number in numbers.iter().filter(|number| !whole.contains(number)) {
             remnants += 1;
-            let _ = maps.pairs.remove(number);
+            self.gate.condemn(Condemned::State(*number));
         }
         drop(maps);
         self.live.store(pairs.len(), Ordering::Relaxed);
@@ -518,14 +468,5 @@ impl FlowTable {
             }
         }
         Ok(Inherited { pairs, remnants })
-    }
-}
-
-fn error(operation: &'static str, map: &'static str, entry: Option<u32>, source: MapError) -> DatapathError {
-    DatapathError {
-        operation,
-        map,
-        entry: entry.map(|pair| format!("pair {pair}")),
-        source: Box::new(source),
     }
 }

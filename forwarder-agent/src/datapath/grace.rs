@@ -28,10 +28,7 @@ impl Grace {
             while let Ok(first) = receiver.recv() {
                 // All who have asked by now share one grace period.
                 let waiting: Vec<_> = std::iter::once(first).chain(receiver.try_iter()).collect();
-                // It waits for a grace period (`sys_membarrier` calls `synchronize_rcu`).
-                if membarrier(MembarrierCommand::Global).is_err() {
-                    thread::sleep(WITHOUT_BARRIER);
-                }
+                wait();
                 for waiting in waiting {
                     // Who does not wait any more needs no answer.
                     let _ = waiting.send(());
@@ -47,6 +44,15 @@ impl Grace {
         // The thread lives as long as this value.
         let _ = self.0.send(sender);
         let _ = receiver.await;
+    }
+}
+
+/// Waits, on this thread, for a grace period that begins now.
+pub(super) fn wait() {
+    // `sys_membarrier` calls `synchronize_rcu`. Where there is one CPU only, it has no need to: no packet is on its way then
+    // (but on kernels for real time).
+    if membarrier(MembarrierCommand::Global).is_err() {
+        thread::sleep(WITHOUT_BARRIER);
     }
 }
 

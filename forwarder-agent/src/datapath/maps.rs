@@ -2,21 +2,28 @@
 //! written. See [`Datapath`](super::Datapath) and [`Bpf`](super::bpf::Bpf) for what the functions do.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::path::Path;
+use std::sync::Arc;
 
 use aya::maps::{HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use aya::{Ebpf, Pod};
 use forwarder_common::layout::{
-    self, ANY_ADDRESS, AddressBytes, STATE_DRAINING, STATE_READY, address_bytes, address_of,
+    self, ANY_ADDRESS, AddressBytes, STATE_DRAINING, STATE_READY, STATE_REMOVED, address_bytes, address_of,
 };
 use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerValue, Verdict};
 use rustix::io::Errno;
 
+use super::gate::Gate;
 use super::interfaces::Interface;
 use super::load_error::{LoadError, errno_of};
+use super::updates::Updates;
 use super::{BackendEntry, DatapathError, ListenerId, ListenerState};
 use crate::model::{BindAddress, ListenerKey};
 
 type Table<K, V> = BpfHashMap<MapData, K, V>;
+
+/// The flag of `bpf(BPF_MAP_UPDATE_ELEM)` by which an entry must not be there yet: what replaced one would free it.
+const BPF_NOEXIST: u64 = 1;
 
 /// The maps, open.
 pub(super) struct Maps {
@@ -35,6 +42,57 @@ pub(super) struct Maps {
     known_addresses: BTreeMap<AddressBytes, u32>,
     /// The listeners that a former agent has left: their new connections are held back until this one has its own.
     former_listeners: HashSet<layout::ListenerKey>,
+    /// Before what programs read is inserted into.
+    gate: Gate<Stale>,
+    /// What was condemned since everything that was had to be removed, last: it may still stand there.
+    condemned: HashSet<Stale>,
+    updates: Arc<Updates>,
+}
+
+/// What is of no use any more.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+enum Stale {
+    Listener(layout::ListenerKey),
+    Counters(u32),
+    Address(AddressBytes),
+}
+
+/// The maps that programs read, open for who removes from them.
+struct Remover {
+    listeners: Table<layout::ListenerKey, ListenerValue>,
+    counters: PerCpuHashMap<MapData, u32, ListenerCounters>,
+    local_addresses: Table<AddressBytes, u32>,
+}
+
+impl Remover {
+    /// Opens the pinned maps of a directory.
+    fn open(pins: &Path) -> Result<Self, MapError> {
+        let open = |name: &str| MapData::from_pin(pins.join(name));
+        Ok(Self {
+            listeners: BpfHashMap::try_from(Map::HashMap(open(layout::LISTENERS)?))?,
+            counters: PerCpuHashMap::try_from(Map::PerCpuHashMap(open(layout::COUNTERS)?))?,
+            local_addresses: BpfHashMap::try_from(Map::HashMap(open(layout::LOCAL_ADDRESSES)?))?,
+        })
+    }
+
+    fn remove(&mut self, stale: Stale) {
+        let removed = match stale {
+            Stale::Listener(key) => {
+                let entry = || format!("port {}", key.port);
+                absent(layout::LISTENERS, self.listeners.remove(&key), entry)
+            }
+            Stale::Counters(id) => {
+                absent(layout::COUNTERS, self.counters.remove(&id), || format!("listener {id}"))
+            }
+            Stale::Address(address) => {
+                let entry = || address_of(address).to_string();
+                absent(layout::LOCAL_ADDRESSES, self.local_addresses.remove(&address), entry)
+            }
+        };
+        if let Err(error) = removed {
+            tracing::warn!(%error, "the programs know what is not there any more");
+        }
+    }
 }
 
 impl Maps {
@@ -42,7 +100,7 @@ impl Maps {
     ///
     /// # Errors
     /// One is not there, or of another layout.
-    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, LoadError> {
+    pub(super) fn take(ebpf: &mut Ebpf, pins: &Path, updates: Arc<Updates>) -> Result<Self, LoadError> {
         let listeners: Table<layout::ListenerKey, ListenerValue> = table(ebpf, layout::LISTENERS)?;
         let mut backends: Table<BackendKey, BackendValue> = table(ebpf, layout::BACKENDS)?;
         let mut counters: PerCpuHashMap<MapData, u32, ListenerCounters> =
@@ -55,7 +113,19 @@ impl Maps {
         for key in counters.keys().filter_map(Result::ok).collect::<Vec<_>>() {
             let _ = counters.remove(&key);
         }
+        let failed =
+            |operation: &str, error: MapError| LoadError::new(operation.to_owned(), "", error.into());
+        let mut remover = Remover::open(pins).map_err(|error| failed("open the BPF maps", error))?;
+        // After what has just been removed.
+        let gate = Gate::start("maps", move |batch| {
+            for stale in batch {
+                remover.remove(stale);
+            }
+        });
         Ok(Self {
+            gate: gate.map_err(|error| failed("start a thread for the BPF maps", error.into()))?,
+            condemned: HashSet::new(),
+            updates,
             former_listeners: listeners.keys().filter_map(Result::ok).collect(),
             known_addresses: local_addresses.iter().filter_map(Result::ok).collect(),
             listeners,
@@ -83,7 +153,7 @@ impl Maps {
             ListenerState::Draining => STATE_DRAINING,
         };
         let map_key = map_key(key);
-        match self.listeners.insert(map_key, ListenerValue { listener_id: id.0, state }, 0) {
+        match self.write_listener(map_key, ListenerValue { listener_id: id.0, state }) {
             Ok(()) => {
                 self.former_listeners.remove(&map_key);
                 self.known_listeners.insert(map_key, id);
@@ -91,10 +161,35 @@ impl Maps {
             }
             Err(source) => {
                 if is_new {
-                    self.remove_counters(id)?;
+                    self.remove_counters(id);
                 }
                 Err(write_error(layout::LISTENERS, key.to_string(), source))
             }
+        }
+    }
+
+    /// Makes a listener that stands there what is said, or a new one.
+    fn write_listener(&mut self, key: layout::ListenerKey, value: ListenerValue) -> Result<(), MapError> {
+        let is_condemned = self.condemned.contains(&Stale::Listener(key));
+        if !is_condemned && self.updates.set_listener(key, value)? {
+            return Ok(());
+        }
+        self.settle(Stale::Listener(key));
+        let _permit = self.gate.permit_blocking();
+        self.listeners.insert(key, value, BPF_NOEXIST)
+    }
+
+    /// Has something removed, which may stand there for a moment still.
+    fn condemn(&mut self, stale: Stale) {
+        self.condemned.insert(stale);
+        self.gate.condemn(stale);
+    }
+
+    /// Has it removed before the next permit, if it may still stand there.
+    fn settle(&mut self, stale: Stale) {
+        if self.condemned.contains(&stale) {
+            self.condemned.clear();
+            self.gate.hasten();
         }
     }
 
@@ -135,7 +230,7 @@ impl Maps {
         let mut listener = Ok(());
         // Another listener may have the key by now.
         if self.known_listeners.get(&map_key) == Some(&id) {
-            listener = absent(layout::LISTENERS, self.listeners.remove(&map_key), || key.to_string());
+            listener = self.remove_entry(map_key, || key.to_string());
             if listener.is_ok() {
                 self.known_listeners.remove(&map_key);
             }
@@ -144,19 +239,35 @@ impl Maps {
         if backends.is_ok() {
             self.known_backends.remove(&id);
         }
-        let counters = self.remove_counters(id);
-        listener.and(backends).and(counters)
+        self.remove_counters(id);
+        listener.and(backends)
+    }
+
+    /// Has the programs know nothing of a listener any more, and its entry removed.
+    fn remove_entry(
+        &mut self,
+        key: layout::ListenerKey,
+        describe: impl FnOnce() -> String,
+    ) -> Result<(), DatapathError> {
+        let gone = ListenerValue { listener_id: 0, state: STATE_REMOVED };
+        self.updates
+            .set_listener(key, gone)
+            .map_err(|source| write_error(layout::LISTENERS, describe(), source))?;
+        self.condemn(Stale::Listener(key));
+        Ok(())
     }
 
     pub(super) fn remove_former_listeners(&mut self) -> Result<(), DatapathError> {
         for key in std::mem::take(&mut self.former_listeners) {
-            let removed = self.listeners.remove(&key);
-            absent(layout::LISTENERS, removed, || format!("port {} of a former agent", key.port))?;
+            self.remove_entry(key, || format!("port {} of a former agent", key.port))?;
         }
         Ok(())
     }
 
     pub(super) fn counters(&self, id: ListenerId) -> Result<ListenerCounters, DatapathError> {
+        if !self.known_counters.contains(&id) {
+            return Ok(ListenerCounters::default());
+        }
         let values = match self.counters.get(&id.0, 0) {
             Ok(values) => values,
             Err(MapError::KeyNotFound) => return Ok(ListenerCounters::default()),
@@ -189,24 +300,19 @@ impl Maps {
             .collect();
         let mut errors = Vec::new();
         let describe = |address: &AddressBytes| address_of(*address).to_string();
-        self.known_addresses.retain(|address, _| {
-            if want.contains_key(address) {
-                return true;
-            }
-            let removed = self.local_addresses.remove(address);
-            match absent(layout::LOCAL_ADDRESSES, removed, || describe(address)) {
-                Ok(()) => false,
-                Err(error) => {
-                    errors.push(error);
-                    true
-                }
-            }
-        });
+        // One that has moved is told anew: until then, packets to it are not counted for listeners on every address.
+        let stale = self.known_addresses.iter().filter(|(address, index)| want.get(*address) != Some(*index));
+        for address in stale.map(|(address, _)| *address).collect::<Vec<_>>() {
+            self.known_addresses.remove(&address);
+            self.condemn(Stale::Address(address));
+        }
         for (address, index) in want {
-            if self.known_addresses.get(&address) == Some(&index) {
+            if self.known_addresses.contains_key(&address) {
                 continue;
             }
-            match self.local_addresses.insert(address, index, 0) {
+            self.settle(Stale::Address(address));
+            let _permit = self.gate.permit_blocking();
+            match self.local_addresses.insert(address, index, BPF_NOEXIST) {
                 Ok(()) => {
                     self.known_addresses.insert(address, index);
                 }
@@ -225,18 +331,16 @@ impl Maps {
         let cpus = aya::util::nr_cpus().map_err(|(_, error)| failed(error.into()))?;
         let zeros =
             PerCpuValues::try_from(vec![ListenerCounters::default(); cpus]).map_err(|e| failed(e.into()))?;
-        self.counters.insert(id.0, zeros, 0).map_err(failed)?;
+        let _permit = self.gate.permit_blocking();
+        self.counters.insert(id.0, zeros, BPF_NOEXIST).map_err(failed)?;
         self.known_counters.insert(id);
         Ok(())
     }
 
-    fn remove_counters(&mut self, id: ListenerId) -> Result<(), DatapathError> {
-        if self.known_counters.contains(&id) {
-            let removed = self.counters.remove(&id.0);
-            absent(layout::COUNTERS, removed, || format!("listener {}", id.0))?;
-            self.known_counters.remove(&id);
+    fn remove_counters(&mut self, id: ListenerId) {
+        if self.known_counters.remove(&id) {
+            self.condemn(Stale::Counters(id.0));
         }
-        Ok(())
     }
 }
 

@@ -9,7 +9,9 @@ pub mod cleanup;
 mod conntrack;
 #[cfg(test)]
 pub(crate) mod fake;
+mod flow_maps;
 pub mod flows;
+pub mod gate;
 pub mod grace;
 pub mod interfaces;
 mod load_error;
@@ -24,6 +26,7 @@ pub mod routes;
 pub mod segments;
 pub mod sockmap;
 pub mod stack;
+mod updates;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;

@@ -4,12 +4,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard};
 
 use aya::maps::{HashMap as BpfHashMap, MapData, MapError, PerCpuArray, RingBuf, SockHash};
-use aya::programs::SkSkb;
+use aya::programs::{SchedClassifier, SkSkb};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use forwarder_common::sockmap::{
     CREDITS, Credit, NOTICES, Notice, OFFSET_FIELDS, OFFSET_GLOBALS, PROGRAM_VERDICT, SOCK_VERDICTS, SOURCES,
     STREAMS, SockVerdict, Stream, TARGETS,
 };
+use forwarder_common::update::{CreditUpdate, PROGRAM_SET_CREDIT};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
@@ -18,6 +19,7 @@ use super::bpf::raise_memory_limit;
 use super::btf::{self, BtfError};
 use super::load_error::{LoadError, errno_of};
 use super::maps::typed;
+use super::updates;
 use crate::failpoint;
 use crate::lock::lock;
 
@@ -60,7 +62,7 @@ pub struct Sockmap {
     maps: Mutex<Maps>,
     notices: Mutex<RingBuf<MapData>>,
     verdicts: PerCpuArray<MapData, u64>,
-    _ebpf: Ebpf,
+    ebpf: Ebpf,
 }
 
 struct Maps {
@@ -97,6 +99,12 @@ impl Sockmap {
         let maps = Maps::take(&mut ebpf)?;
         let notices = typed(&mut ebpf, NOTICES, RingBuf::try_from)?;
         let verdicts = typed(&mut ebpf, SOCK_VERDICTS, PerCpuArray::try_from)?;
+        let setter = ebpf.program_mut(PROGRAM_SET_CREDIT).ok_or_else(|| LoadError::Object {
+            reason: format!("they have no program {PROGRAM_SET_CREDIT}"),
+        })?;
+        <&mut SchedClassifier>::try_from(setter).and_then(SchedClassifier::load).map_err(|error| {
+            LoadError::new(format!("load program {PROGRAM_SET_CREDIT}"), PROGRAM_SET_CREDIT, error.into())
+        })?;
         let program = ebpf
             .program_mut(PROGRAM_VERDICT)
             .ok_or_else(|| LoadError::Object { reason: format!("they have no program {PROGRAM_VERDICT}") })?;
@@ -105,7 +113,7 @@ impl Sockmap {
         program.load().map_err(|error| failed("load", EbpfError::from(error)))?;
         // Before the first socket is there: those that are there already it would not see.
         program.attach(maps.sources.fd()).map_err(|error| failed("attach", EbpfError::from(error)))?;
-        Ok(Self { maps: Mutex::new(maps), notices: Mutex::new(notices), verdicts, _ebpf: ebpf })
+        Ok(Self { maps: Mutex::new(maps), notices: Mutex::new(notices), verdicts, ebpf })
     }
 
     /// Joins two connected sockets: what each receives, the kernel sends through the other one. What they had received
@@ -137,17 +145,25 @@ impl Sockmap {
         self.maps().streams.get(&cookie, 0).ok()
     }
 
-    /// Says how much of it may be redirected from now on.
+    /// Says how much of it may be redirected from now on. In place: what would be put in the place of the credit would free it
+    /// for another one's, while a verdict may hold it.
     ///
     /// # Errors
     /// The kernel refuses.
     pub fn set_credit(&self, cookie: u64, credit: Credit) -> Result<(), DatapathError> {
-        self.maps().credits.insert(cookie, credit, 0).map_err(|source| DatapathError {
-            operation: "write to",
+        let failed = |source: MapError| DatapathError {
+            operation: "change",
             map: CREDITS,
             entry: Some(format!("socket {cookie}")),
             source: Box::new(source),
-        })
+        };
+        let setter = self.ebpf.program(PROGRAM_SET_CREDIT).and_then(|program| program.try_into().ok());
+        let setter: &SchedClassifier = setter.ok_or_else(|| failed(MapError::KeyNotFound))?;
+        match updates::run(setter, &CreditUpdate { cookie, credit }.bytes()) {
+            Ok(0) => Err(failed(MapError::KeyNotFound)),
+            Ok(_) => Ok(()),
+            Err(error) => Err(failed(error.into())),
+        }
     }
 
     /// Removes what stands there of sockets that are closed.

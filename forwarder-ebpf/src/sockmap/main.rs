@@ -1,8 +1,10 @@
-//! The eBPF program of tier `sockmap`: a [`verdict`] on everything that a socket of a pair receives.
+//! The eBPF program of tier `sockmap`: a [`verdict`] on everything that a socket of a pair receives, and the
+//! program by which the agent changes how much of it is redirected.
 #![no_std]
 #![no_main]
 
 mod maps;
+mod update;
 mod verdict;
 
 /// What the kernel demands of programs that call its GPL-only helpers.

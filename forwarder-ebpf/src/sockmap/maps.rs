@@ -1,4 +1,7 @@
 //! The maps of tier `sockmap`.
+//!
+//! The agent removes what stands under a socket's cookie once it has closed the socket, when no verdict can hold it any more,
+//! and changes credits in place ([`crate::update`]): so nothing is allocated anew that a program holds (ADR 18).
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::{HashMap, PerCpuArray, RingBuf, SockHash};

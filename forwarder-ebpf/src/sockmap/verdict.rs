@@ -56,8 +56,9 @@ fn judge(context: &SkBuffContext) -> (u32, SockVerdict) {
     let (Some(stream), Some(credit)) = (STREAMS.get_ptr_mut(cookie), CREDITS.get_ptr(cookie)) else {
         return (SK_PASS, SockVerdict::StreamMissing);
     };
-    // SAFETY: the pointers are to elements of the maps, which are freed only after the program has ended, and only this
-    // socket's verdicts, which run one after the other, write the first one.
+    // SAFETY: the pointers are to elements of the maps that stand there until this socket has been closed, after which no
+    // verdict on it runs (`sock_map_close`), and that nobody replaces. Only this socket's verdicts, which run one after the
+    // other, write the first one.
     let (stream, credit) = unsafe { (&mut *stream, &*credit) };
     if stream.state == STREAM_BROKEN {
         return (SK_DROP, SockVerdict::Broken);

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use aya::maps::HashMap as BpfHashMap;
 use forwarder_common::flow::{
     DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOWS, Flow, FlowKey, HALF_FIN, HALF_RESET, HALF_SYN, Half, Pair,
-    STATE_SPLICED, STATE_TAIL,
+    STATE_OVER, STATE_RESET, STATE_SPLICED, STATE_TAIL,
 };
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN};
 use forwarder_common::{PROGRAM_ETHERNET, Verdict};
@@ -193,9 +193,10 @@ fn a_new_connection_on_the_tuple_of_a_pair_that_is_over_is_for_the_local_stack()
     write_flows(&mut bpf, &[(flow.out.reversed(), reverse)]);
     let frame = frame.encode();
     assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
-    // Both directions are forgotten, so that the guard does not stand in the way either.
+    // Neither direction is taken for a flow, so that the guard does not stand in the way either; the agent removes them.
     let flows: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map(FLOWS).unwrap().try_into().unwrap();
-    assert_eq!(flows.keys().count(), 0);
+    let states: Vec<u32> = flows.iter().map(|entry| entry.unwrap().1.state).collect();
+    assert_eq!(states, [STATE_OVER; 2]);
 }
 
 #[test]
@@ -261,6 +262,31 @@ fn options_that_nobody_understands_are_not_translated_in_part() {
         assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame).0, TC_ACT_SHOT);
     }
     assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::OptionsRefused, 3)]));
+}
+
+#[test]
+fn a_flow_that_is_over_is_none() {
+    let (key, flow) = flow_v4();
+    let Some((_bpffs, bpf)) = with_flow(key, Flow { state: STATE_OVER, ..flow }, known_clocks()) else {
+        return;
+    };
+    let frame = Frame::new(key).encode();
+    assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
+    assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::NoListener, 1)]));
+    assert_eq!(pair(&bpf), known_clocks());
+}
+
+#[test]
+fn a_new_connection_on_the_tuple_of_a_pair_that_the_agent_has_ended_is_for_the_local_stack() {
+    let (key, flow) = flow_v4();
+    let Some((_bpffs, bpf)) = with_flow(key, Flow { state: STATE_RESET, ..flow }, known_clocks()) else {
+        return;
+    };
+    let frame = Frame { flags: FLAG_SYN, payload: Vec::new(), ..Frame::new(key) }.encode();
+    assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
+    let flows: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map(FLOWS).unwrap().try_into().unwrap();
+    // The agent tells nobody of its end any more who might take it for that of the new one.
+    assert_eq!(flows.get(&key, 0).unwrap().state, STATE_OVER);
 }
 
 #[test]

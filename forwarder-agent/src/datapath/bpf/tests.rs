@@ -47,6 +47,12 @@ mod cut;
 #[path = "reset_tests.rs"]
 mod reset_tests;
 
+#[path = "reuse_tests.rs"]
+mod reuse_tests;
+
+#[path = "update_tests.rs"]
+mod update_tests;
+
 #[path = "../../../../forwarder-common/src/packet/samples.rs"]
 mod samples;
 

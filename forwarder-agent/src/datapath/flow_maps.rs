@@ -1,0 +1,157 @@
+//! The maps of flows as they lie in the kernel, and what a dead agent has left in them.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError};
+use forwarder_common::ABI_VERSION;
+use forwarder_common::flow::{DIRECTION_REQUEST, FLOWS, Flow, FlowKey, PAIRS, Pair, STATE_OVER};
+use forwarder_common::layout::{AGENT, AgentState};
+
+use super::DatapathError;
+use super::flows::JoinedPair;
+
+/// The flag of `bpf(BPF_MAP_UPDATE_ELEM)` by which an entry must be there.
+const BPF_EXIST: u64 = 2;
+
+/// The maps, open.
+pub(super) struct FlowMaps {
+    pub(super) flows: BpfHashMap<MapData, FlowKey, Flow>,
+    pub(super) pairs: BpfHashMap<MapData, u32, Pair>,
+    pub(super) agent: Array<MapData, AgentState>,
+}
+
+/// What stands in the maps.
+pub(super) struct Listed {
+    /// The pairs that stand whole there.
+    pub(super) pairs: Vec<(JoinedPair, Pair)>,
+    /// The directions that have no pair or no opposite, or are over: their pairs' numbers, and their tuples.
+    pub(super) orphans: Vec<(u32, FlowKey)>,
+}
+
+/// What is to be removed from the maps. All of it is [`STATE_OVER`], or of no effect by itself.
+#[derive(Clone, Copy, Debug)]
+pub enum Condemned {
+    /// A pair with its number and the tuples of its directions.
+    Pair(u32, [FlowKey; 2]),
+    /// The same without what is known of it.
+    Flows(u32, [FlowKey; 2]),
+    /// What is known of a pair that has no directions.
+    State(u32),
+}
+
+impl FlowMaps {
+    /// Opens the pinned maps of a directory.
+    pub(super) fn open(pins: &Path) -> Result<Self, DatapathError> {
+        let open = |name: &'static str| {
+            MapData::from_pin(pins.join(name)).map_err(|source| error("open", name, None, source))
+        };
+        let hash = |name| Ok(Map::HashMap(open(name)?));
+        let failed = |name| move |source| error("open", name, None, source);
+        Ok(Self {
+            flows: BpfHashMap::try_from(hash(FLOWS)?).map_err(failed(FLOWS))?,
+            pairs: BpfHashMap::try_from(hash(PAIRS)?).map_err(failed(PAIRS))?,
+            agent: Array::try_from(Map::Array(open(AGENT)?)).map_err(failed(AGENT))?,
+        })
+    }
+
+    /// The pairs that stand whole in the maps, and the tuples of directions that have no pair or no opposite.
+    pub(super) fn list(&self) -> Result<Listed, DatapathError> {
+        let mut halves = HashMap::new();
+        for entry in &self.flows {
+            let (key, flow) = entry.map_err(|source| error("read", FLOWS, None, source))?;
+            let directions: &mut [Option<(FlowKey, Flow)>; 2] = halves.entry(flow.pair).or_default();
+            directions[usize::from(flow.direction != DIRECTION_REQUEST)] = Some((key, flow));
+        }
+        let (mut pairs, mut orphans) = (Vec::new(), Vec::new());
+        for (number, directions) in halves {
+            match (directions, self.pairs.get(&number, 0)) {
+                ([Some(request), Some(response)], Ok(state))
+                    if request.1.state != STATE_OVER && response.1.state != STATE_OVER =>
+                {
+                    pairs.push((JoinedPair { number, flows: [request, response] }, state));
+                }
+                (directions, _) => {
+                    orphans.extend(directions.into_iter().flatten().map(|(key, _)| (number, key)))
+                }
+            }
+        }
+        Ok(Listed { pairs, orphans })
+    }
+
+    /// Removes what is there.
+    pub(super) fn remove(&mut self, condemned: Condemned) {
+        // The pair first: it turns both directions off at once. What is gone needs no removal.
+        if let Condemned::Pair(number, _) | Condemned::State(number) = condemned {
+            let _ = self.pairs.remove(&number);
+        }
+        let (Condemned::Pair(number, keys) | Condemned::Flows(number, keys)) = condemned else { return };
+        for key in &keys {
+            // The tuple may be another pair's by now.
+            if self.flows.get(key, 0).is_ok_and(|flow| flow.pair == number) {
+                let _ = self.flows.remove(key);
+            }
+        }
+    }
+}
+
+/// What a dead agent, or a running one, has pinned in a directory.
+///
+/// # Errors
+/// Nothing is pinned there, or it cannot be read.
+pub fn read(pin_dir: &Path) -> Result<Vec<(JoinedPair, Pair)>, DatapathError> {
+    let maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
+    let mut pairs = maps.list()?.pairs;
+    pairs.retain(|(pair, _)| !pair.is_ended());
+    Ok(pairs)
+}
+
+/// Has the kernel forward nothing more of pairs that a dead agent has pinned in a directory, and reset whoever still sends
+/// something of them, until they are forgotten. That puts new elements in the place of old ones, as nobody else does while no
+/// agent runs.
+///
+/// # Errors
+/// The maps cannot be opened, or the kernel refuses.
+pub fn end<'a>(pin_dir: &Path, pairs: impl IntoIterator<Item = &'a JoinedPair>) -> Result<(), DatapathError> {
+    let mut maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
+    for pair in pairs {
+        for (key, flow) in &pair.ended().flows {
+            // What a program has forgotten meanwhile must not come back, nor take the place of what came after it.
+            if maps.flows.get(key, 0).is_ok_and(|there| there.pair == pair.number) {
+                maps.flows
+                    .insert(key, flow, BPF_EXIST)
+                    .map_err(|source| error("write to", FLOWS, Some(pair.number), source))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Takes pairs out of the maps that a dead agent has pinned in a directory. Nothing is put into them before the next agent has
+/// waited for a grace period.
+///
+/// # Errors
+/// They cannot be opened.
+pub fn forget<'a>(
+    pin_dir: &Path,
+    pairs: impl IntoIterator<Item = &'a JoinedPair>,
+) -> Result<(), DatapathError> {
+    let mut maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
+    pairs.into_iter().for_each(|pair| maps.remove(pair.condemned()));
+    Ok(())
+}
+
+/// What failed on an entry of a map.
+pub(super) fn error(
+    operation: &'static str,
+    map: &'static str,
+    entry: Option<u32>,
+    source: MapError,
+) -> DatapathError {
+    DatapathError {
+        operation,
+        map,
+        entry: entry.map(|pair| format!("pair {pair}")),
+        source: Box::new(source),
+    }
+}

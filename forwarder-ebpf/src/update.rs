@@ -1,0 +1,59 @@
+//! The programs that the agent runs to change elements in place: see [`forwarder_common::update`]. They hang nowhere.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use forwarder_common::flow::FlowKey;
+use forwarder_common::update::{
+    FLOW_UPDATE_SIZE, FlowUpdate, ListenerUpdate, MOST_FLOW_UPDATES, REQUEST_OFFSET,
+};
+
+use crate::maps::{FLOWS, LISTENERS};
+
+/// Changes the flows of a pair. Returns how many.
+#[classifier]
+pub fn fwd_set_flows(context: TcContext) -> i32 {
+    let mut written = 0;
+    for index in 0..MOST_FLOW_UPDATES {
+        let Ok(update) = context.load::<FlowUpdate>(REQUEST_OFFSET + index * FLOW_UPDATE_SIZE) else { break };
+        written += set_flow(&update);
+    }
+    written
+}
+
+/// Changes one of them, if it is still the pair's. Programs that run at the same time see each word as it was or as it is: one
+/// packet may go by a new interface to an old neighbour, and be lost on the way.
+#[inline(always)]
+fn set_flow(update: &FlowUpdate) -> i32 {
+    let key: &FlowKey = &update.key;
+    let Some(flow) = FLOWS.get_ptr_mut(key) else { return 0 };
+    // SAFETY: the element is allocated to nobody else while a program runs that has found it: see `maps`. Others read and
+    // write it at the same time, word by word. Of those words that programs write, which is the state alone, none is undone
+    // here but in the same instant: they write it where the pair is over, and the agent has ended nothing then.
+    unsafe {
+        if (*flow).pair != update.pair || (*flow).state > update.state {
+            return 0;
+        }
+        if (*flow).state != update.state {
+            (*flow).state = update.state;
+        }
+        (*flow).next_hop = update.next_hop;
+        (*flow).mtu = update.mtu;
+        (*flow).arrival = update.arrival;
+        (*flow).flags = update.flags;
+        (*flow).interface = update.interface;
+    }
+    1
+}
+
+/// Changes a listener. Returns how many it has found.
+#[classifier]
+pub fn fwd_set_listen(context: TcContext) -> i32 {
+    let Ok(update) = context.load::<ListenerUpdate>(REQUEST_OFFSET) else { return 0 };
+    let Some(listener) = LISTENERS.get_ptr_mut(update.key) else { return 0 };
+    // SAFETY: as above. Programs read the one word or the other.
+    unsafe {
+        (*listener).listener_id = update.value.listener_id;
+        (*listener).state = update.value.state;
+    }
+    1
+}
