@@ -378,6 +378,13 @@ impl Pair {
         flow.is_over(half, reverse)
     }
 
+    /// [`Flow::has_ended`], for either of the pair's two flows.
+    #[must_use]
+    pub const fn has_ended(&self, flow: &Flow) -> bool {
+        let (half, reverse) = self.halves(flow);
+        flow.has_ended(half, reverse)
+    }
+
     /// What is known of a flow's direction, and of the opposite one.
     #[inline(always)]
     #[must_use]

@@ -184,7 +184,9 @@ impl Stage {
                 Ok(())
             })?);
         }
-        topology.client.sysctl("net.ipv4.ip_local_port_range", CLIENT_PORTS)?;
+        topology.client.sysctl("ipv4/ip_local_port_range", CLIENT_PORTS)?;
+        // Also those of connections that the client has ended first.
+        topology.client.sysctl("ipv4/tcp_tw_reuse", "1")?;
         let agent = datapath.agent().start(&topology.node, &manifests.path())?;
         Ok(Self { agent, topology, datapath, family, board, _servers: servers, _manifests: manifests })
     }
