@@ -352,6 +352,13 @@ fn encode_promotions(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fm
             MetricType::Gauge,
         )?;
         gauge(&mut metric, [], pairs.count() as u64)?;
+        let mut metric = encoder.encode_descriptor(
+            "forwarder_probes_suppressed",
+            "Times that asking an end of a connection in the kernel was put off, because too much was asked",
+            None,
+            MetricType::Counter,
+        )?;
+        counter(&mut metric, [], pairs.suppressed_probes())?;
     }
     encode_sockmap(encoder, shared)
 }

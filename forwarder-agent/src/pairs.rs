@@ -9,21 +9,23 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use forwarder_common::flow::{Flow, HALF_FIN, HALF_RESET, HALF_SYN, Pair};
+use forwarder_common::flow::{Flow, HALF_FIN, HALF_RESET, Pair};
 
 use crate::counters::End;
 use crate::datapath::flows::{FlowTable, JoinedPair};
 use crate::datapath::grace::Grace;
 use crate::datapath::monotonic;
-use crate::datapath::segments::{Bare, SegmentSocket};
+use crate::datapath::segments::SegmentSocket;
 use crate::listener::BoundListener;
 use crate::lock::lock;
 use crate::record::Record;
 use crate::removal::{self, Standing};
 
+mod probes;
 mod segments;
 mod view;
 
+use self::segments::Said;
 pub use self::view::{from_pins, reset_pinned};
 
 /// How often pairs are looked at.
@@ -32,14 +34,19 @@ const PERIOD: Duration = Duration::from_millis(250);
 /// what is over has to make room for others.
 const MOST_WORK: u32 = 40;
 const LONGEST_PERIOD: Duration = Duration::from_secs(1);
-/// How long after its last packet a pair that is over is kept, for what is sent again.
+/// How long after its last packet a pair of which both ends have ended is kept, for what is sent again.
 const LINGER: Duration = Duration::from_secs(2);
-/// How long a reset is given to be followed by something else of the same sender: then it was a stranger's.
+/// How long a reset is given to be followed by something else of the same sender: then it was a stranger's who knew the number.
 const RESET_STANDS: Duration = Duration::from_millis(200);
 /// How many probes may go without an answer before an end is taken for dead.
 const PROBES: u32 = 6;
-/// When a reset that the agent sends is sent again: it may be lost, and an end with nothing to say tells nobody.
+/// When what ends a pair is sent again: it may be lost, and an end with nothing to say tells nobody.
 const RESET_AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(1)];
+/// For how long after that, and after the last packet of either end, who still sends is reset; and at most.
+const RESET_LINGER: Duration = Duration::from_secs(1);
+const LONGEST_RESET: Duration = Duration::from_secs(8);
+/// How long an agent that leaves nothing behind waits for the ends to ask for the right number.
+const LAST_RESETS: Duration = Duration::from_millis(200);
 
 /// When a connection is promoted: whichever comes first.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -100,6 +107,7 @@ pub struct Pairs {
     /// Those that have come since the table was last looked at: workers do not wait for that.
     incoming: Mutex<Vec<Entry>>,
     resets: Mutex<Vec<PendingReset>>,
+    questions: probes::Limit,
     routes_changed: AtomicBool,
     /// When pairs looked for their ways anew, last: `CLOCK_MONOTONIC` in nanoseconds.
     rerouted: AtomicU64,
@@ -114,21 +122,25 @@ struct Entry {
     is_counted: bool,
     /// Since when the listener of a pair of a former agent is known to be gone.
     gone: Option<Instant>,
-    /// When bytes were last seen to have moved, and how many had.
+    /// When payload was last seen to have moved, and how much had; what was sent again counts apart.
     active: Instant,
     bytes: [u64; 2],
+    repeated: [u64; 2],
     /// Since when it is over.
     over: Option<Instant>,
     /// How many probes each end has not answered.
     probes: [u32; 2],
+    /// What the ends were asked for a stranger's sake.
+    asked: probes::Asked,
 }
 
 struct PendingReset {
     pair: JoinedPair,
+    since: Instant,
     due: Instant,
     /// How often it was sent.
     sent: usize,
-    segments: [Bare; 2],
+    segments: [Said; 4],
 }
 
 /// What becomes of a pair that was looked at.
@@ -150,6 +162,7 @@ impl Pairs {
             table: Mutex::default(),
             incoming: Mutex::default(),
             resets: Mutex::default(),
+            questions: probes::Limit::default(),
             routes_changed: AtomicBool::new(false),
             rerouted: AtomicU64::new(0),
             leaves: AtomicBool::new(false),
@@ -168,10 +181,12 @@ impl Pairs {
             is_counted: record.is_some(),
             record,
             pair: *pair,
+            repeated: [0; 2],
             gone: None,
             active: Instant::now(),
             over: None,
             probes: [0; 2],
+            asked: probes::Asked::default(),
         };
         // Its way was looked for when it was joined; what has changed since, the sweep told those that were here.
         let [(_, Flow { clock_time, .. }), _] = entry.pair.flows;
@@ -202,32 +217,47 @@ impl Pairs {
 
     /// Ends a pair from outside: its packets are nobody's from now on, and both ends are told.
     ///
-    /// An end that takes the number of the reset for a wrong one answers with the right one (RFC 5961, 3.2), and so does
-    /// whoever sends something later: the node's own stack, which has no socket for it, resets it then.
+    /// Whoever sends something of it is reset by the program, with the number that it acknowledges. An end that is silent is
+    /// made to send: by a number that it has acknowledged before (RFC 9293, 3.10.7.4), and by a reset, which it answers with
+    /// the right number if that of the reset is wrong (RFC 5961, 3.2).
     pub fn reset(&self, pair: &JoinedPair) {
-        let state = self.flows.pair(pair.number);
-        self.flows.deactivate(pair);
-        let Some(state) = state else { return self.flows.remove(pair) };
-        let segments = segments::resets(pair, &state, monotonic());
-        let reset = PendingReset { pair: *pair, due: Instant::now(), sent: 0, segments };
+        if let Err(error) = self.flows.end(pair) {
+            tracing::debug!(%error, "the ends of a pair are not told of its end");
+            return self.flows.remove(pair);
+        }
+        let Some(state) = self.flows.pair(pair.number) else { return self.flows.remove(pair) };
+        let segments = segments::last_words(pair, &state, monotonic());
+        let now = Instant::now();
+        let reset = PendingReset { pair: *pair, since: now, due: now, sent: 0, segments };
         if let Some(reset) = self.send_reset(reset) {
             lock(&self.resets).push(reset);
         }
     }
 
-    /// Tells both ends, unless the pair's addresses are another connection's by now, and says what is left to do.
+    /// Tells both ends, or waits until they are quiet, unless the pair's addresses are another connection's by now; says what is
+    /// left to do.
     fn send_reset(&self, mut reset: PendingReset) -> Option<PendingReset> {
-        let is_ours = self.flows.holds(&reset.pair);
-        if is_ours {
-            self.send(&reset.segments);
-        }
-        let Some(after) = RESET_AGAIN.get(reset.sent).filter(|_| is_ours) else {
+        let has_been_told = reset.sent > RESET_AGAIN.len();
+        if !self.flows.holds(&reset.pair) || has_been_told && !self.is_heard(&reset) {
             self.flows.remove(&reset.pair);
             return None;
-        };
-        reset.due += *after;
-        reset.sent += 1;
+        }
+        if has_been_told {
+            reset.due += PERIOD;
+        } else {
+            self.send(&reset.segments);
+            reset.due += RESET_AGAIN.get(reset.sent).copied().unwrap_or(RESET_LINGER);
+            reset.sent += 1;
+        }
         Some(reset)
+    }
+
+    /// Whether an end of a pair that was ended still sends.
+    fn is_heard(&self, reset: &PendingReset) -> bool {
+        let Some(state) = self.flows.pair(reset.pair.number) else { return false };
+        let last = state.request.last_seen.max(state.response.last_seen);
+        let quiet = Duration::from_nanos(monotonic().saturating_sub(last));
+        quiet < RESET_LINGER && reset.since.elapsed() < LONGEST_RESET
     }
 
     /// Ends every pair, for an agent that leaves nothing behind.
@@ -236,7 +266,12 @@ impl Pairs {
             self.reset(&entry.pair);
             end(&mut entry, End::Drained);
         }
-        for reset in lock(&self.resets).drain(..) {
+        let resets = std::mem::take(&mut *lock(&self.resets));
+        if !resets.is_empty() {
+            // Who looks after the pairs has ended, and so will the programs.
+            thread::sleep(LAST_RESETS);
+        }
+        for reset in resets {
             self.flows.remove(&reset.pair);
         }
     }
@@ -283,6 +318,7 @@ impl Pairs {
     /// Looks at every pair once.
     fn sweep(&self, find: &FindListener) {
         self.hold();
+        self.flows.paths().refresh_filters();
         let reroutes =
             self.routes_changed.swap(false, Ordering::Relaxed) | self.flows.paths().take_changed_mtus();
         if reroutes {
@@ -324,6 +360,11 @@ impl Pairs {
                 Found::Gone => drop(entry.gone.get_or_insert_with(Instant::now)),
             }
         }
+        let repeated = [state.request.repeated, state.response.repeated];
+        if repeated != entry.repeated {
+            entry.repeated = repeated;
+            entry.active = Instant::now();
+        }
         let bytes = [state.request.bytes, state.response.bytes];
         if bytes != entry.bytes {
             entry.bytes = bytes;
@@ -337,12 +378,7 @@ impl Pairs {
             return close(entry, &state);
         }
         entry.over = None;
-        // The answer of the other end tells the one that has forgotten the connection to reset it.
-        for (side, half) in [(1, &state.request), (0, &state.response)] {
-            if half.flags & HALF_SYN != 0 {
-                self.send(&[segments::probe(&entry.pair, &state, side, monotonic())]);
-            }
-        }
+        self.ask(entry, &state);
         if self.is_removed(entry) {
             return Fate::Reset(End::Removed);
         }
@@ -451,9 +487,9 @@ impl Pairs {
         lock(&self.resets).extend(left);
     }
 
-    fn send(&self, segments: &[Bare]) {
-        for segment in segments {
-            if let Err(error) = self.socket.send(segment) {
+    fn send(&self, segments: &[Said]) {
+        for said in segments {
+            if let Err(error) = said.send(&self.socket) {
                 tracing::debug!(%error, "an end of a pair is not told");
             }
         }
@@ -470,17 +506,14 @@ fn close(entry: &mut Entry, state: &Pair) -> Fate {
     } else {
         End::Finished
     };
-    if reason == End::Finished || since.elapsed() >= RESET_STANDS {
-        end(entry, reason);
+    if reason != End::Finished {
+        // The reset may have been lost, or been one that the other end does not believe, which then may have nothing to say.
+        return if since.elapsed() >= RESET_STANDS { Fate::Reset(reason) } else { Fate::Stays };
     }
+    end(entry, reason);
     let last = state.request.last_seen.max(state.response.last_seen);
     let quiet = Duration::from_nanos(monotonic().saturating_sub(last));
-    match reason {
-        _ if quiet < LINGER => Fate::Stays,
-        End::Finished => Fate::Leaves,
-        // The reset may have been lost, and the other end have nothing to say.
-        _ => Fate::Reset(reason),
-    }
+    if quiet < LINGER { Fate::Stays } else { Fate::Leaves }
 }
 
 /// Counts and logs the end of a pair's connection.

@@ -17,6 +17,8 @@ use crate::layout::AddressBytes;
 use crate::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, Segment};
 use crate::translate::{self, is_before};
 
+mod note;
+
 /// Hash of [`FlowKey`] to [`Flow`]: both directions of every pair.
 pub const FLOWS: &str = "flows";
 /// Hash of a pair's number (`u32`) to [`Pair`].
@@ -28,6 +30,9 @@ pub const PAIRS_CAPACITY: u32 = 262_144;
 /// The priority (`SO_PRIORITY`) of packets that the agent sends in the name of pairs, which the guard lets pass. It is
 /// nobody else's, and unlike a mark it has no say in routing.
 pub const AGENT_PRIORITY: u32 = 0x6677_6401;
+/// The priority of those among them that the agent has handed to the interface itself, and that have no neighbour's address
+/// yet: the guard hands them to the neighbour that the pair's packets go to.
+pub const AGENT_LINK_PRIORITY: u32 = 0x6677_6402;
 
 /// [`Flow::state`]: packets are translated and redirected, while the local sockets still deliver what they had received
 /// before: they see the acknowledgements of it.
@@ -65,6 +70,9 @@ pub const HALF_FIN: u16 = 1;
 pub const HALF_RESET: u16 = 2;
 /// [`Half::flags`]: the sender wants to open a new connection on the tuple of this one, which it has forgotten.
 pub const HALF_SYN: u16 = 4;
+/// [`Half::flags`]: a reset that the receiver would not believe came in the sender's name: the agent is to ask the sender, who
+/// has sent nothing else since.
+pub const HALF_CHALLENGE: u16 = 8;
 
 /// Key of [`FLOWS`]: the addresses and ports of a packet. 36 bytes without padding.
 #[repr(C, align(4))]
@@ -185,7 +193,7 @@ pub struct Half {
     pub bytes: u64,
     /// Bytes of payload redirected that had been seen before: retransmitted ones.
     pub repeated: u64,
-    /// When the last packet came: `CLOCK_MONOTONIC` in nanoseconds; the promotion before the first.
+    /// When the last packet came that the receiver takes: `CLOCK_MONOTONIC` in nanoseconds; the promotion before the first.
     pub last_seen: u64,
     /// What is added to the sender's timestamps, modulo 2^32, once `timestamp_known` is 1.
     pub timestamp_shift: u32,
@@ -205,7 +213,7 @@ pub struct Half {
     pub fin_end: u32,
     /// The window of the last packet as it lay in it, unscaled.
     pub window: u16,
-    /// [`HALF_FIN`], [`HALF_RESET`].
+    /// [`HALF_FIN`], [`HALF_RESET`], [`HALF_SYN`], [`HALF_CHALLENGE`].
     pub flags: u16,
 }
 
@@ -225,12 +233,6 @@ pub struct Seen {
     /// When it came: `CLOCK_MONOTONIC` in nanoseconds.
     pub time: u64,
 }
-
-/// How far a number may be ahead of what is expected. Packets that were lost before they came here leave gaps; one that a
-/// stranger invented is rarely so near, and must not spoil what is known.
-const PLAUSIBLE_GAP: u32 = 16 << 20;
-/// The same for the sequence number of a reset, which ends a pair where nothing follows it.
-const PLAUSIBLE_RESET_GAP: u32 = 64 << 10;
 
 impl Half {
     /// Notes by how much the timestamp of a packet of this direction is shifted so that it tells the node's clock.
@@ -262,61 +264,6 @@ impl Half {
             Some(self.timestamp_least)
         } else {
             Some(self.timestamp_shift)
-        }
-    }
-
-    /// Notes a segment of `flow`, whose opposite half is `reverse`. What it claims beyond what is plausible is forwarded all
-    /// the same, for the receiver to judge, but not noted.
-    #[inline(always)]
-    pub const fn note(&mut self, reverse: &Self, flow: &Flow, segment: &Seen) {
-        self.packets += 1;
-        self.last_seen = segment.time;
-        // The number of a SYN is that of another connection.
-        if segment.flags & FLAG_SYN != 0 {
-            if segment.flags & FLAG_ACK == 0 {
-                self.flags |= HALF_SYN;
-            }
-            return;
-        }
-        if segment.flags & FLAG_RST != 0 {
-            // Where both ends have ended and know it, it answers something late, and ends nothing.
-            if flow.has_ended(self, reverse) {
-                return;
-            }
-            // One in flight, or the one that the receiver is waiting for (RFC 5961, 3).
-            let first = reverse.acknowledged.wrapping_sub(flow.sequence_shift);
-            let width = self.sequence_end.wrapping_sub(first).wrapping_add(PLAUSIBLE_RESET_GAP);
-            if segment.sequence.wrapping_sub(first) <= width {
-                self.flags |= HALF_RESET;
-            }
-            return;
-        }
-        self.flags &= !(HALF_RESET | HALF_SYN);
-        self.window = segment.window;
-        let is_fin = segment.flags & FLAG_FIN != 0;
-        let end = segment.sequence.wrapping_add(segment.payload).wrapping_add(is_fin as u32);
-        let advance = end.wrapping_sub(self.sequence_end);
-        if advance <= PLAUSIBLE_GAP {
-            if is_fin {
-                self.fin_end = end;
-                self.flags |= HALF_FIN;
-            }
-            // A FIN has a number of its own, but is no payload; one that is sent again advances nothing.
-            let payload = advance - (is_fin && advance > 0) as u32;
-            self.bytes += payload as u64;
-            self.repeated += segment.payload.saturating_sub(payload) as u64;
-            self.sequence_end = end;
-        } else {
-            self.repeated += segment.payload as u64;
-        }
-        if segment.flags & FLAG_ACK != 0 && is_before(self.acknowledged, segment.acknowledgement) {
-            let beyond = segment
-                .acknowledgement
-                .wrapping_add(flow.acknowledgement_shift)
-                .wrapping_sub(reverse.sequence_end);
-            if is_before(beyond, PLAUSIBLE_GAP) {
-                self.acknowledged = segment.acknowledgement;
-            }
         }
     }
 
@@ -361,11 +308,20 @@ impl Flow {
         self.mtu != 0 && length > self.mtu
     }
 
-    /// The numbers of `segment` on the other leg.
+    /// The numbers of `segment` on the other leg, of whose receiver `reverse` is known; it carries `payload` bytes.
     #[inline(always)]
     #[must_use]
-    pub const fn numbers(&self, segment: &Segment) -> Numbers {
-        let sequence = segment.sequence.wrapping_add(self.sequence_shift);
+    pub const fn numbers(&self, segment: &Segment, reverse: &Half, payload: u32) -> Numbers {
+        let mut sequence = segment.sequence.wrapping_add(self.sequence_shift);
+        // A receiver drops what lies beyond its window, acknowledgement and all (RFC 9293, 3.10.7.4). What a bare
+        // acknowledgement says is true at any number: it gets the last one that is taken. Its own may lie beyond, because local
+        // sockets took more of its sender than the receiver has room for.
+        if is_before(reverse.edge, sequence)
+            && segment.flags & (FLAG_SYN | FLAG_FIN | FLAG_RST) == 0
+            && payload == 0
+        {
+            sequence = reverse.edge;
+        }
         let mut acknowledgement = segment.acknowledgement;
         // What the receiver has been told already and the sender still has to get from the local socket.
         let mut missing = 0;
@@ -489,7 +445,7 @@ mod tests {
     use super::*;
 
     /// The client's numbers are 1,000 behind on the other leg, the endpoint's 500 ahead.
-    fn flows() -> [Flow; 2] {
+    pub(super) fn flows() -> [Flow; 2] {
         let key = FlowKey { source: [0; 16], destination: [0; 16], source_port: 1, destination_port: 2 };
         let request = Flow {
             out: key,
@@ -520,7 +476,7 @@ mod tests {
         [request, response]
     }
 
-    fn ended(fin_end: u32, acknowledged: u32) -> Half {
+    pub(super) fn ended(fin_end: u32, acknowledged: u32) -> Half {
         Half { flags: HALF_FIN, fin_end, acknowledged, ..Half::default() }
     }
 
@@ -556,68 +512,33 @@ mod tests {
         assert!(pair.is_over(&Flow { flags: FLOW_REVERSE_ENDED, ..response }));
     }
 
-    fn seen(sequence: u32, payload: u32, acknowledgement: u32, flags: u8) -> Seen {
-        Seen { sequence, acknowledgement, payload, window: 9, flags: flags | FLAG_ACK, time: 77 }
-    }
-
-    /// A client at 5,000 and an endpoint at 200, each of whom has acknowledged all of the other.
-    fn halves() -> [Half; 2] {
-        let request = Half { sequence_end: 5_000, acknowledged: 700, ..Half::default() };
-        [request, Half { sequence_end: 200, acknowledged: 4_000, ..Half::default() }]
-    }
-
-    fn noted(segments: &[Seen]) -> Half {
-        let [mut request, response] = halves();
-        for segment in segments {
-            request.note(&response, &flows()[0], segment);
-        }
-        request
-    }
-
     #[test]
-    fn each_byte_is_counted_once() {
-        let half = noted(&[seen(5_000, 100, 700, 0), seen(5_200, 50, 700, 0), seen(5_100, 150, 700, 0)]);
-        assert_eq!((half.bytes, half.repeated, half.packets, half.last_seen), (250, 150, 3, 77));
-        assert_eq!((half.sequence_end, half.window), (5_250, 9));
-    }
-
-    #[test]
-    fn numbers_wrap() {
-        let [request, response] = halves();
-        let mut half = Half { sequence_end: u32::MAX - 9, ..request };
-        half.note(&response, &flows()[0], &seen(u32::MAX - 9, 30, 700, 0));
-        assert_eq!((half.bytes, half.sequence_end), (30, 20));
-    }
-
-    #[test]
-    fn an_end_is_noted_and_no_payload() {
-        let half = noted(&[seen(5_000, 10, 700, FLAG_FIN), seen(5_000, 10, 700, FLAG_FIN)]);
-        assert_eq!((half.bytes, half.fin_end, half.flags), (10, 5_011, HALF_FIN));
-    }
-
-    #[test]
-    fn acknowledgements_go_forward_only_and_not_beyond_what_was_sent() {
-        assert_eq!(noted(&[seen(5_000, 0, 690, 0)]).acknowledged, 700);
-        assert_eq!(noted(&[seen(5_000, 0, 710, 0)]).acknowledged, 710);
-        assert_eq!(noted(&[seen(5_000, 0, 700 + (64 << 20), 0)]).acknowledged, 700);
-    }
-
-    #[test]
-    fn what_a_stranger_invents_spoils_nothing() {
-        let half = noted(&[seen(2_000_000_000, 1_000, 700, FLAG_FIN), seen(4_000, 10, 700, FLAG_FIN)]);
-        assert_eq!((half.sequence_end, half.bytes, half.flags), (5_000, 0, 0));
-        assert_eq!(noted(&[seen(2_000_000_000, 0, 700, FLAG_RST)]).flags, 0);
-        assert_eq!(noted(&[seen(4_990, 0, 700, FLAG_RST)]).flags, 0);
-        let syn = Seen { flags: FLAG_SYN, ..seen(9_000, 0, 700, 0) };
-        let half = noted(&[syn]);
-        assert_eq!((half.sequence_end, half.packets, half.flags), (5_000, 1, HALF_SYN));
-        assert_eq!(noted(&[syn, seen(5_000, 0, 700, 0)]).flags, 0);
-    }
-
-    #[test]
-    fn a_reset_counts_until_its_sender_goes_on() {
-        assert_eq!(noted(&[seen(5_000, 0, 700, FLAG_RST)]).flags, HALF_RESET);
-        assert_eq!(noted(&[seen(5_000, 0, 700, FLAG_RST), seen(5_000, 1, 700, 0)]).flags, 0);
+    fn what_a_bare_acknowledgement_says_reaches_a_receiver_without_room() {
+        let [flow, _] = flows();
+        let segment = |sequence, flags| Segment {
+            tuple: flow.out,
+            version: crate::packet::IpVersion::V4,
+            flags,
+            window: 9,
+            sequence,
+            acknowledgement: 700,
+            is_first_fragment: false,
+            ip_offset: 14,
+            ip_length: 40,
+            tcp_offset: 34,
+            header_length: 20,
+        };
+        // The endpoint takes 5,000 bytes up to the client's 6,000 and sees 4,000 for the client's 5,000.
+        let endpoint = Half { acknowledged: 4_000, edge: 5_000, ..Half::default() };
+        let sent =
+            |sequence, flags, payload| flow.numbers(&segment(sequence, flags), &endpoint, payload).sequence;
+        assert_eq!(sent(6_000, FLAG_ACK, 0), 5_000);
+        assert_eq!(sent(6_001, FLAG_ACK, 0), 5_000);
+        assert_eq!(sent(90_000, FLAG_ACK, 0), 5_000);
+        // Bytes and ends have numbers of their own.
+        assert_eq!(sent(90_000, FLAG_ACK, 1), 89_000);
+        assert_eq!(sent(90_000, FLAG_ACK | FLAG_FIN, 0), 89_000);
+        assert_eq!(sent(90_000, FLAG_RST, 0), 89_000);
     }
 
     #[test]
@@ -631,19 +552,6 @@ mod tests {
         // What follows is not behind what was told before; what is echoed meanwhile is no older than it was.
         assert_eq!(half.echo_shift(STATE_SPLICED), Some(1_008));
         assert_eq!(half.echo_shift(STATE_TAIL), Some(1_000));
-    }
-
-    #[test]
-    fn a_reset_after_both_ends_says_nothing() {
-        let [flow, _] = flows();
-        let reset = seen(5_000, 0, 700, FLAG_RST);
-        // The sender has ended its direction at 5,000, and the receiver both acknowledged that and ended its own.
-        let over = ended(200, 4_000);
-        for (reverse, expected) in [(over, HALF_FIN), (Half { flags: 0, ..over }, HALF_FIN | HALF_RESET)] {
-            let mut half = Half { sequence_end: 5_000, ..ended(5_000, 700) };
-            half.note(&reverse, &flow, &reset);
-            assert_eq!(half.flags, expected);
-        }
     }
 
     #[test]

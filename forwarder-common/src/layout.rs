@@ -24,6 +24,12 @@ pub const VERDICTS: &str = "verdicts";
 /// Array of one [`AgentState`].
 pub const AGENT: &str = "agent";
 
+/// Hash of an interface's index (`u32`) to 1, of those whose packets the stack takes whoever is expected behind them: IPv4's
+/// `rp_filter` is not strict there. Of one that is not in it, programs take only flows that are expected by it.
+pub const LOOSE_INTERFACES: &str = "loose_interfaces";
+/// Entries that [`LOOSE_INTERFACES`] holds.
+pub const LOOSE_INTERFACES_CAPACITY: u32 = 65_536;
+
 /// The maps that are pinned, by name: operators look at them, and a later agent takes them over.
 pub const PINNED_MAPS: [&str; 8] =
     [LISTENERS, BACKENDS, COUNTERS, LOCAL_ADDRESSES, VERDICTS, FLOWS, PAIRS, AGENT];
@@ -225,8 +231,8 @@ mod tests {
 
     #[test]
     fn names_fit_the_kernel() {
-        use crate::update::{PROGRAM_SET_CREDIT, PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER};
-        let updates = [PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER, PROGRAM_SET_CREDIT];
+        use crate::update::{PROGRAM_SET_CREDIT, PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
+        let updates = [PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER, PROGRAM_SET_CREDIT];
         for name in PINNED_MAPS.into_iter().chain(crate::PROGRAMS).chain(updates) {
             assert!(name.len() <= 15, "{name}");
         }

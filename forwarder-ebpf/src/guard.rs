@@ -5,7 +5,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    AGENT_PRIORITY, FLOW_REVERSE_ENDED, Flow, Half, STATE_OVER, STATE_RESET, STATE_TAIL,
+    AGENT_LINK_PRIORITY, AGENT_PRIORITY, FLOW_REVERSE_ENDED, Flow, Half, STATE_OVER, STATE_TAIL,
 };
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, LinkLayer, Segment, tcp_field};
 use forwarder_common::translate::{self, ChecksumChange};
@@ -13,6 +13,7 @@ use forwarder_common::verdict::Verdict;
 
 use crate::classify::{EGRESS, Found, count_verdict, find_segment};
 use crate::maps::{FLOWS, PAIRS};
+use crate::redirect::redirect_to_neighbour;
 use crate::rewrite::{checksum, store};
 
 /// For interfaces whose packets begin with an Ethernet header.
@@ -36,6 +37,9 @@ fn guard(context: &TcContext, link: LinkLayer) -> i32 {
         return TC_ACT_UNSPEC;
     }
     let Ok(Found { segment, .. }) = find_segment(context, link, EGRESS) else { return TC_ACT_UNSPEC };
+    if priority == AGENT_LINK_PRIORITY {
+        return hand_over(context, link, segment);
+    }
     let Some(verdict) = judge(context, segment) else { return TC_ACT_UNSPEC };
     count_verdict(verdict);
     match verdict {
@@ -44,13 +48,29 @@ fn guard(context: &TcContext, link: LinkLayer) -> i32 {
     }
 }
 
+/// Hands what the agent says in the name of a pair to the neighbour that the pair's packets go to. It comes by this way again
+/// then, as what the agent says.
+#[inline(always)]
+fn hand_over(context: &TcContext, link: LinkLayer, segment: &Segment) -> i32 {
+    // SAFETY: the kernel hands the program a valid `__sk_buff`, whose priority may be written.
+    unsafe { (*context.skb.skb).priority = AGENT_PRIORITY };
+    if let LinkLayer::Ip = link {
+        return TC_ACT_UNSPEC;
+    }
+    let Some(flow) = FLOWS.get_ptr(segment.tuple.reversed()) else { return TC_ACT_SHOT };
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
+    let Some(back) = FLOWS.get_ptr(unsafe { &*flow }.out.reversed()) else { return TC_ACT_SHOT };
+    // SAFETY: as above.
+    redirect_to_neighbour(unsafe { &*back })
+}
+
 /// What becomes of a packet that a local socket of a flow sends; `None` for all others.
 #[inline(always)]
 fn judge(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     let flow = FLOWS.get_ptr(segment.tuple.reversed())?;
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let flow = unsafe { &*flow };
-    if flow.state == STATE_OVER || flow.state == STATE_RESET {
+    if flow.state == STATE_OVER {
         return None;
     }
     let pair = PAIRS.get_ptr(flow.pair)?;

@@ -21,13 +21,13 @@ use crate::tail;
 
 const IPV4_SOURCE: u32 = 12;
 const IPV4_HEADER: u32 = 20;
-const IPV6_HEADER: u32 = 40;
+pub(crate) const IPV6_HEADER: u32 = 40;
 /// Bytes of the TCP header without its options: what is quoted of it.
-const TCP_HEADER: u32 = 20;
+pub(crate) const TCP_HEADER: u32 = 20;
 /// How many routers may pass a message on.
 const HOP_LIMIT: u32 = 64;
 /// "Don't fragment" in the word that IPv4's identification begins: with it, there needs to be none (RFC 6864, 4.1).
-const DONT_FRAGMENT: u32 = 0x4000;
+pub(crate) const DONT_FRAGMENT: u32 = 0x4000;
 
 /// Passes on what a router says to the node of a packet that was redirected, to the end that has sent the packet. Every
 /// other packet is left as it is: [`Verdict::NotTcp`].
@@ -247,7 +247,7 @@ fn push<T>(context: &TcContext, ip: u32, header: &T) -> Result<(), Verdict> {
 
 /// Writes into the packet, and keeps what a device has summed up of it current.
 #[inline(always)]
-fn write<T>(context: &TcContext, at: u32, value: &T) -> Result<(), Verdict> {
+pub(crate) fn write<T>(context: &TcContext, at: u32, value: &T) -> Result<(), Verdict> {
     let (value, size) = ((&raw const *value).cast(), size_of::<T>() as u32);
     // SAFETY: the value is initialised and of its own size; the helper checks the offset.
     match unsafe { bpf_skb_store_bytes(context.skb.skb, at, value, size, u64::from(BPF_F_RECOMPUTE_CSUM)) } {

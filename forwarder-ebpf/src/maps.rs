@@ -3,20 +3,22 @@
 //! What a lookup returns stays the element that was asked for until the program's end, though the agent may remove it
 //! meanwhile. The kernel sees to that only up to 6.0: since 6.1, what is freed of a hash that is not preallocated is the next
 //! to be allocated on that CPU (`bpf_mem_cache_free`, `unit_alloc`), as it always was of one that is. So the agent sees to it:
-//! it allocates nothing in a map that programs read within a grace period of a removal (ADR 18), and changes what stands there
-//! in place ([`crate::update`]). Programs neither insert nor remove.
+//! it allocates nothing in a map whose values programs read within a grace period of a removal (ADR 18), and changes what stands
+//! there in place ([`crate::update`]). Programs neither insert nor remove. [`FRAGMENTS`] is the exception, and says why.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, PerCpuHashMap};
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};
 use aya_ebpf::macros::btf_map;
 use forwarder_common::flow::{Flow, FlowKey, PAIRS_CAPACITY, Pair};
 use forwarder_common::layout::{
     AddressBytes, AgentState, BACKENDS_CAPACITY, LISTENERS_CAPACITY, LOCAL_ADDRESSES_CAPACITY,
+    LOOSE_INTERFACES_CAPACITY,
 };
 use forwarder_common::translate::OptionsWalk;
 use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue, Verdict};
 
 use crate::classify::Found;
+use crate::fragment::{FRAGMENTS_CAPACITY, FirstFragment, FragmentKey};
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -52,6 +54,11 @@ pub(crate) static LOCAL_ADDRESSES: HashMap<
     NO_PREALLOC,
 > = HashMap::new();
 
+/// The interfaces whose packets are taken whoever is expected behind them.
+#[btf_map(name = "loose_interfaces")]
+pub(crate) static LOOSE_INTERFACES: HashMap<u32, u32, { LOOSE_INTERFACES_CAPACITY as usize }, NO_PREALLOC> =
+    HashMap::new();
+
 /// The flows: both directions of every promoted pair.
 #[btf_map(name = "flows")]
 pub(crate) static FLOWS: HashMap<FlowKey, Flow, { PAIRS_CAPACITY as usize * 2 }, NO_PREALLOC> =
@@ -86,6 +93,15 @@ pub(crate) struct CoarseClock {
     /// `CLOCK_MONOTONIC` in nanoseconds.
     pub(crate) time: u64,
 }
+
+/// The first fragments of flows' packets, by what the others of the same packet have in common with them.
+///
+/// The programs insert here, since nobody else sees a packet's fragments. That takes no memory and waits for none: this map
+/// is preallocated, as each of its type (`htab_map_alloc_check`), and a full one gives its least recently used entry away. So
+/// an element may become another's while a program looks at it, which is why programs copy it at once. The worst that comes
+/// of a mix of two is a fragment that is sent to the wrong flow, where the TCP checksum of the packet does not match.
+#[btf_map(name = "fragments")]
+pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, FirstFragment, FRAGMENTS_CAPACITY> = LruHashMap::new();
 
 /// Whether an agent accepts connections.
 #[btf_map(name = "agent")]

@@ -6,16 +6,15 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, Half, NextHop, STATE_OVER, STATE_RESET, STATE_SPLICED,
-    STATE_TAIL, Seen,
+    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, NextHop, STATE_OVER, STATE_RESET, STATE_SPLICED, STATE_TAIL, Seen,
 };
-use forwarder_common::packet::Segment;
+use forwarder_common::packet::{FLAG_FIN, IpVersion, Segment};
 use forwarder_common::verdict::Verdict;
 
 use crate::classify::Found;
-use crate::maps::{CLOCK, FLOWS, PAIRS};
+use crate::maps::{CLOCK, FLOWS, LOOSE_INTERFACES, PAIRS};
 use crate::rewrite::rewrite;
-use crate::{icmp, tail};
+use crate::{fragment, icmp, reset, tail};
 
 /// What becomes of a packet that belongs to a flow.
 pub(crate) struct Outcome {
@@ -34,10 +33,15 @@ impl Outcome {
 
 /// Translates and redirects the packet if it is one of a flow. `None` for every other packet, which is unchanged.
 #[inline(always)]
-pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
+pub(crate) fn redirect(context: &TcContext, found: &mut Found) -> Option<Outcome> {
     let segment = &found.segment;
     #[expect(clippy::needless_borrows_for_generic_args, reason = "a copy would stand on the stack")]
-    let flow = FLOWS.get_ptr(&segment.tuple)?;
+    let Some(flow) = FLOWS.get_ptr(&segment.tuple) else {
+        if segment.is_first_fragment {
+            fragment::forget(context, segment);
+        }
+        return None;
+    };
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`. The agent may change words of it
     // meanwhile: see `update`.
     let flow = unsafe { &*flow };
@@ -45,7 +49,13 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
         return Some(tail::acknowledge(context, segment));
     }
     if flow.state == STATE_OVER {
+        if segment.is_first_fragment {
+            fragment::forget(context, segment);
+        }
         return None;
+    }
+    if !is_expected(context, segment, flow) {
+        return Some(Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::OtherInterface });
     }
     let is_new_connection = segment.is_attempt();
     if flow.state == STATE_RESET {
@@ -53,10 +63,9 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
             release(segment, flow);
             return None;
         }
-        return Some(Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::PairMissing });
+        return Some(reset::answer(context, segment, flow));
     }
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else {
-        // One that the agent has ended: the stack resets who does not know yet.
         if is_new_connection {
             release(segment, flow);
             return None;
@@ -71,6 +80,8 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     } else {
         (&mut pair.response, &pair.request)
     };
+    found.seen = seen(context, segment);
+    found.is_accepted = half.accepts(reverse, flow, &found.seen);
     if is_new_connection {
         // Where the pair is over, the local stack accepts it. Else the agent asks the other end, whose answer the client
         // resets (RFC 9293, 3.5.1).
@@ -78,8 +89,13 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
             release(segment, flow);
             return None;
         }
-        note(context, segment, flow, half, reverse);
+        half.note(reverse, flow, &found.seen, found.is_accepted);
         return Some(Outcome::drop(Verdict::Held));
+    }
+    if segment.is_first_fragment
+        && let Err(verdict) = fragment::announce(context, segment)
+    {
+        return Some(Outcome::drop(verdict));
     }
     if flow.state == STATE_TAIL {
         tail::send_clone(context);
@@ -89,11 +105,22 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     }
     Some(match rewrite(context, found, flow, half, reverse) {
         Ok(()) => {
-            note(context, segment, flow, half, reverse);
+            half.note(reverse, flow, &found.seen, found.is_accepted);
             leave(flow)
         }
         Err(verdict) => Outcome::drop(verdict),
     })
+}
+
+/// Whether the stack would take the packet from this interface. What it does not look into (IPv6), or not strictly, may come
+/// by any.
+#[inline(always)]
+fn is_expected(context: &TcContext, segment: &Segment, flow: &Flow) -> bool {
+    // SAFETY: the kernel hands the program a valid `__sk_buff`, whose field may be read.
+    let interface = unsafe { (*context.skb.skb).ifindex };
+    interface == flow.arrival
+        || matches!(segment.version, IpVersion::V6)
+        || LOOSE_INTERFACES.get_ptr(interface).is_some()
 }
 
 /// Sends what has been translated on its way.
@@ -102,12 +129,18 @@ pub(crate) fn leave(flow: &Flow) -> Outcome {
     if flow.flags & FLOW_BY_STACK != 0 {
         return Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::LeftToStack };
     }
+    Outcome { action: redirect_to_neighbour(flow), verdict: Verdict::Redirected }
+}
+
+/// Hands the packet to the neighbour that packets of `flow` go to. Returns what the program is to return.
+#[inline(always)]
+pub(crate) fn redirect_to_neighbour(flow: &Flow) -> i32 {
     // SAFETY: `NextHop` is laid out as the helper's parameters, which it copies.
     let action = unsafe {
         let next_hop = (&raw const flow.next_hop).cast_mut().cast();
         bpf_redirect_neigh(flow.interface, next_hop, size_of::<NextHop>() as i32, 0)
     };
-    Outcome { action: action as i32, verdict: Verdict::Redirected }
+    action as i32
 }
 
 /// Has nobody take both directions of a pair that is over for flows any more; the agent removes them.
@@ -125,24 +158,24 @@ fn release(segment: &Segment, flow: &Flow) -> u32 {
     0
 }
 
-/// Notes the packet in what is known of its direction.
+/// What is noted of the packet.
 #[inline(always)]
-fn note(context: &TcContext, segment: &Segment, flow: &Flow, half: &mut Half, reverse: &Half) {
-    let seen = Seen {
+fn seen(context: &TcContext, segment: &Segment) -> Seen {
+    Seen {
         sequence: segment.sequence,
         acknowledgement: segment.acknowledgement,
         payload: payload_length(context, segment),
         window: segment.window,
-        flags: segment.flags,
+        // The end of a segment is noted with its last fragment, which tells where it is.
+        flags: if segment.is_first_fragment { segment.flags & !FLAG_FIN } else { segment.flags },
         time: coarse_time(),
-    };
-    half.note(reverse, flow, &seen);
+    }
 }
 
 /// `CLOCK_MONOTONIC` in nanoseconds as it stood at the first packet of this tick of the kernel's timer: to read the clock
 /// costs more than to look at the tick, which the kernel inlines.
 #[inline(always)]
-fn coarse_time() -> u64 {
+pub(crate) fn coarse_time() -> u64 {
     // SAFETY: the helpers have no conditions.
     let (tick, now) = (unsafe { bpf_jiffies64() }, || unsafe { bpf_ktime_get_ns() });
     let Some(clock) = CLOCK.get_ptr_mut(0) else { return now() };

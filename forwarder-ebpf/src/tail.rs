@@ -12,11 +12,12 @@ use aya_ebpf::programs::TcContext;
 use forwarder_common::packet::{
     FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, IpVersion, PROTOCOL_TCP, Segment, tcp_field,
 };
-use forwarder_common::translate::{self, ChecksumChange};
+use forwarder_common::translate::{self, ChecksumChange, MAX_SACK_BLOCKS};
 use forwarder_common::verdict::Verdict;
 
+use crate::fragment;
 use crate::redirect::Outcome;
-use crate::rewrite::{IPV4_CHECKSUM, load, store};
+use crate::rewrite::{IPV4_CHECKSUM, load, store, walk_options};
 
 /// The mark of a packet that this program has cloned for the local socket. It is on no other packet: it is set after
 /// the packet arrived, and taken away when the clone arrives in its turn.
@@ -57,7 +58,9 @@ pub(crate) fn acknowledge(context: &TcContext, segment: &Segment) -> Outcome {
     };
     let acknowledgement =
         if translate::is_before(sent, segment.acknowledgement) { sent } else { segment.acknowledgement };
-    match bare_acknowledgement(context, segment, received, acknowledgement) {
+    let bare = limit_blocks(context, segment, acknowledgement, sent)
+        .and_then(|()| bare_acknowledgement(context, segment, received, acknowledgement));
+    match bare {
         Ok(()) => Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::TailAcknowledged },
         Err(verdict) => Outcome::drop(verdict),
     }
@@ -124,6 +127,37 @@ unsafe fn find_socket(context: &TcContext, segment: &Segment) -> *mut bpf_sock {
     unsafe { bpf_skc_lookup_tcp(context.skb.skb.cast(), &raw mut tuple, size as u32, netns, 0) }
 }
 
+/// Takes from the SACK blocks what lies beyond the data of the local socket, which has sent up to `sent`: it knows nothing of
+/// that, and neither does connection tracking, which takes the packet for invalid (`tcp_in_window`).
+///
+/// # Errors
+/// The options cannot be understood, or rewritten.
+#[inline(always)]
+fn limit_blocks(
+    context: &TcContext,
+    segment: &Segment,
+    acknowledgement: u32,
+    sent: u32,
+) -> Result<(), Verdict> {
+    let options = walk_options(context, segment)?;
+    for block in 0..MAX_SACK_BLOCKS {
+        if block >= options.sack_blocks {
+            break;
+        }
+        let at = segment.tcp_offset + options.sack + block * 8;
+        let [left, right]: [u32; 2] = load(context, at)?;
+        let (left, right) = (u32::from_be(left), u32::from_be(right));
+        if !translate::is_before(sent, right) {
+            continue;
+        }
+        // A block of nothing is passed over (`tcp_is_sackblock_valid`).
+        let new =
+            if translate::is_before(left, sent) { [left, sent] } else { [acknowledgement, acknowledgement] };
+        store(context, at, &[new[0].to_be(), new[1].to_be()])?;
+    }
+    Ok(())
+}
+
 /// Cuts the payload off, and sets the numbers and the flags.
 #[inline(always)]
 fn bare_acknowledgement(
@@ -161,6 +195,9 @@ fn bare_acknowledgement(
             let payload = (length - IPV6_HEADER) as u16;
             store(context, segment.ip_offset + IPV6_LENGTH, &payload.to_be())?;
         }
+    }
+    if segment.is_first_fragment {
+        fragment::make_whole(context, segment)?;
     }
     sum(context, segment)
 }

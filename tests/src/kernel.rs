@@ -119,10 +119,18 @@ impl Forwarding {
 /// # Errors
 /// There is no such map, or bpftool fails.
 pub fn entries(pin_dir: &Path, map: &str) -> Result<usize> {
+    Ok(dump(pin_dir, map)?.len())
+}
+
+/// The entries of a pinned map, as bpftool prints them.
+///
+/// # Errors
+/// There is no such map, or bpftool fails.
+pub fn dump(pin_dir: &Path, map: &str) -> Result<Vec<Value>> {
     let mut versions = fs::read_dir(pin_dir)?.flatten().map(|entry| entry.path());
     let path = versions.find(|path| path.join(map).exists()).context("no such map")?.join(map);
     let mut command = Command::new("bpftool");
     command.args(["-j", "map", "dump", "pinned"]).arg(path);
     let dump: Value = serde_json::from_str(&process::stdout(&mut command)?)?;
-    Ok(dump.as_array().context("a dump that is no list")?.len())
+    dump.as_array().cloned().context("a dump that is no list")
 }

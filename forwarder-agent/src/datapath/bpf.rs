@@ -9,8 +9,8 @@ use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use aya_log::EbpfLogger;
 use forwarder_common::flow::{FLOWS, PAIRS, PAIRS_CAPACITY};
-use forwarder_common::layout::PINNED_MAPS;
-use forwarder_common::update::{PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER};
+use forwarder_common::layout::{LOOSE_INTERFACES, PINNED_MAPS};
+use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
 use forwarder_common::{
     ListenerCounters, PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP, PROGRAM_IP, Verdict,
 };
@@ -21,11 +21,12 @@ use tokio::io::unix::AsyncFd;
 pub use super::attach::{AttachKind, AttachProblem, Attachment};
 pub use super::load_error::LoadError;
 
+use super::arrival::LooseInterfaces;
 use super::attach::Attachments;
 use super::flows::{FlowTable, FlowTableError};
 use super::interfaces::{Interface, wanted};
 use super::load_error::kernel_release;
-use super::maps::Maps;
+use super::maps::{self, Maps};
 use super::paths::Paths;
 use super::pins::Pins;
 use super::routes::Routes;
@@ -122,10 +123,12 @@ impl Bpf {
         let links = if has_flows { Some(pins.links()?) } else { None };
         let updates = Arc::new(Updates::take(&mut ebpf, pins.directory())?);
         let maps = Maps::take(&mut ebpf, pins.directory(), Arc::clone(&updates))?;
+        let paths: Arc<Paths> = Arc::default();
+        paths.set_filters(LooseInterfaces::new(maps::table(&mut ebpf, LOOSE_INTERFACES)?));
         pins.take_over();
         Ok(Self {
             attachments: Attachments::new(AttachKind::of_kernel(), links),
-            paths: Arc::default(),
+            paths,
             has_flows,
             maps,
             updates,
@@ -192,8 +195,9 @@ impl Bpf {
             };
             wanted.extend(interfaces.iter().filter(missing).collect::<Vec<_>>());
         }
-        let mut problems = self.attachments.update(&mut self.ebpf, interfaces, &wanted);
+        // Before programs hang there: until then they take from an interface only what is expected by it.
         self.paths.set_links(interfaces);
+        let mut problems = self.attachments.update(&mut self.ebpf, interfaces, &wanted);
         self.paths.set_attached(self.attachments.indices());
         problems.extend(self.maps.set_local_addresses(interfaces).into_iter().map(AttachProblem::from));
         let before = std::mem::take(&mut self.told);
@@ -311,7 +315,7 @@ fn load(settings: &LoadSettings<'_>) -> Result<Ebpf, LoadError> {
     }
     let mut ebpf =
         loader.load(OBJECT).map_err(|error| LoadError::new("create the BPF maps".to_owned(), "", error))?;
-    for name in [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER] {
+    for name in [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER] {
         load_program(&mut ebpf, name)?;
     }
     Ok(ebpf)

@@ -8,8 +8,8 @@ use forwarder_common::ABI_VERSION;
 use forwarder_common::flow::{DIRECTION_REQUEST, FLOWS, Flow, FlowKey, PAIRS, Pair, STATE_OVER, STATE_RESET};
 use forwarder_common::layout::{AGENT, AgentState};
 
-use super::DatapathError;
 use super::flows::JoinedPair;
+use super::{DatapathError, updates};
 
 /// The maps, open.
 pub(super) struct FlowMaps {
@@ -98,9 +98,17 @@ impl FlowMaps {
 /// Nothing is pinned there, or it cannot be read.
 pub fn read(pin_dir: &Path) -> Result<Vec<(JoinedPair, Pair)>, DatapathError> {
     let maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
-    let mut pairs = maps.list()?.pairs;
-    pairs.retain(|(pair, _)| pair.flows.iter().all(|(_, flow)| flow.state != STATE_RESET));
-    Ok(pairs)
+    Ok(maps.list()?.pairs)
+}
+
+/// Has the kernel forward nothing more of pairs that a dead agent has pinned in a directory, and reset whoever still sends
+/// something of them, until they are forgotten.
+///
+/// # Errors
+/// The program that the agent has left for this cannot be opened, or the kernel refuses.
+pub fn end<'a>(pin_dir: &Path, pairs: impl IntoIterator<Item = &'a JoinedPair>) -> Result<(), DatapathError> {
+    let setter = updates::open_flow_setter(&pin_dir.join(format!("v{ABI_VERSION}")))?;
+    pairs.into_iter().try_for_each(|pair| updates::set_flows(&setter, &pair.in_state(STATE_RESET)))
 }
 
 /// Takes pairs out of the maps that a dead agent has pinned in a directory. Nothing is put into them before the next agent has

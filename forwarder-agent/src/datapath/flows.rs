@@ -15,7 +15,7 @@ use forwarder_common::layout::{AGENT, AgentState, address_bytes, address_of};
 use rustix::io::Errno;
 
 use super::conntrack::Conntrack;
-pub use super::flow_maps::{Condemned, forget, read};
+pub use super::flow_maps::{Condemned, end, forget, read};
 use super::flow_maps::{FlowMaps, Listed, error};
 use super::gate::{Gate, Permit};
 
@@ -76,6 +76,16 @@ impl JoinedPair {
     /// What is removed at its end.
     pub(super) fn condemned(&self) -> Condemned {
         Condemned::Pair(self.number, self.flows.map(|(key, _)| key))
+    }
+
+    /// Its directions once they have come to a last state.
+    pub(super) fn in_state(&self, state: u32) -> [(FlowKey, Flow); 2] {
+        self.flows.map(|(key, flow)| (key, Flow { state, ..flow }))
+    }
+
+    /// Whether the agent has ended it.
+    pub fn is_ended(&self) -> bool {
+        self.flows.iter().any(|(_, flow)| flow.state == STATE_RESET)
     }
 
     /// Whether the sockets have nothing more to do with it.
@@ -228,6 +238,9 @@ impl FlowTable {
         let mut written = Ok(());
         for (key, flow) in &pair.flows {
             written = written.and_then(|()| maps.flows.insert(key, flow, BPF_NOEXIST));
+            crate::failpoint::block(
+                ["join.request_written", "join.response_written"][flow.direction as usize],
+            );
         }
         written = written.and_then(|()| maps.pairs.insert(pair.number, joint.pair, BPF_NOEXIST));
         drop(maps);
@@ -369,14 +382,6 @@ impl FlowTable {
         Ok(true)
     }
 
-    /// Brings a pair to a last state, one direction right after the other.
-    fn end(&self, pair: &JoinedPair, state: u32) {
-        let flows = pair.flows.map(|(key, flow)| (key, Flow { state, ..flow }));
-        if let Err(error) = self.updates.set_flows(&flows) {
-            tracing::warn!(%error, "a pair goes on until it is removed");
-        }
-    }
-
     /// What is known of a pair; `None` if it is gone.
     pub fn pair(&self, number: u32) -> Option<Pair> {
         self.maps().pairs.get(&number, 0).ok()
@@ -385,16 +390,21 @@ impl FlowTable {
     /// Takes a pair out of the kernel: its packets are the local stack's again, at once; what stands there of it goes a little
     /// later. To be called once for each pair that was joined or inherited.
     pub fn remove(&self, pair: &JoinedPair) {
-        self.end(pair, STATE_OVER);
+        if let Err(error) = self.updates.set_flows(&pair.in_state(STATE_OVER)) {
+            tracing::warn!(%error, "a pair goes on until it is removed");
+        }
         self.gate.condemn(pair.condemned());
         let (endpoint, local) = pair.upstream();
         self.ports.free(local, endpoint);
     }
 
-    /// Has the kernel forward nothing of a pair any more, and keeps its addresses from being used by another until it is
-    /// removed: unless its client opens a new connection.
-    pub fn deactivate(&self, pair: &JoinedPair) {
-        self.end(pair, STATE_RESET);
+    /// Has the kernel forward nothing of a pair any more, and reset whoever still sends something of it. Its addresses are
+    /// nobody else's until it is removed: unless its client opens a new connection.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn end(&self, pair: &JoinedPair) -> Result<(), DatapathError> {
+        self.updates.set_flows(&pair.in_state(STATE_RESET))
     }
 
     /// Whether the addresses and ports are still this pair's.

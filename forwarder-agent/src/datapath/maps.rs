@@ -344,7 +344,7 @@ impl Maps {
     }
 }
 
-fn table<K: Pod, V: Pod>(ebpf: &mut Ebpf, name: &str) -> Result<Table<K, V>, LoadError> {
+pub(super) fn table<K: Pod, V: Pod>(ebpf: &mut Ebpf, name: &str) -> Result<Table<K, V>, LoadError> {
     typed(ebpf, name, BpfHashMap::try_from)
 }
 

@@ -1,7 +1,8 @@
 //! What the agent writes for the eBPF programs and reads from them: the [`Datapath`] trait, the only seam to the kernel
 //! maps. [`bpf`] is the real one.
 
-pub mod attach;
+pub mod arrival;
+mod attach;
 pub mod bpf;
 mod btf;
 pub mod cleanup;

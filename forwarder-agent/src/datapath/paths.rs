@@ -9,6 +9,7 @@ use forwarder_common::flow::Flow;
 use forwarder_common::packet::LinkLayer;
 use tokio::sync::Notify;
 
+use super::arrival::LooseInterfaces;
 use super::interfaces::Interface;
 use super::stack::{self, Family, Obstacle};
 use crate::model::Egress;
@@ -16,6 +17,8 @@ use crate::promote::{Refusal, Way};
 
 /// How long an interface is not used in a way in which packets did not arrive.
 const AVOIDANCE: Duration = Duration::from_mins(10);
+/// How often it is read where the stack takes packets from: nobody tells of changes.
+const FILTERS_PERIOD: Duration = Duration::from_secs(3);
 
 /// A way of sending packets by an interface.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -38,6 +41,16 @@ impl Exit {
 pub struct Paths {
     known: Mutex<Known>,
     changed: Notify,
+    filters: Mutex<Filters>,
+}
+
+/// Where the stack takes packets from.
+#[derive(Debug, Default)]
+struct Filters {
+    /// `None` where no programs are.
+    map: Option<LooseInterfaces>,
+    read: Option<Instant>,
+    has_failed: bool,
 }
 
 #[derive(Debug, Default)]
@@ -173,6 +186,45 @@ impl Paths {
         if known.links != links {
             (known.links, known.mtus_changed) = (links, true);
         }
+        drop(known);
+        self.read_filters();
+    }
+
+    /// Has the programs take packets from where the stack does, from now on.
+    pub(super) fn set_filters(&self, map: LooseInterfaces) {
+        self.filters().map = Some(map);
+    }
+
+    /// Has the programs take packets from an interface, whoever is expected behind it.
+    #[cfg(test)]
+    pub(super) fn take_from_any(&self, interface: u32) {
+        self.filters().map.as_mut().expect("programs are loaded").let_in(interface);
+    }
+
+    fn filters(&self) -> MutexGuard<'_, Filters> {
+        self.filters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads anew where the stack takes packets from, unless that was done just now.
+    pub fn refresh_filters(&self) {
+        if self.filters().read.is_none_or(|read| read.elapsed() >= FILTERS_PERIOD) {
+            self.read_filters();
+        }
+    }
+
+    fn read_filters(&self) {
+        let names: Vec<(u32, String)> =
+            self.known().links.iter().map(|(index, link)| (*index, link.name.clone())).collect();
+        let mut filters = self.filters();
+        filters.read = Some(Instant::now());
+        let Some(map) = &mut filters.map else { return };
+        let result = map.update(names.iter().map(|(index, name)| (*index, name.as_str())));
+        if let Err(error) = &result
+            && !filters.has_failed
+        {
+            tracing::warn!(%error, "packets of promoted connections may be taken from other interfaces than the stack takes them from");
+        }
+        filters.has_failed = result.is_err();
     }
 
     /// The MTU of an interface, if it is known, in bytes from the IP header on.

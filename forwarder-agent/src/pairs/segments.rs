@@ -4,18 +4,35 @@ use forwarder_common::flow::{FLOW_TIMESTAMPS, Flow, Half, Pair};
 use forwarder_common::translate::{self, Timestamps};
 
 use crate::datapath::flows::JoinedPair;
-use crate::datapath::segments::{Bare, BareKind};
+use crate::datapath::paths::Exit;
+use crate::datapath::segments::{Bare, BareKind, SegmentError, SegmentSocket};
 
-/// The resets that end a pair: to the client, and to the endpoint.
-pub(super) fn resets(pair: &JoinedPair, state: &Pair, now: u64) -> [Bare; 2] {
-    [0, 1].map(|side| {
+/// A segment, and how it leaves.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Said {
+    bare: Bare,
+    exit: Exit,
+}
+
+impl Said {
+    /// Sends it; does not wait.
+    pub(super) fn send(&self, socket: &SegmentSocket) -> Result<(), SegmentError> {
+        socket.send_by(&self.bare, self.exit)
+    }
+}
+
+/// What ends a pair: to the client, and to the endpoint. First a probe, since an end answers neither twice within half a
+/// second (`tcp_oow_rate_limited`), and of the two only the probe is answered whatever its number.
+pub(super) fn last_words(pair: &JoinedPair, state: &Pair, now: u64) -> [Said; 4] {
+    let reset = |side| {
         let (own, _, _) = halves(pair, state, side);
         bare(pair, state, side, now, BareKind::Reset, own.acknowledged)
-    })
+    };
+    [probe(pair, state, 0, now), reset(0), probe(pair, state, 1, now), reset(1)]
 }
 
 /// A keepalive probe to the client (side 0) or the endpoint (side 1): a number that it has acknowledged, which it answers.
-pub(super) fn probe(pair: &JoinedPair, state: &Pair, side: usize, now: u64) -> Bare {
+pub(super) fn probe(pair: &JoinedPair, state: &Pair, side: usize, now: u64) -> Said {
     let (own, _, _) = halves(pair, state, side);
     bare(pair, state, side, now, BareKind::Probe, own.acknowledged.wrapping_sub(1))
 }
@@ -30,13 +47,13 @@ fn halves<'a>(pair: &'a JoinedPair, state: &'a Pair, side: usize) -> (&'a Half, 
     }
 }
 
-fn bare(pair: &JoinedPair, state: &Pair, side: usize, now: u64, kind: BareKind, sequence: u32) -> Bare {
+fn bare(pair: &JoinedPair, state: &Pair, side: usize, now: u64, kind: BareKind, sequence: u32) -> Said {
     let (own, other, towards) = halves(pair, state, side);
     let (to, from) = if side == 0 { pair.downstream() } else { pair.upstream() };
     // What the other end has acknowledged, in the numbers of this one.
     let acknowledgement = other.acknowledged.wrapping_add(towards.acknowledgement_shift);
     let has_timestamps = towards.flags & FLOW_TIMESTAMPS != 0;
-    Bare {
+    let bare = Bare {
         from,
         to,
         sequence,
@@ -50,5 +67,6 @@ fn bare(pair: &JoinedPair, state: &Pair, side: usize, now: u64, kind: BareKind, 
             echo: 0,
         }),
         kind,
-    }
+    };
+    Said { bare, exit: Exit::of(towards) }
 }

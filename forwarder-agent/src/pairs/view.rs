@@ -1,11 +1,12 @@
 //! What operators see of promoted pairs, from the maps alone where no agent runs.
 
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 use forwarder_common::flow::{HALF_FIN, Pair};
 
-use super::{Entry, Pairs, end, segments};
+use super::{Entry, Pairs, RESET_AGAIN, end, segments};
 use crate::connection::listing::milliseconds;
 use crate::counters::End;
 use crate::datapath::flows::{self, JoinedPair};
@@ -72,7 +73,12 @@ impl Pairs {
 /// Nothing is pinned, or it cannot be read.
 pub fn from_pins(pin_dir: &Path) -> Result<Vec<ConnectionView>, DatapathError> {
     let now = monotonic();
-    Ok(flows::read(pin_dir)?.iter().map(|(pair, state)| view(pair, state, now)).collect())
+    let pairs = flows::read(pin_dir)?;
+    Ok(pairs
+        .iter()
+        .filter(|(pair, _)| !pair.is_ended())
+        .map(|(pair, state)| view(pair, state, now))
+        .collect())
 }
 
 /// Resets both ends of the matching connections that a dead agent has left in the kernel; tells how many, or `None` where
@@ -83,13 +89,24 @@ pub fn from_pins(pin_dir: &Path) -> Result<Vec<ConnectionView>, DatapathError> {
 pub fn reset_pinned(pin_dir: &Path, selector: &Selector) -> anyhow::Result<Option<usize>> {
     let Ok(mut pairs) = flows::read(pin_dir) else { return Ok(None) };
     let (now, socket) = (monotonic(), SegmentSocket::open()?);
-    pairs.retain(|(pair, state)| selector.matches(&view(pair, state, now)));
-    flows::forget(pin_dir, pairs.iter().map(|(pair, _)| pair))?;
-    for (pair, state) in &pairs {
-        for segment in segments::resets(pair, state, now) {
-            socket.send(&segment)?;
-        }
+    pairs.retain(|(pair, state)| !pair.is_ended() && selector.matches(&view(pair, state, now)));
+    let ended = || pairs.iter().map(|(pair, _)| pair);
+    if pairs.is_empty() {
+        return Ok(Some(0));
     }
+    flows::end(pin_dir, ended())?;
+    let mut told = Ok(());
+    for after in RESET_AGAIN {
+        for (pair, state) in &pairs {
+            for said in segments::last_words(pair, state, now) {
+                told = told.and(said.send(&socket));
+            }
+        }
+        // Who answers is reset by the program, as long as the pair is there.
+        thread::sleep(after);
+    }
+    flows::forget(pin_dir, ended())?;
+    told?;
     Ok(Some(pairs.len()))
 }
 

@@ -30,13 +30,13 @@ pub struct Selector {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend: Option<String>,
 
-    /// Connections from this client: an IP address, or one with a port
-    #[arg(long, value_name = "IP[:PORT]")]
+    /// Connections from this client: an IP address, one with a port, or a network
+    #[arg(long, value_name = "IP[:PORT]|CIDR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downstream: Option<Peer>,
 
-    /// Connections to this endpoint: an IP address, or one with a port
-    #[arg(long, value_name = "IP[:PORT]")]
+    /// Connections to this endpoint: an IP address, one with a port, or a network
+    #[arg(long, value_name = "IP[:PORT]|CIDR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub upstream: Option<Peer>,
 
@@ -75,13 +75,15 @@ impl Selector {
     }
 }
 
-/// The other end of a connection: a host, or one port of it.
+/// The other end of a connection: a host, one port of it, or the hosts of a network.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Peer {
     /// Any port of a host.
     Host(IpAddr),
     /// One port of it.
     Port(IpAddr, u16),
+    /// Any port of the hosts whose addresses begin with so many bits of this one, whose others are 0.
+    Network(IpAddr, u8),
 }
 
 impl Peer {
@@ -91,8 +93,40 @@ impl Peer {
         match self {
             Self::Host(wanted) => wanted == ip,
             Self::Port(wanted, port) => wanted == ip && port == address.port(),
+            Self::Network(network, length) => {
+                network.is_ipv4() == ip.is_ipv4() && masked(ip, length) == Some(network)
+            }
         }
     }
+
+    /// A network, such as `192.0.2.0/24`.
+    fn network(address: &str, length: &str) -> Option<Self> {
+        let (address, length) = (address.parse::<IpAddr>().ok()?, length.parse::<u8>().ok()?);
+        let network = masked(address, length)?;
+        // One of IPv4 addresses that are mapped into IPv6 is one of IPv4.
+        Some(match network.to_canonical() {
+            v4 @ IpAddr::V4(_) if network.is_ipv6() && length >= MAPPED => Self::Network(v4, length - MAPPED),
+            _ => Self::Network(network, length),
+        })
+    }
+}
+
+/// How many bits of an IPv4 address that is mapped into IPv6 go before it.
+const MAPPED: u8 = 96;
+
+/// An address of which only the first `length` bits are left; `None` where it has not so many.
+fn masked(address: IpAddr, length: u8) -> Option<IpAddr> {
+    let length = u32::from(length);
+    Some(match address {
+        IpAddr::V4(v4) => {
+            let cut = u32::BITS.checked_sub(length)?;
+            IpAddr::V4((v4.to_bits() & u32::MAX.checked_shl(cut).unwrap_or(0)).into())
+        }
+        IpAddr::V6(v6) => {
+            let cut = u128::BITS.checked_sub(length)?;
+            IpAddr::V6((v6.to_bits() & u128::MAX.checked_shl(cut).unwrap_or(0)).into())
+        }
+    })
 }
 
 impl FromStr for Peer {
@@ -102,9 +136,13 @@ impl FromStr for Peer {
         if let Ok(address) = text.parse::<SocketAddr>() {
             return Ok(Self::Port(address.ip().to_canonical(), address.port()));
         }
-        text.parse::<IpAddr>().map(|ip| Self::Host(ip.to_canonical())).map_err(|_| {
+        if let Ok(ip) = text.parse::<IpAddr>() {
+            return Ok(Self::Host(ip.to_canonical()));
+        }
+        text.split_once('/').and_then(|(address, length)| Self::network(address, length)).ok_or_else(|| {
             format!(
-                "`{text}` is neither an IP address nor one with a port, such as 192.0.2.1:80 or [2001:db8::1]:80"
+                "`{text}` is neither an IP address nor one with a port, such as 192.0.2.1:80 or [2001:db8::1]:80, \
+                nor a network, such as 192.0.2.0/24 or 2001:db8::/32"
             )
         })
     }
@@ -115,6 +153,7 @@ impl fmt::Display for Peer {
         match *self {
             Self::Host(ip) => write!(f, "{ip}"),
             Self::Port(ip, port) => write!(f, "{}", SocketAddr::new(ip, port)),
+            Self::Network(ip, length) => write!(f, "{ip}/{length}"),
         }
     }
 }
@@ -181,6 +220,34 @@ mod tests {
         check(r#"{"listener": "default/gw/a", "upstream": "10.0.2.2"}"#, true);
         check(r#"{"listener": "default/gw/a", "upstream": "10.0.2.3"}"#, false);
         check(r#"{"all": true, "listener": "default/gw/b"}"#, false);
+    }
+
+    #[test]
+    fn networks_select() {
+        for (network, expected) in [
+            ("10.0.1.0/24", true),
+            // As in rules of a firewall, what lies beyond the length is not looked at.
+            ("10.0.1.77/24", true),
+            ("10.0.1.2/32", true),
+            ("10.0.1.3/32", false),
+            ("10.0.0.0/8", true),
+            ("11.0.0.0/8", false),
+            ("0.0.0.0/0", true),
+            ("::/0", false),
+            ("::ffff:10.0.1.0/120", true),
+            ("::ffff:10.0.2.0/120", false),
+        ] {
+            check(&format!(r#"{{"downstream": "{network}"}}"#), expected);
+        }
+        let peer = |text: &str| text.parse::<Peer>().unwrap();
+        let v6 = |text: &str| SocketAddr::new(text.parse().unwrap(), 9);
+        assert!(peer("2001:db8::/33").is(v6("2001:db8:7fff::1")));
+        assert!(!peer("2001:db8::/33").is(v6("2001:db8:8000::1")));
+        assert!(peer("2001:db8::1/128").is(v6("2001:db8::1")));
+        assert_eq!(peer("10.99.1.5/16").to_string(), "10.99.0.0/16");
+        for text in ["10.0.0.0/33", "10.0.0.0/", "10.0.0/8", "::/129", "10.0.0.0/-1", "10.0.0.1:80/24"] {
+            assert!(text.parse::<Peer>().unwrap_err().contains("nor a network"), "{text}");
+        }
     }
 
     #[test]

@@ -10,6 +10,8 @@ use forwarder_common::packet::FLAG_ACK;
 use super::super::Bpf;
 use super::{Bpffs, PAIR, bpffs, load_guard, write_flows, write_pair};
 
+/// The interface that test runs say packets arrive by.
+pub(super) const LOOPBACK: u32 = 1;
 pub(super) const TC_ACT_SHOT: i32 = 2;
 pub(super) const TC_ACT_REDIRECT: i32 = 7;
 /// Shifts that make the numbers of most packets wrap.
@@ -17,6 +19,9 @@ pub(super) const SEQUENCE_SHIFT: u32 = 0xffff_f000;
 pub(super) const REVERSE_SHIFT: u32 = 0x8000_0001;
 pub(super) const TIMESTAMP_SHIFT: u32 = 0xdead_beef;
 pub(super) const REVERSE_TIMESTAMP_SHIFT: u32 = 0x1234_5678;
+
+/// What both ends take beyond what they have acknowledged.
+const WINDOW: u32 = 60_000;
 
 /// A TCP packet in an Ethernet frame.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -215,7 +220,7 @@ fn flow(out: FlowKey) -> Flow {
         target_scale: 9,
         flags: 0,
         acknowledged: 0,
-        arrival: 0,
+        arrival: LOOPBACK,
         hop_limit: 64,
         pad: [0; 3],
     }
@@ -233,7 +238,11 @@ pub(super) fn known_clocks() -> Pair {
 pub(super) fn at(frame: &Frame) -> Pair {
     let mut pair = known_clocks();
     pair.request.sequence_end = frame.sequence;
+    pair.request.acknowledged = frame.acknowledgement;
+    pair.request.edge = frame.acknowledgement.wrapping_add(WINDOW);
+    pair.response.sequence_end = frame.acknowledgement.wrapping_sub(REVERSE_SHIFT);
     pair.response.acknowledged = frame.sequence.wrapping_add(SEQUENCE_SHIFT);
+    pair.response.edge = pair.response.acknowledged.wrapping_add(WINDOW);
     pair
 }
 

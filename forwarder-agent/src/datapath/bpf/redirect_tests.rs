@@ -5,15 +5,15 @@ use std::collections::BTreeMap;
 
 use aya::maps::HashMap as BpfHashMap;
 use forwarder_common::flow::{
-    DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOWS, Flow, FlowKey, HALF_FIN, HALF_RESET, HALF_SYN, Pair,
+    DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOWS, Flow, FlowKey, HALF_FIN, HALF_RESET, HALF_SYN, Half, Pair,
     STATE_OVER, STATE_RESET, STATE_SPLICED, STATE_TAIL,
 };
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN};
 use forwarder_common::{PROGRAM_ETHERNET, Verdict};
 
 use super::frames::{
-    Field, Frame, REVERSE_SHIFT, TC_ACT_REDIRECT, TC_ACT_SHOT, at, checksum, flow_v4, flow_v6, known_clocks,
-    with_flow,
+    Field, Frame, LOOPBACK, REVERSE_SHIFT, TC_ACT_REDIRECT, TC_ACT_SHOT, at, checksum, flow_v4, flow_v6,
+    known_clocks, with_flow,
 };
 use super::{PAIR, TC_ACT_UNSPEC, pair, run, run_in, verdicts, write_flows};
 
@@ -134,7 +134,18 @@ fn a_long_packet_is_translated() {
 #[test]
 fn a_clock_is_learnt_from_the_first_packet_and_kept() {
     let (key, flow) = flow_v4();
-    let Some((_bpffs, bpf)) = with_flow(key, Flow { clock: 77, ..flow }, Pair::default()) else { return };
+    let fresh = Pair {
+        request: Half { timestamp_known: 0, timestamp_shift: 0, ..at(&Frame::new(key)).request },
+        response: Half { timestamp_known: 0, ..at(&Frame::new(key)).response },
+        ..Pair::default()
+    };
+    let Some((_bpffs, bpf)) = with_flow(key, Flow { clock: 77, ..flow }, fresh) else { return };
+    // A stranger's clock is not the sender's.
+    let mut strange = Frame::new(key);
+    strange.sequence = strange.sequence.wrapping_add(1 << 30);
+    strange.options[2] = Field::Timestamps(0x7000_0000, 2_000);
+    run(&bpf, PROGRAM_ETHERNET, &strange.encode());
+    assert_eq!(pair(&bpf).request.timestamp_known, 0);
     let timestamps = |frame: &[u8]| {
         let word = |at: usize| u32::from_be_bytes(frame[at..at + 4].try_into().unwrap());
         (word(14 + 20 + 24), word(14 + 20 + 28))
@@ -297,4 +308,24 @@ fn directions_are_noted_apart() {
     run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode());
     let pair = pair(&bpf);
     assert_eq!((pair.request.packets, pair.response.packets), (0, 1));
+}
+
+#[test]
+fn what_comes_by_another_interface_is_left_to_a_stack_that_would_not_take_it() {
+    let elsewhere = |(key, flow): (FlowKey, Flow)| (key, Flow { arrival: LOOPBACK + 1, ..flow });
+    let (key, flow) = elsewhere(flow_v4());
+    for frame in [Frame::new(key), Frame { flags: FLAG_SYN, ..Frame::new(key) }] {
+        let Some((_bpffs, bpf)) = with_flow(key, flow, at(&Frame::new(key))) else { return };
+        let frame = frame.encode();
+        assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame.clone()));
+        assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::OtherInterface, 1)]));
+        assert_eq!(pair(&bpf), at(&Frame::new(key)));
+        // Where it is not strict, packets may come by any.
+        bpf.paths().take_from_any(LOOPBACK);
+        assert_ne!(run(&bpf, PROGRAM_ETHERNET, &frame).0, TC_ACT_UNSPEC);
+    }
+    // IPv6 looks into none.
+    let (key, flow) = elsewhere(flow_v6());
+    let Some((_bpffs, bpf)) = with_flow(key, flow, at(&Frame::new(key))) else { return };
+    assert_eq!(run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode()).0, TC_ACT_REDIRECT);
 }

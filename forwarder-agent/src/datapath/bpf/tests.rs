@@ -45,6 +45,14 @@ mod reuse_tests;
 #[path = "update_tests.rs"]
 mod update_tests;
 
+#[path = "fragment_tests.rs"]
+mod fragment_tests;
+
+#[path = "../../../../forwarder-common/src/packet/cut.rs"]
+mod cut;
+#[path = "reset_tests.rs"]
+mod reset_tests;
+
 #[path = "../../../../forwarder-common/src/packet/samples.rs"]
 mod samples;
 

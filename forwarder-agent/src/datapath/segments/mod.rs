@@ -6,6 +6,7 @@ use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 use forwarder_common::translate::Timestamps;
 
 mod encoding;
+mod link;
 mod socket;
 
 pub use self::socket::SegmentSocket;

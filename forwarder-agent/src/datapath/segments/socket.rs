@@ -9,7 +9,10 @@ use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrIn, SockaddrIn6, Sockad
 use rustix::io::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::link::LinkSocket;
 use super::{Bare, Ends, SegmentError, encoding};
+use crate::datapath::paths::Exit;
+use crate::promote::Way;
 
 /// Sends packets in the name of connections, in the network namespace in which it was opened.
 ///
@@ -20,6 +23,8 @@ pub struct SegmentSocket {
     ipv4: Socket,
     /// None where the kernel has no IPv6.
     ipv6: Option<Socket>,
+    /// None where the kernel has no packet sockets.
+    link: Option<LinkSocket>,
 }
 
 impl SegmentSocket {
@@ -34,7 +39,14 @@ impl SegmentSocket {
             Err(error) if Errno::from_io_error(&error) == Some(Errno::AFNOSUPPORT) => None,
             Err(source) => return Err(refused("IPv6", source)),
         };
-        Ok(Self { ipv4, ipv6 })
+        let link = match LinkSocket::open() {
+            Ok(link) => Some(link),
+            Err(error) => {
+                tracing::debug!(%error, "what is said in the name of pairs passes through netfilter");
+                None
+            }
+        };
+        Ok(Self { ipv4, ipv6, link })
     }
 
     /// Sends a segment; does not wait.
@@ -44,6 +56,27 @@ impl SegmentSocket {
     pub fn send(&self, bare: &Bare) -> Result<(), SegmentError> {
         let ends = Ends::of(bare.from, bare.to)?;
         self.transmit(bare.what(), bare.from, bare.to, &ends, &encoding::bare(&ends, bare))
+    }
+
+    /// Sends a segment of a pair, by the way that the pair's packets take; does not wait.
+    ///
+    /// What the programs redirect passes by netfilter, whose connection tracking then takes what is said in the name of the
+    /// pair for invalid, and rules may drop that. So this passes by it too, unless the interface is gone.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn send_by(&self, bare: &Bare, exit: Exit) -> Result<(), SegmentError> {
+        let ends = Ends::of(bare.from, bare.to)?;
+        let packet = encoding::bare(&ends, bare);
+        if exit.way == Way::Redirect
+            && let Some(link) = &self.link
+        {
+            match link.send(&ends, exit.interface, &packet) {
+                Ok(()) => return Ok(()),
+                Err(error) => tracing::debug!(%error, interface = exit.interface, "sent by the stack"),
+            }
+        }
+        self.transmit(bare.what(), bare.from, bare.to, &ends, &packet)
     }
 
     /// Sends a segment with payload, of an even number of bytes; does not wait.
