@@ -2,8 +2,9 @@
 //!
 //! [`classify`] counts, at the ingress of each interface, the TCP packets to the listeners, and passes them on to the next
 //! program as they were. What belongs to a flow, [`redirect`] turns into a packet of the other leg ([`fragment`], if it comes in
-//! pieces), and [`icmp`] tells its ends of packets that are too large. [`guard`], at egress, holds back what the local sockets of
-//! a flow say. Those of [`update`] hang nowhere: by them, the agent changes what stands in the maps.
+//! pieces), and [`icmp`] tells its ends of packets that are too large; [`reset`] answers what comes of pairs that the agent has
+//! ended. [`guard`], at egress, holds back what the local sockets of a flow say. Those of [`update`] hang nowhere: by them, the
+//! agent changes what stands in the maps.
 #![no_std]
 #![no_main]
 

@@ -3,8 +3,8 @@
 //! What a lookup returns stays the element that was asked for until the program's end, though the agent may remove it
 //! meanwhile. The kernel sees to that only up to 6.0: since 6.1, what is freed of a hash that is not preallocated is the next
 //! to be allocated on that CPU (`bpf_mem_cache_free`, `unit_alloc`), as it always was of one that is. So the agent sees to it:
-//! it allocates nothing in a map whose values programs read within a grace period of a removal (ADR 18), and changes what stands
-//! there in place ([`crate::update`]). Programs neither insert nor remove. [`FRAGMENTS`] is the exception, and says why.
+//! it allocates nothing in a map that programs read within a grace period of a removal (ADR 18), and changes what stands there
+//! in place ([`crate::update`]). Programs neither insert nor remove: but in [`FRAGMENTS`], which says why.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};

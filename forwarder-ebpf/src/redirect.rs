@@ -66,10 +66,7 @@ pub(crate) fn redirect(context: &TcContext, found: &mut Found) -> Option<Outcome
         return Some(reset::answer(context, segment, flow));
     }
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else {
-        if is_new_connection {
-            release(segment, flow);
-            return None;
-        }
+        // The agent is just about to insert it: the connection is the local socket's still, a SYN on its tuple included.
         return Some(Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::PairMissing });
     };
     // SAFETY: as above. Other CPUs may write to it at the same time: each field is of one word, and none depends on

@@ -57,8 +57,8 @@ pub(super) async fn attempt(
         Ok(pair) => pair,
         Err(refusal) => return Attempt::Refused(refusal),
     };
-    drop(permit);
     failpoint::block("join.pair_written");
+    drop(permit);
     worker.counters().promoted.add(1);
     let joined = Joined { promoter, pair: Some(pair) };
     connection.is_in_tail.set(true);

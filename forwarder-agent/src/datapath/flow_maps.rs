@@ -98,7 +98,9 @@ impl FlowMaps {
 /// Nothing is pinned there, or it cannot be read.
 pub fn read(pin_dir: &Path) -> Result<Vec<(JoinedPair, Pair)>, DatapathError> {
     let maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
-    Ok(maps.list()?.pairs)
+    let mut pairs = maps.list()?.pairs;
+    pairs.retain(|(pair, _)| !pair.is_ended());
+    Ok(pairs)
 }
 
 /// Has the kernel forward nothing more of pairs that a dead agent has pinned in a directory, and reset whoever still sends

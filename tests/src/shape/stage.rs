@@ -27,6 +27,10 @@ const SMALL_BUFFER: usize = 16 * 1024;
 const TOO_MANY: usize = 40;
 /// The same where conversations follow one another.
 const TOO_FEW_LEFT: usize = 3;
+/// How many connections of the agent are shown with a failure.
+const LISTED: usize = 60;
+/// The ports that clients connect from: few, so that each is used again and again.
+const CLIENT_PORTS: &str = "20000 23999";
 /// How many of the slowest conversations are shown.
 const SHOWN: usize = 3;
 /// The stack of a client's thread.
@@ -119,6 +123,8 @@ pub struct Failure {
     pub began: Duration,
     /// How long it took.
     pub took: Duration,
+    /// What the agent listed when it had failed.
+    pub listed: Vec<String>,
     /// The client's port, if it got one.
     pub port: Option<u16>,
     /// What the client says.
@@ -129,13 +135,14 @@ pub struct Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { seed, kind, began, took, port, client, server } = self;
+        let Self { seed, kind, began, took, listed, port, client, server } = self;
         let (began, took) = (began.as_secs_f64(), took.as_secs_f64());
         write!(
             formatter,
             "seed {seed} ({kind:?}), client port {port:?}, began at {began:.3} s, took {took:.3} s\
-             \n    client: {client}\n    server: {server}"
-        )
+             \n    client: {client}\n    server: {server}\n    the agent lists:"
+        )?;
+        listed.iter().try_for_each(|one| write!(formatter, "\n        {one}"))
     }
 }
 
@@ -177,6 +184,7 @@ impl Stage {
                 Ok(())
             })?);
         }
+        topology.client.sysctl("net.ipv4.ip_local_port_range", CLIENT_PORTS)?;
         let agent = datapath.agent().start(&topology.node, &manifests.path())?;
         Ok(Self { agent, topology, datapath, family, board, _servers: servers, _manifests: manifests })
     }
@@ -306,7 +314,15 @@ impl Stage {
         }
         let or_well = |words: String| if words.is_empty() { "all is well".to_owned() } else { words };
         let (client, server) = (or_well(client), or_well(server));
-        (took, Some(Failure { seed, kind, began, took, port, client, server }))
+        (took, Some(Failure { seed, kind, began, took, listed: self.listed(), port, client, server }))
+    }
+
+    /// The connections that the agent lists, the oldest ones, or why it does not.
+    fn listed(&self) -> Vec<String> {
+        match self.agent.connections(&format!("?limit={LISTED}")) {
+            Ok(connections) => connections.iter().map(ToString::to_string).collect(),
+            Err(error) => vec![format!("{error:#}")],
+        }
     }
 
     /// Connects, and agrees with the server on a shape: the wanted one unless the server speaks first.

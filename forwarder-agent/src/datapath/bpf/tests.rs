@@ -39,12 +39,6 @@ mod redirect_tests;
 #[path = "icmp_tests.rs"]
 mod icmp_tests;
 
-#[path = "reuse_tests.rs"]
-mod reuse_tests;
-
-#[path = "update_tests.rs"]
-mod update_tests;
-
 #[path = "fragment_tests.rs"]
 mod fragment_tests;
 
@@ -52,6 +46,12 @@ mod fragment_tests;
 mod cut;
 #[path = "reset_tests.rs"]
 mod reset_tests;
+
+#[path = "reuse_tests.rs"]
+mod reuse_tests;
+
+#[path = "update_tests.rs"]
+mod update_tests;
 
 #[path = "../../../../forwarder-common/src/packet/samples.rs"]
 mod samples;
