@@ -231,8 +231,8 @@ mod tests {
 
     #[test]
     fn names_fit_the_kernel() {
-        use crate::update::{PROGRAM_SET_CREDIT, PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER};
-        let updates = [PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER, PROGRAM_SET_CREDIT];
+        use crate::update::{PROGRAM_SET_CREDIT, PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
+        let updates = [PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER, PROGRAM_SET_CREDIT];
         for name in PINNED_MAPS.into_iter().chain(crate::PROGRAMS).chain(updates) {
             assert!(name.len() <= 15, "{name}");
         }

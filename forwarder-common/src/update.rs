@@ -10,16 +10,14 @@ use crate::flow::{Flow, FlowKey, NextHop};
 use crate::layout::{ListenerKey, ListenerValue};
 use crate::sockmap::Credit;
 
-/// The program that writes what [`FlowUpdate`]s say, for up to [`MOST_FLOW_UPDATES`]; returns how many flows it has written.
-pub const PROGRAM_SET_FLOWS: &str = "fwd_set_flows";
+/// The program that writes what a [`FlowUpdate`] says; returns how many flows it has written.
+pub const PROGRAM_SET_FLOW: &str = "fwd_set_flow";
 /// The program that writes what a [`ListenerUpdate`] says; returns how many listeners it has written.
 pub const PROGRAM_SET_LISTENER: &str = "fwd_set_listen";
 
 /// The program of tier `sockmap` that writes what a [`CreditUpdate`] says; returns how many credits it has written.
 pub const PROGRAM_SET_CREDIT: &str = "fwd_set_credit";
 
-/// How many flows one request changes at most: those of a pair.
-pub const MOST_FLOW_UPDATES: usize = 2;
 /// Where requests begin in the packet: behind the Ethernet header that the kernel expects in it.
 pub const REQUEST_OFFSET: usize = 14;
 

@@ -134,7 +134,7 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
         destination_port: first.destination_port,
     };
     let Some(flow) = FLOWS.get_ptr(&tuple) else { return is_others };
-    // SAFETY: the element lives until every running program has left it, for the map is not preallocated.
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let flow = unsafe { &*flow };
     if flow.state != STATE_TAIL && flow.state != STATE_SPLICED {
         return is_others;

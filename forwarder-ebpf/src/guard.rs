@@ -58,7 +58,7 @@ fn hand_over(context: &TcContext, link: LinkLayer, segment: &Segment) -> i32 {
         return TC_ACT_UNSPEC;
     }
     let Some(flow) = FLOWS.get_ptr(segment.tuple.reversed()) else { return TC_ACT_SHOT };
-    // SAFETY: the element lives until every running program has left it, for the map is not preallocated.
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let Some(back) = FLOWS.get_ptr(unsafe { &*flow }.out.reversed()) else { return TC_ACT_SHOT };
     // SAFETY: as above.
     redirect_to_neighbour(unsafe { &*back })

@@ -49,6 +49,9 @@ pub(crate) fn redirect(context: &TcContext, found: &mut Found) -> Option<Outcome
         return Some(tail::acknowledge(context, segment));
     }
     if flow.state == STATE_OVER {
+        if segment.is_first_fragment {
+            fragment::forget(context, segment);
+        }
         return None;
     }
     if !is_expected(context, segment, flow) {

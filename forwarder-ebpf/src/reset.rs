@@ -33,7 +33,7 @@ pub(crate) fn answer(context: &TcContext, segment: &Segment, flow: &Flow) -> Out
     let Some(back) = FLOWS.get_ptr(flow.out.reversed()) else {
         return Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::PairMissing };
     };
-    // SAFETY: the element lives until every running program has left it, for the map is not preallocated.
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let back = unsafe { &*back };
     match turn(context, segment, back.hop_limit) {
         Ok(()) => Outcome { action: send_back(context, back), verdict: Verdict::ResetAnswered },

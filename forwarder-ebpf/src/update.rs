@@ -3,27 +3,15 @@
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::FlowKey;
-use forwarder_common::update::{
-    FLOW_UPDATE_SIZE, FlowUpdate, ListenerUpdate, MOST_FLOW_UPDATES, REQUEST_OFFSET,
-};
+use forwarder_common::update::{FlowUpdate, ListenerUpdate, REQUEST_OFFSET};
 
 use crate::maps::{FLOWS, LISTENERS};
 
-/// Changes the flows of a pair. Returns how many.
+/// Changes a flow, if it is still that of the pair. Returns how many. Programs that run at the same time see each word as it was
+/// or as it is: one packet may go by a new interface to an old neighbour, and be lost on the way.
 #[classifier]
-pub fn fwd_set_flows(context: TcContext) -> i32 {
-    let mut written = 0;
-    for index in 0..MOST_FLOW_UPDATES {
-        let Ok(update) = context.load::<FlowUpdate>(REQUEST_OFFSET + index * FLOW_UPDATE_SIZE) else { break };
-        written += set_flow(&update);
-    }
-    written
-}
-
-/// Changes one of them, if it is still the pair's. Programs that run at the same time see each word as it was or as it is: one
-/// packet may go by a new interface to an old neighbour, and be lost on the way.
-#[inline(always)]
-fn set_flow(update: &FlowUpdate) -> i32 {
+pub fn fwd_set_flow(context: TcContext) -> i32 {
+    let Ok(update) = context.load::<FlowUpdate>(REQUEST_OFFSET) else { return 0 };
     let key: &FlowKey = &update.key;
     let Some(flow) = FLOWS.get_ptr_mut(key) else { return 0 };
     // SAFETY: the element is allocated to nobody else while a program runs that has found it: see `maps`. Others read and

@@ -10,7 +10,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 use aya_log::EbpfLogger;
 use forwarder_common::flow::{FLOWS, PAIRS, PAIRS_CAPACITY};
 use forwarder_common::layout::{LOOSE_INTERFACES, PINNED_MAPS};
-use forwarder_common::update::{PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER};
+use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
 use forwarder_common::{
     ListenerCounters, PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP, PROGRAM_IP, Verdict,
 };
@@ -315,7 +315,7 @@ fn load(settings: &LoadSettings<'_>) -> Result<Ebpf, LoadError> {
     }
     let mut ebpf =
         loader.load(OBJECT).map_err(|error| LoadError::new("create the BPF maps".to_owned(), "", error))?;
-    for name in [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER] {
+    for name in [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER] {
         load_program(&mut ebpf, name)?;
     }
     Ok(ebpf)

@@ -5,14 +5,11 @@ use std::path::Path;
 
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError};
 use forwarder_common::ABI_VERSION;
-use forwarder_common::flow::{DIRECTION_REQUEST, FLOWS, Flow, FlowKey, PAIRS, Pair, STATE_OVER};
+use forwarder_common::flow::{DIRECTION_REQUEST, FLOWS, Flow, FlowKey, PAIRS, Pair, STATE_OVER, STATE_RESET};
 use forwarder_common::layout::{AGENT, AgentState};
 
-use super::DatapathError;
 use super::flows::JoinedPair;
-
-/// The flag of `bpf(BPF_MAP_UPDATE_ELEM)` by which an entry must be there.
-const BPF_EXIST: u64 = 2;
+use super::{DatapathError, updates};
 
 /// The maps, open.
 pub(super) struct FlowMaps {
@@ -107,24 +104,13 @@ pub fn read(pin_dir: &Path) -> Result<Vec<(JoinedPair, Pair)>, DatapathError> {
 }
 
 /// Has the kernel forward nothing more of pairs that a dead agent has pinned in a directory, and reset whoever still sends
-/// something of them, until they are forgotten. That puts new elements in the place of old ones, as nobody else does while no
-/// agent runs.
+/// something of them, until they are forgotten.
 ///
 /// # Errors
-/// The maps cannot be opened, or the kernel refuses.
+/// The program that the agent has left for this cannot be opened, or the kernel refuses.
 pub fn end<'a>(pin_dir: &Path, pairs: impl IntoIterator<Item = &'a JoinedPair>) -> Result<(), DatapathError> {
-    let mut maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
-    for pair in pairs {
-        for (key, flow) in &pair.ended().flows {
-            // What a program has forgotten meanwhile must not come back, nor take the place of what came after it.
-            if maps.flows.get(key, 0).is_ok_and(|there| there.pair == pair.number) {
-                maps.flows
-                    .insert(key, flow, BPF_EXIST)
-                    .map_err(|source| error("write to", FLOWS, Some(pair.number), source))?;
-            }
-        }
-    }
-    Ok(())
+    let setter = updates::open_flow_setter(&pin_dir.join(format!("v{ABI_VERSION}")))?;
+    pairs.into_iter().try_for_each(|pair| updates::set_flows(&setter, &pair.in_state(STATE_RESET)))
 }
 
 /// Takes pairs out of the maps that a dead agent has pinned in a directory. Nothing is put into them before the next agent has

@@ -73,22 +73,19 @@ impl JoinedPair {
         ends(&self.flows[1].0)
     }
 
-    /// The same pair once the agent has ended it.
-    pub(super) fn ended(mut self) -> Self {
-        for (_, flow) in &mut self.flows {
-            flow.state = STATE_RESET;
-        }
-        self
+    /// What is removed at its end.
+    pub(super) fn condemned(&self) -> Condemned {
+        Condemned::Pair(self.number, self.flows.map(|(key, _)| key))
+    }
+
+    /// Its directions once they have come to a last state.
+    pub(super) fn in_state(&self, state: u32) -> [(FlowKey, Flow); 2] {
+        self.flows.map(|(key, flow)| (key, Flow { state, ..flow }))
     }
 
     /// Whether the agent has ended it.
     pub fn is_ended(&self) -> bool {
         self.flows.iter().any(|(_, flow)| flow.state == STATE_RESET)
-    }
-
-    /// What is removed at its end.
-    pub(super) fn condemned(&self) -> Condemned {
-        Condemned::Pair(self.number, self.flows.map(|(key, _)| key))
     }
 
     /// Whether the sockets have nothing more to do with it.
@@ -393,8 +390,7 @@ impl FlowTable {
     /// Takes a pair out of the kernel: its packets are the local stack's again, at once; what stands there of it goes a little
     /// later. To be called once for each pair that was joined or inherited.
     pub fn remove(&self, pair: &JoinedPair) {
-        let flows = pair.flows.map(|(key, flow)| (key, Flow { state: STATE_OVER, ..flow }));
-        if let Err(error) = self.updates.set_flows(&flows) {
+        if let Err(error) = self.updates.set_flows(&pair.in_state(STATE_OVER)) {
             tracing::warn!(%error, "a pair goes on until it is removed");
         }
         self.gate.condemn(pair.condemned());
@@ -408,7 +404,7 @@ impl FlowTable {
     /// # Errors
     /// The kernel refuses.
     pub fn end(&self, pair: &JoinedPair) -> Result<(), DatapathError> {
-        self.updates.set_flows(&pair.ended().flows)
+        self.updates.set_flows(&pair.in_state(STATE_RESET))
     }
 
     /// Whether the addresses and ports are still this pair's.

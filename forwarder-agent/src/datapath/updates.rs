@@ -5,12 +5,12 @@ use std::io;
 use std::path::Path;
 
 use aya::maps::MapError;
-use aya::programs::SchedClassifier;
+use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, TestRun, TestRunOptions};
 use forwarder_common::flow::{FLOWS, Flow, FlowKey};
 use forwarder_common::layout::{ListenerKey, ListenerValue};
 use forwarder_common::update::{
-    FlowUpdate, ListenerUpdate, PROGRAM_SET_FLOWS, PROGRAM_SET_LISTENER, REQUEST_OFFSET,
+    FlowUpdate, ListenerUpdate, PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER, REQUEST_OFFSET,
 };
 
 use super::DatapathError;
@@ -29,24 +29,17 @@ impl Updates {
     /// The kernel refuses.
     pub(super) fn take(ebpf: &mut Ebpf, pins: &Path) -> Result<Self, LoadError> {
         Ok(Self {
-            flows: own(ebpf, pins, PROGRAM_SET_FLOWS)?,
+            flows: own(ebpf, pins, PROGRAM_SET_FLOW)?,
             listeners: own(ebpf, pins, PROGRAM_SET_LISTENER)?,
         })
     }
 
-    /// Makes the flows of a pair, as far as they stand there and have not come to a later state, what is said.
+    /// Makes the flows of a pair, one right after the other, as far as they stand there and have not come to a later state, what is said.
     ///
     /// # Errors
     /// The kernel refuses.
     pub(super) fn set_flows(&self, flows: &[(FlowKey, Flow); 2]) -> Result<(), DatapathError> {
-        let request = flows.each_ref().map(|(key, flow)| FlowUpdate::new(*key, flow).bytes());
-        let pair = flows.each_ref().map(|(_, flow)| flow.pair)[0];
-        run(&self.flows, &request.concat()).map(drop).map_err(|source| DatapathError {
-            operation: "change",
-            map: FLOWS,
-            entry: Some(format!("pair {pair}")),
-            source: Box::new(source.into()),
-        })
+        set_flows(&self.flows, flows)
     }
 
     /// Makes a listener what is said; whether it stands there.
@@ -59,20 +52,54 @@ impl Updates {
     }
 }
 
-/// A program as a value of its own, which the rest of what was loaded is not needed for.
+/// The program for flows that an agent has left in a directory.
+///
+/// # Errors
+/// There is none, or the kernel refuses.
+pub(super) fn open_flow_setter(pins: &Path) -> Result<SchedClassifier, DatapathError> {
+    SchedClassifier::from_pin(pins.join(PROGRAM_SET_FLOW)).map_err(|error| DatapathError {
+        operation: "open the program that changes",
+        map: FLOWS,
+        entry: None,
+        source: Box::new(io::Error::other(error).into()),
+    })
+}
+
+/// Has a program make the flows of a pair what is said: see [`Updates::set_flows`].
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn set_flows(setter: &SchedClassifier, flows: &[(FlowKey, Flow); 2]) -> Result<(), DatapathError> {
+    for (key, flow) in flows {
+        run(setter, &FlowUpdate::new(*key, flow).bytes()).map_err(|source| DatapathError {
+            operation: "change",
+            map: FLOWS,
+            entry: Some(format!("pair {}", flow.pair)),
+            source: Box::new(source.into()),
+        })?;
+        crate::failpoint::block("rewrite.request_written");
+    }
+    Ok(())
+}
+
+/// A program by its pin, which stays, so that pairs can be ended while no agent runs.
 fn own(ebpf: &mut Ebpf, pins: &Path, name: &'static str) -> Result<SchedClassifier, LoadError> {
     let program = ebpf
         .program_mut(name)
         .ok_or_else(|| LoadError::Object { reason: format!("they have no program {name}") })?;
-    let failed = |reason: String| LoadError::Object { reason: format!("program {name}: {reason}") };
-    let program = <&mut SchedClassifier>::try_from(program).map_err(|error| failed(error.to_string()))?;
+    let failed = |operation: &str, error: ProgramError| {
+        LoadError::new(format!("{operation} program {name}"), name, error.into())
+    };
+    let program = <&mut SchedClassifier>::try_from(program).map_err(|error| failed("find", error))?;
     let pin = pins.join(name);
-    // An agent may have died right here.
+    // A former agent's.
     let _ = fs::remove_file(&pin);
-    program.pin(&pin).map_err(|error| failed(error.to_string()))?;
-    let own = SchedClassifier::from_pin(&pin);
-    fs::remove_file(&pin).map_err(|error| failed(error.to_string()))?;
-    own.map_err(|error| failed(error.to_string()))
+    program.pin(&pin).map_err(|error| LoadError::PinDir {
+        operation: "pin a program in",
+        path: pins.to_owned(),
+        source: io::Error::other(error),
+    })?;
+    SchedClassifier::from_pin(&pin).map_err(|error| failed("open", error))
 }
 
 /// Runs a program once; what it returns.
