@@ -14,6 +14,7 @@ mod connection;
 pub mod counters;
 pub mod datapath;
 mod error;
+mod failpoint;
 pub mod listener;
 pub mod live;
 mod lock;

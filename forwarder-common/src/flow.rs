@@ -12,7 +12,7 @@ use core::mem::{align_of, offset_of, size_of};
 use core::net::IpAddr;
 
 use crate::layout::AddressBytes;
-use crate::packet::{FLAG_ACK, FLAG_SYN, Segment};
+use crate::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, Segment};
 use crate::translate::{self, is_before};
 
 mod note;
@@ -303,11 +303,21 @@ impl Flow {
         self.mtu != 0 && length > self.mtu
     }
 
-    /// The numbers of `segment` on the other leg.
+    /// The numbers of `segment` on the other leg, of whose receiver `reverse` is known; `is_bare` tells whether it carries no payload
+    /// and is [accepted](Half::accepts): a stranger's, whose number is a guess, must not be given one that its receiver takes.
     #[inline(always)]
     #[must_use]
-    pub const fn numbers(&self, segment: &Segment) -> Numbers {
-        let sequence = segment.sequence.wrapping_add(self.sequence_shift);
+    pub const fn numbers(&self, segment: &Segment, reverse: &Half, is_bare: bool) -> Numbers {
+        let mut sequence = segment.sequence.wrapping_add(self.sequence_shift);
+        // A receiver drops what lies beyond its window, acknowledgement and all (RFC 9293, 3.10.7.4). What a bare
+        // acknowledgement says is true at any number: it gets the last one that is taken. Its own may lie beyond, because local
+        // sockets took more of its sender than the receiver has room for.
+        if is_before(reverse.edge, sequence)
+            && segment.flags & (FLAG_SYN | FLAG_FIN | FLAG_RST) == 0
+            && is_bare
+        {
+            sequence = reverse.edge;
+        }
         let mut acknowledgement = segment.acknowledgement;
         // What the receiver has been told already and the sender still has to get from the local socket.
         let mut missing = 0;
@@ -496,6 +506,35 @@ mod tests {
         assert!(!pair.is_over(&request));
         assert!(pair.is_over(&Flow { flags: FLOW_ENDED, ..request }));
         assert!(pair.is_over(&Flow { flags: FLOW_REVERSE_ENDED, ..response }));
+    }
+
+    #[test]
+    fn what_a_bare_acknowledgement_says_reaches_a_receiver_without_room() {
+        let [flow, _] = flows();
+        let segment = |sequence, flags| Segment {
+            tuple: flow.out,
+            version: crate::packet::IpVersion::V4,
+            flags,
+            window: 9,
+            sequence,
+            acknowledgement: 700,
+            is_first_fragment: false,
+            ip_offset: 14,
+            ip_length: 40,
+            tcp_offset: 34,
+            header_length: 20,
+        };
+        // The endpoint takes 5,000 bytes up to the client's 6,000 and sees 4,000 for the client's 5,000.
+        let endpoint = Half { acknowledged: 4_000, edge: 5_000, ..Half::default() };
+        let sent =
+            |sequence, flags, is_bare| flow.numbers(&segment(sequence, flags), &endpoint, is_bare).sequence;
+        assert_eq!(sent(6_000, FLAG_ACK, true), 5_000);
+        assert_eq!(sent(6_001, FLAG_ACK, true), 5_000);
+        assert_eq!(sent(90_000, FLAG_ACK, true), 5_000);
+        // Bytes and ends have numbers of their own, and a stranger's acknowledgement keeps its own.
+        assert_eq!(sent(90_000, FLAG_ACK, false), 89_000);
+        assert_eq!(sent(90_000, FLAG_ACK | FLAG_FIN, true), 89_000);
+        assert_eq!(sent(90_000, FLAG_RST, true), 89_000);
     }
 
     #[test]

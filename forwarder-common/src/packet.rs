@@ -30,6 +30,10 @@ const PROTOCOL_SHIM6: u8 = 140;
 /// The bits of IPv4's flags and offset, and of IPv6's offset and flags, that hold the fragment's offset.
 const IPV4_FRAGMENT_OFFSET: u16 = 0x1fff;
 const IPV6_FRAGMENT_OFFSET: u16 = 0xfff8;
+/// The bits there that say that other fragments follow.
+pub const IPV4_MORE_FRAGMENTS: u16 = 0x2000;
+/// The same of IPv6.
+pub const IPV6_MORE_FRAGMENTS: u16 = 1;
 
 /// What the packets of an interface begin with.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -64,6 +68,9 @@ mod headers {
     // SAFETY: an array of integers.
     unsafe impl Header for TcpHeader {}
 }
+
+/// Bytes of IPv6's fragment header.
+const FRAGMENT_HEADER: usize = 8;
 
 /// The first eight bytes of an IPv6 extension header: no kind is shorter.
 type ExtensionHeader = [u8; 8];
@@ -136,6 +143,8 @@ pub struct Segment {
     pub window: u16,
     /// The flags: [`FLAG_SYN`] and the others.
     pub flags: u8,
+    /// Whether it is only the beginning of a segment, whose rest comes in other fragments.
+    pub is_first_fragment: bool,
 }
 
 impl Segment {
@@ -170,7 +179,7 @@ pub const fn parse_usual(headers: &UsualHeaders) -> Option<Segment> {
     let (ip, misc) = (u32::from_be(ip), u32::from_be(misc));
     if u32::from_be(ether_type) & 0xffff != ETHER_TYPE_IPV4 as u32
         || ip >> 24 != USUAL_IPV4
-        || u32::from_be(fragment) & IPV4_FRAGMENT_OFFSET as u32 != 0
+        || u32::from_be(fragment) & (IPV4_FRAGMENT_OFFSET | IPV4_MORE_FRAGMENTS) as u32 != 0
         || u32::from_be(protocol) >> 16 & 0xff != PROTOCOL_TCP as u32
         || misc >> 28 << 2 != USUAL_TCP_HEADER
         || u32::from_be(options) != USUAL_OPTIONS
@@ -195,6 +204,7 @@ pub const fn parse_usual(headers: &UsualHeaders) -> Option<Segment> {
         acknowledgement: u32::from_be(acknowledgement),
         window: misc as u16,
         flags: (misc >> 16) as u8,
+        is_first_fragment: false,
     })
 }
 
@@ -275,12 +285,14 @@ fn parse_ipv4<P: Packet + ?Sized>(packet: &P, ip_offset: usize) -> Result<Segmen
     if ip.proto != PROTOCOL_TCP {
         return Err(Verdict::NotTcp);
     }
-    if u16::from_be_bytes(ip.frags) & IPV4_FRAGMENT_OFFSET != 0 {
+    let flags = u16::from_be_bytes(ip.frags);
+    if flags & IPV4_FRAGMENT_OFFSET != 0 {
         return Err(Verdict::Fragment);
     }
+    let is_first_fragment = flags & IPV4_MORE_FRAGMENTS != 0;
     let addresses = Addresses { source: mapped_v4(ip.src_addr), destination: mapped_v4(ip.dst_addr) };
     let length = u32::from(u16::from_be_bytes(ip.tot_len));
-    let ip = Ip { version: IpVersion::V4, offset: ip_offset, length, addresses };
+    let ip = Ip { version: IpVersion::V4, offset: ip_offset, length, addresses, is_first_fragment };
     parse_tcp(packet, ip_offset + header_length, ip)
 }
 
@@ -298,29 +310,40 @@ fn parse_ipv6<P: Packet + ?Sized>(packet: &P, ip_offset: usize) -> Result<Segmen
     };
     let mut protocol = ip.next_hdr;
     let mut offset = ip_offset + Ipv6Hdr::LEN;
+    let mut is_first_fragment = false;
     // One turn more than there are headers: the last one only looks at the protocol.
     for _ in 0..=MAX_EXTENSION_HEADERS {
         if protocol == PROTOCOL_TCP {
-            let ip = Ip { version: IpVersion::V6, offset: ip_offset, length, addresses };
+            let ip = Ip { version: IpVersion::V6, offset: ip_offset, length, addresses, is_first_fragment };
             return parse_tcp(packet, offset, ip);
         }
-        let Some((next, length)) = parse_extension(packet, protocol, offset)? else {
+        let Some(extension) = parse_extension(packet, protocol, offset)? else {
             return Err(Verdict::NotTcp);
         };
-        protocol = next;
-        offset += length;
+        protocol = extension.next;
+        offset += extension.length;
+        is_first_fragment |= extension.is_first_fragment;
     }
     Err(Verdict::TooManyHeaders)
 }
 
-/// The protocol after the extension header at `offset`, and the header's length; `None` if `protocol` is no extension
-/// header. An encrypted packet has none either.
+/// An IPv6 extension header.
+struct Extension {
+    /// The protocol after it.
+    next: u8,
+    /// Its length in bytes.
+    length: usize,
+    /// Whether it is the fragment header of a first fragment.
+    is_first_fragment: bool,
+}
+
+/// The extension header at `offset`; `None` if `protocol` is no extension header. An encrypted packet has none either.
 #[inline(always)]
 fn parse_extension<P: Packet + ?Sized>(
     packet: &P,
     protocol: u8,
     offset: usize,
-) -> Result<Option<(u8, usize)>, Verdict> {
+) -> Result<Option<Extension>, Verdict> {
     // What is announced in units of 8 bytes without the first 8; the authentication header differs (RFC 4302, 2.2).
     let is_authentication = protocol == PROTOCOL_AUTHENTICATION;
     match protocol {
@@ -336,14 +359,16 @@ fn parse_extension<P: Packet + ?Sized>(
     }
     let [next, announced, high, low, ..]: ExtensionHeader = packet.read(offset).ok_or(Verdict::Truncated)?;
     if protocol == PROTOCOL_FRAGMENT {
-        if u16::from_be_bytes([high, low]) & IPV6_FRAGMENT_OFFSET != 0 {
+        let flags = u16::from_be_bytes([high, low]);
+        if flags & IPV6_FRAGMENT_OFFSET != 0 {
             return Err(Verdict::Fragment);
         }
-        return Ok(Some((next, 8)));
+        let is_first_fragment = flags & IPV6_MORE_FRAGMENTS != 0;
+        return Ok(Some(Extension { next, length: FRAGMENT_HEADER, is_first_fragment }));
     }
     let announced = usize::from(announced);
     let length = if is_authentication { (announced + 2) * 4 } else { (announced + 1) * 8 };
-    Ok(Some((next, length)))
+    Ok(Some(Extension { next, length, is_first_fragment: false }))
 }
 
 struct Addresses {
@@ -356,6 +381,7 @@ struct Ip {
     offset: usize,
     length: u32,
     addresses: Addresses,
+    is_first_fragment: bool,
 }
 
 #[inline(always)]
@@ -380,8 +406,12 @@ fn parse_tcp<P: Packet + ?Sized>(packet: &P, tcp_offset: usize, ip: Ip) -> Resul
         acknowledgement: u32::from_be(acknowledgement),
         window: misc as u16,
         flags: (misc >> 16) as u8,
+        is_first_fragment: ip.is_first_fragment,
     })
 }
+
+mod fragment;
+pub use fragment::{Fragment, parse_fragment};
 
 #[cfg(test)]
 mod samples;

@@ -10,7 +10,7 @@ pub enum Verdict {
     NotIp = 0,
     /// IP, but not TCP.
     NotTcp = 1,
-    /// A fragment other than the first: it has no TCP header.
+    /// A fragment other than the first, which has no TCP header, and as far as is known of no flow: left to the local stack.
     Fragment = 2,
     /// Ends before its TCP header does.
     Truncated = 3,
@@ -52,14 +52,17 @@ pub enum Verdict {
     TooBig = 20,
     /// Of a flow: translated, and left to the stack, which sends it on.
     LeftToStack = 21,
+    /// A fragment of a flow's packet that is refused: the first without the whole TCP header, or one that overlaps the first
+    /// (RFC 1858): dropped.
+    FragmentRefused = 22,
     /// Of a flow, but by an interface that the stack does not expect its sender behind, and which checks that strictly: left to
     /// the stack, which drops it (`rp_filter`).
-    OtherInterface = 22,
+    OtherInterface = 23,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -82,11 +85,12 @@ impl Verdict {
         Self::TooBigPassedOn,
         Self::TooBig,
         Self::LeftToStack,
+        Self::FragmentRefused,
         Self::OtherInterface,
     ];
 
     /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 23;
+    pub const COUNT: u32 = 24;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -119,6 +123,7 @@ impl Verdict {
             Self::TooBigPassedOn => "too_big_passed_on",
             Self::TooBig => "too_big",
             Self::LeftToStack => "left_to_stack",
+            Self::FragmentRefused => "fragment_refused",
             Self::OtherInterface => "other_interface",
         }
     }

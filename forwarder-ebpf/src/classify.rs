@@ -5,17 +5,18 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::trace;
+use forwarder_common::flow::Seen;
 use forwarder_common::layout::{ANY_ADDRESS, AgentState, ListenerKey};
 use forwarder_common::packet::{
     Header, LinkLayer, Packet, Segment, USUAL_OFFSET, UsualHeaders, parse, parse_usual,
 };
 use forwarder_common::verdict::Verdict;
 
-use crate::icmp;
 use crate::maps::{AGENT, COUNTERS, FOUND, LISTENERS, LOCAL_ADDRESSES, VERDICTS};
 use crate::redirect::redirect;
 use crate::rewrite;
 use crate::tail::has_socket;
+use crate::{fragment, icmp};
 
 /// `__sk_buff::pkt_type` of what is addressed to the interface; TCP takes nothing else (`tcp_v4_rcv`).
 const PACKET_HOST: u32 = 0;
@@ -70,6 +71,10 @@ fn judge(context: &TcContext, link: LinkLayer) -> (i32, Verdict) {
                 _ => TC_ACT_SHOT,
             };
             return (action, verdict);
+        }
+        Err(Verdict::Fragment) => {
+            let outcome = fragment::redirect(context, link);
+            return (outcome.action, outcome.verdict);
         }
         Err(verdict) => return (TC_ACT_UNSPEC, verdict),
     };
@@ -138,6 +143,9 @@ pub(crate) struct Found {
     pub(crate) headers: UsualHeaders,
     /// Whether the headers are such as most are.
     pub(crate) is_usual: bool,
+    /// What is noted of the segment, and whether the receiver takes it ([`accepts`](forwarder_common::flow::Half::accepts)), if it is one of a flow.
+    pub(crate) seen: Seen,
+    pub(crate) is_accepted: bool,
 }
 
 /// Which programs a [`Found`] is for: those at ingress, or those at egress. Neither interrupts its like on one CPU.
@@ -153,7 +161,7 @@ pub(crate) fn find_segment<'a>(
     context: &TcContext,
     link: LinkLayer,
     side: u32,
-) -> Result<&'a Found, Verdict> {
+) -> Result<&'a mut Found, Verdict> {
     let found = FOUND.get_ptr_mut(side).ok_or(Verdict::Truncated)?;
     // SAFETY: the pointer is to this CPU's value, and of programs that do not interrupt each other; it begins as zeros, which
     // are valid.

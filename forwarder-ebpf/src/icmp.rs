@@ -244,7 +244,7 @@ fn push<T>(context: &TcContext, ip: u32, header: &T) -> Result<(), Verdict> {
 
 /// Writes into the packet, and keeps what a device has summed up of it current.
 #[inline(always)]
-fn write<T>(context: &TcContext, at: u32, value: &T) -> Result<(), Verdict> {
+pub(crate) fn write<T>(context: &TcContext, at: u32, value: &T) -> Result<(), Verdict> {
     let (value, size) = ((&raw const *value).cast(), size_of::<T>() as u32);
     // SAFETY: the value is initialised and of its own size; the helper checks the offset.
     match unsafe { bpf_skb_store_bytes(context.skb.skb, at, value, size, u64::from(BPF_F_RECOMPUTE_CSUM)) } {

@@ -1,12 +1,14 @@
 //! The eBPF programs of forwarder.
 //!
 //! [`classify`] counts, at the ingress of each interface, the TCP packets to the listeners, and passes them on to the next
-//! program as they were. What belongs to a flow, [`redirect`] turns into a packet of the other leg, and [`icmp`] tells its
+//! program as they were. What belongs to a flow, [`redirect`] turns into a packet of the other leg ([`fragment`], if it comes in
+//! pieces), and [`icmp`] tells its
 //! ends of packets that are too large. [`guard`], at egress, holds back what the local sockets of a flow say.
 #![no_std]
 #![no_main]
 
 mod classify;
+mod fragment;
 mod guard;
 mod icmp;
 mod maps;

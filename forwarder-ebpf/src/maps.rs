@@ -1,10 +1,11 @@
 //! The maps. `#[btf_map]` gives them types that `bpftool map dump` prints by name.
 //!
 //! No hash is preallocated: a freed element is then reused only after every running program has left it, so what a
-//! lookup returns stays the element that was asked for. Programs insert nothing, so they never wait for memory.
+//! lookup returns stays the element that was asked for. Programs insert nothing there, so they never wait for memory.
+//! [`FRAGMENTS`] is the exception, and says why.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, PerCpuHashMap};
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};
 use aya_ebpf::macros::btf_map;
 use forwarder_common::flow::{Flow, FlowKey, PAIRS_CAPACITY, Pair};
 use forwarder_common::layout::{
@@ -15,6 +16,7 @@ use forwarder_common::translate::OptionsWalk;
 use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue, Verdict};
 
 use crate::classify::Found;
+use crate::fragment::{FRAGMENTS_CAPACITY, FirstFragment, FragmentKey};
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -89,6 +91,15 @@ pub(crate) struct CoarseClock {
     /// `CLOCK_MONOTONIC` in nanoseconds.
     pub(crate) time: u64,
 }
+
+/// The first fragments of flows' packets, by what the others of the same packet have in common with them.
+///
+/// The programs insert here, since nobody else sees a packet's fragments. That takes no memory and waits for none: this map
+/// is preallocated, as each of its type (`htab_map_alloc_check`), and a full one gives its least recently used entry away. So
+/// an element may become another's while a program looks at it, which is why programs copy it at once. The worst that comes
+/// of a mix of two is a fragment that is sent to the wrong flow, where the TCP checksum of the packet does not match.
+#[btf_map(name = "fragments")]
+pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, FirstFragment, FRAGMENTS_CAPACITY> = LruHashMap::new();
 
 /// Whether an agent accepts connections.
 #[btf_map(name = "agent")]

@@ -6,15 +6,15 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, Half, NextHop, STATE_SPLICED, STATE_TAIL, Seen,
+    DIRECTION_REQUEST, FLOW_BY_STACK, Flow, NextHop, STATE_SPLICED, STATE_TAIL, Seen,
 };
-use forwarder_common::packet::{IpVersion, Segment};
+use forwarder_common::packet::{FLAG_FIN, IpVersion, Segment};
 use forwarder_common::verdict::Verdict;
 
 use crate::classify::Found;
 use crate::maps::{CLOCK, FLOWS, LOOSE_INTERFACES, PAIRS};
 use crate::rewrite::rewrite;
-use crate::{icmp, tail};
+use crate::{fragment, icmp, tail};
 
 /// What becomes of a packet that belongs to a flow.
 pub(crate) struct Outcome {
@@ -33,10 +33,15 @@ impl Outcome {
 
 /// Translates and redirects the packet if it is one of a flow. `None` for every other packet, which is unchanged.
 #[inline(always)]
-pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
+pub(crate) fn redirect(context: &TcContext, found: &mut Found) -> Option<Outcome> {
     let segment = &found.segment;
     #[expect(clippy::needless_borrows_for_generic_args, reason = "a copy would stand on the stack")]
-    let flow = FLOWS.get_ptr(&segment.tuple)?;
+    let Some(flow) = FLOWS.get_ptr(&segment.tuple) else {
+        if segment.is_first_fragment {
+            fragment::forget(context, segment);
+        }
+        return None;
+    };
     // SAFETY: the element lives until every running program has left it, for the map is not preallocated; a value is
     // replaced as a whole by a new element, so what is read is of one version.
     let flow = unsafe { &*flow };
@@ -63,6 +68,8 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     } else {
         (&mut pair.response, &pair.request)
     };
+    found.seen = seen(context, segment);
+    found.is_accepted = half.accepts(reverse, flow, &found.seen);
     if is_new_connection {
         // Where the pair is over, the local stack accepts it. Else the agent asks the other end, whose answer the client
         // resets (RFC 9293, 3.5.1).
@@ -70,8 +77,13 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
             release(segment, flow);
             return None;
         }
-        note(context, segment, flow, half, reverse);
+        half.note(reverse, flow, &found.seen, found.is_accepted);
         return Some(Outcome::drop(Verdict::Held));
+    }
+    if segment.is_first_fragment
+        && let Err(verdict) = fragment::announce(context, segment)
+    {
+        return Some(Outcome::drop(verdict));
     }
     if flow.state == STATE_TAIL {
         tail::send_clone(context);
@@ -81,7 +93,7 @@ pub(crate) fn redirect(context: &TcContext, found: &Found) -> Option<Outcome> {
     }
     Some(match rewrite(context, found, flow, half, reverse) {
         Ok(()) => {
-            note(context, segment, flow, half, reverse);
+            half.note(reverse, flow, &found.seen, found.is_accepted);
             leave(flow)
         }
         Err(verdict) => Outcome::drop(verdict),
@@ -122,31 +134,24 @@ fn release(segment: &Segment, flow: &Flow) -> u32 {
     0
 }
 
-/// Notes the packet in what is known of its direction.
-#[inline(always)]
-fn note(context: &TcContext, segment: &Segment, flow: &Flow, half: &mut Half, reverse: &Half) {
-    let seen = seen(context, segment, coarse_time());
-    let is_accepted = half.accepts(reverse, flow, &seen);
-    half.note(reverse, flow, &seen, is_accepted);
-}
-
 /// What is noted of the packet.
 #[inline(always)]
-pub(crate) fn seen(context: &TcContext, segment: &Segment, time: u64) -> Seen {
+fn seen(context: &TcContext, segment: &Segment) -> Seen {
     Seen {
         sequence: segment.sequence,
         acknowledgement: segment.acknowledgement,
         payload: payload_length(context, segment),
         window: segment.window,
-        flags: segment.flags,
-        time,
+        // The end of a segment is noted with its last fragment, which tells where it is.
+        flags: if segment.is_first_fragment { segment.flags & !FLAG_FIN } else { segment.flags },
+        time: coarse_time(),
     }
 }
 
 /// `CLOCK_MONOTONIC` in nanoseconds as it stood at the first packet of this tick of the kernel's timer: to read the clock
 /// costs more than to look at the tick, which the kernel inlines.
 #[inline(always)]
-fn coarse_time() -> u64 {
+pub(crate) fn coarse_time() -> u64 {
     // SAFETY: the helpers have no conditions.
     let (tick, now) = (unsafe { bpf_jiffies64() }, || unsafe { bpf_ktime_get_ns() });
     let Some(clock) = CLOCK.get_ptr_mut(0) else { return now() };

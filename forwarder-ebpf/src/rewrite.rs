@@ -19,12 +19,11 @@ use forwarder_common::verdict::Verdict;
 
 use crate::classify::Found;
 use crate::maps::OPTIONS_WALK;
-use crate::redirect::seen;
 
 pub(crate) const IPV4_CHECKSUM: u32 = 10;
 pub(crate) const IPV6_SOURCE: u32 = 8;
 /// The bits of explicit congestion notification in the type of service.
-const ECN_MASK: u8 = 3;
+pub(crate) const ECN_MASK: u8 = 3;
 /// Bytes of the TCP header before the options, and 32-bit words of it.
 const FIXED_HEADER: u32 = 20;
 const FIXED_WORDS: usize = 5;
@@ -46,7 +45,7 @@ pub(crate) fn rewrite(
     if found.is_usual && flow.flags & FLOW_CLEAR_ECN == 0 {
         rewrite_usual(context, found, flow, half, reverse)
     } else {
-        rewrite_any(context, &found.segment, flow, half, reverse)
+        rewrite_any(context, found, flow, half, reverse)
     }
 }
 
@@ -78,8 +77,9 @@ fn rewrite_usual(
     ] = found.headers;
     let [.., new_source, _, _, _, new_destination] = *flow.out.address_words();
     let addresses = ChecksumChange::NONE.and(source, new_source).and(destination, new_destination);
-    let [new_ports, new_sequence, new_acknowledgement, new_misc, _] = new_words(segment, flow, misc, last);
-    let [new_value, new_echo] = timestamps(context, segment, flow, half, reverse, [value, echo]);
+    let [new_ports, new_sequence, new_acknowledgement, new_misc, _] =
+        new_words(found, flow, reverse, misc, last);
+    let [new_value, new_echo] = timestamps(found, flow, half, reverse, [value, echo]);
     let change = ChecksumChange::NONE
         .and(ports, new_ports)
         .and(sequence, new_sequence)
@@ -125,8 +125,9 @@ fn rewrite_usual(
 /// The fixed part of the TCP header on the other leg, as it will lie in the packet; `misc` and `last` are its fourth and fifth
 /// word as they lie there.
 #[inline(always)]
-fn new_words(segment: &Segment, flow: &Flow, misc: u32, last: u32) -> [u32; FIXED_WORDS] {
-    let numbers = flow.numbers(segment);
+fn new_words(found: &Found, flow: &Flow, reverse: &Half, misc: u32, last: u32) -> [u32; FIXED_WORDS] {
+    let is_bare = found.is_accepted && found.seen.payload == 0;
+    let numbers = flow.numbers(&found.segment, reverse, is_bare);
     let ports = u32::from(flow.out.source_port) << 16 | u32::from(flow.out.destination_port);
     let misc = u32::from_be(misc) & 0xffff_0000 | u32::from(numbers.window);
     [ports.to_be(), numbers.sequence.to_be(), numbers.acknowledgement.to_be(), misc.to_be(), last]
@@ -139,15 +140,16 @@ fn new_words(segment: &Segment, flow: &Flow, misc: u32, last: u32) -> [u32; FIXE
 #[inline(never)]
 fn rewrite_any(
     context: &TcContext,
-    segment: &Segment,
+    found: &Found,
     flow: &Flow,
     half: &mut Half,
     reverse: &Half,
 ) -> Result<(), Verdict> {
+    let segment = &found.segment;
     let tcp = segment.tcp_offset;
     let old: [u32; FIXED_WORDS] = load(context, tcp)?;
     let [_, _, _, misc, last] = old;
-    let new = new_words(segment, flow, misc, last);
+    let new = new_words(found, flow, reverse, misc, last);
     let mut change = ChecksumChange::NONE;
     for word in 0..FIXED_WORDS {
         change = change.and(old[word], new[word]);
@@ -156,7 +158,7 @@ fn rewrite_any(
         if segment.header_length == USUAL_TCP_HEADER { load(context, tcp + FIXED_HEADER)? } else { [0; 3] };
     if options[0] == USUAL_OPTIONS.to_be() {
         let [kinds, value, echo] = options;
-        let [new_value, new_echo] = timestamps(context, segment, flow, half, reverse, [value, echo]);
+        let [new_value, new_echo] = timestamps(found, flow, half, reverse, [value, echo]);
         change = change.and(value, new_value).and(echo, new_echo);
         let [ports, sequence, acknowledgement, misc, last] = new;
         let new = [ports, sequence, acknowledgement, misc, last, kinds, new_value, new_echo];
@@ -164,7 +166,7 @@ fn rewrite_any(
     } else {
         store(context, tcp, &new)?;
         if segment.header_length > FIXED_HEADER {
-            change = translate_options(context, segment, flow, half, reverse, change)?;
+            change = translate_options(context, found, flow, half, reverse, change)?;
         }
     }
     checksum(context, segment, change, 0)?;
@@ -175,18 +177,19 @@ fn rewrite_any(
 #[inline(always)]
 fn translate_options(
     context: &TcContext,
-    segment: &Segment,
+    found: &Found,
     flow: &Flow,
     half: &mut Half,
     reverse: &Half,
     mut change: ChecksumChange,
 ) -> Result<ChecksumChange, Verdict> {
+    let segment = &found.segment;
     let tcp = segment.tcp_offset;
     let options = walk_options(context, segment)?;
     if options.timestamps != 0 {
         let at = options.timestamps;
         let old: [u32; 2] = load(context, tcp + at)?;
-        let new = timestamps(context, segment, flow, half, reverse, old);
+        let new = timestamps(found, flow, half, reverse, old);
         change = change.and_at(at, old[0], new[0]).and_at(at, old[1], new[1]);
         store(context, tcp + at, &new)?;
     }
@@ -206,14 +209,7 @@ fn translate_options(
 /// The timestamps `TSval` and `TSecr` of the segment on the other leg, in network byte order as those on this one. Learns how
 /// far the clocks are apart.
 #[inline(always)]
-fn timestamps(
-    context: &TcContext,
-    segment: &Segment,
-    flow: &Flow,
-    half: &mut Half,
-    reverse: &Half,
-    old: [u32; 2],
-) -> [u32; 2] {
+fn timestamps(found: &Found, flow: &Flow, half: &mut Half, reverse: &Half, old: [u32; 2]) -> [u32; 2] {
     let old = Timestamps { value: u32::from_be(old[0]), echo: u32::from_be(old[1]) };
     let mut value_shift = half.timestamp_shift;
     if half.timestamp_known == 0 || flow.state == STATE_TAIL {
@@ -224,7 +220,7 @@ fn timestamps(
         // Who repeats a SYN has not completed the handshake, and refuses echoes of other clocks than that of its SYNs
         // (`tcp_check_req`), but not their absence: so nothing is learnt from it. Nor from what the receiver does not take:
         // a stranger's clock would make all that the sender says look old.
-        if half.accepts(reverse, flow, &seen(context, segment, 0)) {
+        if found.is_accepted {
             half.learn_clock(shift);
         }
         // While the local socket still sends, its clock is the measure: what is told here must not be ahead of it,

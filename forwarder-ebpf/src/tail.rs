@@ -15,6 +15,7 @@ use forwarder_common::packet::{
 use forwarder_common::translate::{self, ChecksumChange};
 use forwarder_common::verdict::Verdict;
 
+use crate::fragment;
 use crate::redirect::Outcome;
 use crate::rewrite::{IPV4_CHECKSUM, load, store};
 
@@ -161,6 +162,9 @@ fn bare_acknowledgement(
             let payload = (length - IPV6_HEADER) as u16;
             store(context, segment.ip_offset + IPV6_LENGTH, &payload.to_be())?;
         }
+    }
+    if segment.is_first_fragment {
+        fragment::make_whole(context, segment)?;
     }
     sum(context, segment)
 }

@@ -52,6 +52,8 @@ pub struct AgentCommand {
     pub arguments: Vec<OsString>,
     /// Environment variables.
     pub environment: Vec<(&'static str, &'static str)>,
+    /// Another binary than [`binary`] says.
+    pub binary: Option<PathBuf>,
     /// Where it pins its maps; a folder of its own if `None`.
     pub pins: Option<Arc<PinDir>>,
 }
@@ -88,6 +90,13 @@ impl AgentCommand {
         self
     }
 
+    /// Runs another binary.
+    #[must_use]
+    pub fn with_binary(mut self, binary: PathBuf) -> Self {
+        self.binary = Some(binary);
+        self
+    }
+
     /// Sets an environment variable.
     #[must_use]
     pub fn environment(mut self, name: &'static str, value: &'static str) -> Self {
@@ -112,7 +121,8 @@ impl AgentCommand {
         mount_bpffs()?;
         let folder = TempDir::with_prefix("forwarder-agent-")?;
         let pins = self.pins.clone().unwrap_or_else(|| Arc::new(PinDir::unique()));
-        let mut words = self.wrapper.iter().cloned().chain([binary().into_os_string()]);
+        let mut words =
+            self.wrapper.iter().cloned().chain([self.binary.clone().unwrap_or_else(binary).into_os_string()]);
         let mut command = Command::new(words.next().context("an empty command")?);
         command.args(words).arg("agent").args(source);
         command.args(["--admin", ADMIN]).arg("--pin-dir").arg(&pins.0).args(&self.arguments);

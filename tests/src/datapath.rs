@@ -38,8 +38,12 @@ impl Datapath {
     /// How to start an agent that goes through it.
     pub fn agent(self) -> AgentCommand {
         let more = env::var("FORWARDER_TEST_PROMOTION").unwrap_or_else(|_| PROMOTION.to_owned());
-        let mut more: Vec<&str> =
-            if self.is_by_kernel() { more.split_ascii_whitespace().collect() } else { Vec::new() };
+        self.agent_with(&more.split_ascii_whitespace().collect::<Vec<_>>())
+    }
+
+    /// The same, with arguments of its own about the promotion.
+    pub fn agent_with(self, promotion: &[&str]) -> AgentCommand {
+        let mut more = if self.is_by_kernel() { promotion.to_vec() } else { Vec::new() };
         if self.0 == "sockmap" {
             more.push(SOCKMAP_MEMORY);
         }

@@ -8,6 +8,8 @@ pub mod apiserver;
 pub mod chart;
 pub mod client;
 pub mod cluster;
+#[path = "../../forwarder-common/src/packet/cut.rs"]
+mod cut;
 pub mod database;
 pub mod databases;
 pub mod datapath;
@@ -27,6 +29,7 @@ pub mod random;
 pub mod sequence;
 pub mod served;
 pub mod shape;
+pub mod steps;
 pub mod swarm;
 mod tap;
 pub mod traffic;

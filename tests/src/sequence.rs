@@ -11,6 +11,7 @@ const RECEIVE_QUEUE: libc::c_int = 1;
 const SEND_QUEUE: libc::c_int = 2;
 /// The values of `TCP_REPAIR`; the last one ends it without probing the peer's window.
 const REPAIR_ON: libc::c_int = 1;
+const REPAIR_OFF: libc::c_int = 0;
 const REPAIR_OFF_WITHOUT_PROBE: libc::c_int = -1;
 
 /// Where both directions of a connection stand.
@@ -50,6 +51,46 @@ pub fn choose(socket: impl AsFd, first: u32) -> io::Result<()> {
     // What is chosen stays when repair mode ends (`tcp_v4_connect` makes a number where there is none).
     set(fd, libc::TCP_QUEUE_SEQ, first.cast_signed())?;
     set(fd, libc::TCP_REPAIR, REPAIR_OFF_WITHOUT_PROBE)
+}
+
+/// Sends a probe, by which the peer is asked where it stands (`tcp_send_window_probe`): that of keepalive is the same.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn probe(socket: impl AsFd) -> io::Result<()> {
+    let fd = socket.as_fd().as_raw_fd();
+    set(fd, libc::TCP_REPAIR, REPAIR_ON)?;
+    set(fd, libc::TCP_REPAIR, REPAIR_OFF)
+}
+
+/// How many segments a connected socket has received (`tcpi_segs_in`).
+///
+/// # Errors
+/// The kernel refuses.
+pub fn received_segments(socket: impl AsFd) -> io::Result<u32> {
+    const OFFSET: usize = 140;
+    let mut info = [0_u8; 144];
+    let mut length = libc::socklen_t::try_from(info.len()).expect("a structure is small");
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the pointer is to as many bytes as the length says, which the kernel does not exceed.
+    let result = unsafe {
+        libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &raw mut length)
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let bytes = info[OFFSET..].first_chunk().expect("the array is that long");
+    Ok(u32::from_ne_bytes(*bytes))
+}
+
+/// How many bytes of a connected socket have not been acknowledged (`SIOCOUTQ`).
+///
+/// # Errors
+/// The kernel refuses.
+pub fn unacknowledged(socket: impl AsFd) -> io::Result<i32> {
+    // SAFETY: the request writes one integer (`tcp_ioctl`).
+    unsafe { rustix::ioctl::ioctl(socket, rustix::ioctl::Getter::<{ libc::TIOCOUTQ as _ }, i32>::new()) }
+        .map_err(io::Error::from)
 }
 
 fn set(fd: RawFd, option: libc::c_int, value: libc::c_int) -> io::Result<()> {

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::cut::cut;
 use crate::netns::{NetNs, Topology};
 use crate::random::Random;
 use crate::tap;
@@ -45,18 +46,23 @@ pub struct Trouble {
     pub hold: Duration,
     /// The longest packet, in bytes, that it carries; longer ones vanish.
     pub longest: Option<usize>,
+    /// The longest packet, in bytes, that it carries whole; it cuts longer ones up, like a router that heeds no DF.
+    pub whole: Option<usize>,
 }
 
 impl Trouble {
     /// Nothing comes through.
-    pub const OUTAGE: Self = Self { lost: WHOLE, repeated: 0, held: 0, hold: Duration::ZERO, longest: None };
+    pub const OUTAGE: Self =
+        Self { lost: WHOLE, repeated: 0, held: 0, hold: Duration::ZERO, longest: None, whole: None };
 }
 
 /// What a wire has done so far, in frames.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Done {
-    /// Frames that it carried or lost.
+    /// Frames that it carried or lost; of a packet that it cuts up, each fragment.
     pub seen: u64,
+    /// Packets that it cut up.
+    pub cut: u64,
     /// Lost, or too long.
     pub lost: u64,
     /// Delivered twice.
@@ -70,6 +76,7 @@ struct Shared {
     trouble: Mutex<Trouble>,
     stop: AtomicBool,
     seen: AtomicU64,
+    cut: AtomicU64,
     lost: AtomicU64,
     repeated: AtomicU64,
     held: AtomicU64,
@@ -104,10 +111,10 @@ impl Wire {
 
     /// What it has done.
     pub fn done(&self) -> Done {
-        let Shared { seen, lost, repeated, held, .. } = &*self.shared;
-        let [seen, lost, repeated, held] =
-            [seen, lost, repeated, held].map(|counter| counter.load(Ordering::Relaxed));
-        Done { seen, lost, repeated, held }
+        let Shared { seen, cut, lost, repeated, held, .. } = &*self.shared;
+        let [seen, cut, lost, repeated, held] =
+            [seen, cut, lost, repeated, held].map(|counter| counter.load(Ordering::Relaxed));
+        Done { seen, cut, lost, repeated, held }
     }
 }
 
@@ -178,12 +185,25 @@ fn carry(ends: &[File; 2], shared: &Shared, seed: u64) -> io::Result<()> {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) => return Err(error),
                 };
-                held.meet(&buffer[..size], &trouble, &mut random, shared, &mut destination);
+                for frame in fragments(&buffer[..size], &trouble, shared) {
+                    held.meet(&frame, &trouble, &mut random, shared, &mut destination);
+                }
             }
             held.release(&mut destination);
         }
     }
     Ok(())
+}
+
+/// What becomes of a frame: itself, or the fragments of its packet.
+fn fragments(frame: &[u8], trouble: &Trouble, shared: &Shared) -> Vec<Vec<u8>> {
+    match trouble.whole {
+        Some(whole) if frame.len() > whole + ETHERNET => {
+            let identification = shared.cut.fetch_add(1, Ordering::Relaxed);
+            cut(frame, whole, u32::try_from(identification).unwrap_or(0))
+        }
+        _ => vec![frame.to_vec()],
+    }
 }
 
 /// The frames of one direction that are held, by when they go on and then by when they came.

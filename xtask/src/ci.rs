@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::setup::{Mode, Need, cargo_deny, setup};
-use crate::{ebpf, process, test, tidy, workspace};
+use crate::{ebpf, process, test, tidy, vm, workspace};
 
 struct Step {
     name: &'static str,
@@ -15,7 +15,7 @@ struct Step {
     perform: fn() -> Result<()>,
 }
 
-const STEPS: [Step; 9] = [
+const STEPS: [Step; 10] = [
     Step { name: "setup", repeat: "cargo xtask setup --for ci", perform: || setup(Need::Ci, Mode::Install) },
     Step { name: "fmt", repeat: "cargo fmt --all --check", perform: || cargo(&["fmt", "--all", "--check"]) },
     Step { name: "tidy", repeat: "cargo xtask tidy", perform: tidy::tidy },
@@ -44,6 +44,7 @@ const STEPS: [Step; 9] = [
         perform: || cargo(&["doc", "--workspace", "--exclude", "forwarder-ebpf", "--no-deps"]),
     },
     Step { name: "test", repeat: "cargo xtask test", perform: || test::test(None, &[]) },
+    Step { name: "vm", repeat: "cargo xtask vm", perform: vm::short },
 ];
 
 /// Performs every step until one fails.

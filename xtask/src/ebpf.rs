@@ -63,6 +63,18 @@ pub(crate) fn build_agent(profile: Profile, objects: Option<&Path>) -> Result<Pa
     Ok(workspace::agent(profile))
 }
 
+/// Builds the agent that tests stop at steps, and yields the binary. Nobody else gets it.
+pub(crate) fn build_stepped_agent(objects: &Path) -> Result<PathBuf> {
+    let mut command = Command::new(workspace::cargo());
+    command
+        .args(["build", "--package", "forwarder-agent", "--features", "failpoints"])
+        .args(["--bin", "forwarder-stepped"])
+        .current_dir(workspace::root())
+        .env(OBJECTS_VARIABLE, objects);
+    process::run(&mut command)?;
+    Ok(workspace::target_directory().join("debug/forwarder-stepped"))
+}
+
 /// Builds the agent with optimisations and with the C library inside, and yields the binary: it runs in an empty folder.
 ///
 /// The GNU C library will do, which every toolchain has: since version 2.34 it looks up names of hosts, by `/etc/hosts` and

@@ -14,6 +14,7 @@ mod setup;
 mod test;
 mod tidy;
 mod toolchain;
+mod vm;
 mod workspace;
 
 use std::ffi::OsString;
@@ -74,6 +75,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         filters: Vec<OsString>,
     },
+    /// Run integration tests inside Debian's kernels, in qemu.
+    Vm(vm::Arguments),
     /// Measure the forwarder beside its peers, as root: see docs/benchmarks.md.
     #[command(disable_help_flag = true)]
     Bench {
@@ -110,6 +113,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Image(arguments) => image::image(&arguments),
         Task::Run { arguments } => run::run(&arguments),
         Task::Test { package, filters } => test::test(package.as_deref(), &filters),
+        Task::Vm(arguments) => vm::vm(&arguments),
         Task::Bench { arguments } => bench::bench(&arguments),
         Task::Ci => ci::ci(),
         Task::Tidy => tidy::tidy(),

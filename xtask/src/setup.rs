@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::{apiserver, linker, packages, process, toolchain, workspace};
+use crate::{apiserver, linker, packages, process, toolchain, vm, workspace};
 
 /// What to prepare for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
@@ -24,15 +24,18 @@ pub(crate) enum Need {
     Ci,
     /// The benchmarks, and running.
     Bench,
+    /// Tests inside other kernels, and running.
+    Vm,
 }
 
 impl Need {
     fn parts(self) -> Vec<&'static Part> {
         let groups: &[&'static [Part]] = match self {
             Self::Run => &[&FOR_RUN],
-            Self::Test => &[&FOR_RUN, &FOR_TEST],
-            Self::Ci => &[&FOR_RUN, &FOR_TEST, &FOR_CI],
+            Self::Test => &[&FOR_RUN, &FOR_TEST, &FOR_KUBERNETES],
+            Self::Ci => &[&FOR_RUN, &FOR_TEST, &FOR_KUBERNETES, &FOR_CI, &FOR_VM],
             Self::Bench => &[&FOR_RUN, &FOR_BENCH],
+            Self::Vm => &[&FOR_RUN, &FOR_TEST, &FOR_VM],
         };
         groups.iter().copied().flatten().collect()
     }
@@ -73,18 +76,32 @@ static FOR_RUN: [Part; 2] = [
     Part { name: "bpffs", weight: Weight::Advised, find: find_bpffs, install: mount_bpffs },
 ];
 
-static FOR_TEST: [Part; 2] = [
+static FOR_TEST: [Part; 1] = [Part {
+    name: "programs for tests",
+    weight: Weight::Required,
+    find: || find_programs(&TEST_PROGRAMS),
+    install: || install_programs(&TEST_PROGRAMS),
+}];
+
+static FOR_KUBERNETES: [Part; 1] = [Part {
+    name: "Kubernetes for tests",
+    weight: Weight::RequiredInCi,
+    find: apiserver::find,
+    install: apiserver::install,
+}];
+
+static FOR_VM: [Part; 2] = [
     Part {
-        name: "programs for tests",
+        name: "programs for virtual machines",
         weight: Weight::Required,
-        find: || find_programs(&TEST_PROGRAMS),
-        install: || install_programs(&TEST_PROGRAMS),
+        find: || find_programs(&vm::PROGRAMS),
+        install: || install_programs(&vm::PROGRAMS),
     },
     Part {
-        name: "Kubernetes for tests",
-        weight: Weight::RequiredInCi,
-        find: apiserver::find,
-        install: apiserver::install,
+        name: "keys of Debian",
+        weight: Weight::Required,
+        find: vm::find_keyring,
+        install: vm::install_keyring,
     },
 ];
 

@@ -17,6 +17,8 @@ pub(crate) fn test(package: Option<&str>, filters: &[OsString]) -> Result<()> {
     // Integration tests put load on the agent: it is the one that users run.
     let agent = ebpf::build_agent(Profile::Release, Some(&objects))?;
 
+    let stepped = ebpf::build_stepped_agent(&objects)?;
+
     let mut command = Command::new(workspace::cargo());
     command.arg("test").current_dir(workspace::root());
     match package {
@@ -26,7 +28,10 @@ pub(crate) fn test(package: Option<&str>, filters: &[OsString]) -> Result<()> {
     if !filters.is_empty() {
         command.arg("--").args(filters);
     }
-    command.env("FORWARDER_BIN", agent).env(ebpf::OBJECTS_VARIABLE, objects);
+    command
+        .env("FORWARDER_BIN", agent)
+        .env("FORWARDER_STEPPED_BIN", stepped)
+        .env(ebpf::OBJECTS_VARIABLE, objects);
     command.envs(apiserver::environment());
     if process::is_root() || env::var_os("CI").is_some() {
         // Who can make network namespaces does not skip what needs them.

@@ -13,6 +13,7 @@ use crate::datapath::grace::Grace;
 use crate::datapath::interfaces::{self, Interface};
 use crate::datapath::routes;
 use crate::datapath::segments::SegmentSocket;
+use crate::failpoint;
 use crate::model::{BindAddress, Datapath as DatapathChoice, ListenerKey};
 use crate::pairs::{FindListener, Found, PairSettings, Pairs, PromoteAfter, Promoter};
 use crate::reconciler::SocketState;
@@ -135,6 +136,7 @@ fn follow_routes() -> Option<watch::Receiver<u64>> {
 
 /// Takes over what a former agent has left in the kernel.
 pub(super) fn inherit(promoter: &Promoter, shared: &Shared, slot: usize) {
+    failpoint::block("adopt.begin");
     let inherited = match promoter.flows.inherit() {
         Ok(inherited) => inherited,
         Err(error) => {
@@ -142,6 +144,7 @@ pub(super) fn inherit(promoter: &Promoter, shared: &Shared, slot: usize) {
             return;
         }
     };
+    failpoint::block("adopt.inherited");
     let (mut adopted, mut reset) = (0_u64, 0_usize);
     for pair in inherited.pairs {
         if pair.is_spliced() {
@@ -153,6 +156,7 @@ pub(super) fn inherit(promoter: &Promoter, shared: &Shared, slot: usize) {
             reset += 1;
         }
     }
+    failpoint::block("adopt.taken_over");
     if adopted > 0 || reset + inherited.remnants > 0 {
         tracing::info!(
             adopted,

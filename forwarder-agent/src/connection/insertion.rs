@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use super::Connection;
 use super::promotion::Attempt;
 use super::relaying::{Relay, set_keepalive};
+use crate::failpoint;
 use crate::promote::Refusal;
 use crate::sockmap::SockmapPairs;
 use crate::worker::Worker;
@@ -27,6 +28,7 @@ pub(super) async fn attempt(
     upstream: &TcpStream,
     connection: &Connection,
 ) -> Attempt {
+    failpoint::reached("insert.begin").await;
     relay.hold_reads(true);
     let emptied = poll_fn(|cx| match relay.poll(cx, worker, downstream, upstream, connection) {
         Poll::Pending if relay.is_empty() => Poll::Ready(None),
@@ -40,6 +42,7 @@ pub(super) async fn attempt(
         Ok(Some(end)) => return Attempt::Ended(end),
         Err(_) => return Attempt::Refused(Refusal::SlowReceiver),
     }
+    failpoint::reached("insert.emptied").await;
     let moved = [connection.received.get(), connection.sent.get()];
     let pair = match pairs.join(downstream, upstream, moved, connection.listener.id.0) {
         Ok(pair) => pair,
@@ -50,6 +53,7 @@ pub(super) async fn attempt(
             return Attempt::Refused(error.refusal);
         }
     };
+    failpoint::reached("insert.joined").await;
     if connection.keepalive_from.take().is_some() {
         set_keepalive(upstream, worker);
     }
@@ -62,5 +66,6 @@ pub(super) async fn attempt(
     if let Some(record) = connection.hand_over() {
         pairs.add(pair, record, upstream.local_addr().ok());
     }
+    failpoint::reached("insert.handed_over").await;
     Attempt::HandedOver
 }

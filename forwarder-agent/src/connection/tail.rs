@@ -16,6 +16,7 @@ use super::relaying::Relay;
 use crate::counters::End;
 use crate::datapath::flows::JoinedPair;
 use crate::datapath::paths::Exit;
+use crate::failpoint;
 use crate::pairs::Promoter;
 use crate::promote::{Leg, Refusal, leg};
 use crate::relay::Direction;
@@ -29,7 +30,7 @@ const TAIL_IS_SHORT: Duration = Duration::from_millis(200);
 /// How long what was redirected may remain without an answer before it is taken for swallowed: longer than the first
 /// retransmissions take.
 const PROBATION: Duration = Duration::from_millis(1_500);
-/// What may be on its way through userspace at the promotion, however small the receiver's window.
+/// What may be on its way through userspace at the promotion, even where that is most of the receiver's window.
 const SMALL_TAIL: u64 = 16 << 10;
 
 /// Joins the two sides at TC, and hands them over once what their sockets had received before has been delivered.
@@ -45,6 +46,7 @@ pub(super) async fn attempt(
         Ok(pair) => pair,
         Err(refusal) => return Attempt::Refused(refusal),
     };
+    failpoint::block("join.pair_written");
     worker.counters().promoted.add(1);
     let joined = Joined { promoter, pair: Some(pair) };
     connection.is_in_tail.set(true);
@@ -75,15 +77,20 @@ fn join(
         first_sent.set(Some(leg.first_sent));
         Ok(leg)
     };
+    failpoint::block("join.begin");
     let [to_downstream, to_upstream] = &connection.first_sent;
     let down = leg(downstream, connection.sent.get(), to_downstream)?;
+    failpoint::block("join.downstream_read");
     let up = leg(upstream, connection.received.get(), to_upstream)?;
+    failpoint::block("join.upstream_read");
     for (from, to, relayed) in [(&down, &up, connection.received.get()), (&up, &down, connection.sent.get())]
     {
-        // The receiver drops what comes beyond its window while the tail is on its way: it would be sent again only after
-        // a time-out.
+        // What is held must lie within the receiver's window, or it stays here for as long as the receiver does not read. And the
+        // receiver drops what comes beyond its window while the tail is on its way: it would be sent again only after a
+        // time-out.
         let tail = from.received.saturating_sub(relayed) + u64::from(to.unacknowledged);
-        if tail > SMALL_TAIL.max(u64::from(to.send_window) / 2) {
+        let window = u64::from(to.send_window);
+        if tail > window || tail > SMALL_TAIL.max(window / 2) {
             return Err(Refusal::SlowReceiver);
         }
     }
@@ -140,6 +147,7 @@ async fn deliver_tail(
     let mut hearing = Hearing::default();
     let mut seen = 0;
     relay.hold_ends(true);
+    failpoint::reached("tail.begin").await;
     loop {
         let Some(pair) = &mut joined.pair else { return Tail::Ended(End::Finished) };
         let check = if started.elapsed() < TAIL_IS_SHORT { TAIL_CHECK } else { SLOW_TAIL_CHECK };
@@ -174,6 +182,7 @@ async fn deliver_tail(
         if !has_landed {
             continue;
         }
+        failpoint::reached("tail.landed").await;
         if let Err(error) = pass_ends_on(promoter, pair, relay) {
             tracing::warn!(%error, "an end cannot be passed on: the connection is reset");
             joined.abort();
@@ -183,6 +192,7 @@ async fn deliver_tail(
             || !is_delivered(downstream, &relay.request)
             || !is_delivered(upstream, &relay.response)
         {
+            failpoint::reached("tail.delivering").await;
             continue;
         }
         match hearing.judge(promoter, pair, &state, connection) {
@@ -206,12 +216,15 @@ async fn deliver_tail(
                 return Tail::Ended(End::Lost);
             }
         }
+        failpoint::reached("splice.before").await;
         if let Err(error) = promoter.flows.splice(pair) {
             tracing::warn!(%error, "the kernel does not take a connection over: it is reset");
             joined.abort();
             return Tail::Ended(End::Lost);
         }
+        failpoint::reached("splice.after").await;
         silence(downstream, upstream);
+        failpoint::reached("splice.silenced").await;
         tracing::debug!(
             listener = %connection.serving.listener.name,
             downstream.addr = %connection.downstream,
@@ -221,6 +234,7 @@ async fn deliver_tail(
         if let (Some(pair), Some(record)) = (joined.pair.take(), connection.hand_over()) {
             promoter.pairs.add(&pair, Some(record));
         }
+        failpoint::reached("splice.handed_over").await;
         return Tail::Delivered;
     }
 }
@@ -269,6 +283,7 @@ fn silence(downstream: &TcpStream, upstream: &TcpStream) {
         if let Err(error) = leg::silence(socket) {
             tracing::debug!(%error, "a socket may speak when it is closed");
         }
+        failpoint::block("silence.downstream");
     }
 }
 

@@ -257,6 +257,9 @@ impl FlowTable {
         let mut written = Ok(());
         for (key, flow) in &pair.flows {
             written = written.and_then(|()| maps.flows.insert(key, flow, BPF_NOEXIST));
+            crate::failpoint::block(
+                ["join.request_written", "join.response_written"][flow.direction as usize],
+            );
         }
         written = written.and_then(|()| maps.pairs.insert(pair.number, joint.pair, BPF_NOEXIST));
         written.map_err(|source| {
@@ -406,6 +409,7 @@ impl FlowTable {
             maps.flows
                 .insert(key, flow, BPF_EXIST)
                 .map_err(|source| error("write to", FLOWS, Some(pair.number), source))?;
+            crate::failpoint::block("rewrite.request_written");
         }
         Ok(())
     }

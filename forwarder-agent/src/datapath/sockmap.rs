@@ -18,6 +18,7 @@ use super::bpf::raise_memory_limit;
 use super::btf::{self, BtfError};
 use super::load_error::{LoadError, errno_of};
 use super::maps::typed;
+use crate::failpoint;
 use crate::lock::lock;
 
 /// The program, as `cargo xtask build-ebpf` compiled it; empty if it did not.
@@ -215,14 +216,17 @@ impl Maps {
             self.streams.insert(source.cookie, stream, 0).map_err(failed(false))?;
             self.credits.insert(source.cookie, source.credit, 0).map_err(failed(false))?;
         }
+        failpoint::block("insert.streams_written");
         // A verdict whose target is missing would lose bytes: so both are targets before one is a source.
         for (index, (source, target)) in both.into_iter().enumerate() {
             let inserted = self.targets.insert(source.cookie, target.socket.as_raw_fd(), 0);
             inserted.map_err(failed(index > 0))?;
+            failpoint::block(["insert.request_target", "insert.response_target"][index]);
         }
         let mut last = Errno::INVAL;
         let sourced = both.map(|(source, _)| {
             let inserted = self.sources.insert(source.cookie, source.socket.as_raw_fd(), 0);
+            failpoint::block("insert.request_source");
             inserted.map_err(|error| last = errno_of(&error).unwrap_or(last)).is_ok()
         });
         if sourced == [false; 2] {

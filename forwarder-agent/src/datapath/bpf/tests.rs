@@ -39,6 +39,12 @@ mod redirect_tests;
 #[path = "icmp_tests.rs"]
 mod icmp_tests;
 
+#[path = "fragment_tests.rs"]
+mod fragment_tests;
+
+#[path = "../../../../forwarder-common/src/packet/cut.rs"]
+mod cut;
+
 #[path = "../../../../forwarder-common/src/packet/samples.rs"]
 mod samples;
 

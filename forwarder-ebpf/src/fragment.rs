@@ -1,0 +1,239 @@
+//! Fragments of flows' packets. A client that lets routers cut its packets up (IPv4 without DF) may stand behind a smaller MTU,
+//! and once a pair is spliced there is no local socket that the stack could put them together for: so each fragment is
+//! translated by itself, as it comes.
+//!
+//! Only the first has a TCP header. All that changes in a packet lies in it and in the IP headers, so that the change of the
+//! checksum, which covers the whole packet, is known without the rest of it (RFC 1624). It is remembered in [`FRAGMENTS`] for
+//! the others, which get the other leg's addresses. The identification stays, as behind netfilter's NAT.
+//!
+//! - A fragment that comes before the first of its packet cannot be attributed. It is left to the stack
+//!   ([`Verdict::Fragment`]), as it may be anybody's, and the sender sends the packet again.
+//! - [`FRAGMENTS`] is fed by first fragments alone, and of those by the ones that [`redirect`](crate::redirect) takes for a
+//!   flow's. Who forges one (it takes the 4-tuple, and the identification that the sender uses next) sends the others of
+//!   that packet elsewhere, where the TCP checksum of what they are put together to does not match: a loss, which the sender
+//!   makes up for. Linux's own reassembly can be spoilt for no more (`ip_frag_queue`).
+
+use aya_ebpf::bindings::TC_ACT_UNSPEC;
+use aya_ebpf::helpers::generated::bpf_l3_csum_replace;
+use aya_ebpf::programs::TcContext;
+use forwarder_common::flow::{
+    DIRECTION_REQUEST, FLOW_CLEAR_ECN, Flow, FlowKey, STATE_SPLICED, STATE_TAIL, Seen,
+};
+use forwarder_common::layout::AddressBytes;
+use forwarder_common::packet::{
+    FLAG_RST, FLAG_SYN, Fragment, IPV4_MORE_FRAGMENTS, IPV6_MORE_FRAGMENTS, IpVersion, LinkLayer, Segment,
+    ip_header, parse_fragment,
+};
+use forwarder_common::translate::ChecksumChange;
+use forwarder_common::verdict::Verdict;
+
+use crate::classify::{INGRESS, SocketBuffer};
+use crate::icmp::write;
+use crate::maps::{FLOWS, FOUND, FRAGMENTS, PAIRS};
+use crate::redirect::{Outcome, coarse_time, leave};
+use crate::rewrite::{ECN_MASK, IPV4_CHECKSUM, load, store};
+
+/// How many packets are remembered: those of which fragments are on their way.
+pub(crate) const FRAGMENTS_CAPACITY: usize = 8192;
+/// For how long, in nanoseconds. The fragments of a packet leave together, and identifications are used again: of IPv4 there
+/// are 65,536, which connections of one client may draw at random.
+const LIFETIME: u64 = 2_000_000_000;
+/// Bytes of the TCP header without options.
+const TCP_HEADER: u32 = 20;
+
+/// Key of [`FRAGMENTS`]: what the fragments of a packet have in common. Those of IPv4 are told from others by their addresses,
+/// and only those of TCP are looked up. 36 bytes without padding.
+#[repr(C, align(4))]
+#[derive(Clone, Copy)]
+pub(crate) struct FragmentKey {
+    source: AddressBytes,
+    destination: AddressBytes,
+    identification: u32,
+}
+
+impl FragmentKey {
+    #[inline(always)]
+    const fn of(fragment: &Fragment) -> Self {
+        let Fragment { source, destination, identification, .. } = *fragment;
+        Self { source, destination, identification }
+    }
+}
+
+/// Value of [`FRAGMENTS`]: what of the first fragment the others lack. 32 bytes without padding.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct FirstFragment {
+    /// When it came: `CLOCK_MONOTONIC` in nanoseconds.
+    time: u64,
+    /// The sequence number after its payload.
+    sequence: u32,
+    acknowledgement: u32,
+    /// Where the second one begins, in bytes of what was cut up.
+    length: u32,
+    source_port: u16,
+    destination_port: u16,
+    window: u16,
+    flags: u8,
+    pad: [u8; 5],
+}
+
+/// Remembers the first fragment of a flow's packet, for the others.
+///
+/// # Errors
+/// It does not hold the TCP header, of which others could then overwrite what was checked (RFC 1858).
+#[inline(never)]
+pub(crate) fn announce(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
+    let fragment = find(context, segment).ok_or(Verdict::FragmentRefused)?;
+    let headers = segment.tcp_offset.wrapping_sub(fragment.piece_offset) + segment.header_length;
+    if segment.header_length < TCP_HEADER || headers > fragment.length {
+        return Err(Verdict::FragmentRefused);
+    }
+    let first = FirstFragment {
+        time: coarse_time(),
+        sequence: segment.sequence.wrapping_add(fragment.length - headers),
+        acknowledgement: segment.acknowledgement,
+        length: fragment.length,
+        source_port: segment.tuple.source_port,
+        destination_port: segment.tuple.destination_port,
+        window: segment.window,
+        flags: segment.flags,
+        pad: [0; 5],
+    };
+    // Where it cannot be, because CPUs are at odds over the last elements, the others are like ones that came too early.
+    let _ = FRAGMENTS.insert(&FragmentKey::of(&fragment), &first, 0);
+    Ok(())
+}
+
+/// Forgets what an earlier packet of the same identification has left, since this one is of no flow.
+#[inline(never)]
+pub(crate) fn forget(context: &TcContext, segment: &Segment) -> u32 {
+    if let Some(fragment) = find(context, segment) {
+        // What is not there needs no removal.
+        let _ = FRAGMENTS.remove(&FragmentKey::of(&fragment));
+    }
+    0
+}
+
+/// Translates and redirects a fragment other than the first, if that was of a flow.
+#[inline(never)]
+pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
+    let is_others = Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::Fragment };
+    let Ok((version, ip_offset)) = ip_header(&SocketBuffer(context), link) else { return is_others };
+    let Some(fragment) = parse_fragment(&SocketBuffer(context), version, ip_offset) else { return is_others };
+    let Some(first) = FRAGMENTS.get_ptr(&FragmentKey::of(&fragment)) else { return is_others };
+    // SAFETY: the element is one of the map, whatever becomes of it: see there. Any bits are valid.
+    let first = unsafe { &*first };
+    let now = coarse_time();
+    if now.saturating_sub(first.time) > LIFETIME {
+        return is_others;
+    }
+    let tuple = FlowKey {
+        source: fragment.source,
+        destination: fragment.destination,
+        source_port: first.source_port,
+        destination_port: first.destination_port,
+    };
+    let Some(flow) = FLOWS.get_ptr(&tuple) else { return is_others };
+    // SAFETY: the element lives until every running program has left it, for the map is not preallocated.
+    let flow = unsafe { &*flow };
+    if flow.state != STATE_TAIL && flow.state != STATE_SPLICED {
+        return is_others;
+    }
+    let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else { return is_others };
+    if fragment.position < first.length {
+        return Outcome::drop(Verdict::FragmentRefused);
+    }
+    let ip_offset = ip_offset as u32;
+    if flow.is_too_big(fragment.piece_offset.wrapping_sub(ip_offset) + fragment.length) {
+        return Outcome::drop(Verdict::TooBig);
+    }
+    if let Err(verdict) = translate(context, version, ip_offset, flow) {
+        return Outcome::drop(verdict);
+    }
+    // SAFETY: as in `redirect::redirect`.
+    let pair = unsafe { &mut *pair };
+    let (half, reverse) = if flow.direction == DIRECTION_REQUEST {
+        (&mut pair.request, &pair.response)
+    } else {
+        (&mut pair.response, &pair.request)
+    };
+    if fragment.is_last && first.flags & (FLAG_SYN | FLAG_RST) == 0 {
+        let Some(found) = FOUND.get_ptr_mut(INGRESS) else { return is_others };
+        // SAFETY: as in `find_segment`. There is no room for it on the stack.
+        let seen = unsafe { &mut (*found).seen };
+        // Only now is it known how long the segment is.
+        *seen = Seen {
+            sequence: first.sequence,
+            acknowledgement: first.acknowledgement,
+            payload: fragment.position + fragment.length - first.length,
+            window: first.window,
+            flags: first.flags,
+            time: now,
+        };
+        let is_accepted = half.accepts(reverse, flow, seen);
+        half.note(reverse, flow, seen, is_accepted);
+    } else {
+        half.packets += 1;
+    }
+    leave(flow)
+}
+
+/// Makes a packet of what was a first fragment, and has been cut off behind its TCP header.
+///
+/// # Errors
+/// It cannot be rewritten.
+#[inline(never)]
+pub(crate) fn make_whole(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
+    let fragment = find(context, segment).ok_or(Verdict::Unwritable)?;
+    let old: u16 = load(context, fragment.flags_offset)?;
+    match segment.version {
+        IpVersion::V4 => {
+            let new = old & !IPV4_MORE_FRAGMENTS.to_be();
+            store(context, fragment.flags_offset, &new)?;
+            let at = segment.ip_offset + IPV4_CHECKSUM;
+            // SAFETY: the context is the program's own; the helper checks the offset.
+            match unsafe { bpf_l3_csum_replace(context.skb.skb, at, old.into(), new.into(), 2) } {
+                0 => Ok(()),
+                _ => Err(Verdict::Unwritable),
+            }
+        }
+        IpVersion::V6 => store(context, fragment.flags_offset, &(old & !IPV6_MORE_FRAGMENTS.to_be())),
+    }
+}
+
+/// The fragment that a segment is the beginning of.
+#[inline(always)]
+fn find(context: &TcContext, segment: &Segment) -> Option<Fragment> {
+    parse_fragment(&SocketBuffer(context), segment.version, segment.ip_offset as usize)
+}
+
+/// Puts the other leg's addresses, and what else `rewrite` changes in an IP header, into that of a fragment.
+#[inline(always)]
+fn translate(context: &TcContext, version: IpVersion, ip_offset: u32, flow: &Flow) -> Result<(), Verdict> {
+    let out = flow.out.address_words();
+    match version {
+        IpVersion::V4 => {
+            let [first, length, protocol, source, destination]: [u32; 5] = load(context, ip_offset)?;
+            let new_first = first & !congestion_marks(flow, u32::from(ECN_MASK) << 16);
+            let change =
+                ChecksumChange::NONE.and(first, new_first).and(source, out[3]).and(destination, out[7]);
+            let protocol = u32::from_be(protocol);
+            let checksum = change.applied_to((protocol as u16).to_be());
+            let protocol = protocol & 0xffff_0000 | u32::from(u16::from_be(checksum));
+            store(context, ip_offset, &[new_first, length, protocol.to_be(), out[3], out[7]])
+        }
+        IpVersion::V6 => {
+            let [first, second]: [u32; 2] = load(context, ip_offset)?;
+            let first = first & !congestion_marks(flow, u32::from(ECN_MASK) << 20);
+            let [a, b, c, d, e, f, g, h] = *out;
+            write(context, ip_offset, &[first, second, a, b, c, d, e, f, g, h])
+        }
+    }
+}
+
+/// The marks of explicit congestion notification, which stand at `mask` in the IP header's first word, if they are to go.
+/// What is put together of fragments with and without them is dropped (`ip_frag_ecn_table`).
+#[inline(always)]
+const fn congestion_marks(flow: &Flow, mask: u32) -> u32 {
+    if flow.flags & FLOW_CLEAR_ECN != 0 { mask.to_be() } else { 0 }
+}

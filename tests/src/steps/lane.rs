@@ -1,0 +1,423 @@
+//! An agent that stops at steps, and the network around it: cells are played there one after another.
+
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use tempfile::TempDir;
+
+use super::talk::Conversation;
+use super::{Cell, Fate, GONE, Held, Side, Table, Tier, event};
+use crate::agent::{Agent, AgentCommand};
+use crate::fixture::{ENDPOINT_PORT, LISTENER_PORT};
+use crate::kernel::entries;
+use crate::manifests::Manifests;
+use crate::netns::{NetNs, Topology};
+use crate::shape::stage::Family;
+use crate::wait::wait_for;
+use crate::wire::{self, Wire};
+
+/// How long the agent may take to come to a step.
+const ARRIVAL: Duration = Duration::from_secs(3);
+/// How long the agent may take to let go of a connection that is over.
+const REST: Duration = Duration::from_secs(1);
+/// The step that whatever writes flows anew comes to, and the one before it at a hand-over.
+const REWRITE: &str = "rewrite.request_written";
+const BEFORE_REWRITE: &str = "splice.before";
+/// How long what is over may stay in the kernel: for what is sent again, and to tell both ends again.
+const LEAVES: Duration = Duration::from_secs(8);
+/// How much each end sends before the hand-over.
+const BEFORE: usize = 2_048;
+/// How much of each end the agent is made to hold, and how much of one that does not read.
+const SOME: usize = 4_096;
+const MUCH: usize = 14_000;
+/// The receive buffers of both hosts at first: no more than a part of what the agent may hold at a hand-over.
+const SMALL_BUFFERS: &str = "4096 8192 6291456";
+/// How many lanes there are.
+const LANES: usize = 4;
+
+/// The hosts and wires of the two ends.
+pub(super) struct Net {
+    topology: Topology,
+    wires: [Wire; 2],
+}
+
+impl Net {
+    pub(super) fn wire(&self, side: Side) -> &Wire {
+        match side {
+            Side::Client => &self.wires[0],
+            Side::Endpoint => &self.wires[1],
+        }
+    }
+
+    pub(super) fn host(&self, side: Side) -> &NetNs {
+        match side {
+            Side::Client => &self.topology.client,
+            Side::Endpoint => &self.topology.backend1,
+        }
+    }
+}
+
+/// An agent with failpoints between a client and an endpoint.
+pub struct Lane {
+    tier: Tier,
+    agent: Agent,
+    command: AgentCommand,
+    listener: TcpListener,
+    address: SocketAddr,
+    manifests: Manifests,
+    net: Net,
+    folder: TempDir,
+    next: u64,
+    shows: bool,
+}
+
+impl Lane {
+    /// Starts one, whose network is known to work. It `shows` much of each failure, or just names it.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start(tier: Tier, family: Family, shows: bool) -> Result<Self> {
+        let (topology, wires) = wire::wired(1)?;
+        for host in [&topology.client, &topology.backend1] {
+            host.sysctl("ipv4/tcp_rmem", SMALL_BUFFERS)?;
+        }
+        let (endpoint, address) = match family {
+            Family::V4 => (topology.backend1_address(ENDPOINT_PORT), topology.node_address(LISTENER_PORT)),
+            Family::V6 => {
+                (topology.backend1_address_v6(ENDPOINT_PORT), topology.node_address_v6(LISTENER_PORT))
+            }
+        };
+        let listener = topology.backend1.bind(endpoint)?;
+        listener.set_nonblocking(true)?;
+        let manifests = Manifests::forward(LISTENER_PORT, &[endpoint])?;
+        let folder = TempDir::with_prefix("forwarder-steps-")?;
+        let datapath = match tier {
+            Tier::Tc => "tc",
+            Tier::Sockmap => "sockmap",
+        };
+        let promotion = (2 * BEFORE).to_string() + "B";
+        let arguments = ["--datapath", datapath, "--promote-after", &promotion, "--workers", "1"];
+        let variable = format!("FORWARDER_FAILPOINTS={}", folder.path().display());
+        let command =
+            AgentCommand::new(&arguments).with_binary(stepped_binary()).wrapped(&["env", &variable]);
+        let agent = command.start(&topology.node, &manifests.path())?;
+        let net = Net { topology, wires };
+        let mut lane =
+            Self { tier, agent, command, listener, address, manifests, net, folder, next: 0, shows };
+        lane.warm_up().context("the first connection, by which the way is known to work")?;
+        Ok(lane)
+    }
+
+    fn file(&self, step: &str, what: &str) -> PathBuf {
+        self.folder.path().join(format!("{step}.{what}"))
+    }
+
+    /// Has the agent stop at a step.
+    fn stop_at(&self, step: &str) -> io::Result<()> {
+        fs::write(self.file(step, "stop"), "")
+    }
+
+    /// Lets it go on.
+    fn go_on(&self, step: &str) -> io::Result<()> {
+        fs::remove_file(self.file(step, "reached"))?;
+        fs::remove_file(self.file(step, "stop"))
+    }
+
+    fn has_reached(&self, step: &str) -> bool {
+        self.file(step, "reached").exists()
+    }
+
+    /// Waits until the agent has come to a step.
+    fn await_step(&self, step: &str, conversation: &mut Conversation) -> Result<()> {
+        if conversation.until(ARRIVAL, |_| self.has_reached(step)) {
+            return Ok(());
+        }
+        bail!("the agent has not come to {step} ({})", conversation.standing());
+    }
+
+    /// A connection on which nothing has moved.
+    fn connect(&mut self) -> Result<Conversation> {
+        self.next += 1;
+        let client = self.net.topology.client.connect(self.address).context("connect")?;
+        let accepted: Option<TcpStream> =
+            wait_for(ARRIVAL, || self.listener.accept().ok().map(|(stream, _)| stream));
+        Ok(Conversation::new(client, accepted.context("the agent has connected no endpoint")?, self.next)?)
+    }
+
+    /// Has the kernel forward one connection, on which both ends are seen to hear each other: then a hand-over waits for
+    /// nothing. The tier may begin to take connections a while after the agent is ready.
+    fn warm_up(&mut self) -> Result<()> {
+        const ATTEMPTS: usize = 10;
+        const ONE: Duration = Duration::from_millis(700);
+        let last = self.tier.last();
+        self.stop_at(last)?;
+        for _ in 0..ATTEMPTS {
+            let mut conversation = self.connect()?;
+            let mut sent = Instant::now();
+            let has_arrived = conversation.until(ONE, |conversation| {
+                if sent.elapsed() > Duration::from_millis(5) {
+                    sent = Instant::now();
+                    for side in Side::BOTH {
+                        conversation.at(side).target += BEFORE / 2;
+                    }
+                }
+                self.has_reached(last)
+            });
+            if has_arrived {
+                self.go_on(last)?;
+                for side in Side::BOTH {
+                    conversation.at(side).finish();
+                }
+                drop(conversation);
+                return self.await_rest();
+            }
+        }
+        bail!("no connection was handed over\n{}", self.agent.log())
+    }
+
+    /// Plays a cell.
+    ///
+    /// # Errors
+    /// What did not happen as it should.
+    pub fn play(&mut self, cell: Cell) -> Result<()> {
+        let (step, first) = (cell.step, self.tier.first());
+        self.stop_at(first)?;
+        let mut conversation = self.connect()?;
+        for side in Side::BOTH {
+            conversation.at(side).target += BEFORE;
+        }
+        let has_begun =
+            conversation.until(ARRIVAL, |both| Side::BOTH.into_iter().all(|side| both.has_all(side)));
+        ensure!(has_begun, "it does not begin: {}", conversation.standing());
+        self.await_step(first, &mut conversation)?;
+        self.hold(cell.held, &mut conversation)?;
+        // Only from here on, and to the last step before it: what looks after other pairs comes there too.
+        let way = if step == REWRITE { [first, BEFORE_REWRITE, step] } else { [first, first, step] };
+        for pair in way.windows(2).filter(|pair| pair[0] != pair[1]) {
+            self.stop_at(pair[1])?;
+            self.go_on(pair[0])?;
+            self.await_step(pair[1], &mut conversation)?;
+        }
+        if let Some(successor) = cell.successor {
+            return self.play_adoption(cell, successor, conversation);
+        }
+        let played = event::play(cell, &mut conversation, &self.net);
+        self.go_on(step)?;
+        let judged = event::judge(&played?, &mut conversation);
+        if judged.is_err() && self.shows {
+            self.show(cell);
+        }
+        judged?;
+        drop(conversation);
+        self.await_rest()
+    }
+
+    /// Shows what can be seen of a connection that stands still, in all places.
+    fn show(&self, cell: Cell) {
+        let Topology { client, node, backend1, .. } = &self.net.topology;
+        println!("{cell}:\n{}", self.agent.log());
+        for (name, host) in [("client", client), ("node", node), ("endpoint", backend1)] {
+            let sockets = host.stdout(Command::new("ss").args(["-tinoOH"])).unwrap_or_default();
+            let counters = host.stdout(Command::new("nstat").arg("-as")).unwrap_or_default();
+            println!("{name}:\n{sockets}{counters}");
+        }
+        for map in ["flows", "pairs"] {
+            let mut dump = Command::new("sh");
+            dump.arg("-c")
+                .arg(format!("bpftool -j map dump pinned {}/v*/{map}", self.agent.pin_dir().display()));
+            println!("{map}: {}", crate::process::stdout(&mut dump).unwrap_or_default());
+        }
+    }
+
+    /// Waits until the agent has nothing left to do for connections that are over, but to wait for stray packets.
+    fn await_rest(&self) -> Result<()> {
+        let mut listed = Vec::new();
+        let rests = wait_for(REST, || {
+            listed = self.agent.connections("").ok()?;
+            listed.iter().all(|one| one["state"] != "tail" && one["tier"] == "tc").then_some(())
+        });
+        rests.with_context(|| format!("not within {REST:?}: the agent is done with it ({listed:?})"))
+    }
+
+    /// Kills the agent where it stands, plays the event before its successor has taken over, or while it does, and asserts
+    /// what has to come of it.
+    fn play_adoption(&mut self, cell: Cell, successor: &str, mut conversation: Conversation) -> Result<()> {
+        self.agent.kill()?;
+        self.go_on(cell.step)?;
+        let command = self.command.clone().succeeding(&self.agent);
+        let (node, manifests) = (self.net.topology.node.clone(), self.manifests.path());
+        let played = if successor == GONE {
+            let played = event::play(cell, &mut conversation, &self.net);
+            self.agent = command.start(&node, &manifests)?;
+            played?
+        } else {
+            self.stop_at(successor)?;
+            let (agent, played) = thread::scope(|scope| {
+                let starting = scope.spawn(|| command.start(&node, &manifests));
+                let played = self
+                    .await_step(successor, &mut conversation)
+                    .and_then(|()| event::play(cell, &mut conversation, &self.net));
+                // Where it has not come there, it is not stopped either.
+                let _ = self.go_on(successor);
+                let agent = starting.join().expect("an agent's start does not panic");
+                agent.and_then(|agent| Ok((agent, played?)))
+            })?;
+            self.agent = agent;
+            played
+        };
+        match Fate::of(cell.step) {
+            Fate::Lives => event::judge(&played, &mut conversation)?,
+            fate => event::judge_end(fate, &mut conversation)?,
+        }
+        drop(conversation);
+        self.await_rest()?;
+        // The next cell is this agent's.
+        self.warm_up()
+    }
+
+    /// Has the agent hold bytes while it stops at the first step.
+    fn hold(&self, held: Held, conversation: &mut Conversation) -> Result<()> {
+        match held {
+            Held::Nothing => return Ok(()),
+            Held::Bytes => {
+                for side in Side::BOTH {
+                    conversation.at(side).target += SOME;
+                }
+            }
+            Held::Beyond(side) => {
+                conversation.at(side).reads = false;
+                conversation.at(side.other()).target += MUCH;
+            }
+        }
+        let is_held = conversation.until(ARRIVAL, |both| {
+            Side::BOTH.into_iter().all(|side| {
+                let end = both.at(side);
+                let stream = end.stream.as_ref();
+                end.sent() == end.target
+                    && stream.is_some_and(|stream| {
+                        crate::sequence::unacknowledged(stream).is_ok_and(|left| left == 0)
+                    })
+            })
+        });
+        ensure!(is_held, "the agent's sockets do not take what they are to hold");
+        Ok(())
+    }
+
+    /// What is left in the kernel of connections that are over.
+    ///
+    /// # Errors
+    /// Something is.
+    pub fn check_left(&self) -> Result<()> {
+        let is_empty = wait_for(LEAVES, || {
+            let maps = ["flows", "pairs"].map(|map| entries(self.agent.pin_dir(), map).unwrap_or_default());
+            (maps == [0; 2] && self.agent.pairs() == 0 && self.sockets().is_empty()).then_some(())
+        });
+        if is_empty.is_some() {
+            return Ok(());
+        }
+        bail!(
+            "something is left: {} flows, {} pairs, sockets {:?}, connections {:?}",
+            entries(self.agent.pin_dir(), "flows")?,
+            entries(self.agent.pin_dir(), "pairs")?,
+            self.sockets(),
+            self.agent.connections("")?
+        )
+    }
+
+    /// The sockets of the node that belong to connections; those that only wait for stray packets (`TIME_WAIT`) do not count.
+    fn sockets(&self) -> Vec<String> {
+        const LISTEN: &str = "0A";
+        const TIME_WAIT: &str = "06";
+        let ports = [LISTENER_PORT, ENDPOINT_PORT].map(|port| format!(":{port:04X}"));
+        let tables = self.net.topology.node.run(|| {
+            ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"]
+                .map(|path| fs::read_to_string(path).unwrap_or_default())
+        });
+        let lines = tables.iter().flat_map(|table| table.lines().skip(1));
+        lines
+            .filter(|line| {
+                let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+                let of_ours =
+                    fields.iter().skip(1).take(2).any(|field| ports.iter().any(|port| field.ends_with(port)));
+                of_ours && fields.get(3).is_some_and(|state| ![LISTEN, TIME_WAIT].contains(state))
+            })
+            .map(|line| line.split_ascii_whitespace().skip(1).take(3).collect::<Vec<_>>().join(" "))
+            .collect()
+    }
+}
+
+/// Plays cells, several at a time, each in a lane of its own.
+///
+/// # Errors
+/// No lane can be had.
+pub fn run(tier: Tier, cells: &[Cell]) -> Result<Table> {
+    let next = AtomicUsize::new(0);
+    let outcomes: Mutex<Vec<Option<Result<Duration, String>>>> = Mutex::new(vec![None; cells.len()]);
+    let left = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        let lanes: Vec<_> = (0..LANES.min(cells.len()))
+            .map(|_| {
+                scope.spawn(|| -> Result<()> {
+                    let mut lane: Option<(Family, Lane)> = None;
+                    while let Some((index, cell)) = Some(next.fetch_add(1, Ordering::Relaxed))
+                        .and_then(|index| Some((index, *cells.get(index)?)))
+                    {
+                        let mut present = match lane.take() {
+                            Some((family, present)) if family == cell.family => present,
+                            _ => Lane::start(tier, cell.family, cells.len() < SHOWS)?,
+                        };
+                        let started = Instant::now();
+                        let outcome = present.play(cell).map_err(|error| format!("{error:#}"));
+                        // What has failed may leave anything.
+                        if outcome.is_ok() {
+                            lane = Some((cell.family, present));
+                        }
+                        outcomes.lock().unwrap_or_else(PoisonError::into_inner)[index] =
+                            Some(outcome.map(|()| started.elapsed()));
+                    }
+                    if let Some((_, lane)) = lane
+                        && let Err(error) = lane.check_left()
+                    {
+                        left.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{error:#}"));
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        lanes.into_iter().try_for_each(|lane| lane.join().expect("a lane does not panic"))
+    })?;
+    let mut table = Table::default();
+    table.left = left.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let outcomes = outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
+    for (cell, outcome) in cells.iter().zip(outcomes) {
+        table.note(*cell, outcome.context("a cell that was not played")?);
+    }
+    Ok(table)
+}
+
+/// Of so few cells much is shown where one fails.
+const SHOWS: usize = 40;
+
+/// The agent with failpoints: `FORWARDER_STEPPED_BIN`, or the debug build of the workspace.
+fn stepped_binary() -> PathBuf {
+    if let Some(path) = std::env::var_os("FORWARDER_STEPPED_BIN") {
+        return path.into();
+    }
+    let workspace = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from);
+    let path = target.join("debug/forwarder-stepped");
+    assert!(
+        path.exists(),
+        "no {}: run `cargo build -p forwarder-agent --features failpoints --bin forwarder-stepped`",
+        path.display()
+    );
+    path
+}

@@ -1,0 +1,70 @@
+//! Whatever an end does while the agent is just at some step of a hand-over has the effect that it should.
+
+use std::env;
+use std::fs;
+use std::sync::Mutex;
+use std::time::Instant;
+
+use forwarder_tests::database::require_program;
+use forwarder_tests::kernel::{AT_ONCE, is_ready};
+use forwarder_tests::shape::stage::Family;
+use forwarder_tests::steps::{self, Cell, Tier};
+use forwarder_tests::{AgentCommand, Forwarding, peer, serialise};
+
+static HEAVY: Mutex<()> = Mutex::new(());
+
+/// Plays cells, those that match `FORWARDER_TEST_STEPS` if it is set, and prints the table.
+fn check(tier: Tier, cells: Vec<Cell>) {
+    let wanted = env::var("FORWARDER_TEST_STEPS").unwrap_or_default();
+    let matches = |cell: &Cell| wanted.split(',').all(|part| cell.to_string().contains(part));
+    let cells: Vec<Cell> = cells.into_iter().filter(matches).collect();
+    let started = Instant::now();
+    let table = steps::run(tier, &cells).expect("lanes");
+    println!("{table}{} cells in {:?}", table.count(), started.elapsed());
+    assert_eq!(table.failures(), 0, "see the table");
+}
+
+#[test]
+fn every_event_at_every_step_of_a_hand_over_to_tc_has_its_effect() {
+    if !is_ready() || !require_program("bpftool") {
+        return;
+    }
+    let _guard = serialise(&HEAVY);
+    check(Tier::Tc, steps::cells(steps::TC, Family::V4));
+}
+
+#[test]
+fn every_event_at_every_step_of_an_insertion_into_sockmap_has_its_effect() {
+    if !is_ready() || !require_program("bpftool") {
+        return;
+    }
+    let _guard = serialise(&HEAVY);
+    check(Tier::Sockmap, steps::cells(steps::SOCKMAP, Family::V4));
+}
+
+#[test]
+fn every_event_at_every_step_of_an_adoption_has_its_effect() {
+    if !is_ready() || !require_program("bpftool") {
+        return;
+    }
+    let _guard = serialise(&HEAVY);
+    check(Tier::Tc, steps::adoptions(Family::V4));
+}
+
+#[test]
+fn the_agent_that_users_run_stops_at_no_step() {
+    if !is_ready() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    for (step, _) in steps::TC {
+        fs::write(folder.path().join(format!("{step}.stop")), "").expect("a file");
+    }
+    let variable = format!("FORWARDER_FAILPOINTS={}", folder.path().display());
+    let command = AgentCommand::new(&AT_ONCE).wrapped(&["env", &variable]);
+    let forwarding = Forwarding::start_with(&command, peer::echo).expect("it works");
+    drop(forwarding.connect_promoted(1));
+    let files = fs::read_dir(folder.path()).expect("a folder").flatten();
+    let reached = files.filter(|file| file.file_name().to_string_lossy().ends_with("reached")).count();
+    assert_eq!(reached, 0, "this binary has failpoints");
+}
