@@ -46,7 +46,7 @@ pub use load::Load;
 pub use manifests::{BackendRef, Manifests};
 pub use netns::{NetNs, Topology, require_root};
 pub use served::Served;
-pub use wait::{wait_for, wait_until};
+pub use wait::{patient, wait_for, wait_until};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
