@@ -169,8 +169,8 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
         };
         half.note(reverse, flow, &seen);
     } else {
+        // The rest is noted with the first and with the last.
         half.packets += 1;
-        half.last_seen = now;
     }
     leave(flow)
 }
@@ -204,7 +204,7 @@ fn find(context: &TcContext, segment: &Segment) -> Option<Fragment> {
     parse_fragment(&SocketBuffer(context), segment.version, segment.ip_offset as usize)
 }
 
-/// Puts the other leg's addresses, and what else `rewrite` changes in an IP header, into that of a fragment.
+/// Puts the addresses and the hop limit of the other leg into the IP header, and takes marks from it that nobody would answer.
 #[inline(always)]
 fn translate(context: &TcContext, version: IpVersion, ip_offset: u32, flow: &Flow) -> Result<(), Verdict> {
     let out = flow.out.address_words();
@@ -212,16 +212,21 @@ fn translate(context: &TcContext, version: IpVersion, ip_offset: u32, flow: &Flo
         IpVersion::V4 => {
             let [first, length, protocol, source, destination]: [u32; 5] = load(context, ip_offset)?;
             let new_first = first & !congestion_marks(flow, u32::from(ECN_MASK) << 16);
-            let change =
-                ChecksumChange::NONE.and(first, new_first).and(source, out[3]).and(destination, out[7]);
             let protocol = u32::from_be(protocol);
-            let checksum = change.applied_to((protocol as u16).to_be());
-            let protocol = protocol & 0xffff_0000 | u32::from(u16::from_be(checksum));
+            let (old, checksum) = (protocol & 0xffff_0000, (protocol as u16).to_be());
+            let new = old & 0x00ff_ffff | u32::from(flow.hop_limit) << 24;
+            let change = ChecksumChange::NONE
+                .and(first, new_first)
+                .and(old.to_be(), new.to_be())
+                .and(source, out[3])
+                .and(destination, out[7]);
+            let protocol = new | u32::from(u16::from_be(change.applied_to(checksum)));
             store(context, ip_offset, &[new_first, length, protocol.to_be(), out[3], out[7]])
         }
         IpVersion::V6 => {
             let [first, second]: [u32; 2] = load(context, ip_offset)?;
             let first = first & !congestion_marks(flow, u32::from(ECN_MASK) << 20);
+            let second = second & !0xff_u32.to_be() | u32::from(flow.hop_limit).to_be();
             let [a, b, c, d, e, f, g, h] = *out;
             write(context, ip_offset, &[first, second, a, b, c, d, e, f, g, h])
         }
