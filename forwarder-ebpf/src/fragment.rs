@@ -13,6 +13,8 @@
 //!   that packet elsewhere, where the TCP checksum of what they are put together to does not match: a loss, which the sender
 //!   makes up for. Linux's own reassembly can be spoilt for no more (`ip_frag_queue`).
 
+#![expect(clippy::needless_borrows_for_generic_args, reason = "copies would stand on the stack")]
+
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::helpers::generated::bpf_l3_csum_replace;
 use aya_ebpf::programs::TcContext;
