@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use super::talk::Conversation;
 use super::{Cell, Fate, GONE, Held, Side, Table, Tier, event};
-use crate::agent::{Agent, AgentCommand};
+use crate::agent::{Agent, AgentCommand, DEADLINE};
 use crate::fixture::{ENDPOINT_PORT, LISTENER_PORT};
 use crate::kernel::entries;
 use crate::manifests::Manifests;
@@ -127,7 +127,8 @@ impl Lane {
 
     /// Lets it go on.
     fn go_on(&self, step: &str) -> io::Result<()> {
-        fs::remove_file(self.file(step, "reached"))?;
+        // It may never have come there.
+        let _ = fs::remove_file(self.file(step, "reached"));
         fs::remove_file(self.file(step, "stop"))
     }
 
@@ -136,8 +137,8 @@ impl Lane {
     }
 
     /// Waits until the agent has come to a step.
-    fn await_step(&self, step: &str, conversation: &mut Conversation) -> Result<()> {
-        if conversation.until(ARRIVAL, |_| self.has_reached(step)) {
+    fn await_step(&self, step: &str, time: Duration, conversation: &mut Conversation) -> Result<()> {
+        if conversation.until(time, |_| self.has_reached(step)) {
             return Ok(());
         }
         bail!("the agent has not come to {step} ({})", conversation.standing());
@@ -197,14 +198,14 @@ impl Lane {
         let has_begun =
             conversation.until(ARRIVAL, |both| Side::BOTH.into_iter().all(|side| both.has_all(side)));
         ensure!(has_begun, "it does not begin: {}", conversation.standing());
-        self.await_step(first, &mut conversation)?;
+        self.await_step(first, ARRIVAL, &mut conversation)?;
         self.hold(cell.held, &mut conversation)?;
         // Only from here on, and to the last step before it: what looks after other pairs comes there too.
         let way = if step == REWRITE { [first, BEFORE_REWRITE, step] } else { [first, first, step] };
         for pair in way.windows(2).filter(|pair| pair[0] != pair[1]) {
             self.stop_at(pair[1])?;
             self.go_on(pair[0])?;
-            self.await_step(pair[1], &mut conversation)?;
+            self.await_step(pair[1], ARRIVAL, &mut conversation)?;
         }
         if let Some(successor) = cell.successor {
             return self.play_adoption(cell, successor, conversation);
@@ -263,12 +264,12 @@ impl Lane {
             let (agent, played) = thread::scope(|scope| {
                 let starting = scope.spawn(|| command.start(&node, &manifests));
                 let played = self
-                    .await_step(successor, &mut conversation)
+                    .await_step(successor, DEADLINE, &mut conversation)
                     .and_then(|()| event::play(cell, &mut conversation, &self.net));
                 // Where it has not come there, it is not stopped either.
-                let _ = self.go_on(successor);
+                let gone_on = self.go_on(successor);
                 let agent = starting.join().expect("an agent's start does not panic");
-                agent.and_then(|agent| Ok((agent, played?)))
+                agent.and_then(|agent| gone_on.map_err(Into::into).and(Ok((agent, played?))))
             })?;
             self.agent = agent;
             played
