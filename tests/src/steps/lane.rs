@@ -355,11 +355,11 @@ impl Lane {
     }
 }
 
-/// Plays cells, several at a time, each in a lane of its own.
+/// Plays cells, several at a time, each in a lane of its own; `shows` much of each failure, or just names it.
 ///
 /// # Errors
 /// No lane can be had.
-pub fn run(tier: Tier, cells: &[Cell]) -> Result<Table> {
+pub fn run(tier: Tier, cells: &[Cell], shows: bool) -> Result<Table> {
     let next = AtomicUsize::new(0);
     let outcomes: Mutex<Vec<Option<Result<Duration, String>>>> = Mutex::new(vec![None; cells.len()]);
     let left = Mutex::new(Vec::new());
@@ -373,7 +373,7 @@ pub fn run(tier: Tier, cells: &[Cell]) -> Result<Table> {
                     {
                         let mut present = match lane.take() {
                             Some((family, present)) if family == cell.family => present,
-                            _ => Lane::start(tier, cell.family, cells.len() < SHOWS)?,
+                            _ => Lane::start(tier, cell.family, shows)?,
                         };
                         let started = Instant::now();
                         let outcome = present.play(cell).map_err(|error| format!("{error:#}"));
@@ -403,9 +403,6 @@ pub fn run(tier: Tier, cells: &[Cell]) -> Result<Table> {
     }
     Ok(table)
 }
-
-/// Of so few cells much is shown where one fails.
-const SHOWS: usize = 40;
 
 /// The agent with failpoints: `FORWARDER_STEPPED_BIN`, or the debug build of the workspace.
 fn stepped_binary() -> PathBuf {
