@@ -40,8 +40,9 @@ const SOME: usize = 4_096;
 const MUCH: usize = 14_000;
 /// The receive buffers of both hosts at first: no more than a part of what the agent may hold at a hand-over.
 const SMALL_BUFFERS: &str = "4096 8192 6291456";
-/// How many lanes there are.
+/// How many lanes there are, and how many where each cell takes the start of an agent, which keeps a CPU busy.
 const LANES: usize = 4;
+const LANES_OF_SUCCESSORS: usize = 2;
 
 /// The hosts and wires of the two ends.
 pub(super) struct Net {
@@ -364,7 +365,9 @@ pub fn run(tier: Tier, cells: &[Cell], shows: bool) -> Result<Table> {
     let outcomes: Mutex<Vec<Option<Result<Duration, String>>>> = Mutex::new(vec![None; cells.len()]);
     let left = Mutex::new(Vec::new());
     thread::scope(|scope| {
-        let lanes: Vec<_> = (0..LANES.min(cells.len()))
+        let has_successors = cells.iter().any(|cell| cell.successor.is_some());
+        let lanes = if has_successors { LANES_OF_SUCCESSORS } else { LANES };
+        let lanes: Vec<_> = (0..lanes.min(cells.len()))
             .map(|_| {
                 scope.spawn(|| -> Result<()> {
                     let mut lane: Option<(Family, Lane)> = None;
