@@ -200,7 +200,7 @@ impl Lane {
             conversation.until(ARRIVAL, |both| Side::BOTH.into_iter().all(|side| both.has_all(side)));
         ensure!(has_begun, "it does not begin: {}", conversation.standing());
         self.await_step(first, ARRIVAL, &mut conversation)?;
-        self.hold(cell.held, &mut conversation)?;
+        hold(cell.held, &mut conversation)?;
         // Only from here on, and to the last step before it: what looks after other pairs comes there too.
         let way = if step == REWRITE { [first, BEFORE_REWRITE, step] } else { [first, first, step] };
         for pair in way.windows(2).filter(|pair| pair[0] != pair[1]) {
@@ -285,34 +285,6 @@ impl Lane {
         self.warm_up()
     }
 
-    /// Has the agent hold bytes while it stops at the first step.
-    fn hold(&self, held: Held, conversation: &mut Conversation) -> Result<()> {
-        match held {
-            Held::Nothing => return Ok(()),
-            Held::Bytes => {
-                for side in Side::BOTH {
-                    conversation.at(side).target += SOME;
-                }
-            }
-            Held::Beyond(side) => {
-                conversation.at(side).reads = false;
-                conversation.at(side.other()).target += MUCH;
-            }
-        }
-        let is_held = conversation.until(ARRIVAL, |both| {
-            Side::BOTH.into_iter().all(|side| {
-                let end = both.at(side);
-                let stream = end.stream.as_ref();
-                end.sent() == end.target
-                    && stream.is_some_and(|stream| {
-                        crate::sequence::unacknowledged(stream).is_ok_and(|left| left == 0)
-                    })
-            })
-        });
-        ensure!(is_held, "the agent's sockets do not take what they are to hold");
-        Ok(())
-    }
-
     /// What is left in the kernel of connections that are over.
     ///
     /// # Errors
@@ -356,6 +328,33 @@ impl Lane {
     }
 }
 
+/// Has the agent hold bytes while it stops at the first step.
+fn hold(held: Held, conversation: &mut Conversation) -> Result<()> {
+    match held {
+        Held::Nothing => return Ok(()),
+        Held::Bytes => {
+            for side in Side::BOTH {
+                conversation.at(side).target += SOME;
+            }
+        }
+        Held::Beyond(side) => {
+            conversation.at(side).reads = false;
+            conversation.at(side.other()).target += MUCH;
+        }
+    }
+    let is_held = conversation.until(ARRIVAL, |both| {
+        Side::BOTH.into_iter().all(|side| {
+            let end = both.at(side);
+            let stream = end.stream.as_ref();
+            end.sent() == end.target
+                && stream
+                    .is_some_and(|stream| crate::sequence::unacknowledged(stream).is_ok_and(|left| left == 0))
+        })
+    });
+    ensure!(is_held, "the agent's sockets do not take what they are to hold");
+    Ok(())
+}
+
 /// Plays cells, several at a time, each in a lane of its own; `shows` much of each failure, or just names it.
 ///
 /// # Errors
@@ -371,9 +370,9 @@ pub fn run(tier: Tier, cells: &[Cell], shows: bool) -> Result<Table> {
             .map(|_| {
                 scope.spawn(|| -> Result<()> {
                     let mut lane: Option<(Family, Lane)> = None;
-                    while let Some((index, cell)) = Some(next.fetch_add(1, Ordering::Relaxed))
-                        .and_then(|index| Some((index, *cells.get(index)?)))
-                    {
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(&cell) = cells.get(index) else { break };
                         let mut present = match lane.take() {
                             Some((family, present)) if family == cell.family => present,
                             _ => Lane::start(tier, cell.family, shows)?,
@@ -398,8 +397,7 @@ pub fn run(tier: Tier, cells: &[Cell], shows: bool) -> Result<Table> {
             .collect();
         lanes.into_iter().try_for_each(|lane| lane.join().expect("a lane does not panic"))
     })?;
-    let mut table = Table::default();
-    table.left = left.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut table = Table::with(left.into_inner().unwrap_or_else(PoisonError::into_inner));
     let outcomes = outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
     for (cell, outcome) in cells.iter().zip(outcomes) {
         table.note(*cell, outcome.context("a cell that was not played")?);

@@ -215,7 +215,7 @@ pub fn some(cells: Vec<Cell>, share: usize, seed: usize) -> Vec<Cell> {
     cells
         .into_iter()
         .enumerate()
-        .filter(|(index, _)| (index + seed) % share == 0)
+        .filter(|(index, _)| (index + seed).is_multiple_of(share))
         .map(|(_, cell)| cell)
         .collect()
 }
