@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -79,7 +79,7 @@ fn an_installation_that_comes_and_goes_leaves_the_other_alone() {
     let command = AgentCommand::new(&AT_ONCE);
     let mut one = Installation::start(&topology, &command, LISTENER_PORT);
     let other = Installation::start(&topology, &command.admin(OTHER_ADMIN), LISTENER_PORT + 1);
-    let alone = hanging(&topology, "veth1") / 2;
+    let alone = hanging(&topology, &[&one.agent, &other.agent], "veth1") / 2;
     assert!(alone > 0, "nothing hangs there");
     one.check(&topology);
 
@@ -95,13 +95,21 @@ fn an_installation_that_comes_and_goes_leaves_the_other_alone() {
     one.succeed(&topology);
     one.check(&topology);
     other.check(&topology);
-    assert_eq!(hanging(&topology, "veth1"), 2 * alone, "each has its programs once");
+    assert_eq!(
+        hanging(&topology, &[&one.agent, &other.agent], "veth1"),
+        2 * alone,
+        "each has its programs once"
+    );
 
     one.agent.kill().expect("it runs");
     let mut command = Command::new(binary());
     command.args(["cleanup", "--yes", "--pin-dir"]).arg(one.agent.pin_dir());
     topology.node.stdout(&mut command).expect("cleanup");
-    assert_eq!(hanging(&topology, "veth1"), alone, "those of the other one are left");
+    assert_eq!(
+        hanging(&topology, &[&one.agent, &other.agent], "veth1"),
+        alone,
+        "those of the other one are left"
+    );
     other.check(&topology);
     assert_eq!(
         other.agent.metric(RESTORED),
@@ -112,8 +120,9 @@ fn an_installation_that_comes_and_goes_leaves_the_other_alone() {
     println!("{} bytes each way", other.traffic.finish().expect("whole transfers"));
 }
 
-/// How many programs hang on both sides of an interface of the node.
-fn hanging(topology: &Topology, interface: &str) -> usize {
+/// How many programs of these agents hang on both sides of an interface of the node: the filters that are there, or the
+/// links that are pinned.
+fn hanging(topology: &Topology, agents: &[&Agent], interface: &str) -> usize {
     if is_by_clsact() {
         let count = |side| {
             let filters = tc(topology, &["filter", "show", "dev", interface, side]);
@@ -121,9 +130,16 @@ fn hanging(topology: &Topology, interface: &str) -> usize {
         };
         return count("ingress") + count("egress");
     }
-    let mut command = Command::new("bpftool");
-    let list = topology.node.stdout(command.args(["net", "show", "dev", interface])).expect("bpftool");
-    list.lines().filter(|line| line.contains("tcx/")).count()
+    let index = index(topology, interface);
+    let pins = agents.iter().flat_map(|agent| ["ingress", "egress"].map(|side| pin(agent, &index, side)));
+    pins.flatten().count()
+}
+
+/// The index of an interface of the node.
+fn index(topology: &Topology, interface: &str) -> String {
+    let mut command = Command::new("ip");
+    let text = topology.node.stdout(command.args(["-o", "link", "show", "dev", interface])).expect("ip");
+    text.split_once(':').expect("an index").0.to_owned()
 }
 
 fn tc(topology: &Topology, arguments: &[&str]) -> String {
@@ -131,11 +147,13 @@ fn tc(topology: &Topology, arguments: &[&str]) -> String {
     topology.node.stdout(command.args(arguments)).expect("tc")
 }
 
-/// Where the link of a side of an interface is pinned.
-fn pin(agent: &Agent, index: &str, side: &str) -> PathBuf {
-    let versions = fs::read_dir(agent.pin_dir()).expect("a folder").flatten();
-    let pins = versions.map(|version| version.path().join("links").join(format!("{index}_{side}")));
-    pins.into_iter().find(|path| path.exists()).expect("a pin")
+/// Where the link of a side of an interface is pinned, if it is.
+fn pin(agent: &Agent, index: &str, side: &str) -> Option<PathBuf> {
+    let mut versions = fs::read_dir(agent.pin_dir()).into_iter().flatten().flatten();
+    versions.find_map(|version| {
+        let pin = version.path().join("links").join(format!("{index}_{side}"));
+        pin.exists().then_some(pin)
+    })
 }
 
 /// Takes off an interface what an agent has attached to these sides.
@@ -148,13 +166,10 @@ fn remove(forwarding: &Forwarding, interface: &str, sides: &[&str]) {
         }
         return;
     }
-    let path = Path::new("/sys/class/net").join(interface).join("ifindex");
-    let index = topology.node.stdout(Command::new("ip").args(["-o", "link", "show", "dev", interface]));
-    let index = index.unwrap_or_else(|_| panic!("{}", path.display()));
-    let (index, _) = index.split_once(':').expect("an index");
+    let index = index(topology, interface);
     for side in sides {
         let mut command = Command::new("bpftool");
-        command.args(["link", "detach", "pinned"]).arg(pin(&forwarding.agent, index, side));
+        command.args(["link", "detach", "pinned"]).arg(pin(&forwarding.agent, &index, side).expect("a pin"));
         process::stdout(&mut command).expect("bpftool");
     }
 }
@@ -175,7 +190,8 @@ fn programs_that_somebody_removes_come_back_and_transfers_go_on() {
     let _guard = serialise(&HEAVY);
     let forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
     let idle = forwarding.connect_promoted(FLOWS);
-    let before = ["veth1", "veth2"].map(|interface| hanging(&forwarding.topology, interface));
+    let before =
+        ["veth1", "veth2"].map(|interface| hanging(&forwarding.topology, &[&forwarding.agent], interface));
 
     // The guard stays: what the stack would answer meanwhile does not leave.
     let traffic = Traffic::start(forwarding.connect_promoted(FLOWS));
@@ -195,7 +211,8 @@ fn programs_that_somebody_removes_come_back_and_transfers_go_on() {
         client::ping(stream, b"still here").expect("an echo");
     }
     forwarding.agent.wait_pairs(FLOWS);
-    let after = ["veth1", "veth2"].map(|interface| hanging(&forwarding.topology, interface));
+    let after =
+        ["veth1", "veth2"].map(|interface| hanging(&forwarding.topology, &[&forwarding.agent], interface));
     assert_eq!(after, before);
 }
 
