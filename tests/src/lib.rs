@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod apiserver;
+pub mod attach;
 pub mod chart;
 pub mod client;
 pub mod cluster;
