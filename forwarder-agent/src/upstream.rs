@@ -18,6 +18,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::counters::{BackendCounters, ConnectFailure, PerWorker};
 use crate::datapath::flows::FlowTable;
 use crate::model::{BackendKey, Endpoints};
+use crate::relay;
 use crate::segment_size::SegmentSize;
 
 pub use self::port::PortRange;
@@ -183,6 +184,7 @@ fn is_no_local_port(error: &io::Error) -> bool {
     Errno::from_io_error(error) == Some(Errno::ADDRNOTAVAIL)
 }
 
+    relay::prepare(&socket)?;
 fn classify(error: &io::Error) -> ConnectFailure {
     if error.kind() == io::ErrorKind::TimedOut {
         return ConnectFailure::TimedOut;
