@@ -1,5 +1,6 @@
 //! One accepted connection: chosen a backend, connected, relayed, promoted where that is possible, recorded.
 
+mod clocks;
 mod insertion;
 pub(crate) mod listing;
 mod promotion;
@@ -23,6 +24,7 @@ use crate::datapath::monotonic;
 use crate::listener::{BoundListener, Serving};
 use crate::model::Datapath;
 use crate::promote::Refusal;
+use crate::promote::clock::Clock;
 use crate::record::Record;
 use crate::relay::{Moved, Tier};
 use crate::removal::Standing;
@@ -60,6 +62,10 @@ pub(crate) struct Connection {
     first_sent: [Cell<Option<u32>>; 2],
     /// The sweep from which on it is promoted whatever has moved.
     promote_from: Cell<Option<u32>>,
+    /// The timestamp clocks of both sockets.
+    clocks: [Cell<Clock>; 2],
+    /// How often it was not promoted for a reason that may pass.
+    refused: Cell<u32>,
     /// The kernel forwards what arrives; what had arrived before is still delivered here.
     is_in_tail: Cell<bool>,
     /// Why it was not promoted when it was due.
@@ -120,6 +126,8 @@ impl Connection {
             first_sent: [const { Cell::new(None) }; 2],
             is_in_tail: Cell::new(false),
             refusal: Cell::new(None),
+            clocks: <[Cell<Clock>; 2]>::default(),
+            refused: Cell::new(0),
             order: Cell::new(None),
             waker: RefCell::new(None),
         }

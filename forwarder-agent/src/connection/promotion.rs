@@ -6,7 +6,7 @@ use std::task::Poll;
 use tokio::net::TcpStream;
 
 use super::relaying::Relay;
-use super::{Connection, insertion, tail};
+use super::{Connection, clocks, insertion, tail};
 use crate::counters::End;
 use crate::model::Datapath;
 use crate::promote::Refusal;
@@ -81,6 +81,9 @@ async fn attempt(
     let settings = worker.settings();
     match (tier, &settings.promoter, settings.sockmap.get()) {
         (Tier::Tc, Some(promoter), _) => {
+            if let Err(attempt) = clocks::learn(worker, relay, downstream, upstream, connection).await {
+                return attempt;
+            }
             tail::attempt(promoter, worker, relay, downstream, upstream, connection).await
         }
         (Tier::Sockmap, _, Some(Ok(pairs))) => {

@@ -17,6 +17,7 @@ use crate::counters::End;
 use crate::datapath::flows::JoinedPair;
 use crate::datapath::paths::Exit;
 use crate::pairs::Promoter;
+use crate::promote::clock::Clock;
 use crate::promote::{Leg, Refusal, leg};
 use crate::relay::Direction;
 use crate::worker::Worker;
@@ -64,8 +65,9 @@ fn join(
     upstream: &TcpStream,
     connection: &Connection,
 ) -> Result<JoinedPair, Refusal> {
-    let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>| {
-        let leg = Leg::read(socket, written, first_sent.get()).map_err(|error| {
+    let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>, clock: &Cell<Clock>| {
+        let clock_offset = clock.get().offset().ok_or(Refusal::Unreadable)?;
+        let leg = Leg::read(socket, written, first_sent.get(), clock_offset).map_err(|error| {
             if error.kind() == std::io::ErrorKind::NotConnected {
                 return Refusal::Ended;
             }
@@ -76,8 +78,9 @@ fn join(
         Ok(leg)
     };
     let [to_downstream, to_upstream] = &connection.first_sent;
-    let down = leg(downstream, connection.sent.get(), to_downstream)?;
-    let up = leg(upstream, connection.received.get(), to_upstream)?;
+    let [downstream_clock, upstream_clock] = &connection.clocks;
+    let down = leg(downstream, connection.sent.get(), to_downstream, downstream_clock)?;
+    let up = leg(upstream, connection.received.get(), to_upstream, upstream_clock)?;
     for (from, to, relayed) in [(&down, &up, connection.received.get()), (&up, &down, connection.sent.get())]
     {
         // The receiver drops what comes beyond its window while the tail is on its way: it would be sent again only after

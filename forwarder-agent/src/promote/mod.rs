@@ -2,6 +2,7 @@
 //!
 //! What joins them is in `datapath::flows`, and when, in `connection`.
 
+pub(crate) mod clock;
 pub mod leg;
 mod probe;
 mod refusal;

@@ -105,12 +105,16 @@ fn promote(
     downstream: (&TcpStream, u64),
     upstream: (&TcpStream, u64),
 ) -> Vec<(FlowKey, Flow)> {
-    let legs = [downstream, upstream].map(|(socket, written)| Leg::read(socket, written, None).unwrap());
+    let legs = [downstream, upstream].map(|(socket, written)| {
+        let clock = crate::promote::clock::wait(socket);
+        Leg::read(socket, written, None, clock).unwrap()
+    });
     let hop = |interface: &str, leg: &Leg| Hop {
         interface: interface_index(interface),
         next_hop: NextHop::new(leg.peer.ip()),
         mtu: 1500,
         way: Way::Redirect,
+        hop_limit: 64,
     };
     let placement =
         Placement { downstream: hop("veth-down", &legs[0]), upstream: hop("veth-up", &legs[1]), pair: PAIR };
