@@ -192,7 +192,7 @@ async fn deliver_tail(
             Verdict::Heard => {}
             Verdict::Waiting => continue,
             Verdict::Swallowed(exit) => {
-                if goes_otherwise(promoter, pair, exit) {
+                if goes_otherwise(promoter, pair, exit, connection) {
                     hearing = Hearing::after(&state);
                     continue;
                 }
@@ -201,7 +201,7 @@ async fn deliver_tail(
                 return Tail::TakenBack;
             }
             Verdict::Deaf(exit) => {
-                if goes_otherwise(promoter, pair, exit) {
+                if goes_otherwise(promoter, pair, exit, connection) {
                     hearing = Hearing::after(&state);
                     continue;
                 }
@@ -228,13 +228,15 @@ async fn deliver_tail(
     }
 }
 
-/// Has nothing sent by an exit for a while; whether the pair that has found out goes on in another way.
-fn goes_otherwise(promoter: &Promoter, pair: &mut JoinedPair, exit: Exit) -> bool {
-    if promoter.flows.paths().avoid(exit) {
+/// Has nothing sent by an exit for this client for a while; whether the pair that has found out goes on in another way.
+fn goes_otherwise(promoter: &Promoter, pair: &mut JoinedPair, exit: Exit, connection: &Connection) -> bool {
+    if promoter.flows.paths().avoid(exit, connection.downstream.ip()) {
         tracing::warn!(
             interface = exit.interface,
             way = exit.way.as_str(),
-            "what is sent through this interface does not arrive: it is not sent so for a while"
+            client = %connection.downstream.ip(),
+            "what is sent through this interface does not arrive: for this client, and for all once several find so, it is \
+             not sent so for a while"
         );
     }
     promoter.flows.change_ways(pair).unwrap_or_else(|error| {

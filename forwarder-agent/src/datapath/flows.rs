@@ -1,7 +1,7 @@
 //! The flows of promoted pairs in the kernel's maps, shared by the workers.
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -240,9 +240,10 @@ impl FlowTable {
     /// # Errors
     /// Why they stay as they are.
     pub fn join(&self, opened: u64, downstream: &Leg, upstream: &Leg) -> Result<JoinedPair, Refusal> {
+        let client = downstream.peer.ip();
         let placement = Placement {
-            downstream: self.hop(downstream)?,
-            upstream: self.hop(upstream)?,
+            downstream: self.hop(client, downstream)?,
+            upstream: self.hop(client, upstream)?,
             pair: self.next.fetch_add(1, Ordering::Relaxed),
         };
         let mut joint = join(downstream, upstream, placement)?;
@@ -275,7 +276,7 @@ impl FlowTable {
     }
 
     /// Where a leg's packets leave: by an interface on which programs hang.
-    fn hop(&self, leg: &Leg) -> Result<Hop, Refusal> {
+    fn hop(&self, client: IpAddr, leg: &Leg) -> Result<Hop, Refusal> {
         let egress = self.routes.egress(leg.local.ip(), leg.peer.ip()).map_err(|error| {
             tracing::debug!(%error, "a connection stays in userspace");
             Refusal::NoRoute
@@ -283,7 +284,7 @@ impl FlowTable {
         if egress.is_local {
             return Err(Refusal::SameHost);
         }
-        let way = self.paths.check(egress.interface)?;
+        let way = self.paths.check(egress.interface, client)?;
         Ok(Hop {
             interface: egress.interface,
             next_hop: NextHop::new(egress.next_hop),
@@ -354,6 +355,7 @@ impl FlowTable {
     /// The kernel refuses.
     pub fn reroute(&self, pair: &mut JoinedPair) -> Result<bool, DatapathError> {
         let mut has_moved = false;
+        let client = pair.downstream().0.ip();
         for (_, flow) in &mut pair.flows {
             let (local, peer) = ends(&flow.out);
             // Where there is no route for the moment, the old one is as good.
@@ -363,7 +365,7 @@ impl FlowTable {
             }
             let before = *flow;
             if flow.interface != egress.interface {
-                let Ok(way) = self.paths.check(egress.interface) else { continue };
+                let Ok(way) = self.paths.check(egress.interface, client) else { continue };
                 flow.flags = flow.flags & !FLOW_BY_STACK | way.flag();
             }
             (flow.interface, flow.next_hop) = (egress.interface, NextHop::new(egress.next_hop));
@@ -384,8 +386,9 @@ impl FlowTable {
     /// The kernel refuses.
     pub fn change_ways(&self, pair: &mut JoinedPair) -> Result<bool, DatapathError> {
         let mut changed = *pair;
+        let client = pair.downstream().0.ip();
         for (_, flow) in &mut changed.flows {
-            let Ok(way) = self.paths.check(flow.interface) else { return Ok(false) };
+            let Ok(way) = self.paths.check(flow.interface, client) else { return Ok(false) };
             flow.flags = flow.flags & !FLOW_BY_STACK | way.flag();
         }
         if changed == *pair || self.check_stack(&changed.flows).is_err() {
