@@ -20,7 +20,7 @@ use super::conntrack::Conntrack;
 use super::load_error::errno_of;
 use super::paths::{Exit, Paths};
 use super::ports::TakenPorts;
-use super::routes::{Egress, RouteError, Routes};
+use super::routes::{Egress, LookupError, RouteError, Routes};
 use super::stack::Family;
 use super::{DatapathError, monotonic};
 use crate::promote::{Hop, Leg, Placement, Refusal, Way, join};
@@ -36,8 +36,7 @@ const HOP_LIMIT: u8 = 64;
 pub struct FlowTable {
     maps: Mutex<FlowMaps>,
     routes: Routes,
-    /// `None` where the kernel has none.
-    conntrack: Option<Conntrack>,
+    conntrack: Conntrack,
     paths: Arc<Paths>,
     ports: TakenPorts,
     next: AtomicU32,
@@ -191,13 +190,7 @@ impl FlowTable {
     pub fn open(pins: &Path, routes: Routes, paths: Arc<Paths>) -> Result<Self, DatapathError> {
         let maps = Mutex::new(FlowMaps::open(pins)?);
         let (next, live) = (AtomicU32::new(1), AtomicUsize::new(0));
-        let conntrack = match Conntrack::open() {
-            Ok(conntrack) => Some(conntrack),
-            Err(error) => {
-                tracing::debug!(%error, "connection tracking cannot be asked");
-                None
-            }
-        };
+        let conntrack = Conntrack::open();
         Ok(Self { maps, routes, conntrack, paths, ports: TakenPorts::default(), next, live })
     }
 
@@ -242,8 +235,8 @@ impl FlowTable {
     pub fn join(&self, opened: u64, downstream: &Leg, upstream: &Leg) -> Result<JoinedPair, Refusal> {
         let client = downstream.peer.ip();
         let placement = Placement {
-            downstream: self.hop(client, downstream)?,
-            upstream: self.hop(client, upstream)?,
+            downstream: self.hop(client, downstream.local, downstream.peer)?,
+            upstream: self.hop(client, upstream.local, upstream.peer)?,
             pair: self.next.fetch_add(1, Ordering::Relaxed),
         };
         let mut joint = join(downstream, upstream, placement)?;
@@ -275,11 +268,29 @@ impl FlowTable {
         Ok(pair)
     }
 
+    /// Whether the packets of two legs could leave now; each is told by the node's end of it, and its peer.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check_ways(
+        &self,
+        downstream: (SocketAddr, SocketAddr),
+        upstream: (SocketAddr, SocketAddr),
+    ) -> Result<(), Refusal> {
+        for (local, peer) in [downstream, upstream] {
+            self.hop(downstream.1.ip().to_canonical(), local, peer)?;
+        }
+        Ok(())
+    }
+
     /// Where a leg's packets leave: by an interface on which programs hang.
-    fn hop(&self, client: IpAddr, leg: &Leg) -> Result<Hop, Refusal> {
-        let egress = self.routes.egress(leg.local.ip(), leg.peer.ip()).map_err(|error| {
+    fn hop(&self, client: IpAddr, local: SocketAddr, peer: SocketAddr) -> Result<Hop, Refusal> {
+        let egress = self.routes.egress(local.ip(), peer.ip()).map_err(|error| {
             tracing::debug!(%error, "a connection stays in userspace");
-            Refusal::NoRoute
+            match error {
+                RouteError::Lookup { source: LookupError::LinkLocal, .. } => Refusal::LinkLocal,
+                _ => Refusal::NoRoute,
+            }
         })?;
         if egress.is_local {
             return Err(Refusal::SameHost);
@@ -308,14 +319,12 @@ impl FlowTable {
 
     /// Whether a leg's packets have the addresses of its socket where the programs see them.
     fn check_translation(&self, leg: &Leg) -> Result<(), Refusal> {
-        let Some(conntrack) = &self.conntrack else { return Ok(()) };
-        match conntrack.is_translated(leg.local, leg.peer) {
+        match self.conntrack.is_translated(leg.local, leg.peer) {
             Ok(false) => Ok(()),
             Ok(true) => Err(Refusal::Translated),
             Err(error) => {
-                // A kernel that does not track connections translates none.
-                tracing::debug!(%error, "connection tracking cannot be asked");
-                Ok(())
+                tracing::debug!(%error, "connection tracking does not answer: a connection stays in userspace");
+                Err(Refusal::TranslationUnknown)
             }
         }
     }
