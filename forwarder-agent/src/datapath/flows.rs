@@ -29,9 +29,6 @@ use crate::promote::{Hop, Leg, Placement, Refusal, Way, join};
 const BPF_NOEXIST: u64 = 1;
 const BPF_EXIST: u64 = 2;
 
-/// The TTL or hop limit of what is sent on: what Linux gives its own packets unless it is told otherwise (`IPDEFTTL`).
-const HOP_LIMIT: u8 = 64;
-
 /// The maps of flows, open.
 pub struct FlowTable {
     maps: Mutex<FlowMaps>,
@@ -301,14 +298,14 @@ impl FlowTable {
             next_hop: NextHop::new(egress.next_hop),
             mtu: self.mtu(&egress),
             way,
-            hop_limit: HOP_LIMIT,
+            hop_limit: self.hop_limit(egress.interface, Family::of(peer.ip()), way),
         })
     }
 
     /// Whether the stack sends on what is left to it: that arrives by the interface that the other direction leaves by.
     fn check_stack(&self, flows: &[(FlowKey, Flow); 2]) -> Result<(), Refusal> {
         let [(key, request), (_, response)] = flows;
-        let family = if address_of(key.source).is_ipv4() { Family::V4 } else { Family::V6 };
+        let family = Family::of(address_of(key.source));
         for (flow, arrival) in [(request, response.interface), (response, request.interface)] {
             if Way::of(flow) == Way::Stack {
                 self.paths.check_stack(arrival, family)?;
@@ -327,6 +324,13 @@ impl FlowTable {
                 Err(Refusal::TranslationUnknown)
             }
         }
+    }
+
+    /// The TTL or hop limit that packets get, as [`Flow::hop_limit`]: that of the node's own, and one more where the stack takes
+    /// one off.
+    fn hop_limit(&self, interface: u32, family: Family, way: Way) -> u8 {
+        let own = self.paths.hop_limit(interface, family);
+        if way == Way::Stack { own.saturating_add(1) } else { own }
     }
 
     /// The largest packet that may leave, as [`Flow::mtu`]: what the route says, or the interface.
@@ -376,6 +380,7 @@ impl FlowTable {
             if flow.interface != egress.interface {
                 let Ok(way) = self.paths.check(egress.interface, client) else { continue };
                 flow.flags = flow.flags & !FLOW_BY_STACK | way.flag();
+                flow.hop_limit = self.hop_limit(egress.interface, Family::of(peer.ip()), way);
             }
             (flow.interface, flow.next_hop) = (egress.interface, NextHop::new(egress.next_hop));
             flow.mtu = self.mtu(&egress);
@@ -399,6 +404,7 @@ impl FlowTable {
         for (_, flow) in &mut changed.flows {
             let Ok(way) = self.paths.check(flow.interface, client) else { return Ok(false) };
             flow.flags = flow.flags & !FLOW_BY_STACK | way.flag();
+            flow.hop_limit = self.hop_limit(flow.interface, Family::of(ends(&flow.out).1.ip()), way);
         }
         if changed == *pair || self.check_stack(&changed.flows).is_err() {
             return Ok(false);

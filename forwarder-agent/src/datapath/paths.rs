@@ -201,6 +201,12 @@ impl Paths {
         self.known().links.get(&interface).map(|link| link.mtu)
     }
 
+    /// The TTL or hop limit of the node's own packets by an interface.
+    pub fn hop_limit(&self, interface: u32, family: Family) -> u8 {
+        let name = self.known().links.get(&interface).map(|link| link.name.clone());
+        stack::hop_limit(&name.unwrap_or_default(), family)
+    }
+
     /// Whether MTUs have changed since this was asked last.
     pub fn take_changed_mtus(&self) -> bool {
         std::mem::take(&mut self.known().mtus_changed)
