@@ -245,6 +245,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         memory: settings.sockmap_memory,
         pairs: settings.max_pairs.min(STREAMS_CAPACITY / 2),
         slot: settings.workers + 1,
+        patience: settings.keepalive.map(crate::upstream::patience),
     }));
     let switches = Arc::<Switches>::default();
     let worker_settings = WorkerSettings {

@@ -1,5 +1,6 @@
 //! One accepted connection: chosen a backend, connected, relayed, promoted where that is possible, recorded.
 
+mod clocks;
 mod insertion;
 pub(crate) mod listing;
 mod promotion;
@@ -23,6 +24,8 @@ use crate::datapath::monotonic;
 use crate::listener::{BoundListener, Serving};
 use crate::model::Datapath;
 use crate::promote::Refusal;
+use crate::promote::clock::Clock;
+use crate::promote::tcp_info::Silence;
 use crate::record::Record;
 use crate::relay::{Moved, Tier};
 use crate::removal::Standing;
@@ -31,6 +34,8 @@ use crate::worker::Worker;
 
 use self::relaying::Relay;
 
+/// How often it is looked in the time that a peer may say nothing whether it does.
+const LOOKS: u128 = 16;
 /// After how many sweeps a connection is no longer a short one.
 const KEEPALIVE_AFTER_SWEEPS: u32 = 4;
 
@@ -58,6 +63,12 @@ pub(crate) struct Connection {
     promote_at: Cell<Option<u64>>,
     /// The numbers of the first bytes that were sent to the client and to the endpoint, once they were read.
     first_sent: [Cell<Option<u32>>; 2],
+    /// The timestamp clocks of both sockets.
+    clocks: [Cell<Clock>; 2],
+    /// How often it was not promoted for a reason that may pass.
+    refused: Cell<u32>,
+    /// Since when each peer does not answer.
+    silences: [Cell<Silence>; 2],
     /// The sweep from which on it is promoted whatever has moved.
     promote_from: Cell<Option<u32>>,
     /// The kernel forwards what arrives; what had arrived before is still delivered here.
@@ -71,7 +82,7 @@ pub(crate) struct Connection {
 /// What a worker wants of a connection.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Order {
-    /// See whether a peer has reset a side that is not being read.
+    /// See whether a peer has reset a side that is not being read, or does not answer any more.
     Look,
     /// Set keepalive on the upstream side and note its local address: short connections are spared the system calls.
     KeepAlive,
@@ -118,6 +129,9 @@ impl Connection {
             promote_at: Cell::new(None),
             promote_from: Cell::new(None),
             first_sent: [const { Cell::new(None) }; 2],
+            clocks: <[Cell<Clock>; 2]>::default(),
+            refused: Cell::new(0),
+            silences: <[Cell<Silence>; 2]>::default(),
             is_in_tail: Cell::new(false),
             refusal: Cell::new(None),
             order: Cell::new(None),
@@ -133,8 +147,8 @@ impl Connection {
         }
     }
 
-    /// What is due for a connection at this sweep, given how long a sweep takes.
-    pub(crate) fn due(&self, sweep: u32, period: Duration) -> Option<Order> {
+    /// What is due for a connection at this sweep, given how long a sweep takes, and how long a peer may say nothing.
+    pub(crate) fn due(&self, sweep: u32, period: Duration, patience: Option<Duration>) -> Option<Order> {
         if self.record.borrow_mut().as_mut().is_some_and(Record::is_removed) {
             return Some(Order::End(End::Removed));
         }
@@ -155,7 +169,16 @@ impl Connection {
             self.promote_from.set(None);
             return Some(Order::Promote);
         }
-        self.blind.get().then_some(Order::Look)
+        (self.blind.get() || patience.is_some_and(|patience| self.is_looked_at(sweep, period, patience)))
+            .then_some(Order::Look)
+    }
+
+    /// Whether it is this connection's turn to have its peers looked at: a few times in the time that they may say nothing, and not
+    /// all connections at once.
+    fn is_looked_at(&self, sweep: u32, period: Duration, patience: Duration) -> bool {
+        let turns = patience.as_millis() / LOOKS / period.as_millis().max(1);
+        let turns = u32::try_from(turns).unwrap_or(u32::MAX).max(1);
+        sweep.wrapping_add(self.downstream.port().into()).is_multiple_of(turns)
     }
 
     /// Has the connection promoted as soon as it can be, if it ever is.

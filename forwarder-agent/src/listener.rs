@@ -14,6 +14,7 @@ use crate::balancer::Balancer;
 use crate::counters::{ListenerCounters, PerWorker};
 use crate::datapath::ListenerId;
 use crate::model::{BackendKey, BindAddress, Listener, ListenerKey};
+use crate::relay;
 use crate::removal::Removals;
 use crate::segment_size::SegmentSize;
 use crate::upstream::{Upstream, keepalive};
@@ -101,6 +102,7 @@ pub fn bind(
     for socket in &sockets {
         socket.set_tcp_nodelay(true)?;
         settings.segment_size.apply(socket)?;
+        relay::prepare(socket)?;
         if let Some(idle) = settings.keepalive {
             socket.set_tcp_keepalive(&keepalive(idle))?;
         }

@@ -18,6 +18,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::counters::{BackendCounters, ConnectFailure, PerWorker};
 use crate::datapath::flows::FlowTable;
 use crate::model::{BackendKey, Endpoints};
+use crate::relay;
 use crate::segment_size::SegmentSize;
 
 pub use self::port::PortRange;
@@ -82,9 +83,22 @@ impl ConnectSettings {
     }
 }
 
+/// How many probes may go without an answer before a peer is taken for dead.
+const PROBES: u32 = 6;
+
+/// How long after the last probe the next one is sent, with keepalive after `idle`.
+fn probe_interval(idle: Duration) -> Duration {
+    (idle / PROBES).max(Duration::from_secs(1))
+}
+
 /// TCP keepalive that finds a dead peer in about twice `idle`.
 pub fn keepalive(idle: Duration) -> TcpKeepalive {
-    TcpKeepalive::new().with_time(idle).with_interval((idle / 6).max(Duration::from_secs(1))).with_retries(6)
+    TcpKeepalive::new().with_time(idle).with_interval(probe_interval(idle)).with_retries(PROBES)
+}
+
+/// How long a peer may say nothing before it is taken for dead, at every tier, with keepalive after `idle`.
+pub fn patience(idle: Duration) -> Duration {
+    idle + probe_interval(idle) * PROBES
 }
 
 /// Connects an endpoint of `backend`: the one whose turn it is, or the next ones when that fails, each within
@@ -170,6 +184,7 @@ fn open(endpoint: SocketAddr, settings: &ConnectSettings) -> io::Result<Socket> 
     // less for each connection.
     socket.set_tcp_quickack(false)?;
     settings.segment_size.apply(&socket)?;
+    relay::prepare(&socket)?;
     Ok(socket)
 }
 

@@ -30,7 +30,7 @@ use crate::listener::BoundListener;
 use crate::pairs::{PromoteAfter, Promoter};
 use crate::relay::Shared;
 use crate::switches::Switches;
-use crate::upstream::ConnectSettings;
+use crate::upstream::{self, ConnectSettings};
 use crate::view::{ConnectionView, Selector};
 
 pub use self::connections::{Answers, WorkerConnections};
@@ -299,8 +299,9 @@ impl Worker {
     /// Gives every connection what is due to it.
     fn sweep_connections(&self) {
         self.sweep.set(self.sweep.get().wrapping_add(1));
+        let patience = self.settings().connect.keepalive.map(upstream::patience);
         for (_, connection) in self.connections.borrow().iter() {
-            if let Some(order) = connection.due(self.sweep.get(), SWEEP_PERIOD) {
+            if let Some(order) = connection.due(self.sweep.get(), SWEEP_PERIOD, patience) {
                 connection.order(order);
             }
         }

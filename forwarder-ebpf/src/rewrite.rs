@@ -20,7 +20,9 @@ use forwarder_common::verdict::Verdict;
 use crate::classify::Found;
 use crate::maps::OPTIONS_WALK;
 
+const IPV4_TTL: u32 = 8;
 pub(crate) const IPV4_CHECKSUM: u32 = 10;
+const IPV6_HOP_LIMIT: u32 = 7;
 pub(crate) const IPV6_SOURCE: u32 = 8;
 /// The bits of explicit congestion notification in the type of service.
 pub(crate) const ECN_MASK: u8 = 3;
@@ -87,9 +89,7 @@ fn rewrite_usual(
         .and(misc, new_misc)
         .and(value, new_value)
         .and(echo, new_echo);
-    let protocol = u32::from_be(protocol);
-    let ip_checksum = addresses.applied_to((protocol as u16).to_be());
-    let protocol = protocol & 0xffff_0000 | u32::from(u16::from_be(ip_checksum));
+    let protocol = with_hop_limit_v4(protocol, flow, addresses);
     // SAFETY: the kernel hands the program a valid `__sk_buff`; the field may be read.
     let is_super_packet = unsafe { (*context.skb.skb).gso_size } != 0;
     // The checksum of a super-packet is one of the pseudo-header alone (`tcp4_gro_complete`, `__tcp_v4_send_check`).
@@ -101,7 +101,7 @@ fn rewrite_usual(
         last
     };
     let new = [
-        protocol.to_be(),
+        protocol,
         new_source,
         new_destination,
         new_ports,
@@ -120,6 +120,17 @@ fn rewrite_usual(
     // Of a checksum that the device will complete, only the addresses are part: the kernel knows.
     checksum(context, segment, change, 0)?;
     checksum(context, segment, addresses, u64::from(BPF_F_PSEUDO_HDR))
+}
+
+/// The third word of the IPv4 header, as it lies in the packet: TTL, protocol and checksum, with the TTL that the flow's packets
+/// have, and the checksum after this change and that of the `addresses`.
+#[inline(always)]
+fn with_hop_limit_v4(old: u32, flow: &Flow, addresses: ChecksumChange) -> u32 {
+    let old = u32::from_be(old);
+    let new = old & 0x00ff_ffff | u32::from(flow.hop_limit) << 24;
+    let change = addresses.and((old & 0xffff_0000).to_be(), (new & 0xffff_0000).to_be());
+    let checksum = u16::from_be(change.applied_to((old as u16).to_be()));
+    (new & 0xffff_0000 | u32::from(checksum)).to_be()
 }
 
 /// The fixed part of the TCP header on the other leg, as it will lie in the packet; `misc` and `last` are its fourth and fifth
@@ -231,7 +242,7 @@ fn timestamps(found: &Found, flow: &Flow, half: &mut Half, reverse: &Half, old: 
     [new.value.to_be(), new.echo.to_be()]
 }
 
-/// Puts the other leg's addresses into the IP header.
+/// Puts the other leg's addresses and the node's own hop limit into the IP header.
 #[inline(always)]
 fn translate_addresses(context: &TcContext, segment: &Segment, flow: &Flow) -> Result<(), Verdict> {
     let old = segment.tuple.address_words();
@@ -245,21 +256,17 @@ fn translate_addresses(context: &TcContext, segment: &Segment, flow: &Flow) -> R
     }
     match segment.version {
         IpVersion::V4 => {
-            // The checksum stands before the addresses; they leave together.
-            let offset = segment.ip_offset + IPV4_CHECKSUM;
-            let checksum = change.applied_to(load(context, offset)?);
-            store(context, offset, &Ipv4Tail { checksum, addresses: [new[3], new[7]] })?;
+            // The TTL and the checksum stand before the addresses; they leave together.
+            let offset = segment.ip_offset + IPV4_TTL;
+            let word = with_hop_limit_v4(load(context, offset)?, flow, change);
+            store(context, offset, &[word, new[3], new[7]])?;
         }
-        IpVersion::V6 => store(context, segment.ip_offset + IPV6_SOURCE, new)?,
+        IpVersion::V6 => {
+            store(context, segment.ip_offset + IPV6_HOP_LIMIT, &flow.hop_limit)?;
+            store(context, segment.ip_offset + IPV6_SOURCE, new)?;
+        }
     }
     checksum(context, segment, change, u64::from(BPF_F_PSEUDO_HDR))
-}
-
-/// The end of the IPv4 header without options, as it lies in the packet.
-#[repr(C, packed)]
-struct Ipv4Tail {
-    checksum: u16,
-    addresses: [u32; 2],
 }
 
 /// Takes the marks of explicit congestion notification (RFC 3168, 5) from the IP header.

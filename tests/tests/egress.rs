@@ -64,23 +64,32 @@ fn nft(netns: &NetNs, rules: &str) {
     netns.stdout(Command::new("nft").arg("-f").arg(&path)).expect("nft");
 }
 
-/// Has both hosts drop what comes with one of these times to live. They send with 63: that is what redirected packets
-/// still have; the stack takes one off.
-fn swallow(forwarding: &Forwarding, family: Family, times: &str) {
-    let (variable, table, field) = match family {
-        Family::V4 => ("ipv4/ip_default_ttl", "ip", "ip ttl"),
-        Family::V6 => ("ipv6/conf/eth0/hop_limit", "ip6", "ip6 hoplimit"),
+/// What the node's firewall makes of the packets that it sees: those that the node says itself, and those that its stack sends
+/// on. It does not see what is redirected.
+const OWN: &str = "af11";
+const BY_STACK: &str = "af12";
+
+/// Has both hosts drop what is redirected, and what the stack sends on too if `all`: everything but what the node says itself.
+fn swallow(forwarding: &Forwarding, family: Family, all: bool) {
+    let (table, field) = match family {
+        Family::V4 => ("ip", "ip dscp"),
+        Family::V6 => ("ip6", "ip6 dscp"),
     };
-    // What the neighbours say to each other comes with 255.
-    let rules = format!(
-        "add table {table} swallow\n\
-         flush table {table} swallow\n\
-         add chain {table} swallow arriving {{ type filter hook prerouting priority -300; }}\n\
-         add rule {table} swallow arriving meta l4proto tcp {field} {{ {times} }} drop\n"
+    let chain = |hook: &str, rule: &str| {
+        format!(
+            "add chain {table} swallow {hook} {{ type filter hook {hook} priority -300; }}\n\
+             add rule {table} swallow {hook} meta l4proto tcp {rule}\n"
+        )
+    };
+    let table = format!("add table {table} swallow\nflush table {table} swallow\n");
+    let own = chain("output", &format!("{field} set {OWN}"));
+    nft(
+        &forwarding.topology.node,
+        &[&table[..], &own[..], &chain("forward", &format!("{field} set {BY_STACK}"))[..]].concat(),
     );
+    let arrives = if all { OWN.to_owned() } else { format!("{{ {OWN}, {BY_STACK} }}") };
     for host in [&forwarding.topology.client, &forwarding.topology.backend1] {
-        host.sysctl(variable, "63").expect("a variable");
-        nft(host, &rules);
+        nft(host, &[&table[..], &chain("prerouting", &format!("{field} != {arrives} drop"))[..]].concat());
     }
 }
 
@@ -158,7 +167,7 @@ fn where_redirected_packets_vanish_the_stack_sends_them() {
     for family in FAMILIES {
         let forwarding = start(open(), family, &[]);
         let agent = &forwarding.agent;
-        swallow(&forwarding, family, "63");
+        swallow(&forwarding, family, false);
         // The first finds out, and goes on by the stack.
         let first = connect(&forwarding, family, 1);
         forwarding.promote(&first);
@@ -181,7 +190,7 @@ fn where_neither_arrives_connections_stay_in_userspace() {
     for family in FAMILIES {
         let forwarding = start(open(), family, &[]);
         let agent = &forwarding.agent;
-        swallow(&forwarding, family, "62, 63");
+        swallow(&forwarding, family, true);
         let first = connect(&forwarding, family, 1).remove(0);
         let avoided = || agent.log().matches("does not arrive").count();
         wait_until("neither way arrives", LONG, || {

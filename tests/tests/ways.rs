@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use forwarder_tests::client::{self, End};
 use forwarder_tests::database::require_program;
 use forwarder_tests::kernel::{AT_ONCE, at_once, is_ready};
-use forwarder_tests::{Forwarding, peer, process, wait_until};
+use forwarder_tests::{Forwarding, Topology, peer, process, wait_until};
 
 const WAIT: Duration = Duration::from_secs(10);
 /// A deadline for what a lost packet may delay.
@@ -61,21 +61,23 @@ fn the_clients_of_an_endpoint_that_is_gone_are_told() {
     assert_eq!(forwarding.agent.active().expect("it works"), 0);
 }
 
-/// Has the first host of backends drop what the node redirects, but not what the node says itself. Redirected packets have
-/// the time to live that their sender gave them.
+/// Has the first host of backends drop what the node redirects, but not what the node says itself, which its firewall sees
+/// and marks.
 fn swallow(forwarding: &Forwarding) {
-    forwarding
-        .topology
-        .client
-        .run(|| std::fs::write("/proc/sys/net/ipv4/ip_default_ttl", "63").expect("it works"));
-    let rules = "add table ip swallow\n\
+    let marks = "add table ip marks\n\
+        add chain ip marks leaving { type filter hook postrouting priority 0; }\n\
+        add rule ip marks leaving ip dscp set af11\n";
+    let drops = "add table ip swallow\n\
         add chain ip swallow arriving { type filter hook prerouting priority -300; }\n\
-        add rule ip swallow arriving ip ttl 63 drop\n";
-    let folder = tempfile::tempdir().expect("it works");
-    let path = folder.path().join("rules");
-    std::fs::write(&path, rules).expect("it works");
-    let mut nft = Command::new("nft");
-    forwarding.topology.backend1.run(|| process::stdout(nft.arg("-f").arg(&path))).expect("it works");
+        add rule ip swallow arriving meta l4proto tcp ip dscp != af11 drop\n";
+    let Topology { node, backend1, .. } = &forwarding.topology;
+    for (host, rules) in [(node, marks), (backend1, drops)] {
+        let folder = tempfile::tempdir().expect("it works");
+        let path = folder.path().join("rules");
+        std::fs::write(&path, rules).expect("it works");
+        let mut nft = Command::new("nft");
+        host.run(|| process::stdout(nft.arg("-f").arg(&path))).expect("it works");
+    }
 }
 
 #[test]

@@ -1,13 +1,15 @@
 //! The way of a connection into the kernel: when it is due, which tiers are tried, and what becomes of it where none takes it.
 
 use std::future::poll_fn;
+use std::io;
 use std::task::Poll;
 
 use tokio::net::TcpStream;
 
 use super::relaying::Relay;
-use super::{Connection, insertion, tail};
+use super::{Connection, clocks, insertion, tail};
 use crate::counters::End;
+use crate::datapath::flows::FlowTable;
 use crate::model::Datapath;
 use crate::promote::Refusal;
 use crate::relay::Tier;
@@ -16,6 +18,8 @@ use crate::worker::Worker;
 /// After how many more bytes, and after how many sweeps, a connection that could not be promoted is tried again.
 const RETRY_BYTES: u64 = 1 << 20;
 const RETRY_SWEEPS: u32 = 4;
+/// How often that doubles for a reason that lasts.
+const DOUBLINGS: u32 = 4;
 
 /// What became of an attempt to take a connection into the kernel.
 pub(super) enum Attempt {
@@ -81,6 +85,14 @@ async fn attempt(
     let settings = worker.settings();
     match (tier, &settings.promoter, settings.sockmap.get()) {
         (Tier::Tc, Some(promoter), _) => {
+            if connection.refused.get() > 0
+                && let Err(refusal) = check_ways(&promoter.flows, downstream, upstream)
+            {
+                return Attempt::Refused(refusal);
+            }
+            if let Err(attempt) = clocks::learn(worker, relay, downstream, upstream, connection).await {
+                return attempt;
+            }
             tail::attempt(promoter, worker, relay, downstream, upstream, connection).await
         }
         (Tier::Sockmap, _, Some(Ok(pairs))) => {
@@ -88,6 +100,15 @@ async fn attempt(
         }
         _ => Attempt::Refused(Refusal::NoPrograms),
     }
+}
+
+/// Looks whether packets can leave to both sides now: what has kept a connection in userspace before is found so without
+/// its sockets being put under repair each time.
+fn check_ways(flows: &FlowTable, downstream: &TcpStream, upstream: &TcpStream) -> Result<(), Refusal> {
+    let ends = |socket: &TcpStream| Ok((socket.local_addr()?, socket.peer_addr()?));
+    let ends = [downstream, upstream].map(|socket| ends(socket).map_err(|_: io::Error| Refusal::Ended));
+    let [downstream, upstream] = ends;
+    flows.check_ways(downstream?, upstream?)
 }
 
 /// Whether a tier takes connections at all.
@@ -119,9 +140,13 @@ fn refuse(worker: &Worker, connection: &Connection, refusal: Refusal) {
         );
     }
     if refusal.may_pass() {
+        let refused = connection.refused.get();
+        connection.refused.set(refused.saturating_add(1));
+        let factor = if refusal.lasts() { 1 << refused.min(DOUBLINGS) } else { 1 };
         // An agent that leaves has little time.
-        let sweeps = if worker.promotes_all() { 1 } else { RETRY_SWEEPS };
-        connection.promote_at.set(Some(connection.moved().saturating_add(RETRY_BYTES)));
+        let sweeps = if worker.promotes_all() { 1 } else { RETRY_SWEEPS * factor };
+        let bytes = RETRY_BYTES * u64::from(factor);
+        connection.promote_at.set(Some(connection.moved().saturating_add(bytes)));
         connection.promote_from.set(Some(worker.sweep().wrapping_add(sweeps)));
     } else {
         connection.promote_at.set(None);

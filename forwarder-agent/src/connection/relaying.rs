@@ -1,5 +1,7 @@
 //! The time of a connection in userspace: both directions, the worker's orders, and how it ends there.
 
+use std::cell::Cell;
+use std::os::fd::AsRawFd as _;
 use std::task::{Context, Poll};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -8,6 +10,7 @@ use tokio::net::TcpStream;
 
 use super::{Connection, Order};
 use crate::counters::End;
+use crate::promote::tcp_info::Silence;
 use crate::relay::{Direction, Fault, Moved, Tier};
 use crate::upstream;
 use crate::worker::Worker;
@@ -71,8 +74,12 @@ impl Relay {
         connection.listen(cx);
         match connection.order.take() {
             Some(Order::End(end)) => return Poll::Ready(end),
-            Some(Order::Look) if has_failed(downstream) => return Poll::Ready(End::DownstreamReset),
-            Some(Order::Look) if has_failed(upstream) => return Poll::Ready(End::UpstreamReset),
+            Some(Order::Look) if has_failed(downstream, &connection.silences[0], worker) => {
+                return Poll::Ready(End::DownstreamReset);
+            }
+            Some(Order::Look) if has_failed(upstream, &connection.silences[1], worker) => {
+                return Poll::Ready(End::UpstreamReset);
+            }
             Some(Order::KeepAlive) => {
                 connection.upstream_local.set(upstream.local_addr().ok());
                 set_keepalive(upstream, worker);
@@ -126,8 +133,16 @@ pub(super) fn set_keepalive(upstream: &TcpStream, worker: &Worker) {
     }
 }
 
-/// Whether the peer has reset the connection; tells even where nobody reads the socket.
-fn has_failed(stream: &TcpStream) -> bool {
+/// Whether the peer has reset the connection, or does not answer; tells even where nobody reads the socket.
+fn has_failed(stream: &TcpStream, silence: &Cell<Silence>, worker: &Worker) -> bool {
+    if let Some(patience) = worker.settings().connect.keepalive.map(upstream::patience) {
+        let mut looked = silence.get();
+        let lasts = looked.lasts(stream.as_raw_fd(), patience);
+        silence.set(looked);
+        if lasts {
+            return true;
+        }
+    }
     let mut polled = [PollFd::new(stream, PollFlags::empty())];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     match rustix::event::poll(&mut polled, Some(&now)) {

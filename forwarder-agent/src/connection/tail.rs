@@ -18,6 +18,7 @@ use crate::datapath::flows::{JoinPermit, JoinedPair};
 use crate::datapath::paths::Exit;
 use crate::failpoint;
 use crate::pairs::Promoter;
+use crate::promote::clock::Clock;
 use crate::promote::{Leg, Refusal, leg};
 use crate::relay::Direction;
 use crate::worker::Worker;
@@ -79,8 +80,9 @@ fn join(
     upstream: &TcpStream,
     connection: &Connection,
 ) -> Result<JoinedPair, Refusal> {
-    let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>| {
-        let leg = Leg::read(socket, written, first_sent.get()).map_err(|error| {
+    let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>, clock: &Cell<Clock>| {
+        let clock_offset = clock.get().offset().ok_or(Refusal::Unreadable)?;
+        let leg = Leg::read(socket, written, first_sent.get(), clock_offset).map_err(|error| {
             if error.kind() == std::io::ErrorKind::NotConnected {
                 return Refusal::Ended;
             }
@@ -92,9 +94,10 @@ fn join(
     };
     failpoint::block("join.begin");
     let [to_downstream, to_upstream] = &connection.first_sent;
-    let down = leg(downstream, connection.sent.get(), to_downstream)?;
+    let [downstream_clock, upstream_clock] = &connection.clocks;
+    let down = leg(downstream, connection.sent.get(), to_downstream, downstream_clock)?;
     failpoint::block("join.downstream_read");
-    let up = leg(upstream, connection.received.get(), to_upstream)?;
+    let up = leg(upstream, connection.received.get(), to_upstream, upstream_clock)?;
     failpoint::block("join.upstream_read");
     for (from, to, relayed) in [(&down, &up, connection.received.get()), (&up, &down, connection.sent.get())]
     {
@@ -219,7 +222,7 @@ async fn deliver_tail(
             Verdict::Heard => {}
             Verdict::Waiting => continue,
             Verdict::Swallowed(exit) => {
-                if goes_otherwise(promoter, pair, exit) {
+                if goes_otherwise(promoter, pair, exit, connection) {
                     hearing = Hearing::after(&state);
                     continue;
                 }
@@ -228,7 +231,7 @@ async fn deliver_tail(
                 return Tail::TakenBack;
             }
             Verdict::Deaf(exit) => {
-                if goes_otherwise(promoter, pair, exit) {
+                if goes_otherwise(promoter, pair, exit, connection) {
                     hearing = Hearing::after(&state);
                     continue;
                 }
@@ -259,13 +262,15 @@ async fn deliver_tail(
     }
 }
 
-/// Has nothing sent by an exit for a while; whether the pair that has found out goes on in another way.
-fn goes_otherwise(promoter: &Promoter, pair: &mut JoinedPair, exit: Exit) -> bool {
-    if promoter.flows.paths().avoid(exit) {
+/// Has nothing sent by an exit for this client for a while; whether the pair that has found out goes on in another way.
+fn goes_otherwise(promoter: &Promoter, pair: &mut JoinedPair, exit: Exit, connection: &Connection) -> bool {
+    if promoter.flows.paths().avoid(exit, connection.downstream.ip()) {
         tracing::warn!(
             interface = exit.interface,
             way = exit.way.as_str(),
-            "what is sent through this interface does not arrive: it is not sent so for a while"
+            client = %connection.downstream.ip(),
+            "what is sent through this interface does not arrive: for this client, and for all once several find so, it is \
+             not sent so for a while"
         );
     }
     promoter.flows.change_ways(pair).unwrap_or_else(|error| {

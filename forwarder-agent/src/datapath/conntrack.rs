@@ -3,6 +3,7 @@
 //! The programs see packets before, and outside of, connection tracking: of a connection that it translates, packets have
 //! other addresses there than its socket has.
 
+use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, PoisonError};
@@ -13,6 +14,8 @@ use rustix::net::netlink::NETFILTER;
 
 use super::netlink::{self, Channel, Message, NLMSG_ERROR, attributes, word, write_attribute};
 
+/// Is there where connections are tracked in this network namespace (`nf_conntrack_standalone_init_sysctl`).
+const TRACKED: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
 /// Bytes of `struct nfgenmsg`.
 const FAMILY_HEADER: usize = 4;
 /// From `linux/netfilter/nfnetlink_conntrack.h`: a question for an entry, and the entry.
@@ -35,26 +38,34 @@ const AF_INET6: u8 = 10;
 /// Asks the kernel's connection tracking, in the network namespace in which it was opened.
 #[derive(Debug)]
 pub(super) struct Conntrack {
-    channel: Mutex<Channel>,
+    /// `None` where the kernel has no netfilter, or refuses.
+    channel: Option<Mutex<Channel>>,
 }
 
 impl Conntrack {
     /// Opens a socket to the kernel.
-    ///
-    /// # Errors
-    /// The kernel refuses, or has no netfilter.
-    pub(super) fn open() -> io::Result<Self> {
-        Ok(Self { channel: Mutex::new(Channel::open(Some(NETFILTER))?) })
+    pub(super) fn open() -> Self {
+        let channel = Channel::open(Some(NETFILTER));
+        if let Err(error) = &channel {
+            tracing::debug!(%error, "connection tracking cannot be asked");
+        }
+        Self { channel: channel.ok().map(Mutex::new) }
     }
 
     /// Whether the node translates the packets of the connection between `local`, its own address, and `peer`. Not where it
     /// does not track the connection.
     ///
     /// # Errors
-    /// The kernel cannot be asked: it has no connection tracking that answers, or `CAP_NET_ADMIN` is missing.
+    /// The kernel tracks connections and does not tell: nobody answers (`nf_conntrack_netlink` is missing), or `CAP_NET_ADMIN`
+    /// is.
     pub(super) fn is_translated(&self, local: SocketAddr, peer: SocketAddr) -> io::Result<bool> {
+        // Who does not track connections does not translate them. To ask would have the kernel look for modules each time.
+        if !fs::exists(TRACKED).unwrap_or(true) {
+            return Ok(false);
+        }
+        let channel = self.channel.as_ref().ok_or(io::ErrorKind::Unsupported)?;
         // Whatever a panic left behind: each question has a number of its own.
-        let mut channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
         channel.ask(|question, sequence| write_question(question, sequence, local, peer), read_answer)?
     }
 }
@@ -129,7 +140,7 @@ mod tests {
 
     #[test]
     fn what_is_not_tracked_is_not_translated() {
-        let Ok(conntrack) = Conntrack::open() else { return };
+        let conntrack = Conntrack::open();
         let address = |text: &str| text.parse::<SocketAddr>().unwrap();
         for (local, peer) in [("127.0.0.1:1", "127.0.0.1:2"), ("[::1]:1", "[::1]:2")] {
             match conntrack.is_translated(address(local), address(peer)) {

@@ -22,17 +22,16 @@ use super::gate::{Gate, Permit};
 use super::load_error::errno_of;
 use super::paths::{Exit, Paths};
 use super::ports::TakenPorts;
-use super::routes::{Egress, RouteError, Routes};
+use super::routes::{RouteError, Routes};
 use super::stack::Family;
 use super::updates::Updates;
 use super::{DatapathError, monotonic};
-use crate::promote::{Hop, Leg, Placement, Refusal, Way, join};
+use crate::promote::{Leg, Placement, Refusal, join};
+
+mod ways;
 
 /// The flag of `bpf(BPF_MAP_UPDATE_ELEM)` by which an entry must not be there yet: what replaced one would free it.
 const BPF_NOEXIST: u64 = 1;
-
-/// The TTL or hop limit of what is sent on: what Linux gives its own packets unless it is told otherwise (`IPDEFTTL`).
-const HOP_LIMIT: u8 = 64;
 
 /// The maps of flows, open.
 pub struct FlowTable {
@@ -41,8 +40,7 @@ pub struct FlowTable {
     /// Before the maps are inserted into.
     gate: Gate<Condemned>,
     routes: Routes,
-    /// `None` where the kernel has none.
-    conntrack: Option<Conntrack>,
+    conntrack: Conntrack,
     paths: Arc<Paths>,
     ports: TakenPorts,
     next: AtomicU32,
@@ -158,13 +156,7 @@ impl FlowTable {
                 }
             }
         })?;
-        let conntrack = match Conntrack::open() {
-            Ok(conntrack) => Some(conntrack),
-            Err(error) => {
-                tracing::debug!(%error, "connection tracking cannot be asked");
-                None
-            }
-        };
+        let conntrack = Conntrack::open();
         let ports = TakenPorts::default();
         Ok(Self { maps, updates, gate, routes, conntrack, paths, ports, next, live })
     }
@@ -221,9 +213,10 @@ impl FlowTable {
         downstream: &Leg,
         upstream: &Leg,
     ) -> Result<JoinedPair, Refusal> {
+        let client = downstream.peer.ip();
         let placement = Placement {
-            downstream: self.hop(downstream)?,
-            upstream: self.hop(upstream)?,
+            downstream: self.hop(client, downstream.local, downstream.peer)?,
+            upstream: self.hop(client, upstream.local, upstream.peer)?,
             pair: self.next.fetch_add(1, Ordering::Relaxed),
         };
         let mut joint = join(downstream, upstream, placement)?;
@@ -258,57 +251,6 @@ impl FlowTable {
         Ok(pair)
     }
 
-    /// Where a leg's packets leave: by an interface on which programs hang.
-    fn hop(&self, leg: &Leg) -> Result<Hop, Refusal> {
-        let egress = self.routes.egress(leg.local.ip(), leg.peer.ip()).map_err(|error| {
-            tracing::debug!(%error, "a connection stays in userspace");
-            Refusal::NoRoute
-        })?;
-        if egress.is_local {
-            return Err(Refusal::SameHost);
-        }
-        let way = self.paths.check(egress.interface)?;
-        Ok(Hop {
-            interface: egress.interface,
-            next_hop: NextHop::new(egress.next_hop),
-            mtu: self.mtu(&egress),
-            way,
-            hop_limit: HOP_LIMIT,
-        })
-    }
-
-    /// Whether the stack sends on what is left to it: that arrives by the interface that the other direction leaves by.
-    fn check_stack(&self, flows: &[(FlowKey, Flow); 2]) -> Result<(), Refusal> {
-        let [(key, request), (_, response)] = flows;
-        let family = if address_of(key.source).is_ipv4() { Family::V4 } else { Family::V6 };
-        for (flow, arrival) in [(request, response.interface), (response, request.interface)] {
-            if Way::of(flow) == Way::Stack {
-                self.paths.check_stack(arrival, family)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether a leg's packets have the addresses of its socket where the programs see them.
-    fn check_translation(&self, leg: &Leg) -> Result<(), Refusal> {
-        let Some(conntrack) = &self.conntrack else { return Ok(()) };
-        match conntrack.is_translated(leg.local, leg.peer) {
-            Ok(false) => Ok(()),
-            Ok(true) => Err(Refusal::Translated),
-            Err(error) => {
-                // A kernel that does not track connections translates none.
-                tracing::debug!(%error, "connection tracking cannot be asked");
-                Ok(())
-            }
-        }
-    }
-
-    /// The largest packet that may leave, as [`Flow::mtu`]: what the route says, or the interface.
-    fn mtu(&self, egress: &Egress) -> u32 {
-        let mtus = egress.mtu.into_iter().chain(self.paths.mtu(egress.interface));
-        mtus.min().unwrap_or(0)
-    }
-
     /// Notes that the end of a direction reached a local socket before the promotion: the guard then lets the agent's
     /// other socket pass it on.
     ///
@@ -338,6 +280,7 @@ impl FlowTable {
     /// The kernel refuses.
     pub fn reroute(&self, pair: &mut JoinedPair) -> Result<bool, DatapathError> {
         let mut has_moved = false;
+        let client = pair.downstream().0.ip();
         for (_, flow) in &mut pair.flows {
             let (local, peer) = ends(&flow.out);
             // Where there is no route for the moment, the old one is as good.
@@ -347,8 +290,9 @@ impl FlowTable {
             }
             let before = *flow;
             if flow.interface != egress.interface {
-                let Ok(way) = self.paths.check(egress.interface) else { continue };
+                let Ok(way) = self.paths.check(egress.interface, client) else { continue };
                 flow.flags = flow.flags & !FLOW_BY_STACK | way.flag();
+                flow.hop_limit = self.hop_limit(egress.interface, Family::of(peer.ip()), way);
             }
             (flow.interface, flow.next_hop) = (egress.interface, NextHop::new(egress.next_hop));
             flow.mtu = self.mtu(&egress);
@@ -368,9 +312,11 @@ impl FlowTable {
     /// The kernel refuses.
     pub fn change_ways(&self, pair: &mut JoinedPair) -> Result<bool, DatapathError> {
         let mut changed = *pair;
+        let client = pair.downstream().0.ip();
         for (_, flow) in &mut changed.flows {
-            let Ok(way) = self.paths.check(flow.interface) else { return Ok(false) };
+            let Ok(way) = self.paths.check(flow.interface, client) else { return Ok(false) };
             flow.flags = flow.flags & !FLOW_BY_STACK | way.flag();
+            flow.hop_limit = self.hop_limit(flow.interface, Family::of(ends(&flow.out).1.ip()), way);
         }
         if changed == *pair || self.check_stack(&changed.flows).is_err() {
             return Ok(false);

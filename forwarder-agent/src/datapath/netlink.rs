@@ -1,13 +1,9 @@
 //! What all netlink messages have in common (netlink(7)): in the host's byte order.
 
 use std::os::fd::OwnedFd;
-use std::time::Duration;
 
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-/// How long to wait for the kernel's answer, which is there when the question has been sent.
-pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes of the longest answer that is understood. Most have some 100.
 const ANSWER: usize = 4096;
 /// Bytes of the longest part of a list: more than the kernel puts into one (`netlink_dump`).
@@ -48,18 +44,19 @@ impl Channel {
     /// # Errors
     /// The kernel refuses, or does not know the protocol.
     pub(super) fn open(protocol: Option<Protocol>) -> rustix::io::Result<Self> {
-        let flags = SocketFlags::CLOEXEC;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, protocol)?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
-        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
         Ok(Self { socket, sequence: 0, question: Vec::new(), answer: vec![0; ANSWER] })
     }
 
-    /// Sends the question that `write` makes under the number that it is given, and waits for the answer, from which `read`
+    /// Sends the question that `write` makes under the number that it is given, and takes the answer, from which `read`
     /// takes what is wanted, or nothing, if it answers another question.
     ///
+    /// It does not wait: the kernel answers a question for one thing while it is being sent (`netlink_unicast_kernel`), or
+    /// never.
+    ///
     /// # Errors
-    /// The socket fails; `EAGAIN` after [`PATIENCE`].
+    /// The socket fails; `EAGAIN` if there is no answer.
     pub(super) fn ask<T>(
         &mut self,
         write: impl FnOnce(&mut Vec<u8>, u32),
@@ -73,7 +70,6 @@ impl Channel {
             let (length, _) = rustix::io::retry_on_intr(|| {
                 rustix::net::recv(&self.socket, self.answer.as_mut_slice(), RecvFlags::empty())
             })?;
-            // What was waited for in vain may come later: then it is passed over.
             if let Some(wanted) = read(self.answer.get(..length).unwrap_or_default(), self.sequence) {
                 return Ok(wanted);
             }

@@ -2,6 +2,7 @@
 //! so that they arrive.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,11 @@ use crate::promote::{Refusal, Way};
 const AVOIDANCE: Duration = Duration::from_mins(10);
 /// How often it is read where the stack takes packets from: nobody tells of changes.
 const FILTERS_PERIOD: Duration = Duration::from_secs(3);
+/// How many clients have to find that packets do not arrive before it is taken for true of others: one alone need only not
+/// answer.
+const WITNESSES: usize = 3;
+/// How many of them are remembered for each way.
+const MOST_WITNESSES: usize = 1024;
 
 /// A way of sending packets by an interface.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -62,7 +68,8 @@ struct Known {
     wanted: BTreeSet<u32>,
     /// Pairs of exits by which the two ends of a pair have heard each other.
     proven: BTreeSet<[Exit; 2]>,
-    broken: BTreeMap<Exit, Instant>,
+    /// The clients of the pairs of which nothing has arrived by an exit, and when that was.
+    broken: BTreeMap<Exit, BTreeMap<IpAddr, Instant>>,
     links: BTreeMap<u32, Link>,
     mtus_changed: bool,
     /// Where the stack would not send packets on, as was told.
@@ -79,21 +86,35 @@ struct Link {
 }
 
 impl Known {
-    fn is_broken(&self, exit: Exit) -> bool {
-        self.broken.get(&exit).is_some_and(|since| since.elapsed() < AVOIDANCE)
+    /// Whether somebody was heard by an exit.
+    fn is_heard(&self, exit: Exit) -> bool {
+        self.proven.iter().any(|exits| exits.contains(&exit))
+    }
+
+    /// Whether enough clients have found that nothing arrives by an exit, and nobody has been heard by it.
+    fn is_broken_for_all(&self, exit: Exit) -> bool {
+        !self.is_heard(exit) && self.broken.get(&exit).is_some_and(|clients| clients.len() >= WITNESSES)
+    }
+
+    /// Whether nothing is to leave by an exit for a client, since nothing has arrived for it, or for many.
+    fn is_broken(&self, exit: Exit, client: IpAddr) -> bool {
+        let Some(clients) = self.broken.get(&exit) else { return false };
+        let is_recent = |since: &&Instant| since.elapsed() < AVOIDANCE;
+        clients.get(&witness(client)).as_ref().is_some_and(is_recent)
+            || !self.is_heard(exit) && clients.values().filter(is_recent).count() >= WITNESSES
     }
 
     /// How packets are to leave by an interface: redirected, unless they do not arrive then, or others are known to arrive
     /// by the stack.
-    fn way(&self, interface: u32) -> Result<Way, Refusal> {
+    fn way(&self, interface: u32, client: IpAddr) -> Result<Way, Refusal> {
         let [redirect, stack] = [Way::Redirect, Way::Stack].map(|way| Exit { interface, way });
         let exits: &[Exit] = match self.egress {
-            Egress::Auto if self.proven.iter().any(|exits| exits.contains(&stack)) => &[stack],
+            Egress::Auto if self.is_heard(stack) && self.is_broken_for_all(redirect) => &[stack],
             Egress::Auto => &[redirect, stack],
             Egress::Redirect => &[redirect],
             Egress::Stack => &[stack],
         };
-        let exit = exits.iter().find(|exit| !self.is_broken(**exit));
+        let exit = exits.iter().find(|exit| !self.is_broken(**exit, client));
         exit.map(|exit| exit.way).ok_or(Refusal::PathBroken)
     }
 }
@@ -108,13 +129,13 @@ impl Paths {
         self.known().egress = egress;
     }
 
-    /// How packets may leave by an interface. Where no program hangs yet, one is asked for.
+    /// How packets of a client's pair may leave by an interface. Where no program hangs yet, one is asked for.
     ///
     /// # Errors
     /// Why not now.
-    pub fn check(&self, interface: u32) -> Result<Way, Refusal> {
+    pub fn check(&self, interface: u32, client: IpAddr) -> Result<Way, Refusal> {
         let mut known = self.known();
-        let way = known.way(interface)?;
+        let way = known.way(interface, client)?;
         // The kernel drops what arrives without an Ethernet header and is redirected to a neighbour
         // (`__bpf_redirect_neigh`), and what leaves by an interface is answered by it.
         if way == Way::Redirect
@@ -175,7 +196,7 @@ impl Paths {
         let mut known = self.known();
         known.has_gaps = has_gaps;
         known.proven.retain(|exits| exits.iter().all(|exit| attached.contains(&exit.interface)));
-        known.broken.retain(|exit, since| attached.contains(&exit.interface) && since.elapsed() < AVOIDANCE);
+        known.broken.retain(|exit, _| attached.contains(&exit.interface));
         known.closed.retain(|interface| attached.contains(interface));
         known.attached = attached;
     }
@@ -239,6 +260,12 @@ impl Paths {
         self.known().links.get(&interface).map(|link| link.mtu)
     }
 
+    /// The TTL or hop limit of the node's own packets by an interface.
+    pub fn hop_limit(&self, interface: u32, family: Family) -> u8 {
+        let name = self.known().links.get(&interface).map(|link| link.name.clone());
+        stack::hop_limit(&name.unwrap_or_default(), family)
+    }
+
     /// Whether MTUs have changed since this was asked last.
     pub fn take_changed_mtus(&self) -> bool {
         std::mem::take(&mut self.known().mtus_changed)
@@ -257,11 +284,31 @@ impl Paths {
         self.known().proven.insert(exits);
     }
 
-    /// Notes that what was sent by an exit did not arrive; tells whether that is news.
-    pub fn avoid(&self, exit: Exit) -> bool {
+    /// Notes that what was sent by an exit for a client's pair did not arrive, whichever end has not answered: the client could
+    /// see to either. Tells whether nobody had found so lately.
+    ///
+    /// From now on nothing leaves so for this client, and for others only once several have found the same, and nobody is heard.
+    pub fn avoid(&self, exit: Exit, client: IpAddr) -> bool {
         let mut known = self.known();
-        known.proven.retain(|exits| !exits.contains(&exit));
-        known.broken.insert(exit, Instant::now()).is_none()
+        // Where others go by the stack, which is known from the clients found, these stay.
+        let keeps = known.is_broken_for_all(exit);
+        let clients = known.broken.entry(exit).or_default();
+        if !keeps {
+            clients.retain(|_, since| since.elapsed() < AVOIDANCE);
+        }
+        let is_news = clients.is_empty();
+        if clients.len() < MOST_WITNESSES || clients.contains_key(&witness(client)) {
+            clients.insert(witness(client), Instant::now());
+        }
+        is_news
+    }
+}
+
+/// Who a client is: of IPv6 its network, which is one host's to choose addresses from (RFC 4291, 2.5.4).
+fn witness(client: IpAddr) -> IpAddr {
+    match client.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
+        v4 @ IpAddr::V4(_) => v4,
     }
 }
 
@@ -278,13 +325,15 @@ mod tests {
     use super::super::interfaces::InterfaceKind;
     use super::*;
 
+    const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
+
     #[test]
     fn an_interface_is_asked_for_once_and_used_once_attached() {
         let paths = Paths::default();
-        assert_eq!(paths.check(3), Err(Refusal::NotAttached));
+        assert_eq!(paths.check(3, CLIENT), Err(Refusal::NotAttached));
         assert_eq!(paths.wanted(), BTreeSet::from([3]));
         paths.set_attached(BTreeSet::from([3]), []);
-        assert_eq!(paths.check(3), Ok(Way::Redirect));
+        assert_eq!(paths.check(3, CLIENT), Ok(Way::Redirect));
     }
 
     #[test]
@@ -312,19 +361,15 @@ mod tests {
     #[test]
     fn what_is_swallowed_goes_by_the_stack_and_then_not_until_the_interface_is_another() {
         let paths = Paths::default();
-        let other = Exit { interface: 3, ..REDIRECTED };
         paths.set_attached(BTreeSet::from([3, 4]), []);
-        paths.prove([other, REDIRECTED]);
-        assert!(paths.is_proven([other, REDIRECTED]));
-        assert!(paths.avoid(REDIRECTED));
-        assert!(!paths.avoid(REDIRECTED));
-        assert!(!paths.is_proven([other, REDIRECTED]));
-        assert_eq!((paths.check(4), paths.check(3)), (Ok(Way::Stack), Ok(Way::Redirect)));
-        assert!(paths.avoid(BY_STACK));
-        assert_eq!(paths.check(4), Err(Refusal::PathBroken));
+        assert!(paths.avoid(REDIRECTED, CLIENT));
+        assert!(!paths.avoid(REDIRECTED, CLIENT));
+        assert_eq!((paths.check(4, CLIENT), paths.check(3, CLIENT)), (Ok(Way::Stack), Ok(Way::Redirect)));
+        assert!(paths.avoid(BY_STACK, CLIENT));
+        assert_eq!(paths.check(4, CLIENT), Err(Refusal::PathBroken));
         paths.set_attached(BTreeSet::from([3]), []);
         paths.set_attached(BTreeSet::from([3, 4]), []);
-        assert_eq!(paths.check(4), Ok(Way::Redirect));
+        assert_eq!(paths.check(4, CLIENT), Ok(Way::Redirect));
     }
 
     #[test]
@@ -344,18 +389,45 @@ mod tests {
         let paths = Paths::default();
         // `lo` is there in every namespace, up or not.
         for interface in [1, u32::MAX >> 1] {
-            assert_eq!(paths.check(interface), Err(Refusal::NotAttached));
+            assert_eq!(paths.check(interface, CLIENT), Err(Refusal::NotAttached));
         }
         paths.set_links(&[]);
         assert_eq!(paths.wanted(), BTreeSet::from([1]));
     }
 
     #[test]
-    fn the_stack_is_kept_where_packets_arrive_by_it() {
+    fn the_stack_is_taken_by_all_only_once_several_have_found_that_redirected_packets_vanish() {
         let paths = Paths::default();
+        let clients = ["192.0.2.2", "192.0.2.3", "192.0.2.4"].map(|client| client.parse().unwrap());
         paths.set_attached(BTreeSet::from([4]), []);
         paths.prove([BY_STACK, BY_STACK]);
-        assert_eq!(paths.check(4), Ok(Way::Stack));
+        assert_eq!(paths.check(4, CLIENT), Ok(Way::Redirect));
+        for client in clients {
+            assert_eq!(paths.check(4, CLIENT), Ok(Way::Redirect));
+            paths.avoid(REDIRECTED, client);
+            assert_eq!(paths.check(4, client), Ok(Way::Stack));
+        }
+        assert_eq!(paths.check(4, CLIENT), Ok(Way::Stack));
+    }
+
+    #[test]
+    fn no_client_makes_a_way_count_as_broken_for_others() {
+        let paths = Paths::default();
+        paths.set_attached(BTreeSet::from([4]), []);
+        let own: [IpAddr; 2] = ["2001:db8::1", "2001:db8::2"].map(|client| client.parse().unwrap());
+        for client in own.into_iter().cycle().take(10) {
+            paths.avoid(REDIRECTED, client);
+            paths.avoid(BY_STACK, client);
+        }
+        assert_eq!(own.map(|client| paths.check(4, client)), [Err(Refusal::PathBroken); 2]);
+        assert_eq!(paths.check(4, CLIENT), Ok(Way::Redirect));
+        // Nor do many, where others are heard.
+        paths.prove([REDIRECTED, REDIRECTED]);
+        for number in 0..10 {
+            paths.avoid(REDIRECTED, IpAddr::from([192, 0, 2, 100 + number]));
+        }
+        assert_eq!(paths.check(4, CLIENT), Ok(Way::Redirect));
+        assert!(paths.is_proven([REDIRECTED, REDIRECTED]));
     }
 
     #[test]
@@ -364,9 +436,9 @@ mod tests {
             let paths = Paths::default();
             paths.set_egress(egress);
             paths.set_attached(BTreeSet::from([4]), []);
-            assert_eq!(paths.check(4), Ok(exit.way));
-            paths.avoid(exit);
-            assert_eq!(paths.check(4), Err(Refusal::PathBroken));
+            assert_eq!(paths.check(4, CLIENT), Ok(exit.way));
+            paths.avoid(exit, CLIENT);
+            assert_eq!(paths.check(4, CLIENT), Err(Refusal::PathBroken));
         }
     }
 }

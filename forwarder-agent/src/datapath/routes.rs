@@ -3,11 +3,10 @@
 use std::io;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::netlink::{Channel, PATIENCE};
+use super::netlink::Channel;
 
 mod changes;
 mod message;
@@ -74,11 +73,8 @@ pub enum LookupError {
         source: io::Error,
     },
     /// The kernel has not answered.
-    #[error("no answer from the kernel within {} ms", .within.as_millis())]
-    TimedOut {
-        /// How long it was waited for.
-        within: Duration,
-    },
+    #[error("the kernel has not answered")]
+    NoAnswer,
     /// The kernel has no such route, or refuses to use it: `ENETUNREACH`, `EHOSTUNREACH`, `EACCES`, and `EINVAL` for a
     /// black hole. An IPv4 source that the node does not hold is refused as well (`ip_route_output_key_hash_rcu`).
     #[error("{source}")]
@@ -142,7 +138,7 @@ impl Routes {
             );
             answer.unwrap_or_else(|errno| {
                 Err(match errno {
-                    Errno::AGAIN => LookupError::TimedOut { within: PATIENCE },
+                    Errno::AGAIN => LookupError::NoAnswer,
                     errno => LookupError::Exchange { source: errno.into() },
                 })
             })

@@ -3,10 +3,14 @@
 
 use std::fmt;
 use std::fs;
+use std::net::IpAddr;
 use std::path::Path;
 
 /// Where the variables of the network namespace stand.
 const VARIABLES: &str = "/proc/sys/net";
+
+/// The TTL and hop limit of a kernel that was told nothing else (`IPDEFTTL`, `IPV6_DEFAULT_HOPLIMIT`).
+const HOP_LIMIT: u8 = 64;
 
 /// A variable of the kernel that stands in the way.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -30,6 +34,28 @@ pub enum Family {
     V4,
     /// IPv6.
     V6,
+}
+
+impl Family {
+    /// That of an address, of which one of IPv4 may be mapped into IPv6.
+    pub fn of(address: IpAddr) -> Self {
+        if address.to_canonical().is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+}
+
+/// The TTL or hop limit that the node gives its own packets by `interface`, a name: what its variables say, unless they say
+/// nothing sensible. That of a single route (`ip route ... hoplimit`) is not asked for.
+pub fn hop_limit(interface: &str, family: Family) -> u8 {
+    hop_limit_in(Path::new(VARIABLES), interface, family)
+}
+
+fn hop_limit_in(variables: &Path, interface: &str, family: Family) -> u8 {
+    let path = match family {
+        Family::V4 => variables.join("ipv4/ip_default_ttl"),
+        Family::V6 => variables.join("ipv6/conf").join(interface).join("hop_limit"),
+    };
+    let value = fs::read_to_string(path).ok().and_then(|value| value.trim().parse().ok());
+    value.filter(|value| *value > 0).unwrap_or(HOP_LIMIT)
 }
 
 /// Looks whether packets that arrive through `interface`, a name, would be sent on.
@@ -92,6 +118,21 @@ mod tests {
         }
         let told = check_in(folder.path(), "eth0.7", family).err().map(|obstacle| obstacle.to_string());
         assert_eq!(told.as_deref(), expected, "{values:?}");
+    }
+
+    #[test]
+    fn the_hop_limit_is_that_of_the_nodes_own_packets() {
+        let folder = tempfile::tempdir().unwrap();
+        let hop_limit = |family| hop_limit_in(folder.path(), "eth0.7", family);
+        assert_eq!([Family::V4, Family::V6].map(hop_limit), [64, 64]);
+        fs::create_dir_all(folder.path().join("ipv4")).unwrap();
+        fs::create_dir_all(folder.path().join("ipv6/conf/eth0.7")).unwrap();
+        fs::write(folder.path().join("ipv4/ip_default_ttl"), "128\n").unwrap();
+        // A router may have told it (RFC 4861, 4.2).
+        fs::write(folder.path().join("ipv6/conf/eth0.7/hop_limit"), "32\n").unwrap();
+        assert_eq!([Family::V4, Family::V6].map(hop_limit), [128, 32]);
+        fs::write(folder.path().join("ipv6/conf/eth0.7/hop_limit"), "0\n").unwrap();
+        assert_eq!(hop_limit(Family::V6), 64);
     }
 
     #[test]

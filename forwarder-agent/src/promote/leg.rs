@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use forwarder_common::translate::NANOSECONDS_PER_TICK;
 use socket2::{SockAddr, SockRef};
 
+use super::clock::tick;
 use super::tcp_info::{self, ESTABLISHED, Info, get, set, unacknowledged};
 use crate::datapath::monotonic;
 
@@ -78,7 +79,8 @@ pub struct LegOptions {
 
 impl Leg {
     /// Reads a connected socket, to which `written` bytes have been written since it was opened, and whose first byte has the
-    /// number `first_sent` if it was read before. It sends nothing, and nothing about the connection changes.
+    /// number `first_sent` if it was read before. Its timestamp clock is ahead of `CLOCK_MONOTONIC` by `clock_offset` ticks. It
+    /// sends nothing, and nothing about the connection changes.
     ///
     /// That number should not be read twice: where an acknowledgement arrives at this very moment, the socket takes what it
     /// has not sent yet for sent (`tcp_write_xmit`), and has to find out that it is missing.
@@ -86,7 +88,12 @@ impl Leg {
     /// # Errors
     /// One direction of the connection has ended (`NotConnected`), the capability `CAP_NET_ADMIN` is missing, or bytes
     /// arrive too fast for a consistent snapshot (`WouldBlock`).
-    pub fn read(socket: impl AsFd, written: u64, first_sent: Option<u32>) -> io::Result<Self> {
+    pub fn read(
+        socket: impl AsFd,
+        written: u64,
+        first_sent: Option<u32>,
+        clock_offset: u32,
+    ) -> io::Result<Self> {
         let socket = socket.as_fd();
         let fd = socket.as_raw_fd();
         let address = |address: io::Result<SockAddr>| {
@@ -109,6 +116,7 @@ impl Leg {
                 return Err(io::ErrorKind::NotConnected.into());
             }
             let has = |bit| after.options & bit != 0;
+            let now = monotonic();
             return Ok(Self {
                 local,
                 peer,
@@ -128,8 +136,8 @@ impl Leg {
                 },
                 segment: after.segment,
                 advertised_segment: after.advertised_segment,
-                clock: numbers.clock,
-                clock_time: numbers.clock_time,
+                clock: tick(now).wrapping_add(clock_offset),
+                clock_time: now - now % NANOSECONDS_PER_TICK,
             });
         }
         Err(io::Error::new(io::ErrorKind::WouldBlock, "bytes arrive too fast for a consistent snapshot"))
@@ -185,8 +193,6 @@ struct Numbers {
     send_window: u32,
     next_sent: u32,
     next_received: u32,
-    clock: u32,
-    clock_time: u64,
 }
 
 impl Numbers {
@@ -208,7 +214,6 @@ impl Numbers {
         let next_received = get(fd, libc::TCP_QUEUE_SEQ)?;
         let window: [u8; REPAIR_WINDOW_LENGTH] = get(fd, libc::TCP_REPAIR_WINDOW)?;
         let send_window = u32::from_ne_bytes([window[4], window[5], window[6], window[7]]);
-        let (clock, clock_time) = clock(fd)?;
         let next_sent = if let Some(known) = *next_sent {
             known
         } else {
@@ -216,21 +221,6 @@ impl Numbers {
             set(fd, libc::TCP_REPAIR_QUEUE, SEND_QUEUE)?;
             *next_sent.insert(get(fd, libc::TCP_QUEUE_SEQ)?)
         };
-        Ok(Self { send_window, next_sent, next_received, clock, clock_time })
+        Ok(Self { send_window, next_sent, next_received })
     }
-}
-
-/// The timestamp clock of a socket, and since when it has stood there. It ticks when `CLOCK_MONOTONIC` completes a
-/// millisecond (`tcp_clock_ms`): told exactly, since what is redirected must not look older than what the socket itself
-/// says, nor newer.
-fn clock(fd: libc::c_int) -> io::Result<(u32, u64)> {
-    for _ in 0..ATTEMPTS {
-        let before = monotonic();
-        let clock = get(fd, libc::TCP_TIMESTAMP)?;
-        let tick = before - before % NANOSECONDS_PER_TICK;
-        if monotonic() - tick < NANOSECONDS_PER_TICK {
-            return Ok((clock, tick));
-        }
-    }
-    Err(io::Error::new(io::ErrorKind::WouldBlock, "the clock cannot be read within a millisecond"))
 }

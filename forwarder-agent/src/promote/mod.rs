@@ -2,6 +2,7 @@
 //!
 //! What joins them is in `datapath::flows`, and when, in `connection`.
 
+pub(crate) mod clock;
 pub mod leg;
 mod probe;
 mod refusal;
@@ -21,6 +22,9 @@ pub use self::refusal::Refusal;
 
 /// Bytes that the timestamps take from each segment's payload (RFC 7323, appendix A).
 const TIMESTAMPS_LENGTH: u32 = 12;
+
+/// The fewest units of the other leg's window scale that a window is to have.
+const LEAST_UNITS: u32 = 4;
 
 /// Where the packets of a joined pair go, and under which number.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -110,6 +114,9 @@ pub fn join(downstream: &Leg, upstream: &Leg, placement: Placement) -> Result<Jo
     if !fits(downstream, upstream) || !fits(upstream, downstream) {
         return Err(Refusal::SegmentSizes);
     }
+    if !tells_windows(downstream, upstream) || !tells_windows(upstream, downstream) {
+        return Err(Refusal::WindowScale);
+    }
     let now = downstream.clock_time.max(upstream.clock_time);
     Ok(Joint {
         flows: [
@@ -129,6 +136,12 @@ pub fn join(downstream: &Leg, upstream: &Leg, placement: Placement) -> Result<Jo
 const fn fits(from: &Leg, to: &Leg) -> bool {
     let options = if from.options.timestamps { TIMESTAMPS_LENGTH } else { 0 };
     from.advertised_segment.saturating_sub(options) <= to.segment
+}
+
+/// Whether the windows that the peer of `from` announces are large enough for the units of `to`: they are rounded down to them,
+/// so that a smaller one would never let anything pass, and this takes a quarter off at most.
+const fn tells_windows(from: &Leg, to: &Leg) -> bool {
+    to.own_scale <= from.peer_scale || from.send_window >> to.own_scale >= LEAST_UNITS
 }
 
 /// What is known of the direction that comes from a leg's peer.
@@ -265,6 +278,22 @@ mod tests {
         check(|leg| leg.options.selective = false, Refusal::SelectiveAcknowledgements);
         check(|leg| leg.segment = 1400, Refusal::SegmentSizes);
         check(|leg| leg.advertised_segment = 8960, Refusal::SegmentSizes);
+        check(|leg| (leg.peer_scale, leg.send_window) = (0, 4 * 512 - 1), Refusal::WindowScale);
+    }
+
+    #[test]
+    fn a_small_window_is_told_by_a_scale_that_is_small_enough() {
+        let (mut downstream, mut upstream) = legs();
+        upstream.send_window = 2047;
+        // The sender's own scale says it as well as its peer's.
+        for (peer_scale, own_scale, is_told) in [(9, 9, true), (0, 9, false), (8, 9, false), (0, 0, true)] {
+            (upstream.peer_scale, downstream.own_scale) = (peer_scale, own_scale);
+            let joined = join(&downstream, &upstream, PLACEMENT);
+            assert_eq!(joined.err(), (!is_told).then_some(Refusal::WindowScale), "{peer_scale} {own_scale}");
+        }
+        // A client that has asked for few bytes behind a node with scale 14: nothing would ever be let through.
+        (upstream.peer_scale, upstream.send_window, downstream.own_scale) = (0, 8192, 14);
+        assert_eq!(join(&downstream, &upstream, PLACEMENT), Err(Refusal::WindowScale));
     }
 
     #[test]

@@ -25,5 +25,5 @@ pub fn probe() -> Result<String, String> {
 fn read_a_connection() -> std::io::Result<Leg> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let stream = TcpStream::connect(listener.local_addr()?)?;
-    Leg::read(&stream, 0, None)
+    Leg::read(&stream, 0, None, 0)
 }

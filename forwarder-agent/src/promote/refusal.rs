@@ -49,11 +49,19 @@ pub enum Refusal {
     MemoryFull,
     /// Something else handles what a socket receives, such as kernel TLS.
     SocketInUse,
+    /// The timestamps of one leg count microseconds (`tcp_usec_ts`), those of the other need not.
+    MicrosecondClock,
+    /// The address of one end means another host on each link: no route tells where it is.
+    LinkLocal,
+    /// Connection tracking does not say whether this node translates the addresses of one leg (NAT).
+    TranslationUnknown,
+    /// The window of one end is too small to be told by the scale of the other leg.
+    WindowScale,
 }
 
 impl Refusal {
     /// Every one, in the order of its discriminant.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 27] = [
         Self::NoPrograms,
         Self::Families,
         Self::Timestamps,
@@ -77,6 +85,10 @@ impl Refusal {
         Self::Leaving,
         Self::MemoryFull,
         Self::SocketInUse,
+        Self::MicrosecondClock,
+        Self::LinkLocal,
+        Self::TranslationUnknown,
+        Self::WindowScale,
     ];
 
     /// Its name in metrics and logs.
@@ -105,7 +117,23 @@ impl Refusal {
             Self::Leaving => "leaving",
             Self::MemoryFull => "memory_full",
             Self::SocketInUse => "socket_in_use",
+            Self::MicrosecondClock => "microsecond_clock",
+            Self::LinkLocal => "link_local",
+            Self::TranslationUnknown => "translation_unknown",
+            Self::WindowScale => "window_scale",
         }
+    }
+
+    /// Whether a reason that may pass is likely to be the same a second later.
+    pub fn lasts(self) -> bool {
+        matches!(
+            self,
+            Self::NoRoute
+                | Self::PathBroken
+                | Self::StackClosed
+                | Self::TranslationUnknown
+                | Self::WindowScale
+        )
     }
 
     /// Whether the connection may be promoted later.
@@ -120,6 +148,8 @@ impl Refusal {
             | Self::Unreadable
             | Self::SwitchedOff
             | Self::MemoryFull
+            | Self::TranslationUnknown
+            | Self::WindowScale
             | Self::Kernel => true,
             Self::NoPrograms
             | Self::Families
@@ -133,6 +163,8 @@ impl Refusal {
             | Self::UnsafeKernel
             | Self::Leaving
             | Self::SocketInUse
+            | Self::MicrosecondClock
+            | Self::LinkLocal
             | Self::Ended => false,
         }
     }

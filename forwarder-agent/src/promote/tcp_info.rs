@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "options of sockets that no crate offers")]
 
 use std::io;
+use std::time::{Duration, Instant};
 
 /// States of a connection (`net/tcp_states.h`).
 pub(crate) const ESTABLISHED: u8 = 1;
@@ -19,11 +20,16 @@ pub(crate) const fn has_ended(state: u8) -> bool {
 /// The fields of `struct tcp_info` (`linux/tcp.h`) that are of interest.
 pub(crate) struct Info {
     pub(crate) state: u8,
+    /// How often something was sent again, and the peer's closed window asked for, in vain and in a row.
+    retransmits: u8,
+    probes: u8,
     pub(crate) options: u8,
     /// The peer's scale in the low four bits, the own one in the others.
     pub(crate) scales: u8,
     pub(crate) segment: u32,
     pub(crate) advertised_segment: u32,
+    /// How long ago the peer has last acknowledged something, or again, in milliseconds.
+    last_acknowledgement: u32,
     /// The smoothed round trip, in microseconds.
     pub(crate) round_trip: u32,
     /// Bytes that were acknowledged by the peer, with SYN where the socket has connected, and with FIN.
@@ -33,9 +39,12 @@ pub(crate) struct Info {
 }
 
 impl Info {
+    const RETRANSMITS: usize = 2;
+    const PROBES: usize = 3;
     const OPTIONS: usize = 5;
     const SCALES: usize = 6;
     const SEGMENT: usize = 16;
+    const LAST_ACKNOWLEDGEMENT: usize = 56;
     const ROUND_TRIP: usize = 68;
     const ADVERTISED_SEGMENT: usize = 84;
     const ACKNOWLEDGED: usize = 120;
@@ -56,14 +65,47 @@ impl Info {
         };
         Ok(Self {
             state: bytes[0],
+            retransmits: bytes[Self::RETRANSMITS],
+            probes: bytes[Self::PROBES],
             options: bytes[Self::OPTIONS],
             scales: bytes[Self::SCALES],
             segment: word(Self::SEGMENT),
             advertised_segment: word(Self::ADVERTISED_SEGMENT),
+            last_acknowledgement: word(Self::LAST_ACKNOWLEDGEMENT),
             round_trip: word(Self::ROUND_TRIP),
             acknowledged: long(Self::ACKNOWLEDGED),
             received: long(Self::RECEIVED),
         })
+    }
+}
+
+/// How often a peer is asked in vain before it may be taken for dead, however long it has said nothing.
+const LEAST_ATTEMPTS: u8 = 3;
+
+/// Since when the peer of a socket does not answer although something waits for its answer, as seen by who looks now and then.
+///
+/// The kernel's keepalive does not ask meanwhile (`tcp_keepalive_timer`), and retransmits for a quarter of an hour.
+/// `TCP_USER_TIMEOUT` would end connections whose peers are alive and do not read (`tcp_probe_timer`).
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Silence {
+    since: Option<Instant>,
+}
+
+impl Silence {
+    /// Looks; whether the peer has not answered for `limit`. How long ago it has last acknowledged something says too little: an
+    /// idle peer had no reason to.
+    pub(crate) fn lasts(&mut self, fd: libc::c_int, limit: Duration) -> bool {
+        // A socket that cannot be asked is asked again.
+        let Ok(info) = Info::read(fd) else { return false };
+        let attempts = info.retransmits.max(info.probes);
+        if attempts == 0 {
+            self.since = None;
+            return false;
+        }
+        let since = *self.since.get_or_insert_with(Instant::now);
+        since.elapsed() >= limit
+            && attempts >= LEAST_ATTEMPTS
+            && Duration::from_millis(info.last_acknowledgement.into()) >= limit
     }
 }
 

@@ -2,9 +2,11 @@
 
 use std::io;
 
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::SendFlags;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+
+use super::receive::receive;
 
 /// Bytes that were read and not yet taken by the other side.
 #[derive(Debug)]
@@ -32,21 +34,19 @@ impl Stash {
 
 /// Reads what is there, up to the length of `buffer`; 0 is the end of the stream.
 ///
-/// A read that does not fill the buffer has emptied the socket, and the next edge-triggered event will tell of more: so
-/// the readiness is cleared at once, which saves the read that would only say `EAGAIN`.
+/// Where the socket says that this has emptied it, the next edge-triggered event will tell of more: so the readiness is
+/// cleared at once, which saves the read that would only say `EAGAIN`. A short read alone does not say so.
 pub(super) fn read(source: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
-    let wanted = buffer.len();
-    let mut short = None;
+    let mut last = None;
     let result = source.try_io(Interest::READABLE, || {
-        match rustix::net::recv(source, &mut *buffer, RecvFlags::empty())?.0 {
-            read if read > 0 && read < wanted => {
-                short = Some(read);
-                Err(io::ErrorKind::WouldBlock.into())
-            }
-            read => Ok(read),
+        let received = receive(source, buffer)?;
+        if received.bytes > 0 && received.is_empty {
+            last = Some(received.bytes);
+            return Err(io::ErrorKind::WouldBlock.into());
         }
+        Ok(received.bytes)
     });
-    short.map_or(result, Ok)
+    last.map_or(result, Ok)
 }
 
 /// Writes `bytes`, or as many of them as the socket takes.

@@ -7,6 +7,7 @@
 
 mod copy;
 mod pipe;
+mod receive;
 
 use std::io;
 use std::task::{Context, Poll, ready};
@@ -18,6 +19,7 @@ use tokio::net::TcpStream;
 use self::copy::Stash;
 use self::pipe::LoadedPipe;
 pub use self::pipe::PipePool;
+pub(crate) use self::receive::prepare;
 
 /// How many times a direction reads before it lets other connections of the worker run.
 const ROUNDS_PER_POLL: u32 = 16;
@@ -336,9 +338,10 @@ impl Direction {
             }
         };
         match pipe.fill_from(source) {
+            // What it is, a read tells.
             Ok((0, pipe)) => {
                 shared.pipes.put(pipe);
-                self.phase = Phase::Ending;
+                self.splicing = false;
             }
             Ok((filled, pipe)) => {
                 self.small_splices = if filled < FIRST_READ { self.small_splices + 1 } else { 0 };

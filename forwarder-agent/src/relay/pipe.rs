@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
+use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -48,18 +49,16 @@ impl LoadedPipe {
         self.length == 0
     }
 
-    /// Moves what `source` holds into this empty pipe; 0 is the end of the stream. Since the pipe is empty, `EAGAIN` can
-    /// only mean that the socket is.
+    /// Moves what `source` holds into this empty pipe; 0 is the end of the stream, or urgent data that has to be read: in
+    /// front of it the kernel says the one or the other, or `EAGAIN` (`__tcp_read_sock`, `tcp_splice_read`).
     pub(super) fn fill_from(mut self, source: &TcpStream) -> Result<(usize, Self), (io::Error, Self)> {
+        let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
         let filled = source.try_io(Interest::READABLE, || {
-            Ok(splice(
-                source,
-                None,
-                &self.write,
-                None,
-                self.capacity,
-                SpliceFlags::MOVE | SpliceFlags::NONBLOCK,
-            )?)
+            match splice(source, None, &self.write, None, self.capacity, flags) {
+                // The pipe is empty, so that it is the socket that yields nothing.
+                Err(Errno::AGAIN) if rustix::io::ioctl_fionread(source)? > 0 => Ok(0),
+                spliced => Ok(spliced?),
+            }
         });
         match filled {
             Ok(filled) => {

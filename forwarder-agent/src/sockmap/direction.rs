@@ -11,6 +11,8 @@ use super::memory::{Reservation, Size};
 use crate::datapath::sockmap::Sockmap;
 use crate::promote::tcp_info::{CLOSE, Info, has_ended, unacknowledged};
 
+/// How often a consistent answer is tried for: acknowledgements may arrive between two system calls.
+const ATTEMPTS: usize = 64;
 /// How many times a direction reads before others may.
 const ROUNDS: u32 = 16;
 
@@ -289,7 +291,9 @@ impl Direction {
                 // Otherwise what was left would never all have been relayed.
                 self.slow_down(source, Pace::Stopped, Size::stop);
                 // What was redirected comes before what was left.
-                let written = written(target).map_err(|_| Fault::Target)?.saturating_sub(self.start_written);
+                // Where it is more, that is seen the next time.
+                let (written, _) = written_at_least(target).map_err(|_| Fault::Target)?;
+                let written = written.saturating_sub(self.start_written);
                 let held = unacknowledged(target.as_raw_fd()).map_err(|_| Fault::Target)?;
                 if written != stream.redirected + self.relayed || held > self.size.full() {
                     stepped.is_waiting = true;
@@ -360,7 +364,8 @@ impl Direction {
         target: BorrowedFd<'_>,
     ) -> Result<Standing, Fault> {
         // First what was written: what is received meanwhile may only add to what is missing.
-        let written = written(target).map_err(|_| Fault::Target)?.saturating_sub(self.start_written);
+        let (written, _) = written_at_least(target).map_err(|_| Fault::Target)?;
+        let written = written.saturating_sub(self.start_written);
         let info = Info::read(source.as_raw_fd()).map_err(|_| Fault::Source)?;
         let received = self.received(sockmap, &info)?;
         Ok(Standing {
@@ -394,14 +399,25 @@ fn acknowledged(socket: BorrowedFd<'_>) -> io::Result<u64> {
 }
 
 /// How many bytes have been written to a socket, from some beginning on.
+///
+/// # Errors
+/// The socket cannot be asked, or its peer acknowledges too fast for it (`WouldBlock`).
 fn written(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let (written, is_exact) = written_at_least(socket)?;
+    if is_exact { Ok(written) } else { Err(io::ErrorKind::WouldBlock.into()) }
+}
+
+/// How many at least, and whether no more. What is acknowledged between two questions is left out.
+fn written_at_least(socket: BorrowedFd<'_>) -> io::Result<(u64, bool)> {
     let fd = socket.as_raw_fd();
-    loop {
+    let mut most = 0;
+    for _ in 0..ATTEMPTS {
         let before = Info::read(fd)?.acknowledged;
         let written = before + u64::from(unacknowledged(fd)?);
-        // What is acknowledged meanwhile would be counted twice or not at all.
         if Info::read(fd)?.acknowledged == before {
-            return Ok(written);
+            return Ok((written, true));
         }
+        most = written.max(most);
     }
+    Ok((most, false))
 }

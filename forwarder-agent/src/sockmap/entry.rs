@@ -8,6 +8,7 @@ use rustix::event::epoll::EventFlags;
 use super::memory::Size;
 use super::pair::{PairStep, SockPair};
 use crate::counters::End;
+use crate::promote::tcp_info::Silence;
 use crate::record::Record;
 use crate::relay::{Moved, Tier};
 
@@ -19,6 +20,9 @@ const LATER: Duration = Duration::from_millis(50);
 const STALLED: Duration = Duration::from_secs(5);
 /// How long a direction of bulk data may be quiet before it gets small buffers.
 const QUIET: Duration = Duration::from_secs(5);
+
+/// How often it is looked in the time that a peer may say nothing whether it does.
+const LOOKS: u32 = 16;
 
 /// A pair that is looked after.
 pub(super) struct Entry {
@@ -40,6 +44,9 @@ pub(super) struct Entry {
     delivered: Option<[u64; 2]>,
     /// What was found when it was last asked whether bytes are missing.
     asked: Option<Asked>,
+    /// When it was last looked whether its peers answer, and since when each does not.
+    looked: Instant,
+    silences: [Silence; 2],
 }
 
 struct Asked {
@@ -66,6 +73,8 @@ impl Entry {
             acknowledged: [0; 2],
             delivered: None,
             asked: None,
+            looked: now,
+            silences: <[Silence; 2]>::default(),
         }
     }
 
@@ -117,9 +126,17 @@ impl Entry {
     }
 
     /// Counts, and says how the pair ends if it has been idle for too long or bytes are missing.
-    pub(super) fn look(&mut self) -> Option<End> {
+    pub(super) fn look(&mut self, patience: Option<Duration>) -> Option<End> {
         if self.count().is_none() {
             return Some(End::Lost);
+        }
+        if let Some(patience) = patience
+            && self.looked.elapsed() >= patience / LOOKS
+        {
+            self.looked = Instant::now();
+            if let Some(end) = self.pair.silent(&mut self.silences, patience) {
+                return Some(end);
+            }
         }
         let settings = &self.record.serving.listener.settings;
         let idle = self.active.elapsed();

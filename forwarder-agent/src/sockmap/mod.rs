@@ -63,6 +63,8 @@ pub struct SockmapSettings {
     pub pairs: u32,
     /// Whose counters they are counted in.
     pub slot: usize,
+    /// How long a peer may say nothing to what waits for its answer; `None` leaves it to the kernel.
+    pub patience: Option<Duration>,
 }
 
 /// The pairs of tier `sockmap`.
@@ -361,7 +363,7 @@ impl SockmapPairs {
                 self.end(table, slot, End::Removed);
                 continue;
             }
-            match entry.look() {
+            match entry.look(self.settings.patience) {
                 None => self.step_if_noticed(table, slot, scratch),
                 Some(End::Lost) => self.break_off(table, slot),
                 Some(end) => self.end(table, slot, end),

@@ -15,7 +15,7 @@ use super::memory::{Memory, Size};
 use crate::counters::End;
 use crate::datapath::sockmap::{JoinError, Sockmap, Source};
 use crate::promote::Refusal;
-use crate::promote::tcp_info::{ESTABLISHED, Info};
+use crate::promote::tcp_info::{ESTABLISHED, Info, Silence};
 
 /// A direction that has moved so much before it is joined is one of bulk data.
 const BULK: u64 = 64 << 10;
@@ -180,6 +180,13 @@ impl SockPair {
             self.directions[side].ends();
         }
         None
+    }
+
+    /// How the pair ends if one of its peers does not answer.
+    pub(crate) fn silent(&self, silences: &mut [Silence; 2], patience: Duration) -> Option<End> {
+        let lasts =
+            |side: usize, silence: &mut Silence| silence.lasts(self.socket(side).as_raw_fd(), patience);
+        silences.iter_mut().enumerate().find_map(|(side, silence)| lasts(side, silence).then(|| end_of(side)))
     }
 
     /// Relays what the kernel leaves, and passes ends on.

@@ -147,7 +147,7 @@ impl<'a> Trial<'a> {
         let _pair = self.join([0, 0])?;
         (&self.client).write_all(b"0123456789")?;
         self.expect(&self.server, b"0123456789")?;
-        let leg = Leg::read(&self.downstream, 0, None)?;
+        let leg = Leg::read(&self.downstream, 0, None, 0)?;
         let segment = Bare {
             from: leg.peer,
             to: leg.local,

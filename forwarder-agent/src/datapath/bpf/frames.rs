@@ -27,6 +27,8 @@ const WINDOW: u32 = 60_000;
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Frame {
     pub(super) tuple: FlowKey,
+    /// The TTL or hop limit, which is not carried over.
+    pub(super) hop_limit: u8,
     pub(super) ip_options: Vec<u8>,
     pub(super) sequence: u32,
     pub(super) acknowledgement: u32,
@@ -70,6 +72,7 @@ impl Frame {
     pub(super) fn new(tuple: FlowKey) -> Self {
         Self {
             tuple,
+            hop_limit: 1,
             ip_options: Vec::new(),
             sequence: 0xffff_fff0,
             acknowledgement: 0x0000_1000,
@@ -124,7 +127,7 @@ impl Frame {
             let header_length = 20 + self.ip_options.len();
             let mut ip = vec![0x40 | u8::try_from(header_length / 4).unwrap(), 0];
             ip.extend(u16::try_from(header_length + tcp.len()).unwrap().to_be_bytes());
-            ip.extend([0, 1, 0x40, 0, 64, 6, 0, 0]);
+            ip.extend([0, 1, 0x40, 0, self.hop_limit, 6, 0, 0]);
             ip.extend(bytes_of(source));
             ip.extend(bytes_of(destination));
             ip.extend(&self.ip_options);
@@ -134,7 +137,7 @@ impl Frame {
         } else {
             frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
             frame.extend(u16::try_from(tcp.len()).unwrap().to_be_bytes());
-            frame.extend([6, 64]);
+            frame.extend([6, self.hop_limit]);
             frame.extend(bytes_of(source));
             frame.extend(bytes_of(destination));
         }
@@ -160,6 +163,7 @@ impl Frame {
         let window = (u64::from(self.window) << flow.source_scale) >> flow.target_scale;
         Self {
             tuple: flow.out,
+            hop_limit: flow.hop_limit,
             sequence: self.sequence.wrapping_add(flow.sequence_shift),
             acknowledgement: if self.flags & FLAG_ACK == 0 {
                 self.acknowledgement

@@ -105,7 +105,10 @@ fn promote(
     downstream: (&TcpStream, u64),
     upstream: (&TcpStream, u64),
 ) -> Vec<(FlowKey, Flow)> {
-    let legs = [downstream, upstream].map(|(socket, written)| Leg::read(socket, written, None).unwrap());
+    let legs = [downstream, upstream].map(|(socket, written)| {
+        let clock = crate::promote::clock::wait(socket);
+        Leg::read(socket, written, None, clock).unwrap()
+    });
     let hop = |interface: &str, leg: &Leg| Hop {
         interface: interface_index(interface),
         next_hop: NextHop::new(leg.peer.ip()),

@@ -40,6 +40,23 @@ fn a_packet_is_translated() {
     check(flow_v6(), |_| {});
 }
 
+#[test]
+fn the_hop_limit_is_the_flows_whatever_it_was() {
+    for ((key, flow), before, after) in [
+        (flow_v4(), 1, 64),
+        (flow_v4(), 255, 65),
+        (flow_v4(), 64, 64),
+        (flow_v4(), 0, 255),
+        (flow_v6(), 1, 64),
+        (flow_v6(), 255, 32),
+    ] {
+        let flow = Flow { hop_limit: after, ..flow };
+        check((key, flow), |frame| frame.hop_limit = before);
+        // Not only on the short cut.
+        check((key, flow), |frame| (frame.hop_limit, frame.options) = (before, Vec::new()));
+    }
+}
+
 /// `__sk_buff` of a super-packet: `gso_segs` and `gso_size`.
 fn super_packet(segments: u32, size: u32) -> [u8; 192] {
     let mut context = [0; 192];

@@ -93,7 +93,8 @@ impl Connection {
         wait_until("all is acknowledged", || {
             remainder(&accepted).unwrap().is_empty && remainder(&connected).unwrap().is_empty
         });
-        let leg = Leg::read(&accepted, WORDS[0].len() as u64, None).unwrap();
+        let clock = crate::promote::clock::wait(&accepted);
+        let leg = Leg::read(&accepted, WORDS[0].len() as u64, None, clock).unwrap();
         let segments = node.run(|| SegmentSocket::open().unwrap());
         Some(Self { node, peer, accepted, connected, leg, segments })
     }
