@@ -2,6 +2,7 @@
 
 use std::env;
 use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -122,9 +123,9 @@ impl Work<'_> {
         );
         script += PREPARE;
         for (name, value) in self.environment() {
-            script += &format!("export {name}={}\n", process::quote(&value));
+            writeln!(script, "export {name}={}", process::quote(&value))?;
         }
-        script += &format!("cd {}\n", process::quote(workspace::root().join("tests").as_os_str()));
+        writeln!(script, "cd {}", process::quote(workspace::root().join("tests").as_os_str()))?;
         if self.shell {
             return Ok(script + SHELL);
         }
@@ -132,7 +133,7 @@ impl Work<'_> {
         for item in self.items {
             let words = self.command(item)?;
             let words: Vec<String> = words.iter().map(|word| process::quote(word)).collect();
-            script += &format!("run {} {} {}\n", item.name(), self.limit.as_secs(), words.join(" "));
+            writeln!(script, "run {} {} {}", item.name(), self.limit.as_secs(), words.join(" "))?;
         }
         Ok(script)
     }

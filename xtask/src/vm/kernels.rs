@@ -77,21 +77,17 @@ pub(super) fn find(wanted: &Wanted<'_>, update: bool) -> Result<Vec<Kernel>> {
             let mut versions = Vec::new();
             for prefix in *prefixes {
                 let known = newest(&unpacked, prefix).filter(|_| !update);
-                let version = match known {
-                    Some(version) => version.clone(),
-                    None => {
-                        let offered = match &mut offered {
-                            Some(offered) => offered,
-                            None => offered.insert(catalogue()?),
-                        };
-                        newest(offered, prefix).cloned().with_context(|| {
-                            let have = newest_of_each_series(offered).join(", ");
-                            format!(
-                                "Debian's {} have no kernel {prefix}: they have {have}",
-                                SUITES.join(", ")
-                            )
-                        })?
-                    }
+                let version = if let Some(version) = known {
+                    version.clone()
+                } else {
+                    let offered = match &mut offered {
+                        Some(offered) => offered,
+                        None => offered.insert(catalogue()?),
+                    };
+                    newest(offered, prefix).cloned().with_context(|| {
+                        let have = newest_of_each_series(offered).join(", ");
+                        format!("Debian's {} have no kernel {prefix}: they have {have}", SUITES.join(", "))
+                    })?
                 };
                 versions.push(version);
             }
@@ -159,10 +155,9 @@ fn unpack(version: &str) -> Result<()> {
         process::read(Command::new("dpkg-deb").arg("-x").arg(entry.path()).arg(&root))?;
     }
     let release = kernel.release();
-    let modules = ["lib/modules", "usr/lib/modules"].map(|folder| root.join(folder)).into_iter();
+    let mut modules = ["lib/modules", "usr/lib/modules"].map(|folder| root.join(folder)).into_iter();
     let modules = modules
-        .filter(|modules| modules.join(&release).is_dir())
-        .next()
+        .find(|modules| modules.join(&release).is_dir())
         .with_context(|| format!("{} has no modules", names.join(", ")))?;
     let images = [root.join(format!("boot/vmlinuz-{release}")), modules.join(&release).join("vmlinuz")];
     let image = images
@@ -256,8 +251,9 @@ fn mirror() -> String {
     files.insert(0, "/etc/apt/sources.list".into());
     let is_list =
         |path: &PathBuf| path.extension().is_some_and(|end| end == OsStr::new("list") || end == "sources");
-    let texts = files.iter().filter(|path| is_list(path)).filter_map(|path| fs::read_to_string(path).ok());
-    texts.filter_map(|text| mirror_in(&text)).next().unwrap_or_else(|| DEFAULT_MIRROR.to_owned())
+    let mut texts =
+        files.iter().filter(|path| is_list(path)).filter_map(|path| fs::read_to_string(path).ok());
+    texts.find_map(|text| mirror_in(&text)).unwrap_or_else(|| DEFAULT_MIRROR.to_owned())
 }
 
 /// The first mirror of Debian that sources name, in either of apt's formats.

@@ -40,6 +40,7 @@ pub(crate) const PROGRAMS: [(&str, &str); 7] = [
 ];
 
 #[derive(clap::Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub(crate) struct Arguments {
     /// The newest of Debian's kernels whose version begins so; repeatable [default: 5.10 and 6.1].
     #[arg(long = "kernel", value_name = "VERSION")]
@@ -50,7 +51,7 @@ pub(crate) struct Arguments {
     /// Look for newer kernels than those that were downloaded before.
     #[arg(long)]
     update: bool,
-    /// With the agent as it is built for debugging; FORWARDER_BIN names another one.
+    /// With the agent as it is built for debugging; `FORWARDER_BIN` names another one.
     #[arg(long)]
     debug: bool,
     /// How many minutes each program with tests may take.
