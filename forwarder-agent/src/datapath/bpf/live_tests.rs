@@ -113,7 +113,6 @@ fn promote(
         interface: interface_index(interface),
         next_hop: NextHop::new(leg.peer.ip()),
         mtu: 1500,
-        hop_limit: 64,
         way: Way::Redirect,
         hop_limit: 64,
     };
