@@ -241,6 +241,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         segment_size.set_mtu(smallest_mtu(&interfaces.borrow()));
     }
     let sockmap = Arc::new(SockmapTier::new(SockmapSettings {
+        unsafe_kernel: settings.sockmap_unsafe_kernel,
         memory: settings.sockmap_memory,
         pairs: settings.max_pairs.min(STREAMS_CAPACITY / 2),
         slot: settings.workers + 1,

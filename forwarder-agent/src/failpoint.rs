@@ -7,6 +7,9 @@
 #[cfg(feature = "failpoints")]
 pub(crate) use self::stopping::{block, reached};
 
+/// The steps after each of the two entries of a pair is written, by its direction.
+pub(crate) const FLOWS_WRITTEN: [&str; 2] = ["join.request_written", "join.response_written"];
+
 /// Comes to a step; does nothing.
 #[cfg(not(feature = "failpoints"))]
 pub(crate) fn block(_step: &str) {}

@@ -224,6 +224,13 @@ impl<'a> Listeners<'a> {
         for (verdict, count) in datapath.verdicts().unwrap_or_default() {
             counter(&mut verdicts, [("verdict", verdict.as_str())], count)?;
         }
+        let mut restored = encoder.encode_descriptor(
+            "forwarder_attachments_restored",
+            "How often programs were attached again that somebody had removed from an interface",
+            None,
+            MetricType::Counter,
+        )?;
+        counter(&mut restored, [], datapath.restored())?;
         Ok(())
     }
 }

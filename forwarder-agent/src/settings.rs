@@ -58,6 +58,17 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_SOCKMAP_MEMORY", value_name = "BYTES")]
     pub sockmap_memory: Option<BytesText>,
 
+    /// Have tier `sockmap` also on kernels before 6.18, which may lose or double bytes [default: false]
+    #[arg(
+        long,
+        env = "FORWARDER_SOCKMAP_UNSAFE_KERNEL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        value_name = "BOOL"
+    )]
+    pub sockmap_unsafe_kernel: Option<bool>,
+
     /// How long after the agent's end new connections are held back for its successor, instead of being refused; 0 is off
     /// [default: 30s]
     #[arg(long, env = "FORWARDER_HOLD", value_name = "DURATION")]
@@ -244,6 +255,8 @@ pub struct Settings {
     pub max_pairs: u32,
     /// How many bytes of memory the kernel may hold for connections of tier `sockmap`.
     pub sockmap_memory: u64,
+    /// Whether tier `sockmap` may be had on a kernel that is not known to be right.
+    pub sockmap_unsafe_kernel: bool,
     /// For how long after the agent's end new connections are held back.
     pub hold: Duration,
     /// What listeners have where their Gateway says nothing else.
@@ -337,6 +350,7 @@ impl Options {
             egress: self.egress.or(other.egress),
             max_pairs: self.max_pairs.or(other.max_pairs),
             sockmap_memory: self.sockmap_memory.or(other.sockmap_memory),
+            sockmap_unsafe_kernel: self.sockmap_unsafe_kernel.or(other.sockmap_unsafe_kernel),
             hold: self.hold.or(other.hold),
             pin_dir: self.pin_dir.or(other.pin_dir),
             workers: self.workers.or(other.workers),
@@ -418,6 +432,7 @@ impl Options {
             egress: self.egress.unwrap_or_default(),
             max_pairs: self.max_pairs.unwrap_or(PAIRS_CAPACITY).max(1),
             sockmap_memory: self.sockmap_memory.map_or(SOCKMAP_MEMORY, |text| text.0),
+            sockmap_unsafe_kernel: self.sockmap_unsafe_kernel.unwrap_or_default(),
             hold: or_default(self.hold, Duration::from_secs(30)),
             listener_defaults,
             keepalive: off_if_zero(or_default(self.keepalive, Duration::from_mins(1))),

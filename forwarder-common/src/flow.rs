@@ -308,17 +308,18 @@ impl Flow {
         self.mtu != 0 && length > self.mtu
     }
 
-    /// The numbers of `segment` on the other leg, of whose receiver `reverse` is known; it carries `payload` bytes.
+    /// The numbers of `segment` on the other leg, of whose receiver `reverse` is known; `is_bare` tells whether it carries no payload
+    /// and is [accepted](Half::accepts): a stranger's, whose number is a guess, must not be given one that its receiver takes.
     #[inline(always)]
     #[must_use]
-    pub const fn numbers(&self, segment: &Segment, reverse: &Half, payload: u32) -> Numbers {
+    pub const fn numbers(&self, segment: &Segment, reverse: &Half, is_bare: bool) -> Numbers {
         let mut sequence = segment.sequence.wrapping_add(self.sequence_shift);
         // A receiver drops what lies beyond its window, acknowledgement and all (RFC 9293, 3.10.7.4). What a bare
         // acknowledgement says is true at any number: it gets the last one that is taken. Its own may lie beyond, because local
         // sockets took more of its sender than the receiver has room for.
         if is_before(reverse.edge, sequence)
             && segment.flags & (FLAG_SYN | FLAG_FIN | FLAG_RST) == 0
-            && payload == 0
+            && is_bare
         {
             sequence = reverse.edge;
         }
@@ -376,6 +377,13 @@ impl Pair {
     pub const fn is_over(&self, flow: &Flow) -> bool {
         let (half, reverse) = self.halves(flow);
         flow.is_over(half, reverse)
+    }
+
+    /// [`Flow::has_ended`], for either of the pair's two flows.
+    #[must_use]
+    pub const fn has_ended(&self, flow: &Flow) -> bool {
+        let (half, reverse) = self.halves(flow);
+        flow.has_ended(half, reverse)
     }
 
     /// What is known of a flow's direction, and of the opposite one.
@@ -531,14 +539,14 @@ mod tests {
         // The endpoint takes 5,000 bytes up to the client's 6,000 and sees 4,000 for the client's 5,000.
         let endpoint = Half { acknowledged: 4_000, edge: 5_000, ..Half::default() };
         let sent =
-            |sequence, flags, payload| flow.numbers(&segment(sequence, flags), &endpoint, payload).sequence;
-        assert_eq!(sent(6_000, FLAG_ACK, 0), 5_000);
-        assert_eq!(sent(6_001, FLAG_ACK, 0), 5_000);
-        assert_eq!(sent(90_000, FLAG_ACK, 0), 5_000);
-        // Bytes and ends have numbers of their own.
-        assert_eq!(sent(90_000, FLAG_ACK, 1), 89_000);
-        assert_eq!(sent(90_000, FLAG_ACK | FLAG_FIN, 0), 89_000);
-        assert_eq!(sent(90_000, FLAG_RST, 0), 89_000);
+            |sequence, flags, is_bare| flow.numbers(&segment(sequence, flags), &endpoint, is_bare).sequence;
+        assert_eq!(sent(6_000, FLAG_ACK, true), 5_000);
+        assert_eq!(sent(6_001, FLAG_ACK, true), 5_000);
+        assert_eq!(sent(90_000, FLAG_ACK, true), 5_000);
+        // Bytes and ends have numbers of their own, and a stranger's acknowledgement keeps its own.
+        assert_eq!(sent(90_000, FLAG_ACK, false), 89_000);
+        assert_eq!(sent(90_000, FLAG_ACK | FLAG_FIN, true), 89_000);
+        assert_eq!(sent(90_000, FLAG_RST, true), 89_000);
     }
 
     #[test]

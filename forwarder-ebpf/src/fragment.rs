@@ -13,6 +13,8 @@
 //!   that packet elsewhere, where the TCP checksum of what they are put together to does not match: a loss, which the sender
 //!   makes up for. Linux's own reassembly can be spoilt for no more (`ip_frag_queue`).
 
+#![expect(clippy::needless_borrows_for_generic_args, reason = "copies would stand on the stack")]
+
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::helpers::generated::bpf_l3_csum_replace;
 use aya_ebpf::programs::TcContext;
@@ -173,6 +175,7 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
         let is_accepted = half.accepts(reverse, flow, seen);
         half.note(reverse, flow, seen, is_accepted);
     } else {
+        // The rest is noted with the first and with the last.
         half.packets += 1;
     }
     leave(flow)
@@ -207,7 +210,7 @@ fn find(context: &TcContext, segment: &Segment) -> Option<Fragment> {
     parse_fragment(&SocketBuffer(context), segment.version, segment.ip_offset as usize)
 }
 
-/// Puts the other leg's addresses, and what else `rewrite` changes in an IP header, into that of a fragment.
+/// Puts the addresses and the hop limit of the other leg into the IP header, and takes marks from it that nobody would answer.
 #[inline(always)]
 fn translate(context: &TcContext, version: IpVersion, ip_offset: u32, flow: &Flow) -> Result<(), Verdict> {
     let out = flow.out.address_words();
@@ -215,16 +218,21 @@ fn translate(context: &TcContext, version: IpVersion, ip_offset: u32, flow: &Flo
         IpVersion::V4 => {
             let [first, length, protocol, source, destination]: [u32; 5] = load(context, ip_offset)?;
             let new_first = first & !congestion_marks(flow, u32::from(ECN_MASK) << 16);
-            let change =
-                ChecksumChange::NONE.and(first, new_first).and(source, out[3]).and(destination, out[7]);
             let protocol = u32::from_be(protocol);
-            let checksum = change.applied_to((protocol as u16).to_be());
-            let protocol = protocol & 0xffff_0000 | u32::from(u16::from_be(checksum));
+            let (old, checksum) = (protocol & 0xffff_0000, (protocol as u16).to_be());
+            let new = old & 0x00ff_ffff | u32::from(flow.hop_limit) << 24;
+            let change = ChecksumChange::NONE
+                .and(first, new_first)
+                .and(old.to_be(), new.to_be())
+                .and(source, out[3])
+                .and(destination, out[7]);
+            let protocol = new | u32::from(u16::from_be(change.applied_to(checksum)));
             store(context, ip_offset, &[new_first, length, protocol.to_be(), out[3], out[7]])
         }
         IpVersion::V6 => {
             let [first, second]: [u32; 2] = load(context, ip_offset)?;
             let first = first & !congestion_marks(flow, u32::from(ECN_MASK) << 20);
+            let second = second & !0xff_u32.to_be() | u32::from(flow.hop_limit).to_be();
             let [a, b, c, d, e, f, g, h] = *out;
             write(context, ip_offset, &[first, second, a, b, c, d, e, f, g, h])
         }

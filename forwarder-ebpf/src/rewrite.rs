@@ -126,7 +126,8 @@ fn rewrite_usual(
 /// word as they lie there.
 #[inline(always)]
 fn new_words(found: &Found, flow: &Flow, reverse: &Half, misc: u32, last: u32) -> [u32; FIXED_WORDS] {
-    let numbers = flow.numbers(&found.segment, reverse, found.seen.payload);
+    let is_bare = found.is_accepted && found.seen.payload == 0;
+    let numbers = flow.numbers(&found.segment, reverse, is_bare);
     let ports = u32::from(flow.out.source_port) << 16 | u32::from(flow.out.destination_port);
     let misc = u32::from_be(misc) & 0xffff_0000 | u32::from(numbers.window);
     [ports.to_be(), numbers.sequence.to_be(), numbers.acknowledgement.to_be(), misc.to_be(), last]

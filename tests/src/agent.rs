@@ -15,6 +15,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::attach;
 use crate::http::{self, Response};
 use crate::metrics::Metrics;
 use crate::netns::NetNs;
@@ -56,6 +57,8 @@ pub struct AgentCommand {
     pub binary: Option<PathBuf>,
     /// Where it pins its maps; a folder of its own if `None`.
     pub pins: Option<Arc<PinDir>>,
+    /// Where its admin interface listens; [`ADMIN`] if `None`.
+    pub admin: Option<&'static str>,
 }
 
 /// A folder on the BPF file system, removed with all that is pinned there when its last user is dropped.
@@ -104,10 +107,18 @@ impl AgentCommand {
         self
     }
 
+    /// Has its admin interface listen somewhere else: two agents of one namespace cannot both have [`ADMIN`].
+    #[must_use]
+    pub fn admin(mut self, address: &'static str) -> Self {
+        self.admin = Some(address);
+        self
+    }
+
     /// Has the agent take over what `former` leaves pinned.
     #[must_use]
     pub fn succeeding(mut self, former: &Agent) -> Self {
         self.pins = Some(Arc::clone(&former.pins));
+        self.admin = Some(former.admin);
         self
     }
 
@@ -125,10 +136,11 @@ impl AgentCommand {
             self.wrapper.iter().cloned().chain([self.binary.clone().unwrap_or_else(binary).into_os_string()]);
         let mut command = Command::new(words.next().context("an empty command")?);
         command.args(words).arg("agent").args(source);
-        command.args(["--admin", ADMIN]).arg("--pin-dir").arg(&pins.0).args(&self.arguments);
-        command.envs(self.environment.iter().copied());
+        let admin = self.admin.unwrap_or(ADMIN);
+        command.args(["--admin", admin]).arg("--pin-dir").arg(&pins.0).args(&self.arguments);
+        command.envs(attach::environment()).envs(self.environment.iter().copied());
         let process = Process::start(netns, &mut command, &folder.path().join("log"))?;
-        let mut agent = Agent { process, netns: netns.clone(), pins, _folder: folder };
+        let mut agent = Agent { process, netns: netns.clone(), pins, admin, _folder: folder };
         let ended = wait_for(DEADLINE, || {
             if let Ok(Some(status)) = agent.process.try_wait() {
                 return Some(Some(status));
@@ -156,6 +168,7 @@ pub struct Agent {
     process: Process,
     netns: NetNs,
     pins: Arc<PinDir>,
+    admin: &'static str,
     _folder: TempDir,
 }
 
@@ -176,12 +189,12 @@ impl Agent {
 
     /// Asks the admin interface.
     pub fn get(&self, path: &str) -> Result<Response> {
-        http::get(&self.netns, ADMIN.parse::<SocketAddr>()?, path)
+        http::get(&self.netns, self.admin.parse::<SocketAddr>()?, path)
     }
 
     /// Sends JSON to the admin interface.
     pub fn post(&self, path: &str, body: &str) -> Result<Response> {
-        http::post(&self.netns, ADMIN.parse::<SocketAddr>()?, path, body)
+        http::post(&self.netns, self.admin.parse::<SocketAddr>()?, path, body)
     }
 
     /// The connections that it lists, those that match a query such as `?listener=default/gw/a`.

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use socket2::SockRef;
 
 use crate::netns::NetNs;
+use crate::wait::patient;
 use crate::{peer, random};
 
 /// How long a read or a write may wait.
@@ -17,8 +18,8 @@ pub const TIMEOUT: Duration = Duration::from_secs(30);
 /// Connects from `netns`, with time-outs on reads and writes.
 pub fn connect(netns: &NetNs, address: SocketAddr) -> io::Result<TcpStream> {
     let stream = netns.connect(address)?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
+    stream.set_read_timeout(Some(patient(TIMEOUT)))?;
+    stream.set_write_timeout(Some(patient(TIMEOUT)))?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }
@@ -84,7 +85,7 @@ pub enum End {
 
 /// Reads until the connection ends, for at most `timeout` between two pieces of data.
 pub fn end(mut stream: &TcpStream, timeout: Duration) -> io::Result<End> {
-    stream.set_read_timeout(Some(timeout))?;
+    stream.set_read_timeout(Some(patient(timeout)))?;
     let mut buffer = [0; 4096];
     loop {
         match stream.read(&mut buffer) {

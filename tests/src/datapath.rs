@@ -15,6 +15,8 @@ const USUAL: [Datapath; 3] = [Datapath("splice"), Datapath("tc"), Datapath("sock
 const PROMOTION: &str = "--promote-after 16KiB,250ms";
 /// For many connections at once, and large ones, all of which tier `sockmap` is to take.
 const SOCKMAP_MEMORY: &str = "--sockmap-memory=8GiB";
+/// Who names the tier wants it on any kernel.
+const UNSAFE_KERNEL: &str = "--sockmap-unsafe-kernel";
 /// How long the agent may take to count what the kernel has forwarded.
 const COUNTED: Duration = Duration::from_secs(5);
 
@@ -27,12 +29,21 @@ impl Datapath {
     pub fn chosen() -> Vec<Self> {
         let all = [Self("splice"), Self("copy"), Self("tc"), Self("sockmap")];
         env::var("FORWARDER_TEST_DATAPATHS").map_or_else(
-            |_| USUAL.to_vec(),
+            |_| USUAL.into_iter().filter(|datapath| datapath.is_taken()).collect(),
             |names| {
                 let known = |name: &str| all.into_iter().find(|datapath| datapath.0 == name);
                 names.split(',').map(|name| known(name).expect("splice, copy, tc or sockmap")).collect()
             },
         )
+    }
+
+    /// Whether agents have it on this kernel without being told to: tier `sockmap` they do not before 6.18.
+    fn is_taken(self) -> bool {
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        let mut numbers = release.split(|letter: char| !letter.is_ascii_digit()).map(str::parse::<u32>);
+        let version = (numbers.next(), numbers.next());
+        self.0 != "sockmap"
+            || matches!(version, (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= (6, 18))
     }
 
     /// How to start an agent that goes through it.
@@ -45,7 +56,7 @@ impl Datapath {
     pub fn agent_with(self, promotion: &[&str]) -> AgentCommand {
         let mut more = if self.is_by_kernel() { promotion.to_vec() } else { Vec::new() };
         if self.0 == "sockmap" {
-            more.push(SOCKMAP_MEMORY);
+            more.extend([SOCKMAP_MEMORY, UNSAFE_KERNEL]);
         }
         AgentCommand::new(&[&["--datapath", self.0], more.as_slice()].concat())
     }

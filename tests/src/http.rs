@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use crate::netns::NetNs;
+use crate::wait::patient;
 
 /// How long a read or a write may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -35,8 +36,8 @@ pub fn post(netns: &NetNs, address: SocketAddr, path: &str, body: &str) -> Resul
 
 fn exchange(netns: &NetNs, address: SocketAddr, request: &str) -> Result<Response> {
     let mut stream = netns.connect(address).with_context(|| format!("connect to {address}"))?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
+    stream.set_read_timeout(Some(patient(TIMEOUT)))?;
+    stream.set_write_timeout(Some(patient(TIMEOUT)))?;
     // HTTP/1.0 forbids chunks and closes the connection after the answer.
     stream.write_all(request.as_bytes())?;
     let mut answer = String::new();

@@ -64,6 +64,24 @@ impl Agent {
         });
     }
 
+    /// Sends on connections to an echo server until the kernel forwards all of them: a way on which nothing has moved yet
+    /// proves nothing.
+    #[track_caller]
+    pub fn promote(&self, streams: &[TcpStream]) {
+        let locals: BTreeSet<SocketAddr> =
+            streams.iter().map(|stream| stream.local_addr().expect("a connected socket")).collect();
+        wait_until("all connections are promoted", DEADLINE, || {
+            for stream in streams {
+                client::ping(stream, b"promote me").expect("an echo");
+            }
+            let connections = self.connections("").expect("a list");
+            let spliced = connections.iter().filter(|one| one["state"] == "spliced");
+            let spliced: BTreeSet<SocketAddr> =
+                spliced.filter_map(|one| one["downstream"].as_str()?.parse().ok()).collect();
+            locals.is_subset(&spliced)
+        });
+    }
+
     /// Waits until nothing is left of promoted connections in the kernel.
     #[track_caller]
     pub fn wait_empty(&self) {
@@ -89,18 +107,7 @@ impl Forwarding {
     /// proves nothing.
     #[track_caller]
     pub fn promote(&self, streams: &[TcpStream]) {
-        let locals: BTreeSet<SocketAddr> =
-            streams.iter().map(|stream| stream.local_addr().expect("a connected socket")).collect();
-        wait_until("all connections are promoted", DEADLINE, || {
-            for stream in streams {
-                client::ping(stream, b"promote me").expect("an echo");
-            }
-            let connections = self.agent.connections("").expect("a list");
-            let spliced = connections.iter().filter(|one| one["state"] == "spliced");
-            let spliced: BTreeSet<SocketAddr> =
-                spliced.filter_map(|one| one["downstream"].as_str()?.parse().ok()).collect();
-            locals.is_subset(&spliced)
-        });
+        self.agent.promote(streams);
     }
 
     /// Starts an agent on the pins of the present one, which has ended, and waits until it is ready.

@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod apiserver;
+pub mod attach;
 pub mod chart;
 pub mod client;
 pub mod cluster;
@@ -46,7 +47,7 @@ pub use load::Load;
 pub use manifests::{BackendRef, Manifests};
 pub use netns::{NetNs, Topology, require_root};
 pub use served::Served;
-pub use wait::{wait_for, wait_until};
+pub use wait::{patient, wait_for, wait_until};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -15,6 +15,7 @@ use anyhow::{Context as _, Result};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::process;
+use crate::wait::patient;
 
 /// Where `ip netns` keeps its namespaces.
 const NETNS_DIR: &str = "/run/netns";
@@ -111,7 +112,7 @@ impl NetNs {
 
     /// Connects to `address` from the namespace.
     pub fn connect(&self, address: SocketAddr) -> io::Result<TcpStream> {
-        self.run(|| TcpStream::connect_timeout(&address, CONNECT_TIMEOUT))
+        self.run(|| TcpStream::connect_timeout(&address, patient(CONNECT_TIMEOUT)))
     }
 
     /// Runs `ip` for the namespace.

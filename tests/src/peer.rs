@@ -14,6 +14,7 @@ use crate::client::End;
 use crate::client::TIMEOUT;
 use crate::netns::NetNs;
 use crate::random;
+use crate::wait::patient;
 
 /// How soon a stopped server notices.
 const STOP_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
@@ -95,8 +96,8 @@ where
         let serve = move || -> io::Result<()> {
             stream.set_nonblocking(false)?;
             stream.set_nodelay(true)?;
-            stream.set_read_timeout(Some(TIMEOUT))?;
-            stream.set_write_timeout(Some(TIMEOUT))?;
+            stream.set_read_timeout(Some(patient(TIMEOUT)))?;
+            stream.set_write_timeout(Some(patient(TIMEOUT)))?;
             handle(&stream)
         };
         thread::Builder::new()
@@ -157,7 +158,8 @@ pub fn digest(mut stream: &TcpStream) -> io::Result<()> {
 
 /// Reads nothing, and keeps the connection until the client closes it or the time-out passes.
 pub fn hold(stream: &TcpStream) -> io::Result<()> {
-    let deadline = Timespec { tv_sec: i64::try_from(TIMEOUT.as_secs()).unwrap_or(i64::MAX), tv_nsec: 0 };
+    let deadline =
+        Timespec { tv_sec: i64::try_from(patient(TIMEOUT).as_secs()).unwrap_or(i64::MAX), tv_nsec: 0 };
     let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
     poll(&mut fds, Some(&deadline))?;
     Ok(())

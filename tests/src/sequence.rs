@@ -88,9 +88,11 @@ pub fn received_segments(socket: impl AsFd) -> io::Result<u32> {
 /// # Errors
 /// The kernel refuses.
 pub fn unacknowledged(socket: impl AsFd) -> io::Result<i32> {
+    /// `SIOCOUTQ` (`linux/sockios.h`).
+    const UNACKNOWLEDGED: rustix::ioctl::Opcode = 0x5411;
     // SAFETY: the request writes one integer (`tcp_ioctl`).
-    unsafe { rustix::ioctl::ioctl(socket, rustix::ioctl::Getter::<{ libc::TIOCOUTQ as _ }, i32>::new()) }
-        .map_err(io::Error::from)
+    let left = unsafe { rustix::ioctl::ioctl(socket, rustix::ioctl::Getter::<UNACKNOWLEDGED, i32>::new()) };
+    Ok(left?)
 }
 
 fn set(fd: RawFd, option: libc::c_int, value: libc::c_int) -> io::Result<()> {

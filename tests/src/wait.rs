@@ -1,14 +1,25 @@
 //! Waiting for a condition, always with a deadline.
 
+use std::env;
+use std::sync::LazyLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long between two looks at a condition.
 const INTERVAL: Duration = Duration::from_millis(5);
 
-/// Looks at `condition` until it yields something, for at most `deadline`.
+/// `duration`, or as many times as long as `FORWARDER_TEST_PATIENCE` says: for machines on which everything takes longer.
+pub fn patient(duration: Duration) -> Duration {
+    static FACTOR: LazyLock<u32> = LazyLock::new(|| {
+        env::var("FORWARDER_TEST_PATIENCE")
+            .map_or(1, |factor| factor.parse().expect("a whole number as patience"))
+    });
+    duration.saturating_mul(*FACTOR)
+}
+
+/// Looks at `condition` until it yields something, for at most `deadline`, or [`patient`]ly.
 pub fn wait_for<T>(deadline: Duration, mut condition: impl FnMut() -> Option<T>) -> Option<T> {
-    let end = Instant::now() + deadline;
+    let end = Instant::now() + patient(deadline);
     loop {
         if let Some(value) = condition() {
             return Some(value);
@@ -24,5 +35,5 @@ pub fn wait_for<T>(deadline: Duration, mut condition: impl FnMut() -> Option<T>)
 #[track_caller]
 pub fn wait_until(what: &str, deadline: Duration, mut condition: impl FnMut() -> bool) {
     let held = wait_for(deadline, || condition().then_some(()));
-    assert!(held.is_some(), "not within {deadline:?}: {what}");
+    assert!(held.is_some(), "not within {:?}: {what}", patient(deadline));
 }

@@ -164,15 +164,14 @@ fn a_sender_without_df_hears_of_what_is_too_large_for_the_node() {
     for index in [CLIENT, BACKEND] {
         println!("network {index}");
         let topology = Topology::new().expect("a network");
-        let (sender, receiver) = match index {
-            CLIENT => (&topology.backend1, &topology.client),
-            _ => (&topology.client, &topology.backend1),
-        };
-        sender.sysctl("ipv4/ip_no_pmtu_disc", "1").expect("a variable");
-        topology.set_mtu(index, receiver, 1400).expect("an MTU");
+        for host in [&topology.client, &topology.backend1] {
+            host.sysctl("ipv4/ip_no_pmtu_disc", "1").expect("a variable");
+        }
         let endpoint = topology.backend1_address(ENDPOINT_PORT);
         let forwarding = start(topology, endpoint);
-        transfer(&forwarding, Family::V4, || ());
+        let topology = &forwarding.topology;
+        let receiver = if index == CLIENT { &topology.client } else { &topology.backend1 };
+        transfer(&forwarding, Family::V4, || topology.set_mtu(index, receiver, 1400).expect("an MTU"));
         assert!(verdicts(&forwarding, "too_big") > 0);
     }
 }

@@ -11,6 +11,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use forwarder_tests::attach::is_by_clsact;
 use forwarder_tests::client::{self, End};
 use forwarder_tests::fixture::LISTENER;
 use forwarder_tests::kernel::{AT_ONCE, at_once, is_ready};
@@ -212,18 +213,19 @@ fn files(folder: &Path) -> Vec<std::path::PathBuf> {
         .collect()
 }
 
-/// The links by which programs hang on interfaces, and these programs: what bpftool calls them, and their numbers.
+/// What is pinned by which programs hang on interfaces, and these programs: what bpftool calls them, and their numbers.
 fn hanging(forwarding: &Forwarding) -> Vec<[String; 2]> {
-    let links = files(forwarding.agent.pin_dir());
-    let links = links.iter().filter(|path| path.parent().is_some_and(|folder| folder.ends_with("links")));
-    links
-        .flat_map(|path| {
-            let text =
-                process::stdout(Command::new("bpftool").args(["-j", "link", "show", "pinned"]).arg(path));
-            let link: Value = serde_json::from_str(&text.expect("bpftool")).expect("JSON");
-            [["link", "id"], ["prog", "prog_id"]].map(|[kind, id]| [kind.to_owned(), link[id].to_string()])
-        })
-        .collect()
+    let pins = files(forwarding.agent.pin_dir());
+    let pins = pins.iter().filter(|path| path.parent().is_some_and(|folder| folder.ends_with("links")));
+    let kind = if is_by_clsact() { "prog" } else { "link" };
+    pins.flat_map(|path| {
+        let text = process::stdout(Command::new("bpftool").args(["-j", kind, "show", "pinned"]).arg(path));
+        let pinned: Value = serde_json::from_str(&text.expect("bpftool")).expect("JSON");
+        let numbers = [(kind, &pinned["id"]), ("prog", &pinned["prog_id"])];
+        numbers.map(|(kind, id)| [kind.to_owned(), id.to_string()])
+    })
+    .filter(|[_, id]| id != "null")
+    .collect()
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 
 use super::input::OutcomeSender;
 use super::sockmap::SockmapTier;
@@ -22,6 +23,9 @@ use crate::{resolve, view};
 
 /// How often listeners that could not be bound are tried again.
 const BIND_RETRY: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether the programs still hang where they were attached.
+const VERIFICATION: Duration = Duration::from_secs(2);
 
 /// What follows the input.
 pub(super) struct Control {
@@ -47,6 +51,8 @@ impl Control {
     ) {
         let promoter = self.promoter.clone();
         let mut retry = tokio::time::interval(BIND_RETRY);
+        let mut verification = tokio::time::interval(VERIFICATION);
+        verification.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 changed = loaded.changed() => {
@@ -75,6 +81,11 @@ impl Control {
                     continue;
                 }
                 () = path_wanted(promoter.as_deref()) => self.attach(interfaces.as_mut()),
+                // Before anything was loaded, nothing would be wanted.
+                _ = verification.tick(), if self.in_force.is_some() => {
+                    self.attach(interfaces.as_mut());
+                    continue;
+                }
                 _ = retry.tick() => {
                     if !self.reconciler.retry() {
                         continue;

@@ -6,13 +6,13 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::Shared;
-use crate::datapath::Datapath;
 use crate::datapath::bpf::{Bpf, BpfOptions};
 use crate::datapath::flows::{FlowTable, FlowTableError};
 use crate::datapath::grace::Grace;
 use crate::datapath::interfaces::{self, Interface};
 use crate::datapath::routes;
 use crate::datapath::segments::SegmentSocket;
+use crate::datapath::{Datapath, kernel_obstacle};
 use crate::failpoint;
 use crate::model::{BindAddress, Datapath as DatapathChoice, ListenerKey};
 use crate::pairs::{FindListener, Found, PairSettings, Pairs, PromoteAfter, Promoter};
@@ -37,8 +37,12 @@ impl Kernel {
             DatapathChoice::Auto | DatapathChoice::Tc => true,
             DatapathChoice::Sockmap | DatapathChoice::Splice | DatapathChoice::Copy => false,
         };
+        let obstacle = kernel_obstacle().filter(|_| is_wanted);
+        if let Some(reason) = obstacle {
+            tracing::warn!(reason, "no connection is taken into the kernel: all stay at tier splice");
+        }
         let options = BpfOptions {
-            most_pairs: is_wanted.then_some(settings.max_pairs),
+            most_pairs: (is_wanted && obstacle.is_none()).then_some(settings.max_pairs),
             pin_dir: settings.pin_dir.clone(),
             trace: tracing::enabled!(target: "forwarder_agent::datapath", tracing::Level::TRACE),
         };
@@ -76,7 +80,11 @@ impl Kernel {
             routes,
             datapath: Some(Box::new(bpf)),
             interfaces: Some(interfaces),
-            view: view::DatapathView { classifier: true, ..view::DatapathView::default() },
+            view: view::DatapathView {
+                classifier: true,
+                error: obstacle.map(str::to_owned),
+                ..view::DatapathView::default()
+            },
         }
     }
 

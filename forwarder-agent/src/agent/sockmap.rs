@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+use crate::datapath::sockmap::SockmapError;
 use crate::model::{Datapath, RouteTable};
 use crate::promote::Refusal;
 use crate::sockmap::{SockmapPairs, SockmapPairsError, SockmapSettings};
@@ -49,6 +50,7 @@ impl SockmapTier {
                 tracing::warn!(reason = %error, "tier sockmap is off: connections stay at tier splice");
                 let refusal = match error {
                     SockmapPairsError::SelfTest(_) => Refusal::SelfTest,
+                    SockmapPairsError::Sockmap(SockmapError::UnsafeKernel { .. }) => Refusal::UnsafeKernel,
                     SockmapPairsError::Sockmap(_) | SockmapPairsError::Start(_) => Refusal::NoPrograms,
                 };
                 (Err(refusal), Some(error.to_string()))

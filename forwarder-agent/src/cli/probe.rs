@@ -26,6 +26,10 @@ pub(crate) struct ProbeArgs {
     /// Kubeconfig file [default: KUBECONFIG, then ~/.kube/config, then the Pod's service account]
     #[arg(long, env = "FORWARDER_KUBECONFIG", value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
+
+    /// Try tier `sockmap` also on kernels before 6.18, which may lose or double bytes
+    #[arg(long)]
+    sockmap_unsafe_kernel: bool,
 }
 
 /// One thing that was looked at.
@@ -51,7 +55,7 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
         Finding::new("tier copy", Ok("read(2) and write(2): always".to_owned())),
         Finding::new("tier splice", relay::probe_splice().map_err(|error| error.to_string())),
         Finding::new("tier tc", promote::probe()),
-        Finding::new("tier sockmap", sockmap::probe()),
+        Finding::new("tier sockmap", sockmap::probe(args.sockmap_unsafe_kernel)),
         Finding::new("classifier", classifier()),
         Finding::new("low ports", low_ports()),
         Finding::new("open files", Ok(open_files())),

@@ -201,14 +201,21 @@ async fn deliver_tail(
             joined.abort();
             return Tail::Ended(End::Lost);
         }
-        if !relay.is_delivered()
-            || !is_delivered(downstream, &relay.request)
-            || !is_delivered(upstream, &relay.response)
-        {
+        // Where each end has acknowledged the other's end, nothing is missing. What the sockets still want to say of it, which the
+        // guard holds back, nobody needs: they would try for minutes, and hold the addresses against a new connection.
+        let has_ended = state.has_ended(&pair.flows[0].1);
+        let is_delivered = || {
+            relay.is_delivered()
+                && is_delivered(downstream, &relay.request)
+                && is_delivered(upstream, &relay.response)
+        };
+        if !has_ended && !is_delivered() {
             failpoint::reached("tail.delivering").await;
             continue;
         }
-        match hearing.judge(promoter, pair, &state, connection) {
+        let verdict =
+            if has_ended { Verdict::Heard } else { hearing.judge(promoter, pair, &state, connection) };
+        match verdict {
             Verdict::Heard => {}
             Verdict::Waiting => continue,
             Verdict::Swallowed(exit) => {

@@ -1,26 +1,27 @@
 //! Attaches the programs to interfaces: the classifier to the ingress, and, where connections may be joined, the guard to
 //! the egress. By a tcx link (kernel 6.6 and later), which ends with the process unless it is pinned; or else by a filter of
-//! the clsact queueing discipline, which does not and is replaced by the next agent.
+//! the clsact queueing discipline, which does not. What stays is pinned, and taken over by the next agent (`hook.rs`).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::env;
 use std::fmt;
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
-use aya::programs::links::{FdLink, LinkError, LinkOrder, PinnedLink};
-use aya::programs::tc::{
-    NlOptions, SchedClassifierLink, TcAttachOptions, TcError, qdisc_add_clsact, qdisc_detach_program,
-};
-use aya::programs::{Link, ProgramError, SchedClassifier, TcAttachType};
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use forwarder_common::packet::LinkLayer;
-use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP, PROGRAM_IP, PROGRAMS};
+use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP, PROGRAM_IP};
 use rustix::io::Errno;
 
 use super::DatapathError;
+use super::filters::Filters;
+use super::hook::{self, Found, Hook, Place, errno_of_attach};
 use super::interfaces::{Interface, InterfaceKind};
-use super::load_error::{errno_of, with_causes};
+use super::load_error::with_causes;
+
+/// Set to `clsact` to have programs attached as on a kernel without tcx, for tests of that.
+const ATTACH_BY: &str = "FORWARDER_ATTACH_BY";
 
 /// How a classifier hangs on an interface.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -34,6 +35,9 @@ pub enum AttachKind {
 impl AttachKind {
     /// What this kernel offers.
     pub(super) fn of_kernel() -> Self {
+        if env::var(ATTACH_BY).is_ok_and(|kind| kind == Self::Clsact.as_str()) {
+            return Self::Clsact;
+        }
         // A kernel without tcx knows no such attach type, whatever its version says.
         match SchedClassifier::query_tcx("lo", TcAttachType::Ingress) {
             Ok(_) => Self::Tcx,
@@ -103,12 +107,31 @@ pub struct Attachment {
 #[derive(Debug)]
 pub(super) struct Attachments {
     kind: AttachKind,
-    /// Where links are pinned, if connections may be joined: the guard then hangs at the egress too, and both stay when
-    /// the process ends.
-    pins: Option<PathBuf>,
+    stay: Stay,
     links: BTreeMap<u32, Attached>,
     /// Whether what a dead agent left was removed where it is not wanted.
     is_swept: bool,
+    /// How often programs were attached again that somebody had removed.
+    restored: u64,
+}
+
+/// What outlives the process.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) enum Stay {
+    /// Nothing is meant to: there are no guards. A filter of clsact does all the same, and its program is pinned in the folder,
+    /// where there is one, for the next agent to find it.
+    Nothing(Option<PathBuf>),
+    /// The programs, guards too, by what is pinned in the folder: connections may be joined.
+    Programs(PathBuf),
+}
+
+impl Stay {
+    fn pins(&self) -> Option<&Path> {
+        match self {
+            Self::Nothing(pins) => pins.as_deref(),
+            Self::Programs(pins) => Some(pins),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -117,39 +140,10 @@ struct Attached {
     hooks: Vec<Hook>,
 }
 
-/// What holds a program on an interface.
-#[derive(Debug)]
-enum Hook {
-    /// Detached with this value.
-    Owned(SchedClassifierLink),
-    /// Detached when it is unpinned and this value is gone.
-    Pinned { path: PathBuf, _link: FdLink },
-}
-
-impl Hook {
-    fn detach(self, interface: &str) {
-        match self {
-            // It fails where the interface is gone, and the program with it.
-            Self::Owned(link) => {
-                if let Err(error) = link.detach() {
-                    tracing::debug!(interface, error = with_causes(&error), "detaching was of no use");
-                }
-            }
-            Self::Pinned { path, .. } => unpin(&path),
-        }
-    }
-}
-
-fn unpin(path: &Path) {
-    if let Err(error) = fs::remove_file(path) {
-        tracing::warn!(path = %path.display(), %error, "cannot remove a pinned link: a program stays attached");
-    }
-}
-
 impl Attachments {
-    /// Nothing attached yet. `pins` is the folder for links that outlive the process.
-    pub(super) fn new(kind: AttachKind, pins: Option<PathBuf>) -> Self {
-        Self { kind, pins, links: BTreeMap::new(), is_swept: false }
+    /// Nothing attached yet.
+    pub(super) fn new(kind: AttachKind, stay: Stay) -> Self {
+        Self { kind, stay, links: BTreeMap::new(), is_swept: false, restored: 0 }
     }
 
     pub(super) fn kind(&self) -> AttachKind {
@@ -167,18 +161,19 @@ impl Attachments {
         self.links.keys().copied().collect()
     }
 
-    /// Detaches from all interfaces but `wanted` and attaches to those of them where it is not yet. `present` are all
-    /// interfaces.
-    pub(super) fn update(
-        &mut self,
-        ebpf: &mut Ebpf,
-        present: &[Interface],
-        wanted: &[&Interface],
-    ) -> Vec<AttachProblem> {
+    /// How often programs were attached again that somebody had removed.
+    pub(super) fn restored(&self) -> u64 {
+        self.restored
+    }
+
+    /// Detaches from all interfaces but `wanted` and attaches to those of them where it is not yet, or not any more.
+    pub(super) fn update(&mut self, ebpf: &mut Ebpf, wanted: &[&Interface]) -> Vec<AttachProblem> {
         let kept: BTreeSet<_> =
             wanted.iter().map(|interface| (interface.index, interface.name.as_str())).collect();
-        if !std::mem::replace(&mut self.is_swept, true) {
-            self.sweep(present, &kept);
+        if !std::mem::replace(&mut self.is_swept, true)
+            && let Some(pins) = self.stay.pins()
+        {
+            hook::sweep(pins, |index| wanted.iter().any(|interface| interface.index == index));
         }
         let gone = self
             .links
@@ -188,58 +183,79 @@ impl Attachments {
                 hook.detach(&interface);
             }
         }
+        let removed = self.take_removed(ebpf, wanted);
         let mut problems = Vec::new();
         for interface in wanted {
             if self.links.contains_key(&interface.index) {
                 continue;
             }
-            match self.attach(ebpf, interface) {
-                Ok(hooks) => {
-                    tracing::info!(interface = interface.name, kind = self.kind.as_str(), "attached");
-                    let interface_name = interface.name.clone();
-                    self.links.insert(interface.index, Attached { interface: interface_name, hooks });
+            let hooks = match self.attach(ebpf, interface) {
+                Ok(hooks) => hooks,
+                Err(AttachProblem::Refused { errno: Some(errno), reason, .. }) if is_gone(errno) => {
+                    // The veth of a Pod that ends meanwhile, say.
+                    tracing::debug!(interface = interface.name, reason, "the interface went away");
+                    if let Some(pins) = self.stay.pins() {
+                        hook::sweep(pins, |index| index != interface.index);
+                    }
+                    continue;
                 }
-                Err(problem) => problems.push(problem),
+                Err(problem) => {
+                    problems.push(problem);
+                    continue;
+                }
+            };
+            if removed.contains(&interface.index) {
+                self.restored += 1;
+                tracing::warn!(
+                    interface = interface.name,
+                    kind = self.kind.as_str(),
+                    "somebody had removed the programs from this interface: attached again"
+                );
+            } else {
+                tracing::info!(interface = interface.name, kind = self.kind.as_str(), "attached");
             }
+            let interface_name = interface.name.clone();
+            self.links.insert(interface.index, Attached { interface: interface_name, hooks });
         }
         problems
     }
 
+    /// Forgets the interfaces from which somebody has removed a program; yields their indices.
+    fn take_removed(&mut self, ebpf: &mut Ebpf, wanted: &[&Interface]) -> BTreeSet<u32> {
+        let mut filters = match self.kind {
+            AttachKind::Tcx => None,
+            AttachKind::Clsact => Filters::open().ok(),
+        };
+        let mut removed = BTreeSet::new();
+        for interface in wanted {
+            let Some(attached) = self.links.get(&interface.index) else { continue };
+            let Ok(places) = self.places(interface) else { continue };
+            let is_held =
+                |(hook, place): (&Hook, Place<'_>)| hook.look(ebpf, place, filters.as_mut()) == Found::Held;
+            if attached.hooks.iter().zip(places).all(is_held) {
+                continue;
+            }
+            removed.insert(interface.index);
+            // What is left of them is taken over by what is attached now: by its pin.
+            for hook in self.links.remove(&interface.index).into_iter().flat_map(|attached| attached.hooks) {
+                hook.forget();
+            }
+        }
+        removed
+    }
+
     /// Leaves what is attached to the next agent.
     pub(super) fn leave(&mut self) {
-        for attached in std::mem::take(&mut self.links).into_values() {
-            for hook in attached.hooks {
-                // A filter of clsact is detached with its value; a pinned link is not.
-                if let Hook::Owned(link) = hook {
-                    std::mem::forget(link);
-                }
-            }
+        for hook in std::mem::take(&mut self.links).into_values().flat_map(|attached| attached.hooks) {
+            hook.leave();
         }
     }
 
-    /// Removes what a dead agent has left, but for what is taken over from it.
-    fn sweep(&self, present: &[Interface], kept: &BTreeSet<(u32, &str)>) {
-        if self.kind == AttachKind::Clsact {
-            for interface in present {
-                if self.pins.is_none() || !kept.contains(&(interface.index, interface.name.as_str())) {
-                    sweep(&interface.name, TcAttachType::Ingress);
-                    sweep(&interface.name, TcAttachType::Egress);
-                }
-            }
-        }
-        let Some(pins) = &self.pins else { return };
-        let kept: BTreeSet<String> = kept
-            .iter()
-            .flat_map(|(index, _)| [TcAttachType::Ingress, TcAttachType::Egress].map(|s| pin_name(*index, s)))
-            .collect();
-        for entry in fs::read_dir(pins).into_iter().flatten().flatten() {
-            if entry.file_name().to_str().is_none_or(|name| !kept.contains(name)) {
-                unpin(&entry.path());
-            }
-        }
-    }
-
-    fn attach(&self, ebpf: &mut Ebpf, interface: &Interface) -> Result<Vec<Hook>, AttachProblem> {
+    /// What is to hang on an interface: the guard first, for what is redirected must not be contradicted.
+    fn places<'a>(
+        &self,
+        interface: &'a Interface,
+    ) -> Result<impl Iterator<Item = Place<'a>> + use<'a>, AttachProblem> {
         let (classifier, guard) = match (interface.kind.link_layer(), interface.kind) {
             (Some(LinkLayer::Ethernet), _) => (PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET),
             (Some(LinkLayer::Ip), _) => (PROGRAM_IP, PROGRAM_GUARD_IP),
@@ -250,125 +266,35 @@ impl Attachments {
                 return Err(AttachProblem::Unsupported { interface: interface.name.clone(), arphrd: 0 });
             }
         };
+        let guard = matches!(self.stay, Stay::Programs(_)).then_some((guard, TcAttachType::Egress));
+        let hung = guard.into_iter().chain([(classifier, TcAttachType::Ingress)]);
+        Ok(hung.map(move |(program, side)| Place { interface, side, program }))
+    }
+
+    fn attach(&self, ebpf: &mut Ebpf, interface: &Interface) -> Result<Vec<Hook>, AttachProblem> {
         let refused = |error: ProgramError| AttachProblem::Refused {
             interface: interface.name.clone(),
             kind: self.kind,
             errno: errno_of_attach(&error).map(Errno::raw_os_error),
             reason: with_causes(&error),
         };
-        // The guard first: what is redirected must not be contradicted.
-        let guard = self.pins.is_some().then_some((guard, TcAttachType::Egress));
-        guard
-            .into_iter()
-            .chain([(classifier, TcAttachType::Ingress)])
-            .map(|(program, side)| self.hook(ebpf, program, interface, side).map_err(&refused))
-            .collect()
+        self.places(interface)?.map(|place| self.hang(ebpf, place).map_err(&refused)).collect()
     }
 
     /// Attaches one program, in the place of the one that a dead agent has left there.
-    fn hook(
-        &self,
-        ebpf: &mut Ebpf,
-        program: &str,
-        interface: &Interface,
-        side: TcAttachType,
-    ) -> Result<Hook, ProgramError> {
-        let (AttachKind::Tcx, Some(pins)) = (self.kind, &self.pins) else {
-            return attach(ebpf, program, &interface.name, side, self.kind).map(Hook::Owned);
-        };
-        let path = pins.join(pin_name(interface.index, side));
-        if path.exists() {
-            match replace(ebpf, program, &path) {
-                Ok(link) => return Ok(Hook::Pinned { path, _link: link }),
-                // The link of an interface that had the index before.
-                Err(error) => {
-                    tracing::debug!(
-                        interface = interface.name,
-                        error = with_causes(&error),
-                        "attaching anew"
-                    );
-                    unpin(&path);
-                }
+    fn hang(&self, ebpf: &mut Ebpf, place: Place<'_>) -> Result<Hook, ProgramError> {
+        match (self.kind, self.stay.pins()) {
+            (AttachKind::Tcx, None) => Hook::own(ebpf, place),
+            (AttachKind::Tcx, Some(pins)) => Hook::pin_link(ebpf, place, pins),
+            (AttachKind::Clsact, Some(pins)) => Hook::pin_filter(ebpf, place, pins),
+            (AttachKind::Clsact, None) => {
+                Err(ProgramError::IOError(io::Error::other("there is no folder to pin its program in")))
             }
         }
-        let link = attach(ebpf, program, &interface.name, side, self.kind)?;
-        let link = FdLink::try_from(link).map_err(link_error)?;
-        let link = link.pin(&path).map_err(|error| ProgramError::IOError(io::Error::other(error)))?;
-        Ok(Hook::Pinned { path, _link: link.into() })
     }
 }
 
-/// The name of the pinned link of an interface.
-fn pin_name(index: u32, side: TcAttachType) -> String {
-    match side {
-        TcAttachType::Ingress => format!("{index}_ingress"),
-        TcAttachType::Egress => format!("{index}_egress"),
-        TcAttachType::Custom(parent) => format!("{index}_{parent}"),
-    }
-}
-
-/// Puts a program into the place of the one that a pinned link holds: no packet meets none.
-fn replace(ebpf: &mut Ebpf, program: &str, path: &Path) -> Result<FdLink, ProgramError> {
-    let program: &mut SchedClassifier =
-        ebpf.program_mut(program).ok_or(ProgramError::NotLoaded)?.try_into()?;
-    let link = FdLink::from(PinnedLink::from_pin(path).map_err(link_error)?);
-    let link = SchedClassifierLink::try_from(link).map_err(link_error)?;
-    let id = program.attach_to_link(link)?;
-    FdLink::try_from(program.take_link(id)?).map_err(link_error)
-}
-
-fn link_error(error: LinkError) -> ProgramError {
-    match error {
-        LinkError::SyscallError(error) => ProgramError::SyscallError(error),
-        error => ProgramError::IOError(io::Error::other(error)),
-    }
-}
-
-fn attach(
-    ebpf: &mut Ebpf,
-    program: &str,
-    interface: &str,
-    side: TcAttachType,
-    kind: AttachKind,
-) -> Result<SchedClassifierLink, ProgramError> {
-    let program: &mut SchedClassifier =
-        ebpf.program_mut(program).ok_or(ProgramError::NotLoaded)?.try_into()?;
-    let options = match kind {
-        AttachKind::Tcx => TcAttachOptions::TcxOrder(LinkOrder::first()),
-        AttachKind::Clsact => {
-            match qdisc_add_clsact(interface).map_err(ProgramError::from) {
-                Ok(()) => {}
-                Err(error) if errno_of_attach(&error) == Some(Errno::EXIST) => {}
-                Err(error) => return Err(error),
-            }
-            sweep(interface, side);
-            // Without a priority the kernel puts the filter before those that are there (`tcf_auto_prio`).
-            TcAttachOptions::Netlink(NlOptions::default())
-        }
-    };
-    let id = program.attach_with_options(interface, side, options)?;
-    program.take_link(id)
-}
-
-/// Removes the filters of a dead agent.
-fn sweep(interface: &str, side: TcAttachType) {
-    for program in PROGRAMS {
-        match qdisc_detach_program(interface, side, program) {
-            Ok(()) => tracing::info!(interface, program, "removed the filter of a former agent"),
-            Err(TcError::IoError(error)) if error.kind() == io::ErrorKind::NotFound => {}
-            // Where there is no clsact, there are no filters.
-            Err(error) => tracing::trace!(interface, program, error = with_causes(&error), "no filters"),
-        }
-    }
-}
-
-/// What the kernel said; aya keeps that of netlink to itself, but for the number.
-fn errno_of_attach(error: &ProgramError) -> Option<Errno> {
-    let netlink = match error {
-        ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)) => {
-            error.raw_os_error().map(Errno::from_raw_os_error)
-        }
-        _ => None,
-    };
-    netlink.or_else(|| errno_of(error))
+/// Whether an interface to which something could not be attached is not there any more.
+fn is_gone(errno: i32) -> bool {
+    Errno::from_raw_os_error(errno) == Errno::NODEV
 }

@@ -22,9 +22,9 @@ pub use super::attach::{AttachKind, AttachProblem, Attachment};
 pub use super::load_error::LoadError;
 
 use super::arrival::LooseInterfaces;
-use super::attach::Attachments;
+use super::attach::{Attachments, Stay};
 use super::flows::{FlowTable, FlowTableError};
-use super::interfaces::{Interface, wanted};
+use super::interfaces::{Interface, arrivals, wanted};
 use super::load_error::kernel_release;
 use super::maps::{self, Maps};
 use super::paths::Paths;
@@ -108,7 +108,7 @@ impl Bpf {
         }
         let mut pins = Pins::acquire(&options.pin_dir)?;
         // What another agent has left is served, whatever this one does for connections of its own.
-        let has_flows = options.most_pairs.is_some() || pins.has_links();
+        let has_flows = options.most_pairs.is_some() || pins.has_connections();
         let settings = LoadSettings {
             log_level: if options.trace { LOG_TRACE } else { LOG_OFF },
             pins: Some(pins.directory()),
@@ -120,14 +120,19 @@ impl Bpf {
                 load_program(&mut ebpf, name)?;
             }
         }
-        let links = if has_flows { Some(pins.links()?) } else { None };
+        let kind = AttachKind::of_kernel();
+        let stay = match (has_flows, kind) {
+            (true, _) => Stay::Programs(pins.links()?),
+            (false, AttachKind::Clsact) => Stay::Nothing(Some(pins.links()?)),
+            (false, AttachKind::Tcx) => Stay::Nothing(None),
+        };
         let updates = Arc::new(Updates::take(&mut ebpf, pins.directory())?);
         let maps = Maps::take(&mut ebpf, pins.directory(), Arc::clone(&updates))?;
         let paths: Arc<Paths> = Arc::default();
         paths.set_filters(LooseInterfaces::new(maps::table(&mut ebpf, LOOSE_INTERFACES)?));
         pins.take_over();
         Ok(Self {
-            attachments: Attachments::new(AttachKind::of_kernel(), links),
+            attachments: Attachments::new(kind, stay),
             paths,
             has_flows,
             maps,
@@ -183,8 +188,8 @@ impl Bpf {
     }
 
     /// Attaches the classifiers to the interfaces through which connections to listeners on `bound` arrive, see
-    /// [`wanted`], detaches them from all others, and tells them the addresses of `interfaces` (all of the node's). To
-    /// be called whenever one of these changes. Returns what fails now and did not in the call before; what fails on one
+    /// [`wanted`], where connections may be joined also to all through which their packets may, see [`arrivals`], detaches them from all others, and tells them the addresses of `interfaces` (all of the node's). To
+    /// be called whenever one of these changes, and now and then: what somebody has removed is attached again. Returns what fails now and did not in the call before; what fails on one
     /// interface does not concern the others, and is tried again in each call.
     pub fn attach(&mut self, interfaces: &[Interface], bound: &BTreeSet<BindAddress>) -> Vec<AttachProblem> {
         let mut wanted = wanted(interfaces, bound);
@@ -194,11 +199,16 @@ impl Bpf {
                 demanded.contains(&interface.index) && !wanted.iter().any(|one| one.index == interface.index)
             };
             wanted.extend(interfaces.iter().filter(missing).collect::<Vec<_>>());
+            if !wanted.is_empty() {
+                let known: BTreeSet<u32> = wanted.iter().map(|interface| interface.index).collect();
+                wanted.extend(arrivals(interfaces).filter(|interface| !known.contains(&interface.index)));
+            }
         }
         // Before programs hang there: until then they take from an interface only what is expected by it.
         self.paths.set_links(interfaces);
-        let mut problems = self.attachments.update(&mut self.ebpf, interfaces, &wanted);
-        self.paths.set_attached(self.attachments.indices());
+        let mut problems = self.attachments.update(&mut self.ebpf, &wanted);
+        let arrivals = arrivals(interfaces).map(|interface| interface.index);
+        self.paths.set_attached(self.attachments.indices(), arrivals);
         problems.extend(self.maps.set_local_addresses(interfaces).into_iter().map(AttachProblem::from));
         let before = std::mem::take(&mut self.told);
         problems.retain(|problem| {
@@ -248,6 +258,10 @@ impl Datapath for Bpf {
 
     fn attachments(&self) -> Vec<Attachment> {
         Bpf::attachments(self)
+    }
+
+    fn restored(&self) -> u64 {
+        self.attachments.restored()
     }
 
     fn verdicts(&self) -> Result<Vec<(Verdict, u64)>, DatapathError> {

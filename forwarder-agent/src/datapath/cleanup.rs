@@ -1,20 +1,22 @@
-//! What dead agents left in the kernel: pinned maps and links, and filters of clsact.
+//! What dead agents left in the kernel: pinned maps, links and programs, and filters of clsact.
 //!
-//! To unpin a link that nobody holds detaches its program.
+//! To unpin a link that nobody holds detaches its program. A filter is that of an agent of this pin directory if its program is
+//! pinned there or uses a map that is: programs of other installations have the same names, and are left alone.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use aya::programs::TcAttachType;
-use aya::programs::tc::qdisc_detach_program;
-use forwarder_common::PROGRAMS;
+use aya::maps::MapInfo;
+use aya::programs::{Link, ProgramError, TcAttachType, loaded_programs};
 use futures_util::TryStreamExt;
+use rtnetlink::new_connection;
 use rtnetlink::packet_route::link::LinkAttribute;
-use rtnetlink::packet_route::tc::{TcAttribute, TcFilterBpfOption, TcMessage, TcOption};
-use rtnetlink::{Handle, new_connection};
 
+use super::filters::{Filter, Filters};
+use super::hook::pinned_program;
 use super::load_error::{LoadError, with_causes};
 use super::pins;
 
@@ -62,15 +64,16 @@ pub enum Leftover {
     Pin(PathBuf),
     /// A folder of pins.
     Folder(PathBuf),
-    /// Filters on an interface.
-    Filter {
-        /// The interface's name.
-        interface: String,
-        /// On which side.
-        side: Side,
-        /// The program's name.
-        program: &'static str,
-    },
+    /// A filter on an interface.
+    Filter(LeftFilter),
+}
+
+/// A filter that a dead agent left.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct LeftFilter {
+    interface: String,
+    side: Side,
+    filter: Filter,
 }
 
 /// A side of an interface.
@@ -105,8 +108,8 @@ impl fmt::Display for Leftover {
         match self {
             Self::Pin(path) => write!(f, "pin {}", path.display()),
             Self::Folder(path) => write!(f, "folder {}", path.display()),
-            Self::Filter { interface, side, program } => {
-                write!(f, "filter {program} at {} of interface {interface}", side.as_str())
+            Self::Filter(LeftFilter { interface, side, filter: Filter { name, program, .. } }) => {
+                write!(f, "filter {name} (program {program}) at {} of interface {interface}", side.as_str())
             }
         }
     }
@@ -122,10 +125,11 @@ impl Leftover {
         match self {
             Self::Pin(path) => fs::remove_file(path).map_err(|error| failed(error.to_string())),
             Self::Folder(path) => fs::remove_dir(path).map_err(|error| failed(error.to_string())),
-            Self::Filter { interface, side, program } => {
-                qdisc_detach_program(interface, side.attach_type(), program)
-                    .map_err(|error| failed(with_causes(&error)))
-            }
+            Self::Filter(LeftFilter { interface, side, filter }) => filter
+                .link(interface, side.attach_type())
+                .map_err(ProgramError::from)
+                .and_then(Link::detach)
+                .map_err(|error| failed(with_causes(&error))),
         }
     }
 }
@@ -147,19 +151,22 @@ impl Leftovers {
     }
 }
 
-/// Finds what agents of any version left in `pin_dir`, and filters of theirs on all interfaces. Needs a tokio runtime.
+/// Finds what agents of any version left in `pin_dir`, and their filters on all interfaces. Needs a tokio runtime.
 ///
 /// # Errors
 /// An agent is running with this pin directory, it is not on a BPF file system, or the kernel refuses.
 pub async fn find(pin_dir: &Path) -> Result<Leftovers, CleanupError> {
     let lock = lock(pin_dir)?;
-    let mut leftovers = filters().await?;
+    let mut pins = Vec::new();
     if lock.is_some() {
         for (path, _) in list(pin_dir)?.into_iter().filter(|(path, is_folder)| *is_folder && is_version(path))
         {
-            find_pins(path, &mut leftovers)?;
+            find_pins(path, &mut pins)?;
         }
     }
+    // The filters first: what they are known by is pinned.
+    let mut leftovers = filters(&programs_of(&pins)).await?;
+    leftovers.extend(pins);
     Ok(Leftovers { leftovers, pin_dir: pin_dir.to_owned(), _lock: lock })
 }
 
@@ -208,13 +215,40 @@ fn find_pins(folder: PathBuf, found: &mut Vec<Leftover>) -> Result<(), CleanupEr
     Ok(())
 }
 
-/// The filters of our programs on every interface.
-async fn filters() -> Result<Vec<Leftover>, CleanupError> {
+/// The ids of the programs that are pinned, and of those that use a map that is.
+fn programs_of(pins: &[Leftover]) -> BTreeSet<u32> {
+    let (mut programs, mut maps) = (BTreeSet::new(), BTreeSet::new());
+    for pin in pins {
+        match pin {
+            // The kernel does not say what kind of object is pinned: the folder does.
+            Leftover::Pin(path) if path.parent().is_some_and(|folder| folder.ends_with(pins::LINKS)) => {
+                programs.extend(pinned_program(path));
+            }
+            Leftover::Pin(path) => maps.extend(MapInfo::from_pin(path).map(|info| info.id())),
+            Leftover::Folder(_) | Leftover::Filter(_) => {}
+        }
+    }
+    let uses_them = |ids: &[u32]| ids.iter().any(|id| maps.contains(id));
+    // The kernel lists all programs for CAP_SYS_ADMIN alone. Without it the pinned ones are known.
+    for program in loaded_programs().filter_map(Result::ok) {
+        if program.map_ids().is_ok_and(|ids| ids.is_some_and(|ids| uses_them(&ids))) {
+            programs.insert(program.id());
+        }
+    }
+    programs
+}
+
+/// The filters that have one of these programs, on every interface.
+async fn filters(programs: &BTreeSet<u32>) -> Result<Vec<Leftover>, CleanupError> {
+    if programs.is_empty() {
+        return Ok(Vec::new());
+    }
     let (connection, handle, _) = new_connection().map_err(CleanupError::Socket)?;
     // It ends when the handle is dropped.
     tokio::spawn(connection);
     let links: Vec<_> =
         handle.link().get().execute().try_collect().await.map_err(CleanupError::Interfaces)?;
+    let mut listed = Filters::open().map_err(CleanupError::Socket)?;
     let mut found = Vec::new();
     for link in links {
         let name = link.attributes.iter().find_map(|attribute| match attribute {
@@ -223,43 +257,16 @@ async fn filters() -> Result<Vec<Leftover>, CleanupError> {
         });
         let Some(interface) = name else { continue };
         for side in Side::ALL {
-            let names = filter_names(&handle, link.header.index, side).await;
-            let ours = PROGRAMS.into_iter().filter(|program| names.iter().any(|name| name == program));
-            found.extend(ours.map(|program| Leftover::Filter {
-                interface: interface.clone(),
-                side,
-                program,
-            }));
+            let filters = listed.list(link.header.index, side.attach_type()).map_err(CleanupError::Socket)?;
+            let ours = filters.into_iter().filter(|filter| programs.contains(&filter.program));
+            found.extend(
+                ours.map(|filter| {
+                    Leftover::Filter(LeftFilter { interface: interface.clone(), side, filter })
+                }),
+            );
         }
     }
     Ok(found)
-}
-
-/// The names of the BPF filters on a side of an interface; none where there is no clsact.
-async fn filter_names(handle: &Handle, interface: u32, side: Side) -> Vec<String> {
-    let mut handle = handle.traffic_filter(interface.cast_signed());
-    let request = match side {
-        Side::Ingress => handle.get().ingress(),
-        Side::Egress => handle.get().egress(),
-    };
-    let messages: Vec<TcMessage> = request.execute().try_collect().await.unwrap_or_else(|error| {
-        // The kernel refuses where there is no such queueing discipline (`tc_dump_tfilter`).
-        tracing::trace!(interface, side = side.as_str(), %error, "no filters");
-        Vec::new()
-    });
-    let options = messages.iter().flat_map(|message| &message.attributes).flat_map(|attribute| {
-        let options: &[TcOption] = match attribute {
-            TcAttribute::Options(options) => options,
-            _ => &[],
-        };
-        options
-    });
-    options
-        .filter_map(|option| match option {
-            TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => Some(name.clone()),
-            _ => None,
-        })
-        .collect()
 }
 
 #[cfg(test)]

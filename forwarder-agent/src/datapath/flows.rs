@@ -238,9 +238,7 @@ impl FlowTable {
         let mut written = Ok(());
         for (key, flow) in &pair.flows {
             written = written.and_then(|()| maps.flows.insert(key, flow, BPF_NOEXIST));
-            crate::failpoint::block(
-                ["join.request_written", "join.response_written"][flow.direction as usize],
-            );
+            crate::failpoint::block(crate::failpoint::FLOWS_WRITTEN[flow.direction as usize]);
         }
         written = written.and_then(|()| maps.pairs.insert(pair.number, joint.pair, BPF_NOEXIST));
         drop(maps);

@@ -19,6 +19,10 @@ use crate::model::BindAddress;
 /// How long to gather changes before the interfaces are listed again: changes come in bursts.
 const SETTLE: Duration = Duration::from_millis(50);
 
+/// Kinds of messages (`linux/rtnetlink.h`) about what may have held a program.
+const RTM_DELQDISC: u16 = 37;
+const RTM_DELTFILTER: u16 = 45;
+
 /// How long to wait after the kernel failed to list them.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -61,6 +65,10 @@ pub struct Interface {
     pub addresses: Vec<IpAddr>,
     /// The largest packet that it takes, in bytes from the IP header on.
     pub mtu: u32,
+    /// Whether what it receives, the node does not route as received by it, as far as one can see: a port of a bridge or of a
+    /// bond hands it on to that one, and a veth without an address is a Pod's, of which a node has hundreds, and used where a
+    /// route leads there.
+    pub is_inner: bool,
 }
 
 /// The MTU of the interfaces that packets of hosts use, where these differ: the smallest one. A connection between two of
@@ -101,6 +109,21 @@ pub fn wanted<'a>(interfaces: &'a [Interface], bound: &BTreeSet<BindAddress>) ->
         .collect()
 }
 
+/// The interfaces by which packets of a joined connection may arrive. Not only those by which its packets leave: answers
+/// take whatever way the other end's routes name. The interfaces of Pods are asked for one by one, when a route leads there
+/// (`paths.rs`).
+pub fn arrivals(interfaces: &[Interface]) -> impl Iterator<Item = &Interface> {
+    interfaces.iter().filter(|interface| {
+        let is_of_hosts = match interface.kind {
+            InterfaceKind::Loopback | InterfaceKind::Dummy => false,
+            InterfaceKind::Ethernet | InterfaceKind::Ip => true,
+            // Where there is no program for it, it is told, and nothing is sure any more: but only if it carries IP at all.
+            InterfaceKind::Unsupported(_) => !interface.addresses.is_empty(),
+        };
+        is_of_hosts && !interface.is_inner
+    })
+}
+
 /// Why the interfaces cannot be listed or watched.
 #[derive(Debug, thiserror::Error)]
 pub enum InterfacesError {
@@ -125,8 +148,8 @@ pub enum InterfacesError {
     Closed,
 }
 
-/// Lists the interfaces that are up, sorted by index, and keeps the list current: the future, to be
-/// spawned, ends when the socket fails or all receivers are gone. Needs a tokio runtime.
+/// Lists the interfaces that are up, sorted by index, and keeps the list current. Receivers are woken also when a queueing
+/// discipline or a filter was removed somewhere. The future, to be spawned, ends when the socket fails or all receivers are gone. Needs a tokio runtime.
 ///
 /// # Errors
 /// The first list cannot be made.
@@ -134,7 +157,8 @@ pub async fn watch() -> Result<
     (watch::Receiver<Vec<Interface>>, impl Future<Output = Result<(), InterfacesError>> + Send + 'static),
     InterfacesError,
 > {
-    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+    let groups =
+        [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr, MulticastGroup::Tc];
     let (connection, handle, mut changes) =
         new_multicast_connection(&groups).map_err(|source| InterfacesError::Socket { source })?;
     // It ends when the handle is dropped.
@@ -143,13 +167,17 @@ pub async fn watch() -> Result<
     let follow = async move {
         loop {
             // Any message is a reason to list anew, the one that others were lost (ENOBUFS) too.
-            tokio::select! {
-                change = changes.next() => change.ok_or(InterfacesError::Closed).map(drop)?,
+            let (change, _) = tokio::select! {
+                change = changes.next() => change.ok_or(InterfacesError::Closed)?,
                 () = sender.closed() => return Ok(()),
-            }
+            };
+            let is_removal = |kind| matches!(kind, RTM_DELQDISC | RTM_DELTFILTER);
+            let mut has_removals = is_removal(change.header.message_type);
             let listed = loop {
                 tokio::time::sleep(SETTLE).await;
-                while let Some(Some(_)) = changes.next().now_or_never() {}
+                while let Some(Some((change, _))) = changes.next().now_or_never() {
+                    has_removals |= is_removal(change.header.message_type);
+                }
                 match list(&handle).await {
                     Ok(listed) => break listed,
                     Err(error) => {
@@ -161,7 +189,8 @@ pub async fn watch() -> Result<
             sender.send_if_modified(|known| {
                 let differs = *known != listed;
                 *known = listed;
-                differs
+                // The list is the same, but somebody may have removed a program: whoever attaches them is to look.
+                differs || has_removals
             });
         }
     };
@@ -193,12 +222,20 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
             held.entry(message.header.index).or_default().insert(address);
         }
     }
+    let routers: BTreeSet<u32> =
+        links.iter().filter(|link| is_vrf(link)).map(|link| link.header.index).collect();
     let mut interfaces: Vec<_> = links
         .iter()
         .filter(|link| link.header.flags.contains(LinkFlags::Up))
         .filter_map(|link| {
             let index = link.header.index;
-            let addresses = held.remove(&index).unwrap_or_default().into_iter().collect();
+            let addresses: Vec<_> = held.remove(&index).unwrap_or_default().into_iter().collect();
+            let is_port = link.attributes.iter().any(|attribute| match attribute {
+                LinkAttribute::Controller(master) => !routers.contains(master),
+                _ => false,
+            });
+            let is_inner = is_port
+                || addresses.iter().all(is_link_local) && is_kind(link, |kind| *kind == InfoKind::Veth);
             let mtu = link.attributes.iter().find_map(|attribute| match attribute {
                 LinkAttribute::Mtu(mtu) => Some(*mtu),
                 _ => None,
@@ -207,7 +244,7 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
                 LinkAttribute::IfName(name) => Some(name.clone()),
                 _ => None,
             })?;
-            Some(Interface { index, name, kind: kind(link), addresses, mtu })
+            Some(Interface { index, name, kind: kind(link), addresses, mtu, is_inner })
         })
         .collect();
     interfaces.sort_by_key(|interface| interface.index);
@@ -228,13 +265,31 @@ fn own_address(message: &AddressMessage) -> Option<IpAddr> {
     })
 }
 
-fn kind(link: &LinkMessage) -> InterfaceKind {
-    let is_dummy = link.attributes.iter().any(|attribute| match attribute {
+/// Whether its driver is of such a kind.
+fn is_kind(link: &LinkMessage, is_it: impl Fn(&InfoKind) -> bool) -> bool {
+    link.attributes.iter().any(|attribute| match attribute {
         LinkAttribute::LinkInfo(infos) => {
-            infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Dummy)))
+            infos.iter().any(|info| matches!(info, LinkInfo::Kind(kind) if is_it(kind)))
         }
         _ => false,
-    });
+    })
+}
+
+/// The interfaces that belong to one keep what they receive (VRF).
+fn is_vrf(link: &LinkMessage) -> bool {
+    is_kind(link, |kind| *kind == InfoKind::Vrf)
+}
+
+/// Every interface has one of its own accord.
+fn is_link_local(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
+}
+
+fn kind(link: &LinkMessage) -> InterfaceKind {
+    let is_dummy = is_kind(link, |kind| *kind == InfoKind::Dummy);
     match link.header.link_layer_type {
         LinkLayerType::Loopback => InterfaceKind::Loopback,
         LinkLayerType::Ether if is_dummy => InterfaceKind::Dummy,
@@ -258,7 +313,7 @@ mod tests {
 
     fn interface(index: u32, kind: InterfaceKind, address: &str) -> Interface {
         let addresses = vec![address.parse().unwrap()];
-        Interface { index, name: format!("if{index}"), kind, addresses, mtu: 1500 }
+        Interface { index, name: format!("if{index}"), kind, addresses, mtu: 1500, is_inner: false }
     }
 
     fn check(bound: &[BindAddress], expected: &[u32]) {
@@ -303,6 +358,22 @@ mod tests {
     fn nothing_is_wanted_for_no_listener_or_an_address_of_none() {
         check(&[], &[]);
         check(&[ip("192.0.2.99")], &[]);
+    }
+
+    #[test]
+    fn packets_arrive_by_every_interface_of_hosts() {
+        let bare = |index, kind| Interface { addresses: Vec::new(), ..interface(index, kind, "192.0.2.9") };
+        let interfaces = [
+            interface(1, InterfaceKind::Loopback, "127.0.0.1"),
+            interface(2, InterfaceKind::Ethernet, "192.0.2.1"),
+            interface(3, InterfaceKind::Dummy, "203.0.113.1"),
+            bare(4, InterfaceKind::Ip),
+            Interface { is_inner: true, ..bare(5, InterfaceKind::Ethernet) },
+            interface(6, InterfaceKind::Unsupported(32), "192.0.2.2"),
+            bare(7, InterfaceKind::Unsupported(280)),
+        ];
+        let indices: Vec<_> = arrivals(&interfaces).map(|interface| interface.index).collect();
+        assert_eq!(indices, [2, 4, 6]);
     }
 
     #[test]

@@ -9,10 +9,12 @@ pub mod cleanup;
 mod conntrack;
 #[cfg(test)]
 pub(crate) mod fake;
+mod filters;
 mod flow_maps;
 pub mod flows;
 pub mod gate;
 pub mod grace;
+mod hook;
 pub mod interfaces;
 mod load_error;
 mod maps;
@@ -38,6 +40,15 @@ use rustix::time::{ClockId, clock_gettime};
 use self::attach::{AttachProblem, Attachment};
 use self::interfaces::Interface;
 use crate::model::{BindAddress, ListenerKey};
+
+/// Why there is no tier `tc` on this kernel, whatever its programs would do; `None` if nothing is known against it.
+pub fn kernel_obstacle() -> Option<&'static str> {
+    // Programs keep what they know of a packet in per-CPU maps. There, the softirqs that run them can be preempted by each other.
+    let is_realtime = std::fs::read_to_string("/sys/kernel/realtime").is_ok_and(|text| text.trim() == "1");
+    is_realtime.then_some(
+        "the kernel is a real-time one (PREEMPT_RT), where packets interrupt packets on one CPU: the programs do not allow for that",
+    )
+}
 
 /// `CLOCK_MONOTONIC` in nanoseconds: the clock of the programs (`bpf_ktime_get_ns`).
 pub fn monotonic() -> u64 {
@@ -112,6 +123,11 @@ pub trait Datapath: Send {
 
     /// The interfaces on which packets are counted.
     fn attachments(&self) -> Vec<Attachment>;
+
+    /// How often programs were attached again that somebody had removed from an interface.
+    fn restored(&self) -> u64 {
+        0
+    }
 
     /// How many packets met with each verdict.
     ///

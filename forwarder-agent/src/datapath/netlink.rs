@@ -10,6 +10,8 @@ use rustix::net::{AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, So
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes of the longest answer that is understood. Most have some 100.
 const ANSWER: usize = 4096;
+/// Bytes of the longest part of a list: more than the kernel puts into one (`netlink_dump`).
+const PART: usize = 32 << 10;
 
 /// Bytes of `struct nlmsghdr`, and where its fields stand.
 pub(super) const MESSAGE_HEADER: usize = 16;
@@ -23,6 +25,10 @@ const ATTRIBUTE_KIND: u16 = 0x3fff;
 
 /// From `linux/netlink.h`.
 const NLM_F_REQUEST: u16 = 1;
+const NLM_F_DUMP: u16 = 0x300;
+/// Where the flags of a message stand.
+const MESSAGE_FLAGS: usize = 6;
+const NLMSG_DONE: u16 = 3;
 pub(super) const NLMSG_ERROR: u16 = 2;
 
 /// A socket to the kernel, in the network namespace in which it was opened. One question at a time: a question and its
@@ -70,6 +76,44 @@ impl Channel {
             // What was waited for in vain may come later: then it is passed over.
             if let Some(wanted) = read(self.answer.get(..length).unwrap_or_default(), self.sequence) {
                 return Ok(wanted);
+            }
+        }
+    }
+
+    /// Asks for a list by the question that `write` makes under the number that it is given; `each` sees every message of it.
+    ///
+    /// # Errors
+    /// The kernel refuses, or the socket fails; `EAGAIN` after [`PATIENCE`].
+    pub(super) fn list(
+        &mut self,
+        write: impl FnOnce(&mut Vec<u8>, u32),
+        mut each: impl FnMut(&Message<'_>),
+    ) -> rustix::io::Result<()> {
+        self.sequence = self.sequence.wrapping_add(1);
+        write(&mut self.question, self.sequence);
+        if let Some(flags) = self.question.get_mut(MESSAGE_FLAGS..MESSAGE_SEQUENCE) {
+            flags.copy_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+        }
+        rustix::io::retry_on_intr(|| rustix::net::send(&self.socket, &self.question, SendFlags::empty()))?;
+        let mut part = vec![0; PART];
+        loop {
+            let (length, _) = rustix::io::retry_on_intr(|| {
+                rustix::net::recv(&self.socket, part.as_mut_slice(), RecvFlags::empty())
+            })?;
+            let mut rest = part.get(..length).unwrap_or_default();
+            while let Ok(one) = message(rest) {
+                let is_answer = one.sequence == self.sequence;
+                match one.kind {
+                    NLMSG_DONE if is_answer => return Ok(()),
+                    NLMSG_ERROR if is_answer => {
+                        let number = errno(one.body).unwrap_or_default();
+                        return Err(rustix::io::Errno::from_raw_os_error(number));
+                    }
+                    _ if is_answer => each(&one),
+                    _ => {}
+                }
+                let length = (MESSAGE_HEADER + one.body.len()).next_multiple_of(4);
+                rest = rest.get(length..).unwrap_or_default();
             }
         }
     }

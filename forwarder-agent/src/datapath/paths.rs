@@ -10,6 +10,7 @@ use forwarder_common::packet::LinkLayer;
 use tokio::sync::Notify;
 
 use super::arrival::LooseInterfaces;
+use super::hook::name_of;
 use super::interfaces::Interface;
 use super::stack::{self, Family, Obstacle};
 use crate::model::Egress;
@@ -56,6 +57,8 @@ struct Filters {
 #[derive(Debug, Default)]
 struct Known {
     attached: BTreeSet<u32>,
+    /// Whether packets may arrive where no program hangs.
+    has_gaps: bool,
     wanted: BTreeSet<u32>,
     /// Pairs of exits by which the two ends of a pair have heard each other.
     proven: BTreeSet<[Exit; 2]>,
@@ -166,9 +169,11 @@ impl Paths {
         self.changed.notified().await;
     }
 
-    /// Notes where programs hang now. What is known of an interface ends with it.
-    pub fn set_attached(&self, attached: BTreeSet<u32>) {
+    /// Notes where programs hang now, and by which interfaces packets may arrive. What is known of an interface ends with it.
+    pub fn set_attached(&self, attached: BTreeSet<u32>, arrivals: impl IntoIterator<Item = u32>) {
+        let has_gaps = arrivals.into_iter().any(|interface| !attached.contains(&interface));
         let mut known = self.known();
+        known.has_gaps = has_gaps;
         known.proven.retain(|exits| exits.iter().all(|exit| attached.contains(&exit.interface)));
         known.broken.retain(|exit, since| attached.contains(&exit.interface) && since.elapsed() < AVOIDANCE);
         known.closed.retain(|interface| attached.contains(interface));
@@ -181,8 +186,10 @@ impl Paths {
             let link = Link { name: one.name.clone(), mtu: one.mtu, begins_with: one.kind.link_layer() };
             (one.index, link)
         };
-        let links = interfaces.iter().map(link).collect();
+        let links: BTreeMap<_, _> = interfaces.iter().map(link).collect();
         let mut known = self.known();
+        // One that is down only comes back, and its pairs with it; an index that is gone may become another interface's.
+        known.wanted.retain(|index| links.contains_key(index) || name_of(*index).is_some());
         if known.links != links {
             (known.links, known.mtus_changed) = (links, true);
         }
@@ -237,9 +244,12 @@ impl Paths {
         std::mem::take(&mut self.known().mtus_changed)
     }
 
-    /// Whether packets are known to arrive by two exits, one for each direction.
+    /// Whether packets are known to arrive by two exits, one for each direction. Answers of some end may come in by another
+    /// interface than those of the ends that have proven the exits: where that may be one without programs, each pair has to
+    /// prove them for itself.
     pub fn is_proven(&self, exits: [Exit; 2]) -> bool {
-        self.known().proven.contains(&exits)
+        let known = self.known();
+        !known.has_gaps && known.proven.contains(&exits)
     }
 
     /// Notes that the ends of a pair have heard each other by these exits.
@@ -273,7 +283,7 @@ mod tests {
         let paths = Paths::default();
         assert_eq!(paths.check(3), Err(Refusal::NotAttached));
         assert_eq!(paths.wanted(), BTreeSet::from([3]));
-        paths.set_attached(BTreeSet::from([3]));
+        paths.set_attached(BTreeSet::from([3]), []);
         assert_eq!(paths.check(3), Ok(Way::Redirect));
     }
 
@@ -285,6 +295,7 @@ mod tests {
             kind: InterfaceKind::Ethernet,
             addresses: Vec::new(),
             mtu,
+            is_inner: false,
         };
         let paths = Paths::default();
         assert_eq!((paths.mtu(3), paths.take_changed_mtus()), (None, false));
@@ -302,7 +313,7 @@ mod tests {
     fn what_is_swallowed_goes_by_the_stack_and_then_not_until_the_interface_is_another() {
         let paths = Paths::default();
         let other = Exit { interface: 3, ..REDIRECTED };
-        paths.set_attached(BTreeSet::from([3, 4]));
+        paths.set_attached(BTreeSet::from([3, 4]), []);
         paths.prove([other, REDIRECTED]);
         assert!(paths.is_proven([other, REDIRECTED]));
         assert!(paths.avoid(REDIRECTED));
@@ -311,15 +322,38 @@ mod tests {
         assert_eq!((paths.check(4), paths.check(3)), (Ok(Way::Stack), Ok(Way::Redirect)));
         assert!(paths.avoid(BY_STACK));
         assert_eq!(paths.check(4), Err(Refusal::PathBroken));
-        paths.set_attached(BTreeSet::from([3]));
-        paths.set_attached(BTreeSet::from([3, 4]));
+        paths.set_attached(BTreeSet::from([3]), []);
+        paths.set_attached(BTreeSet::from([3, 4]), []);
         assert_eq!(paths.check(4), Ok(Way::Redirect));
+    }
+
+    #[test]
+    fn nothing_is_proven_while_answers_may_arrive_where_no_program_hangs() {
+        let paths = Paths::default();
+        let exits = [Exit { interface: 3, ..REDIRECTED }, REDIRECTED];
+        let attach = |attached: &[u32]| paths.set_attached(attached.iter().copied().collect(), [3, 4, 5]);
+        attach(&[3, 4]);
+        paths.prove(exits);
+        assert!(!paths.is_proven(exits));
+        attach(&[3, 4, 5]);
+        assert!(paths.is_proven(exits));
+    }
+
+    #[test]
+    fn an_interface_that_is_gone_is_not_asked_for_any_more() {
+        let paths = Paths::default();
+        // `lo` is there in every namespace, up or not.
+        for interface in [1, u32::MAX >> 1] {
+            assert_eq!(paths.check(interface), Err(Refusal::NotAttached));
+        }
+        paths.set_links(&[]);
+        assert_eq!(paths.wanted(), BTreeSet::from([1]));
     }
 
     #[test]
     fn the_stack_is_kept_where_packets_arrive_by_it() {
         let paths = Paths::default();
-        paths.set_attached(BTreeSet::from([4]));
+        paths.set_attached(BTreeSet::from([4]), []);
         paths.prove([BY_STACK, BY_STACK]);
         assert_eq!(paths.check(4), Ok(Way::Stack));
     }
@@ -329,7 +363,7 @@ mod tests {
         for (egress, exit) in [(Egress::Redirect, REDIRECTED), (Egress::Stack, BY_STACK)] {
             let paths = Paths::default();
             paths.set_egress(egress);
-            paths.set_attached(BTreeSet::from([4]));
+            paths.set_attached(BTreeSet::from([4]), []);
             assert_eq!(paths.check(4), Ok(exit.way));
             paths.avoid(exit);
             assert_eq!(paths.check(4), Err(Refusal::PathBroken));

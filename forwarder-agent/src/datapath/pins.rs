@@ -9,10 +9,14 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use aya::Pod;
+use aya::maps::{HashMap, Map, MapData};
 use forwarder_common::ABI_VERSION;
+use forwarder_common::flow::{FLOWS, Flow, FlowKey};
 use rustix::fs::{FlockOperation, OFlags, flock, statfs};
 use rustix::io::Errno;
 
+use super::hook;
 use super::load_error::LoadError;
 
 /// What `statfs` says of a BPF file system (`BPF_FS_MAGIC` in `linux/magic.h`).
@@ -21,8 +25,11 @@ const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// How often to lock again a directory that its owner removed just before it let go of the lock.
 const ATTEMPTS: usize = 16;
 
-/// Where the links are pinned by which the programs hang on interfaces, in the directory of a version.
+/// Where is pinned what holds the programs on interfaces, in the directory of a version: links, or with clsact the programs.
 pub(super) const LINKS: &str = "links";
+
+/// A flow of version 3, whose agents pinned nothing else where they attached by clsact.
+type FormerFlow = [u8; 104];
 
 /// The pin directory, ours while this lives. Dropping it removes the pins, and the directories that are empty then, unless
 /// they are to be left.
@@ -36,11 +43,11 @@ pub(super) struct Pins {
 
 impl Pins {
     /// Takes `parent` for this agent. What a dead agent left in the directory of this version is kept if its programs still
-    /// hang on interfaces, for connections may live in it.
+    /// hang on interfaces, or connections live in it.
     ///
     /// # Errors
     /// It is not on a BPF file system, another running agent has it, the programs of another version still hang on
-    /// interfaces, or the kernel refuses.
+    /// interfaces or have connections, or the kernel refuses.
     pub(super) fn acquire(parent: &Path) -> Result<Self, LoadError> {
         if !is_on_bpffs(parent)? {
             return Err(LoadError::NotBpffs { path: parent.to_owned() });
@@ -50,7 +57,7 @@ impl Pins {
         refuse_foreign(parent, &directory)?;
         create(&directory)?;
         // Whoever fails before it has taken over what is there leaves it to one who does not.
-        let is_left = has_links(&directory);
+        let is_left = has_attachments(&directory) || has_flows(&directory);
         let pins = Self { parent: parent.to_owned(), directory, is_left, _lock: lock };
         if !is_left {
             pins.clear().map_err(|source| LoadError::PinDir {
@@ -62,9 +69,9 @@ impl Pins {
         Ok(pins)
     }
 
-    /// Whether programs hang on interfaces by links that are pinned here.
-    pub(super) fn has_links(&self) -> bool {
-        has_links(&self.directory)
+    /// Whether connections of a former agent may live here: it had guards, or there are flows.
+    pub(super) fn has_connections(&self) -> bool {
+        attachments(&self.directory).any(|name| hook::is_egress(&name)) || has_flows(&self.directory)
     }
 
     /// Where links are pinned; made if it is not there.
@@ -127,15 +134,35 @@ impl Drop for Pins {
     }
 }
 
-fn has_links(directory: &Path) -> bool {
-    fs::read_dir(directory.join(LINKS)).is_ok_and(|mut entries| entries.next().is_some())
+/// The names of what is pinned for the places where programs hang.
+fn attachments(directory: &Path) -> impl Iterator<Item = String> {
+    let entries = fs::read_dir(directory.join(LINKS)).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok())
+}
+
+fn has_attachments(directory: &Path) -> bool {
+    attachments(directory).next().is_some()
+}
+
+/// Whether flows stand in a version's map.
+fn has_flows(directory: &Path) -> bool {
+    let path = directory.join(FLOWS);
+    path.exists() && (has_entries::<FlowKey, Flow>(&path) || has_entries::<FlowKey, FormerFlow>(&path))
+}
+
+/// Whether a map of keys and values of such sizes has entries; not if its sizes are others.
+fn has_entries<K: Pod, V: Pod>(path: &Path) -> bool {
+    let Ok(data) = MapData::from_pin(path) else { return false };
+    let Ok(map) = HashMap::<_, K, V>::try_from(Map::HashMap(data)) else { return false };
+    map.keys().next().is_some_and(|key| key.is_ok())
 }
 
 /// Refuses to start beside the programs of another version: their flows cannot be known here, and so neither which
 /// addresses they use.
 fn refuse_foreign(parent: &Path, own: &Path) -> Result<(), LoadError> {
     let entries = fs::read_dir(parent).into_iter().flatten().flatten();
-    let foreign = entries.map(|entry| entry.path()).find(|path| path != own && has_links(path));
+    let mut others = entries.map(|entry| entry.path()).filter(|path| path != own);
+    let foreign = others.find(|path| has_attachments(path) || has_flows(path));
     foreign.map_or(Ok(()), |path| Err(LoadError::ForeignLayout { path }))
 }
 

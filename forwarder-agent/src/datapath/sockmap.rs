@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use aya::maps::{HashMap as BpfHashMap, MapData, MapError, PerCpuArray, RingBuf, SockHash};
 use aya::programs::{SchedClassifier, SkSkb};
+use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use forwarder_common::sockmap::{
     CREDITS, Credit, NOTICES, Notice, OFFSET_FIELDS, OFFSET_GLOBALS, PROGRAM_VERDICT, SOCK_VERDICTS, SOURCES,
@@ -17,7 +18,7 @@ use rustix::net::{RecvFlags, recv};
 use super::DatapathError;
 use super::bpf::raise_memory_limit;
 use super::btf::{self, BtfError};
-use super::load_error::{LoadError, errno_of};
+use super::load_error::{LoadError, errno_of, kernel_release};
 use super::maps::typed;
 use super::updates;
 use crate::failpoint;
@@ -25,6 +26,27 @@ use crate::lock::lock;
 
 /// The program, as `cargo xtask build-ebpf` compiled it; empty if it did not.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sockmap.bpf.o"));
+
+/// The oldest kernel whose sockmaps are known to hand every byte on, once.
+const RIGHT_KERNEL: (u8, u8) = (6, 18);
+
+/// Refuses kernels whose sockmaps are not known to be right.
+///
+/// # Errors
+/// This one is not.
+pub fn check_kernel() -> Result<(), SockmapError> {
+    let version = KernelVersion::current();
+    if version.is_ok_and(is_right) {
+        Ok(())
+    } else {
+        Err(SockmapError::UnsafeKernel { release: kernel_release() })
+    }
+}
+
+fn is_right(version: KernelVersion) -> bool {
+    let (major, minor) = RIGHT_KERNEL;
+    version >= KernelVersion::new(major, minor, 0)
+}
 
 /// Why tier `sockmap` cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +57,16 @@ pub enum SockmapError {
     /// The program does not find its way in the kernel's structures.
     #[error(transparent)]
     Btf(#[from] BtfError),
+    /// Sockmaps of this kernel are known to lose or double bytes, or not known to be right.
+    #[error(
+        "kernel {release} is older than {}.{}: its sockmaps may lose or double bytes, which the self-test does not see; use a newer kernel, another tier, or --sockmap-unsafe-kernel at your own risk",
+        RIGHT_KERNEL.0,
+        RIGHT_KERNEL.1
+    )]
+    UnsafeKernel {
+        /// The kernel's release.
+        release: String,
+    },
 }
 
 /// Why two sockets are not joined.
@@ -256,4 +288,25 @@ impl Maps {
 fn kick(socket: BorrowedFd<'_>) {
     // Reading looks at the socket's own queue first (`tcp_bpf_recvmsg_parser`, since 6.4).
     let _ = recv(socket, &mut [0_u8], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_whose_sockmaps_lose_bytes_are_refused() {
+        for (version, is_taken) in [
+            ((5, 10, 1), false),
+            ((6, 12, 99), false),
+            ((6, 17, 9), false),
+            ((6, 18, 0), true),
+            ((7, 0, 0), true),
+        ] {
+            let (major, minor, patch) = version;
+            assert_eq!(is_right(KernelVersion::new(major, minor, patch)), is_taken, "{version:?}");
+        }
+        let refused = SockmapError::UnsafeKernel { release: "6.1.0-9-amd64".to_owned() }.to_string();
+        assert!(refused.starts_with("kernel 6.1.0-9-amd64 is older than 6.18"), "{refused}");
+    }
 }

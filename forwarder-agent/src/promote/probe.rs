@@ -3,15 +3,18 @@
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
 use super::Leg;
-use crate::datapath::bpf;
 use crate::datapath::routes::Routes;
 use crate::datapath::segments::SegmentSocket;
+use crate::datapath::{bpf, kernel_obstacle};
 
 /// Tries everything that tier `tc` needs, without leaving anything behind; says how programs would be attached.
 ///
 /// # Errors
 /// What does not work, and why.
 pub fn probe() -> Result<String, String> {
+    if let Some(obstacle) = kernel_obstacle() {
+        return Err(obstacle.to_owned());
+    }
     let report = bpf::probe().map_err(|error| error.to_string())?;
     Routes::open().map_err(|error| error.to_string())?;
     SegmentSocket::open().map_err(|error| error.to_string())?;

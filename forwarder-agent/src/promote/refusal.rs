@@ -39,6 +39,8 @@ pub enum Refusal {
     Kernel,
     /// The self-test of tier `sockmap` has failed.
     SelfTest,
+    /// Tier `sockmap` is not known to be right on this kernel.
+    UnsafeKernel,
     /// An operator has switched the tier off.
     SwitchedOff,
     /// The agent leaves, and its sockets with it.
@@ -51,7 +53,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every one, in the order of its discriminant.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::NoPrograms,
         Self::Families,
         Self::Timestamps,
@@ -70,6 +72,7 @@ impl Refusal {
         Self::Unreadable,
         Self::Kernel,
         Self::SelfTest,
+        Self::UnsafeKernel,
         Self::SwitchedOff,
         Self::Leaving,
         Self::MemoryFull,
@@ -97,6 +100,7 @@ impl Refusal {
             Self::Unreadable => "unreadable",
             Self::Kernel => "kernel",
             Self::SelfTest => "self_test_failed",
+            Self::UnsafeKernel => "unsafe_kernel",
             Self::SwitchedOff => "switched_off",
             Self::Leaving => "leaving",
             Self::MemoryFull => "memory_full",
@@ -126,6 +130,7 @@ impl Refusal {
             | Self::NoEthernet
             | Self::Translated
             | Self::SelfTest
+            | Self::UnsafeKernel
             | Self::Leaving
             | Self::SocketInUse
             | Self::Ended => false,

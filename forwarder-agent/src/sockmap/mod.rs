@@ -30,7 +30,7 @@ use self::entry::Entry;
 use self::memory::Memory;
 use self::pair::{NotJoined, PairStep, SockPair};
 use crate::counters::End;
-use crate::datapath::sockmap::Sockmap;
+use crate::datapath::sockmap::{Sockmap, check_kernel};
 use crate::lock::lock;
 use crate::record::Record;
 
@@ -55,6 +55,8 @@ const NOTICES: u64 = u64::MAX - 1;
 /// How tier `sockmap` is set up.
 #[derive(Clone, Copy, Debug)]
 pub struct SockmapSettings {
+    /// Whether a kernel will do that is not known to be right.
+    pub unsafe_kernel: bool,
     /// What its pairs may hold in memory, in bytes.
     pub memory: u64,
     /// How many pairs there may be.
@@ -108,6 +110,9 @@ impl SockmapPairs {
     /// # Errors
     /// Why the tier does not work here.
     pub fn start(settings: SockmapSettings) -> Result<(Arc<Self>, JoinHandle<()>), SockmapPairsError> {
+        if !settings.unsafe_kernel {
+            check_kernel()?;
+        }
         let sockmap = Arc::new(Sockmap::load(settings.pairs.saturating_mul(2))?);
         let started = Instant::now();
         self_test(&sockmap)?;
@@ -417,11 +422,14 @@ impl Table {
     }
 }
 
-/// Tries everything that tier `sockmap` needs, without leaving anything behind.
+/// Tries everything that tier `sockmap` needs, without leaving anything behind; with `unsafe_kernel`, on any kernel.
 ///
 /// # Errors
 /// What does not work, and why.
-pub fn probe() -> Result<String, String> {
+pub fn probe(unsafe_kernel: bool) -> Result<String, String> {
+    if !unsafe_kernel {
+        check_kernel().map_err(|error| error.to_string())?;
+    }
     let sockmap = Arc::new(Sockmap::load(PROBED_STREAMS).map_err(|error| error.to_string())?);
     let started = Instant::now();
     self_test(&sockmap).map_err(|error| format!("the self-test has failed: {error}"))?;

@@ -14,6 +14,7 @@ use socket2::SockRef;
 use super::content::{BLOCK, Content};
 use super::{Shape, Step};
 use crate::random;
+use crate::wait::patient;
 
 /// How long nothing may move when something should.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -35,8 +36,8 @@ pub enum Role {
 /// What went wrong, during which step, and how long after the start.
 pub fn play(stream: &TcpStream, shape: &Shape, role: Role) -> Result<()> {
     let start = Instant::now();
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(patient(PATIENCE)))?;
+    stream.set_write_timeout(Some(patient(PATIENCE)))?;
     stream.set_nodelay(true)?;
     let (steps, ours, theirs) = match role {
         Role::Client => (&shape.client, shape.seed, !shape.seed),
@@ -202,7 +203,7 @@ impl Player<'_> {
         let mut flags = PollFlags::empty();
         flags.set(PollFlags::OUT, to_send);
         flags.set(PollFlags::IN, to_receive);
-        let timeout = Timespec::try_from(PATIENCE)?;
+        let timeout = Timespec::try_from(patient(PATIENCE))?;
         let ready = poll(&mut [PollFd::new(self.stream, flags)], Some(&timeout))?;
         ensure!(ready > 0, "nothing moved for {PATIENCE:?}");
         Ok(())

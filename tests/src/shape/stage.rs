@@ -19,7 +19,7 @@ use crate::datapath::Datapath;
 use crate::manifests::{BackendRef, Manifests};
 use crate::netns::Topology;
 use crate::peer::Server;
-use crate::wait::wait_for;
+use crate::wait::{patient, wait_for};
 
 /// The receive buffer of a slow reader, in bytes.
 const SMALL_BUFFER: usize = 16 * 1024;
@@ -184,7 +184,9 @@ impl Stage {
                 Ok(())
             })?);
         }
-        topology.client.sysctl("net.ipv4.ip_local_port_range", CLIENT_PORTS)?;
+        topology.client.sysctl("ipv4/ip_local_port_range", CLIENT_PORTS)?;
+        // Also those of connections that the client has ended first.
+        topology.client.sysctl("ipv4/tcp_tw_reuse", "1")?;
         let agent = datapath.agent().start(&topology.node, &manifests.path())?;
         Ok(Self { agent, topology, datapath, family, board, _servers: servers, _manifests: manifests })
     }
@@ -346,7 +348,7 @@ impl Stage {
             return Ok((connected, wanted.clone()));
         }
         let mut seed = [0; 8];
-        connected.set_read_timeout(Some(PATIENCE))?;
+        connected.set_read_timeout(Some(patient(PATIENCE)))?;
         connected.read_exact(&mut seed).context("receive the seed")?;
         let shape = self.board.known(u64::from_le_bytes(seed));
         Ok((connected, shape.context("the server's first bytes are no seed")?))
@@ -379,7 +381,7 @@ impl Board {
     fn outcome(&self, seed: u64) -> String {
         let outcomes = lock(&self.outcomes);
         let waits = |outcomes: &mut HashMap<u64, String>| !outcomes.contains_key(&seed);
-        let waited = self.changed.wait_timeout_while(outcomes, PATIENCE, waits);
+        let waited = self.changed.wait_timeout_while(outcomes, patient(PATIENCE), waits);
         let (mut outcomes, _) = waited.unwrap_or_else(PoisonError::into_inner);
         outcomes.remove(&seed).unwrap_or_else(|| format!("nothing, for {PATIENCE:?} after the client's end"))
     }
@@ -437,7 +439,7 @@ fn connect(address: SocketAddr, kind: Kind, port: Option<u16>) -> io::Result<Tcp
             socket.set_reuse_address(true)?;
             socket.bind(&SocketAddr::new(any, port).into())?;
         }
-        socket.connect_timeout(&address.into(), PATIENCE)?;
+        socket.connect_timeout(&address.into(), patient(PATIENCE))?;
         Ok(socket.into())
     };
     // The client's own last connection from the port may not be gone yet: the other end has to acknowledge its end.

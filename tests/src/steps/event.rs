@@ -237,9 +237,10 @@ fn expect(
     }
     let standing = conversation.standing();
     // What is late and what never happens are different faults.
-    let late = match conversation.until(LATE, condition) {
-        true => format!("only after {:?}", started.elapsed()),
-        false => format!("not within {:?}", EFFECT + LATE),
+    let late = if conversation.until(LATE, condition) {
+        format!("only after {:?}", started.elapsed())
+    } else {
+        format!("not within {:?}", EFFECT + LATE)
     };
     bail!("{late}: {what} (after {EFFECT:?}: {standing})")
 }

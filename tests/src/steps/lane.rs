@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use super::talk::Conversation;
 use super::{Cell, Fate, GONE, Held, Side, Table, Tier, event};
-use crate::agent::{Agent, AgentCommand};
+use crate::agent::{Agent, AgentCommand, DEADLINE};
 use crate::fixture::{ENDPOINT_PORT, LISTENER_PORT};
 use crate::kernel::entries;
 use crate::manifests::Manifests;
@@ -40,8 +40,9 @@ const SOME: usize = 4_096;
 const MUCH: usize = 14_000;
 /// The receive buffers of both hosts at first: no more than a part of what the agent may hold at a hand-over.
 const SMALL_BUFFERS: &str = "4096 8192 6291456";
-/// How many lanes there are.
+/// How many lanes there are, and how many where each cell takes the start of an agent, which keeps a CPU busy.
 const LANES: usize = 4;
+const LANES_OF_SUCCESSORS: usize = 2;
 
 /// The hosts and wires of the two ends.
 pub(super) struct Net {
@@ -127,7 +128,8 @@ impl Lane {
 
     /// Lets it go on.
     fn go_on(&self, step: &str) -> io::Result<()> {
-        fs::remove_file(self.file(step, "reached"))?;
+        // It may never have come there.
+        let _ = fs::remove_file(self.file(step, "reached"));
         fs::remove_file(self.file(step, "stop"))
     }
 
@@ -136,8 +138,8 @@ impl Lane {
     }
 
     /// Waits until the agent has come to a step.
-    fn await_step(&self, step: &str, conversation: &mut Conversation) -> Result<()> {
-        if conversation.until(ARRIVAL, |_| self.has_reached(step)) {
+    fn await_step(&self, step: &str, time: Duration, conversation: &mut Conversation) -> Result<()> {
+        if conversation.until(time, |_| self.has_reached(step)) {
             return Ok(());
         }
         bail!("the agent has not come to {step} ({})", conversation.standing());
@@ -197,14 +199,14 @@ impl Lane {
         let has_begun =
             conversation.until(ARRIVAL, |both| Side::BOTH.into_iter().all(|side| both.has_all(side)));
         ensure!(has_begun, "it does not begin: {}", conversation.standing());
-        self.await_step(first, &mut conversation)?;
-        self.hold(cell.held, &mut conversation)?;
+        self.await_step(first, ARRIVAL, &mut conversation)?;
+        hold(cell.held, &mut conversation)?;
         // Only from here on, and to the last step before it: what looks after other pairs comes there too.
         let way = if step == REWRITE { [first, BEFORE_REWRITE, step] } else { [first, first, step] };
         for pair in way.windows(2).filter(|pair| pair[0] != pair[1]) {
             self.stop_at(pair[1])?;
             self.go_on(pair[0])?;
-            self.await_step(pair[1], &mut conversation)?;
+            self.await_step(pair[1], ARRIVAL, &mut conversation)?;
         }
         if let Some(successor) = cell.successor {
             return self.play_adoption(cell, successor, conversation);
@@ -263,12 +265,12 @@ impl Lane {
             let (agent, played) = thread::scope(|scope| {
                 let starting = scope.spawn(|| command.start(&node, &manifests));
                 let played = self
-                    .await_step(successor, &mut conversation)
+                    .await_step(successor, DEADLINE, &mut conversation)
                     .and_then(|()| event::play(cell, &mut conversation, &self.net));
                 // Where it has not come there, it is not stopped either.
-                let _ = self.go_on(successor);
+                let gone_on = self.go_on(successor);
                 let agent = starting.join().expect("an agent's start does not panic");
-                agent.and_then(|agent| Ok((agent, played?)))
+                agent.and_then(|agent| gone_on.map_err(Into::into).and(Ok((agent, played?))))
             })?;
             self.agent = agent;
             played
@@ -281,34 +283,6 @@ impl Lane {
         self.await_rest()?;
         // The next cell is this agent's.
         self.warm_up()
-    }
-
-    /// Has the agent hold bytes while it stops at the first step.
-    fn hold(&self, held: Held, conversation: &mut Conversation) -> Result<()> {
-        match held {
-            Held::Nothing => return Ok(()),
-            Held::Bytes => {
-                for side in Side::BOTH {
-                    conversation.at(side).target += SOME;
-                }
-            }
-            Held::Beyond(side) => {
-                conversation.at(side).reads = false;
-                conversation.at(side.other()).target += MUCH;
-            }
-        }
-        let is_held = conversation.until(ARRIVAL, |both| {
-            Side::BOTH.into_iter().all(|side| {
-                let end = both.at(side);
-                let stream = end.stream.as_ref();
-                end.sent() == end.target
-                    && stream.is_some_and(|stream| {
-                        crate::sequence::unacknowledged(stream).is_ok_and(|left| left == 0)
-                    })
-            })
-        });
-        ensure!(is_held, "the agent's sockets do not take what they are to hold");
-        Ok(())
     }
 
     /// What is left in the kernel of connections that are over.
@@ -354,25 +328,54 @@ impl Lane {
     }
 }
 
-/// Plays cells, several at a time, each in a lane of its own.
+/// Has the agent hold bytes while it stops at the first step.
+fn hold(held: Held, conversation: &mut Conversation) -> Result<()> {
+    match held {
+        Held::Nothing => return Ok(()),
+        Held::Bytes => {
+            for side in Side::BOTH {
+                conversation.at(side).target += SOME;
+            }
+        }
+        Held::Beyond(side) => {
+            conversation.at(side).reads = false;
+            conversation.at(side.other()).target += MUCH;
+        }
+    }
+    let is_held = conversation.until(ARRIVAL, |both| {
+        Side::BOTH.into_iter().all(|side| {
+            let end = both.at(side);
+            let stream = end.stream.as_ref();
+            end.sent() == end.target
+                && stream
+                    .is_some_and(|stream| crate::sequence::unacknowledged(stream).is_ok_and(|left| left == 0))
+        })
+    });
+    ensure!(is_held, "the agent's sockets do not take what they are to hold");
+    Ok(())
+}
+
+/// Plays cells, several at a time, each in a lane of its own; `shows` much of each failure, or just names it.
 ///
 /// # Errors
 /// No lane can be had.
-pub fn run(tier: Tier, cells: &[Cell]) -> Result<Table> {
+pub fn run(tier: Tier, cells: &[Cell], shows: bool) -> Result<Table> {
     let next = AtomicUsize::new(0);
     let outcomes: Mutex<Vec<Option<Result<Duration, String>>>> = Mutex::new(vec![None; cells.len()]);
     let left = Mutex::new(Vec::new());
     thread::scope(|scope| {
-        let lanes: Vec<_> = (0..LANES.min(cells.len()))
+        let has_successors = cells.iter().any(|cell| cell.successor.is_some());
+        let lanes = if has_successors { LANES_OF_SUCCESSORS } else { LANES };
+        let lanes: Vec<_> = (0..lanes.min(cells.len()))
             .map(|_| {
                 scope.spawn(|| -> Result<()> {
                     let mut lane: Option<(Family, Lane)> = None;
-                    while let Some((index, cell)) = Some(next.fetch_add(1, Ordering::Relaxed))
-                        .and_then(|index| Some((index, *cells.get(index)?)))
-                    {
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(&cell) = cells.get(index) else { break };
                         let mut present = match lane.take() {
                             Some((family, present)) if family == cell.family => present,
-                            _ => Lane::start(tier, cell.family, cells.len() < SHOWS)?,
+                            _ => Lane::start(tier, cell.family, shows)?,
                         };
                         let started = Instant::now();
                         let outcome = present.play(cell).map_err(|error| format!("{error:#}"));
@@ -394,17 +397,13 @@ pub fn run(tier: Tier, cells: &[Cell]) -> Result<Table> {
             .collect();
         lanes.into_iter().try_for_each(|lane| lane.join().expect("a lane does not panic"))
     })?;
-    let mut table = Table::default();
-    table.left = left.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut table = Table::with(left.into_inner().unwrap_or_else(PoisonError::into_inner));
     let outcomes = outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
     for (cell, outcome) in cells.iter().zip(outcomes) {
         table.note(*cell, outcome.context("a cell that was not played")?);
     }
     Ok(table)
 }
-
-/// Of so few cells much is shown where one fails.
-const SHOWS: usize = 40;
 
 /// The agent with failpoints: `FORWARDER_STEPPED_BIN`, or the debug build of the workspace.
 fn stepped_binary() -> PathBuf {

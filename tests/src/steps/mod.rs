@@ -210,6 +210,16 @@ pub fn adoptions(family: Family) -> Vec<Cell> {
     all
 }
 
+/// One of `share` cells, chosen by `seed`.
+pub fn some(cells: Vec<Cell>, share: usize, seed: usize) -> Vec<Cell> {
+    cells
+        .into_iter()
+        .enumerate()
+        .filter(|(index, _)| (index + seed).is_multiple_of(share))
+        .map(|(_, cell)| cell)
+        .collect()
+}
+
 /// Every event from both sides at every one of `steps`.
 pub fn cells(steps: &[(&'static str, &'static [Held])], family: Family) -> Vec<Cell> {
     let mut cells = Vec::new();

@@ -24,14 +24,19 @@ impl Row {
 }
 
 /// What came of all.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Table {
     cells: Vec<(Cell, Outcome)>,
     /// What is wrong with no cell in particular.
-    pub left: Vec<String>,
+    left: Vec<String>,
 }
 
 impl Table {
+    /// None yet, but what is wrong with no cell in particular.
+    pub fn with(left: Vec<String>) -> Self {
+        Self { cells: Vec::new(), left }
+    }
+
     /// Notes what came of a cell.
     pub fn note(&mut self, cell: Cell, outcome: Outcome) {
         self.cells.push((cell, outcome));

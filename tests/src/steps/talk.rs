@@ -10,7 +10,7 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::SockRef;
 
 use super::Side;
-use crate::shape::content::{BLOCK, Content};
+use crate::shape::content::Content;
 
 /// How long between two looks at both ends.
 const LOOK: Duration = Duration::from_micros(300);
@@ -103,7 +103,7 @@ impl Talker {
     }
 
     fn receive(&mut self) {
-        let mut buffer = [0; BLOCK];
+        let mut buffer = [0; 8 * 1024];
         while self.reads && self.seen == Seen::Open {
             let Some(stream) = &self.stream else { return };
             match recv(stream, &mut buffer[..], RecvFlags::DONTWAIT) {

@@ -20,11 +20,10 @@ pub(super) const RESULTS: &str = "results";
 
 /// What tests use and the kernel does not load by itself, as far as the kernel has it. Queueing disciplines are for tests that
 /// disturb the network with `tc qdisc add … netem`.
-const MODULES: [&str; 34] = [
+const MODULES: [&str; 32] = [
     "veth",
     "tun",
     "bridge",
-    "vlan",
     "8021q",
     "dummy",
     "macvlan",
@@ -54,7 +53,6 @@ const MODULES: [&str; 34] = [
     "xt_state",
     "ip_vs",
     "ip_vs_rr",
-    "tls",
 ];
 
 /// What a test may wait for takes longer here than on the host.
@@ -75,9 +73,7 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t bpf bpf /sys/fs/bpf
 mount -t tracefs tracefs /sys/kernel/tracing
 ip link set lo up
-for module in $wanted; do
-    modprobe -q "$module" || echo "$module" >>"$out/modules-missing"
-done
+modprobe -aq $wanted
 ulimit -n 1048576
 "#;
 
@@ -162,7 +158,6 @@ impl Work<'_> {
         let mut variables: Vec<(String, OsString)> = [
             ("CI", OsStr::new("true")),
             ("REQUIRE_NETNS", OsStr::new("1")),
-            ("RUST_BACKTRACE", OsStr::new("1")),
             ("FORWARDER_BIN", self.agent.as_os_str()),
             ("FORWARDER_TEST_PATIENCE", OsStr::new(PATIENCE)),
             ("FORWARDER_TEST_CONVERSATIONS", OsStr::new(CONVERSATIONS)),

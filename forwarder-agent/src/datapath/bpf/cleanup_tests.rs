@@ -1,30 +1,49 @@
 //! Tests of what is found and removed of dead agents; see [`super::super::cleanup`].
 
-use super::super::super::cleanup::{Leftover, Side, find};
+use super::super::super::attach::Stay;
+use super::super::super::cleanup::{Leftover, find};
 use super::*;
 
 #[test]
-fn the_filters_of_a_killed_agent_are_found_and_removed() {
-    let Some(bpffs) = bpffs() else { return };
+fn the_filters_of_a_killed_agent_are_found_and_removed_and_no_others() {
+    let (Some(bpffs), Some(other)) = (bpffs(), bpffs()) else { return };
     in_namespace(|namespace| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let interfaces = runtime.block_on(async { watch().await.unwrap().0.borrow().clone() });
-        let found = || runtime.block_on(find(&bpffs.options().pin_dir)).unwrap();
-        assert!(found().leftovers.is_empty(), "{:?}", found());
+        let found = || runtime.block_on(find(&bpffs.options().pin_dir)).unwrap().leftovers;
+        assert!(found().is_empty(), "{:?}", found());
 
-        let mut dead = unpinned();
-        let mut attachments = Attachments::new(AttachKind::Clsact, None);
-        assert!(attachments.update(&mut dead, &interfaces, &[&interfaces[0]]).is_empty());
-        std::mem::forget(attachments);
+        let mut agents = [&bpffs, &other].map(|bpffs| {
+            let mut bpf = Bpf::load(&bpffs.options()).unwrap();
+            let links = bpf.pins.links().unwrap();
+            bpf.attachments = Attachments::new(AttachKind::Clsact, Stay::Programs(links));
+            for name in [PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP] {
+                load_program(&mut bpf.ebpf, name).unwrap();
+            }
+            assert!(bpf.attach(&interfaces, &BTreeSet::from([BindAddress::Any])).is_empty());
+            bpf
+        });
+        assert_eq!(filters(namespace, "lo"), 2);
+        let [killed, _running] = &mut agents;
+        killed.attachments.leave();
+        killed.pins.leave();
+        let pinned = killed.pin_directory().to_owned();
+        let [killed, running] = agents;
+        drop(killed);
+
+        // By their pins; and where these are lost, by the maps that they use.
+        let ours = |found: &[Leftover]| found.iter().filter(|one| matches!(one, Leftover::Filter(_))).count();
+        assert_eq!(ours(&found()), 2, "{:?}", found());
+        fs::remove_dir_all(pinned.join("links")).unwrap();
+        let leftovers = found();
+        assert_eq!(ours(&leftovers), 2, "{leftovers:?}");
+        for leftover in &leftovers {
+            leftover.remove().unwrap();
+        }
         assert_eq!(filters(namespace, "lo"), 1);
-
-        let leftovers = found().leftovers;
-        let filter =
-            Leftover::Filter { interface: "lo".to_owned(), side: Side::Ingress, program: PROGRAM_ETHERNET };
-        assert_eq!(leftovers, [filter]);
-        leftovers[0].remove().unwrap();
-        assert_eq!(filters(namespace, "lo"), 0);
-        assert!(found().leftovers.is_empty());
+        assert!(found().is_empty());
         assert!(leftovers[0].remove().is_err());
+        running.close();
+        assert_eq!(filters(namespace, "lo"), 0);
     });
 }

@@ -17,8 +17,8 @@ use forwarder_common::{ABI_VERSION, BackendKey, PROGRAM_GUARD_ETHERNET};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use super::super::attach::AttachKind;
-use super::super::interfaces::watch;
+use super::super::attach::{AttachKind, Stay};
+use super::super::interfaces::{InterfaceKind, watch};
 use super::*;
 
 #[path = "cleanup_tests.rs"]
@@ -143,7 +143,14 @@ fn key(address: BindAddress, port: u16) -> ListenerKey {
 
 fn interface(addresses: &[IpAddr]) -> Interface {
     let kind = super::super::interfaces::InterfaceKind::Ethernet;
-    Interface { index: 1, name: "test0".to_owned(), kind, addresses: addresses.to_vec(), mtu: 1500 }
+    Interface {
+        index: 1,
+        name: "test0".to_owned(),
+        kind,
+        addresses: addresses.to_vec(),
+        mtu: 1500,
+        is_inner: false,
+    }
 }
 
 /// Loaded, with a listener on `V4`, one on `V6`, and one on every address, of which `V4` is local.
@@ -434,18 +441,28 @@ fn connections_of_another_version_are_not_run_over() {
     let options = bpffs.options();
     let foreign = options.pin_dir.join("v99");
     fs::create_dir_all(foreign.join("links")).unwrap();
-    let other = unpinned();
+    let mut other = unpinned();
     other.map(layout::VERDICTS).unwrap().pin(foreign.join("flows")).unwrap();
     // Maps alone forward nothing.
     Bpf::load(&options).unwrap().close();
     other.map(layout::VERDICTS).unwrap().pin(foreign.join("links/7_ingress")).unwrap();
-    match Bpf::load(&options) {
+    let is_refused = || match Bpf::load(&options) {
         Err(error @ LoadError::ForeignLayout { .. }) => {
             assert!(error.to_string().contains("forwarder cleanup --yes"), "{error}");
         }
         Err(error) => panic!("{error}"),
         Ok(_) => panic!("loaded beside connections that it does not know"),
-    }
+    };
+    is_refused();
+
+    // Where it attached by clsact, and pinned maps alone: they have entries.
+    fs::remove_file(foreign.join("links/7_ingress")).unwrap();
+    fs::remove_file(foreign.join("flows")).unwrap();
+    let mut flows: BpfHashMap<_, [u8; size_of::<FlowKey>()], [u8; size_of::<Flow>()]> =
+        other.map_mut(FLOWS).unwrap().try_into().unwrap();
+    flows.insert([1; _], [1; _], 0).unwrap();
+    other.map(FLOWS).unwrap().pin(foreign.join("flows")).unwrap();
+    is_refused();
 }
 
 #[test]
@@ -549,17 +566,23 @@ fn counts_a_connection(kind: AttachKind) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let interfaces = runtime.block_on(async { watch().await.unwrap().0.borrow().clone() });
         assert_eq!(interfaces.len(), 1, "{interfaces:?}");
+        let load = || {
+            let mut bpf = Bpf::load(&bpffs.options()).unwrap();
+            let links = (kind == AttachKind::Clsact).then(|| bpf.pins.links().unwrap());
+            bpf.attachments = Attachments::new(kind, Stay::Nothing(links));
+            bpf
+        };
         if kind == AttachKind::Clsact {
             // What an agent leaves that is killed: the filter.
-            let mut dead = unpinned();
-            let mut attachments = Attachments::new(kind, None);
-            assert!(attachments.update(&mut dead, &interfaces, &[&interfaces[0]]).is_empty());
-            std::mem::forget(attachments);
+            let mut dead = load();
+            assert!(dead.attach(&interfaces, &BTreeSet::from([BindAddress::Any])).is_empty());
+            dead.attachments.leave();
+            dead.pins.leave();
+            drop(dead);
             assert_eq!(filters(namespace, "lo"), 1);
         }
 
-        let mut bpf = Bpf::load(&bpffs.options()).unwrap();
-        bpf.attachments = Attachments::new(kind, None);
+        let mut bpf = load();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let id = ListenerId(1);
@@ -586,10 +609,13 @@ fn counts_a_connection(kind: AttachKind) {
         // One that fails does not concern the other, and is told once.
         let mut with_missing = interfaces.clone();
         let gone = interface(&[V4.into()]);
+        let odd = InterfaceKind::Unsupported(32);
+        with_missing.insert(0, Interface { index: 98, name: "odd0".to_owned(), kind: odd, ..gone.clone() });
+        // One that has just gone away is none.
         with_missing.insert(0, Interface { index: 99, name: "gone0".to_owned(), ..gone });
         let problems = bpf.attach(&with_missing, &bound);
         assert_eq!(problems.len(), 1, "{problems:?}");
-        assert!(problems[0].to_string().contains("interface gone0"), "{}", problems[0]);
+        assert!(problems[0].to_string().contains("interface odd0"), "{}", problems[0]);
         assert!(bpf.attach(&with_missing, &bound).is_empty());
         assert_eq!(bpf.attachments().len(), 1);
 

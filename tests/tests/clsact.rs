@@ -1,0 +1,11 @@
+//! The tests of what outlives an agent, once more with the filters by which programs hang where the kernel has no tcx: see
+//! [`forwarder_tests::attach`].
+
+#[path = "attachments.rs"]
+mod attachments;
+#[path = "privileges.rs"]
+mod privileges;
+#[path = "removal.rs"]
+mod removal;
+#[path = "survival.rs"]
+mod survival;
