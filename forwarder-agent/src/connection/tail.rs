@@ -213,7 +213,6 @@ async fn deliver_tail(
                 && is_delivered(upstream, &relay.response)
         };
         if !has_ended && !is_delivered() {
-            failpoint::reached("tail.delivering").await;
             continue;
         }
         let verdict =

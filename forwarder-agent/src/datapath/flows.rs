@@ -42,7 +42,7 @@ pub struct FlowTable {
     routes: Routes,
     conntrack: Conntrack,
     paths: Arc<Paths>,
-    ports: TakenPorts,
+    ports: Arc<TakenPorts>,
     next: AtomicU32,
     /// How many pairs stand in the maps.
     live: Arc<AtomicUsize>,
@@ -148,16 +148,20 @@ impl FlowTable {
         let (next, live) = (AtomicU32::new(1), Arc::new(AtomicUsize::new(0)));
         // Those that are removed from, open for the thread that does so.
         let (mut removed_from, left) = (FlowMaps::open(pins)?, Arc::clone(&live));
+        let ports = Arc::<TakenPorts>::default();
+        let freed = Arc::clone(&ports);
         let gate = Gate::start("flows", move |batch| {
             for condemned in batch {
                 removed_from.remove(condemned);
-                if let Condemned::Pair(..) = condemned {
+                if let Condemned::Pair(_, [_, response]) = condemned {
                     left.fetch_sub(1, Ordering::Relaxed);
+                    // Not before: a connection from the same port could not be joined.
+                    let (endpoint, local) = ends(&response);
+                    freed.free(local, endpoint);
                 }
             }
         })?;
         let conntrack = Conntrack::open();
-        let ports = TakenPorts::default();
         Ok(Self { maps, updates, gate, routes, conntrack, paths, ports, next, live })
     }
 
@@ -338,8 +342,6 @@ impl FlowTable {
             tracing::warn!(%error, "a pair goes on until it is removed");
         }
         self.gate.condemn(pair.condemned());
-        let (endpoint, local) = pair.upstream();
-        self.ports.free(local, endpoint);
     }
 
     /// Has the kernel forward nothing of a pair any more, and reset whoever still sends something of it. Its addresses are

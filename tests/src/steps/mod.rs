@@ -98,7 +98,6 @@ impl Held {
 }
 
 const EASY: &[Held] = &[Held::Nothing, Held::Bytes];
-const CLOSED: &[Held] = &[Held::Beyond(Side::Client), Held::Beyond(Side::Endpoint)];
 const EVERY: &[Held] =
     &[Held::Nothing, Held::Bytes, Held::Beyond(Side::Client), Held::Beyond(Side::Endpoint)];
 
@@ -148,15 +147,15 @@ impl Fate {
 
 /// The steps of a hand-over to tier `tc`, in their order, and what may be held at each.
 pub const TC: &[(&str, &[Held])] = &[
-    ("join.begin", EASY),
-    ("join.downstream_read", EASY),
-    ("join.upstream_read", EASY),
+    ("join.begin", EVERY),
+    ("join.downstream_read", EVERY),
+    ("join.upstream_read", EVERY),
+    // From here on nothing is held that its receiver has no room for.
     ("join.request_written", EASY),
     ("join.response_written", EASY),
     ("join.pair_written", EASY),
-    ("tail.begin", EVERY),
-    ("tail.landed", EVERY),
-    ("tail.delivering", CLOSED),
+    ("tail.begin", EASY),
+    ("tail.landed", EASY),
     ("splice.before", EASY),
     ("rewrite.request_written", EASY),
     ("splice.after", EASY),
@@ -184,8 +183,8 @@ pub const SUCCESSOR: [&str; 4] = [GONE, "adopt.begin", "adopt.inherited", "adopt
 /// where it was killed after the hand-over.
 pub fn adoptions(family: Family) -> Vec<Cell> {
     let mut all = Vec::new();
-    for &(step, helds) in TC {
-        let held = if helds == CLOSED { CLOSED[0] } else { Held::Bytes };
+    for &(step, _) in TC {
+        let held = Held::Bytes;
         let (successors, events) = match Fate::of(step) {
             Fate::Lives => (&SUCCESSOR[..], &Event::ALL[..]),
             Fate::Ends | Fate::IsReset => (&SUCCESSOR[..1], &[Event::Data, Event::Fin, Event::Reset][..]),
