@@ -101,13 +101,22 @@ pub(super) fn complaints(console: &str) -> Vec<&str> {
 
 fn judge(item: &Item, status: i32, log: &str) -> Result<String, String> {
     if TIMED_OUT.contains(&status) {
-        return Err("took too long".to_owned());
+        // What failed before says more than what hung.
+        let failed = failed(log);
+        let before =
+            if failed.is_empty() { String::new() } else { format!("; failed before: {}", failed.join(", ")) };
+        return Err(format!("took too long{before}"));
     }
     match item {
         Item::Probe if status == 0 => judge_probe(log),
         Item::Probe => Err(format!("exit status {status}")),
         Item::Tests { .. } => judge_tests(status, log),
     }
+}
+
+/// The names of the tests that failed.
+fn failed(log: &str) -> Vec<&str> {
+    log.lines().filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED")).collect()
 }
 
 fn judge_probe(log: &str) -> Result<String, String> {
@@ -135,8 +144,7 @@ fn judge_probe(log: &str) -> Result<String, String> {
 }
 
 fn judge_tests(status: i32, log: &str) -> Result<String, String> {
-    let failed: Vec<&str> =
-        log.lines().filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED")).collect();
+    let failed = failed(log);
     let passed = log.lines().find_map(|line| {
         let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
         counts.split_once(" passed")?.0.parse::<u32>().ok()
@@ -175,6 +183,7 @@ mod tests {
             "test a ... ok\ntest b ... FAILED\n\ntest result: FAILED. 1 passed; 1 failed; 0 ignored\n";
         assert_eq!(judge(&item(), 101, failed), Err("1 failed: b".to_owned()));
         assert_eq!(judge(&item(), 101, ""), Err("exit status 101, without a result".to_owned()));
+        assert_eq!(judge(&item(), 124, failed), Err("took too long; failed before: b".to_owned()));
         assert_eq!(judge(&item(), 124, PASSED), Err("took too long".to_owned()));
     }
 
