@@ -102,16 +102,13 @@ impl Hook {
         let number = program.info()?.id();
         // Pinned before it is attached: whoever comes after a crash knows both programs that may hang there.
         program.pin(&next).map_err(|error| ProgramError::IOError(io::Error::other(error)))?;
-        let attached = match own.next() {
-            Some(former) => former
-                .link(name, side)
-                .map_err(ProgramError::from)
-                .and_then(|link| program.attach_to_link(link)),
+        let attached = if let Some(former) = own.next() {
+            let link = former.link(name, side).map_err(ProgramError::from);
+            link.and_then(|link| program.attach_to_link(link))
+        } else {
             // Without a priority the kernel puts the filter before those that are there (`tcf_auto_prio`).
-            None => {
-                let options = TcAttachOptions::Netlink(NlOptions::default());
-                program.attach_with_options(name, side, options)
-            }
+            let options = TcAttachOptions::Netlink(NlOptions::default());
+            program.attach_with_options(name, side, options)
         };
         let link = match attached.and_then(|id| program.take_link(id)) {
             Ok(link) => link,

@@ -142,7 +142,7 @@ fn key(address: BindAddress, port: u16) -> ListenerKey {
 }
 
 fn interface(addresses: &[IpAddr]) -> Interface {
-    let kind = super::super::interfaces::InterfaceKind::Ethernet;
+    let kind = InterfaceKind::Ethernet;
     Interface {
         index: 1,
         name: "test0".to_owned(),
