@@ -11,7 +11,7 @@ use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError};
 use forwarder_common::ABI_VERSION;
 use forwarder_common::flow::{
     DIRECTION_REQUEST, FLOW_BY_STACK, FLOW_ENDED, FLOW_REVERSE_ENDED, FLOWS, Flow, FlowKey, NextHop, PAIRS,
-    Pair, STATE_RESET, STATE_SPLICED,
+    Pair, STATE_SPLICED,
 };
 use forwarder_common::layout::{AGENT, AgentState, address_bytes, address_of};
 use rustix::io::Errno;
@@ -24,6 +24,11 @@ use super::routes::{Egress, RouteError, Routes};
 use super::stack::Family;
 use super::{DatapathError, monotonic};
 use crate::promote::{Hop, Leg, Placement, Refusal, Way, join};
+
+mod ending;
+mod tracking;
+
+pub use self::ending::end;
 
 /// The flags of `bpf(BPF_MAP_UPDATE_ELEM)` by which an entry must not be there yet, or must be there.
 const BPF_NOEXIST: u64 = 1;
@@ -77,19 +82,6 @@ impl JoinedPair {
     /// The endpoint, and the node's address that it was connected from.
     pub fn upstream(&self) -> (SocketAddr, SocketAddr) {
         ends(&self.flows[1].0)
-    }
-
-    /// The same pair once the agent has ended it.
-    fn ended(mut self) -> Self {
-        for (_, flow) in &mut self.flows {
-            flow.state = STATE_RESET;
-        }
-        self
-    }
-
-    /// Whether the agent has ended it.
-    pub fn is_ended(&self) -> bool {
-        self.flows.iter().any(|(_, flow)| flow.state == STATE_RESET)
     }
 
     /// Whether the sockets have nothing more to do with it.
@@ -197,16 +189,6 @@ pub fn read(pin_dir: &Path) -> Result<Vec<(JoinedPair, Pair)>, DatapathError> {
     Ok(maps.list()?.pairs)
 }
 
-/// Has the kernel forward nothing more of pairs that a dead agent has pinned in a directory, and reset whoever still sends
-/// something of them, until they are forgotten.
-///
-/// # Errors
-/// The maps cannot be opened, or the kernel refuses.
-pub fn end<'a>(pin_dir: &Path, pairs: impl IntoIterator<Item = &'a JoinedPair>) -> Result<(), DatapathError> {
-    let mut maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
-    pairs.into_iter().try_for_each(|pair| maps.rewrite(&pair.ended()))
-}
-
 /// Takes pairs out of the maps that a dead agent has pinned in a directory.
 ///
 /// # Errors
@@ -289,6 +271,7 @@ impl FlowTable {
         }
         joint.pair.opened = opened;
         let pair = JoinedPair { number: placement.pair, flows: joint.flows };
+        self.keep_valid(&pair);
         let mut maps = self.maps();
         // The pair last: it turns both directions on at once.
         let mut written = Ok(());
@@ -340,20 +323,6 @@ impl FlowTable {
             }
         }
         Ok(())
-    }
-
-    /// Whether a leg's packets have the addresses of its socket where the programs see them.
-    fn check_translation(&self, leg: &Leg) -> Result<(), Refusal> {
-        let Some(conntrack) = &self.conntrack else { return Ok(()) };
-        match conntrack.is_translated(leg.local, leg.peer) {
-            Ok(false) => Ok(()),
-            Ok(true) => Err(Refusal::Translated),
-            Err(error) => {
-                // A kernel that does not track connections translates none.
-                tracing::debug!(%error, "connection tracking cannot be asked");
-                Ok(())
-            }
-        }
     }
 
     /// The largest packet that may leave, as [`Flow::mtu`]: what the route says, or the interface.
@@ -410,6 +379,7 @@ impl FlowTable {
         let [(_, request), (_, response)] = &mut pair.flows;
         (request.arrival, response.arrival) = (response.interface, request.interface);
         if has_moved {
+            self.keep_valid(pair);
             self.rewrite(pair)?;
         }
         Ok(has_moved)
@@ -429,6 +399,7 @@ impl FlowTable {
             return Ok(false);
         }
         *pair = changed;
+        self.keep_valid(pair);
         self.rewrite(pair)?;
         Ok(true)
     }
@@ -449,15 +420,6 @@ impl FlowTable {
         let (endpoint, local) = pair.upstream();
         self.ports.free(local, endpoint);
         self.live.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    /// Has the kernel forward nothing of a pair any more, and reset whoever still sends something of it. Its addresses are
-    /// nobody else's until it is removed: unless its client opens a new connection.
-    ///
-    /// # Errors
-    /// The kernel refuses, or a program has forgotten the pair.
-    pub fn end(&self, pair: &JoinedPair) -> Result<(), DatapathError> {
-        self.rewrite(&pair.ended())
     }
 
     /// Whether the addresses and ports are still this pair's.
