@@ -21,10 +21,12 @@ use crate::lock::lock;
 use crate::record::Record;
 use crate::removal::{self, Standing};
 
+mod ending;
 mod probes;
 mod segments;
 mod view;
 
+use self::ending::{PendingReset, RESET_AGAIN};
 use self::segments::Said;
 pub use self::view::{from_pins, reset_pinned};
 
@@ -40,14 +42,6 @@ const LINGER: Duration = Duration::from_secs(2);
 const RESET_STANDS: Duration = Duration::from_millis(200);
 /// How many probes may go without an answer before an end is taken for dead.
 const PROBES: u32 = 6;
-/// When what ends a pair is sent again: it may be lost, and an end with nothing to say tells nobody.
-const RESET_AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(1)];
-/// For how long after that, and after the last packet of either end, who still sends is reset; and at most.
-const RESET_LINGER: Duration = Duration::from_secs(1);
-const LONGEST_RESET: Duration = Duration::from_secs(8);
-/// How long an agent that leaves nothing behind waits for the ends to ask for the right number.
-const LAST_RESETS: Duration = Duration::from_millis(200);
-
 /// When a connection is promoted: whichever comes first.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct PromoteAfter {
@@ -134,15 +128,6 @@ struct Entry {
     asked: probes::Asked,
 }
 
-struct PendingReset {
-    pair: JoinedPair,
-    since: Instant,
-    due: Instant,
-    /// How often it was sent.
-    sent: usize,
-    segments: [Said; 4],
-}
-
 /// What becomes of a pair that was looked at.
 enum Fate {
     Stays,
@@ -213,67 +198,6 @@ impl Pairs {
     /// Has every pair look for its way anew.
     pub fn routes_changed(&self) {
         self.routes_changed.store(true, Ordering::Relaxed);
-    }
-
-    /// Ends a pair from outside: its packets are nobody's from now on, and both ends are told.
-    ///
-    /// Whoever sends something of it is reset by the program, with the number that it acknowledges. An end that is silent is
-    /// made to send: by a number that it has acknowledged before (RFC 9293, 3.10.7.4), and by a reset, which it answers with
-    /// the right number if that of the reset is wrong (RFC 5961, 3.2).
-    pub fn reset(&self, pair: &JoinedPair) {
-        if let Err(error) = self.flows.end(pair) {
-            tracing::debug!(%error, "the ends of a pair are not told of its end");
-            return self.flows.remove(pair);
-        }
-        let Some(state) = self.flows.pair(pair.number) else { return self.flows.remove(pair) };
-        let segments = segments::last_words(pair, &state, monotonic());
-        let now = Instant::now();
-        let reset = PendingReset { pair: *pair, since: now, due: now, sent: 0, segments };
-        if let Some(reset) = self.send_reset(reset) {
-            lock(&self.resets).push(reset);
-        }
-    }
-
-    /// Tells both ends, or waits until they are quiet, unless the pair's addresses are another connection's by now; says what is
-    /// left to do.
-    fn send_reset(&self, mut reset: PendingReset) -> Option<PendingReset> {
-        let has_been_told = reset.sent > RESET_AGAIN.len();
-        if !self.flows.holds(&reset.pair) || has_been_told && !self.is_heard(&reset) {
-            self.flows.remove(&reset.pair);
-            return None;
-        }
-        if has_been_told {
-            reset.due += PERIOD;
-        } else {
-            self.send(&reset.segments);
-            reset.due += RESET_AGAIN.get(reset.sent).copied().unwrap_or(RESET_LINGER);
-            reset.sent += 1;
-        }
-        Some(reset)
-    }
-
-    /// Whether an end of a pair that was ended still sends.
-    fn is_heard(&self, reset: &PendingReset) -> bool {
-        let Some(state) = self.flows.pair(reset.pair.number) else { return false };
-        let last = state.request.last_seen.max(state.response.last_seen);
-        let quiet = Duration::from_nanos(monotonic().saturating_sub(last));
-        quiet < RESET_LINGER && reset.since.elapsed() < LONGEST_RESET
-    }
-
-    /// Ends every pair, for an agent that leaves nothing behind.
-    pub fn reset_all(&self) {
-        for (_, mut entry) in self.table().drain() {
-            self.reset(&entry.pair);
-            end(&mut entry, End::Drained);
-        }
-        let resets = std::mem::take(&mut *lock(&self.resets));
-        if !resets.is_empty() {
-            // Who looks after the pairs has ended, and so will the programs.
-            thread::sleep(LAST_RESETS);
-        }
-        for reset in resets {
-            self.flows.remove(&reset.pair);
-        }
     }
 
     /// Starts the thread that looks after the pairs; it ends after [`Self::stop`].
@@ -475,16 +399,6 @@ impl Pairs {
             Ok(false) => {}
             Err(error) => tracing::warn!(%error, "a pair may go a way that is none any more"),
         }
-    }
-
-    fn send_resets_again(&self) {
-        let resets = std::mem::take(&mut *lock(&self.resets));
-        let now = Instant::now();
-        let left: Vec<_> = resets
-            .into_iter()
-            .filter_map(|reset| if now < reset.due { Some(reset) } else { self.send_reset(reset) })
-            .collect();
-        lock(&self.resets).extend(left);
     }
 
     fn send(&self, segments: &[Said]) {

@@ -268,3 +268,31 @@ fn what_was_lost_of_the_tail_arrives_though_more_was_sent_past_it() {
         traffic.finish().expect("every byte");
     }
 }
+
+#[test]
+fn the_stack_sends_on_what_goes_beyond_every_window_that_is_known() {
+    const COUNT: usize = 4;
+    if !can_run() {
+        return;
+    }
+    for family in FAMILIES {
+        let topology = Topology::new().expect("a network");
+        topology.node.sysctl("ipv4/conf/all/accept_local", "1").expect("a variable");
+        for device in ["all", "veth1", "veth2"] {
+            topology.node.sysctl(&format!("ipv4/conf/{device}/rp_filter"), "0").expect("a variable");
+        }
+        drop_invalid(&topology, &["input", "forward", "output"]);
+        let arguments = at_once(&["--egress", "stack", "--keepalive", "1s"]);
+        let forwarding = start(topology, family, &arguments, peer::echo);
+        let streams = connect(&forwarding, family, COUNT);
+        forwarding.promote(&streams);
+        let block = vec![7; 64 << 10];
+        thread::scope(|scope| {
+            for stream in &streams {
+                let carry = || (0..256).try_for_each(|_| client::ping(stream, &block));
+                scope.spawn(move || carry().unwrap_or_else(|error| panic!("{family:?}: {error}")));
+            }
+        });
+        assert_eq!(forwarding.agent.promoted().len(), COUNT, "{family:?}");
+    }
+}

@@ -1,4 +1,5 @@
-//! Whether the node translates the addresses of a connection, as its connection tracking says.
+//! What the node's connection tracking makes of a connection: whether it translates the addresses, and what it takes for
+//! invalid.
 //!
 //! The programs see packets before, and outside of, connection tracking: of a connection that it translates, packets have
 //! other addresses there than its socket has.
@@ -21,14 +22,22 @@ const FAMILY_HEADER: usize = 4;
 /// From `linux/netfilter/nfnetlink_conntrack.h`: a question for an entry, and the entry.
 const GET: u16 = 1 << 8 | 1;
 const ENTRY: u16 = 1 << 8;
+/// An entry, or what changes of one that is there: `IPCTNL_MSG_CT_NEW` as well.
+const CHANGE: u16 = ENTRY;
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_STATUS: u16 = 3;
+const CTA_PROTOINFO: u16 = 4;
+const CTA_PROTOINFO_TCP: u16 = 1;
+const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
+const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
 const CTA_PROTO_NUM: u16 = 1;
 const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
 const NLA_F_NESTED: u16 = 1 << 15;
+/// `IP_CT_TCP_FLAG_BE_LIBERAL` (`nf_conntrack_tcp.h`).
+const BE_LIBERAL: u8 = 0x08;
 /// `IPS_SRC_NAT` and `IPS_DST_NAT` (`nf_conntrack_common.h`).
 const TRANSLATED: u32 = 1 << 4 | 1 << 5;
 /// From `sys/socket.h`.
@@ -68,11 +77,46 @@ impl Conntrack {
         let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
         channel.ask(|question, sequence| write_question(question, sequence, local, peer), read_answer)?
     }
+
+    /// Has connection tracking take no packet of the connection between `local` and `peer` for invalid because of its numbers,
+    /// as `nf_conntrack_tcp_be_liberal` does for all. Nothing is to be done where it does not track the connection.
+    ///
+    /// # Errors
+    /// As [`Self::is_translated`].
+    pub(super) fn be_liberal(&self, local: SocketAddr, peer: SocketAddr) -> io::Result<()> {
+        if !fs::exists(TRACKED).unwrap_or(true) {
+            return Ok(());
+        }
+        let channel = self.channel.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
+        channel.ask(|order, sequence| write_order(order, sequence, local, peer), read_acknowledgement)?
+    }
 }
 
 /// Writes the question for the entry of which one direction goes from `local` to `peer`: as the node answers the client, and as it
 /// speaks to the endpoint. It is what the socket sees, whatever becomes of it on its way.
 fn write_question(question: &mut Vec<u8>, sequence: u32, local: SocketAddr, peer: SocketAddr) {
+    netlink::begin(question, GET, sequence);
+    write_tuple(question, local, peer);
+    netlink::end(question);
+}
+
+/// Writes the order to be liberal with that entry, in both directions.
+fn write_order(order: &mut Vec<u8>, sequence: u32, local: SocketAddr, peer: SocketAddr) {
+    let (mut flags, mut tcp) = (Vec::new(), Vec::new());
+    for kind in [CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, CTA_PROTOINFO_TCP_FLAGS_REPLY] {
+        // The flags, and which of them change.
+        write_attribute(&mut flags, kind, &[BE_LIBERAL; 2]);
+    }
+    write_attribute(&mut tcp, CTA_PROTOINFO_TCP | NLA_F_NESTED, &flags);
+    netlink::begin_order(order, CHANGE, sequence);
+    write_tuple(order, local, peer);
+    write_attribute(order, CTA_PROTOINFO | NLA_F_NESTED, &tcp);
+    netlink::end(order);
+}
+
+/// Writes which entry is meant.
+fn write_tuple(question: &mut Vec<u8>, local: SocketAddr, peer: SocketAddr) {
     let (mut addresses, mut ports, mut tuple) = (Vec::new(), Vec::new(), Vec::new());
     let (local_ip, peer_ip) = (local.ip().to_canonical(), peer.ip().to_canonical());
     let family = if local_ip.is_ipv4() { AF_INET } else { AF_INET6 };
@@ -88,16 +132,33 @@ fn write_question(question: &mut Vec<u8>, sequence: u32, local: SocketAddr, peer
     write_attribute(&mut tuple, CTA_TUPLE_IP | NLA_F_NESTED, &addresses);
     write_attribute(&mut tuple, CTA_TUPLE_PROTO | NLA_F_NESTED, &ports);
 
-    netlink::begin(question, GET, sequence);
     question.extend([family, 0, 0, 0]);
     write_attribute(question, CTA_TUPLE_ORIG | NLA_F_NESTED, &tuple);
-    netlink::end(question);
+}
+
+fn malformed() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "malformed answer from connection tracking")
+}
+
+/// What the answer to the order `sequence` says; `None` if it answers something else.
+fn read_acknowledgement(answer: &[u8], sequence: u32) -> Option<io::Result<()>> {
+    let Ok(Message { kind, sequence: answered, body }) = netlink::message(answer) else {
+        return Some(Err(malformed()));
+    };
+    if answered != sequence {
+        return None;
+    }
+    Some(match netlink::errno(body).filter(|_| kind == NLMSG_ERROR) {
+        Some(0) => Ok(()),
+        // It is not tracked.
+        Some(number) if number == Errno::NOENT.raw_os_error() => Ok(()),
+        Some(number) => Err(io::Error::from_raw_os_error(number)),
+        None => Err(malformed()),
+    })
 }
 
 /// What the answer to the question `sequence` says; `None` if it answers another question.
 fn read_answer(answer: &[u8], sequence: u32) -> Option<io::Result<bool>> {
-    let malformed =
-        || io::Error::new(io::ErrorKind::InvalidData, "malformed answer from connection tracking");
     let Ok(Message { kind, sequence: answered, body }) = netlink::message(answer) else {
         return Some(Err(malformed()));
     };
@@ -128,7 +189,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_are_survived(mut bytes in vec(any::<u8>(), 0..200)) {
-            let _ = read_answer(&bytes, 5);
+            let _ = (read_answer(&bytes, 5), read_acknowledgement(&bytes, 5));
             if let (Ok(length), Some(header)) = (u32::try_from(bytes.len()), bytes.first_chunk_mut::<12>()) {
                 header[..4].copy_from_slice(&length.to_ne_bytes());
                 header[4..6].copy_from_slice(&ENTRY.to_ne_bytes());
@@ -144,7 +205,10 @@ mod tests {
         let address = |text: &str| text.parse::<SocketAddr>().unwrap();
         for (local, peer) in [("127.0.0.1:1", "127.0.0.1:2"), ("[::1]:1", "[::1]:2")] {
             match conntrack.is_translated(address(local), address(peer)) {
-                Ok(is_translated) => assert!(!is_translated),
+                Ok(is_translated) => {
+                    assert!(!is_translated);
+                    conntrack.be_liberal(address(local), address(peer)).unwrap();
+                }
                 Err(error) => println!("skipped: no connection tracking here: {error}"),
             }
         }

@@ -230,6 +230,7 @@ impl FlowTable {
         }
         joint.pair.opened = opened;
         let pair = JoinedPair { number: placement.pair, flows: joint.flows };
+        self.keep_valid(&pair);
         let mut maps = self.maps();
         // The pair last: it turns both directions on at once.
         let mut written = Ok(());
@@ -305,6 +306,7 @@ impl FlowTable {
         let [(_, request), (_, response)] = &mut pair.flows;
         (request.arrival, response.arrival) = (response.interface, request.interface);
         if has_moved {
+            self.keep_valid(pair);
             self.updates.set_flows(&pair.flows)?;
         }
         Ok(has_moved)
@@ -326,6 +328,7 @@ impl FlowTable {
             return Ok(false);
         }
         *pair = changed;
+        self.keep_valid(pair);
         self.updates.set_flows(&pair.flows)?;
         Ok(true)
     }

@@ -21,6 +21,7 @@ const ATTRIBUTE_KIND: u16 = 0x3fff;
 
 /// From `linux/netlink.h`.
 const NLM_F_REQUEST: u16 = 1;
+const NLM_F_ACK: u16 = 4;
 const NLM_F_DUMP: u16 = 0x300;
 /// Where the flags of a message stand.
 const MESSAGE_FLAGS: usize = 6;
@@ -117,11 +118,20 @@ impl Channel {
 
 /// Begins a question: its header, but for the length.
 pub(super) fn begin(question: &mut Vec<u8>, kind: u16, sequence: u32) {
+    begin_with(question, kind, NLM_F_REQUEST, sequence);
+}
+
+/// Begins an order, which is answered with an error, or that there is none.
+pub(super) fn begin_order(question: &mut Vec<u8>, kind: u16, sequence: u32) {
+    begin_with(question, kind, NLM_F_REQUEST | NLM_F_ACK, sequence);
+}
+
+fn begin_with(question: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32) {
     question.clear();
     // The length, once it is known.
     question.extend([0; 4]);
     question.extend(kind.to_ne_bytes());
-    question.extend(NLM_F_REQUEST.to_ne_bytes());
+    question.extend(flags.to_ne_bytes());
     question.extend(sequence.to_ne_bytes());
     // The port, which the kernel chooses.
     question.extend([0; 4]);

@@ -7,7 +7,7 @@ use forwarder_common::layout::address_of;
 
 use super::super::routes::{Egress, LookupError, RouteError};
 use super::super::stack::Family;
-use super::FlowTable;
+use super::{FlowTable, JoinedPair};
 use crate::promote::{Hop, Leg, Refusal, Way};
 
 impl FlowTable {
@@ -68,6 +68,19 @@ impl FlowTable {
             Err(error) => {
                 tracing::debug!(%error, "connection tracking does not answer: a connection stays in userspace");
                 Err(Refusal::TranslationUnknown)
+            }
+        }
+    }
+
+    /// Has connection tracking not take what the stack sends on for invalid: of each connection, it sees one direction alone,
+    /// which goes beyond every window that it knows. The usual rule of firewalls would drop that.
+    pub(super) fn keep_valid(&self, pair: &JoinedPair) {
+        if pair.flows.iter().all(|(_, flow)| Way::of(flow) != Way::Stack) {
+            return;
+        }
+        for (peer, local) in [pair.downstream(), pair.upstream()] {
+            if let Err(error) = self.conntrack.be_liberal(local, peer) {
+                tracing::debug!(%error, %peer, "the node may take packets of a connection for invalid");
             }
         }
     }
