@@ -314,14 +314,17 @@ impl Flow {
     #[must_use]
     pub const fn numbers(&self, segment: &Segment, reverse: &Half, is_bare: bool) -> Numbers {
         let mut sequence = segment.sequence.wrapping_add(self.sequence_shift);
-        // A receiver drops what lies beyond its window, acknowledgement and all (RFC 9293, 3.10.7.4). What a bare
-        // acknowledgement says is true at any number: it gets the last one that is taken. Its own may lie beyond, because local
-        // sockets took more of its sender than the receiver has room for.
-        if is_before(reverse.edge, sequence)
-            && segment.flags & (FLAG_SYN | FLAG_FIN | FLAG_RST) == 0
-            && is_bare
-        {
-            sequence = reverse.edge;
+        // A receiver drops what lies outside of its window, acknowledgement and all (RFC 9293, 3.10.7.4). What a bare
+        // acknowledgement says is true at any number: it gets the nearest one that is taken. Its own may lie beyond, because local
+        // sockets took more of its sender than the receiver has room for; or before, where the sender has not heard that a
+        // window that it went beyond has moved (`tcp_acceptable_seq`), and neither end would ever hear the other again. A probe
+        // is meant to be answered, and its number is the last that has been acknowledged: it stays.
+        if is_bare && segment.flags & (FLAG_SYN | FLAG_FIN | FLAG_RST) == 0 {
+            if is_before(reverse.edge, sequence) {
+                sequence = reverse.edge;
+            } else if is_before(sequence.wrapping_add(1), reverse.acknowledged) {
+                sequence = reverse.acknowledged;
+            }
         }
         let mut acknowledgement = segment.acknowledgement;
         // What the receiver has been told already and the sender still has to get from the local socket.
@@ -543,6 +546,10 @@ mod tests {
         assert_eq!(sent(6_000, FLAG_ACK, true), 5_000);
         assert_eq!(sent(6_001, FLAG_ACK, true), 5_000);
         assert_eq!(sent(90_000, FLAG_ACK, true), 5_000);
+        assert_eq!(
+            [4_998, 4_999, 5_000].map(|sequence| sent(sequence, FLAG_ACK, true)),
+            [4_000, 3_999, 4_000]
+        );
         // Bytes and ends have numbers of their own, and a stranger's acknowledgement keeps its own.
         assert_eq!(sent(90_000, FLAG_ACK, false), 89_000);
         assert_eq!(sent(90_000, FLAG_ACK | FLAG_FIN, true), 89_000);

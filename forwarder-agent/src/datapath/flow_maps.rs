@@ -69,7 +69,7 @@ impl FlowMaps {
                     pairs.push((JoinedPair { number, flows: [request, response] }, state));
                 }
                 (directions, _) => {
-                    orphans.extend(directions.into_iter().flatten().map(|(key, _)| (number, key)))
+                    orphans.extend(directions.into_iter().flatten().map(|(key, _)| (number, key)));
                 }
             }
         }

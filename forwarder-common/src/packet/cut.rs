@@ -42,7 +42,7 @@ pub(crate) fn cut(frame: &[u8], longest: usize, identification: u32) -> Vec<Vec<
             let ip = &mut fragment[ETHERNET..];
             ip[2..4].copy_from_slice(&length.to_be_bytes());
             ip[4..6].copy_from_slice(&[high, low]);
-            ip[6..8].copy_from_slice(&(place / 8 | if has_more { IPV4_MORE } else { 0 }).to_be_bytes());
+            ip[6..8].copy_from_slice(&((place / 8) | if has_more { IPV4_MORE } else { 0 }).to_be_bytes());
             ip[10..12].fill(0);
             let sum = ip.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum::<u32>();
             let folded = (sum & 0xffff) + (sum >> 16);

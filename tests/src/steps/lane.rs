@@ -90,6 +90,8 @@ impl Lane {
         for host in [&topology.client, &topology.backend1] {
             host.sysctl("ipv4/tcp_rmem", SMALL_BUFFERS)?;
         }
+        // A scale by which windows as small as these can be told.
+        topology.node.sysctl("ipv4/tcp_rmem", "4096 131072 1048576")?;
         let (endpoint, address) = match family {
             Family::V4 => (topology.backend1_address(ENDPOINT_PORT), topology.node_address(LISTENER_PORT)),
             Family::V6 => {

@@ -141,7 +141,7 @@ fn at_once(bpf: &Bpf, [own, foreign]: [(FlowKey, Flow); 2], goes_on: &dyn Fn() -
 /// Exchanges them as the agent does.
 fn by_gate(bpf: &Bpf, [own, foreign]: [(FlowKey, Flow); 2], goes_on: &dyn Fn() -> bool) -> (u64, u64) {
     let (mut maps, mut removed_from) = (open(bpf), open(bpf));
-    let (noted, notes) = std::sync::mpsc::channel();
+    let (noted, told) = std::sync::mpsc::channel();
     let gate = Gate::start("gate", move |batch: Vec<(FlowKey, Flow)>| {
         pin_to(0);
         for entry in batch {
@@ -155,7 +155,7 @@ fn by_gate(bpf: &Bpf, [own, foreign]: [(FlowKey, Flow); 2], goes_on: &dyn Fn() -
         gate.hasten();
         let _permit = gate.permit_blocking();
         insert(&mut maps, &new);
-        notes.recv().unwrap()
+        told.recv().unwrap()
     };
     while goes_on() {
         exchange(own, foreign);
