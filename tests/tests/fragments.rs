@@ -53,7 +53,8 @@ fn transfer(forwarding: &Forwarding, family: Family, before: impl FnOnce()) {
     before();
     client::ping(&stream, TRANSFER).expect("an echo");
     client::transfer(&stream, 7, AMOUNT, AMOUNT)
-        .unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", forwarding.agent.log()));
+        .map_err(|error| format!("{family:?}: {error:#}\n{}", forwarding.agent.log()))
+        .expect("every byte arrives");
     drop(stream);
     // The ends of both directions came in fragments too.
     forwarding.agent.wait_empty();

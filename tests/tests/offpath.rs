@@ -78,7 +78,10 @@ fn start(by: By, family: Family, more: &[&str]) -> Attacked {
         forwarding.succeed(&arguments).expect("another agent");
         forwarding.agent.wait_pairs(1);
     }
-    Attacked { forwarding, family, stream }
+    let attacked = Attacked { forwarding, family, stream };
+    // A worker notes it when a connection is no longer a short one.
+    wait_until("its address is listed", WAIT, || attacked.view()["upstreamLocal"].is_string());
+    attacked
 }
 
 fn listener(forwarding: &Forwarding, family: Family) -> SocketAddr {
@@ -117,7 +120,8 @@ impl Attacked {
     fn check_alive(&self, what: &str) {
         let end = client::end(&self.stream, TOLD).expect("a socket");
         assert_eq!(end, End::Open, "{what}: {}", self.forwarding.agent.log());
-        client::ping(&self.stream, b"still here").unwrap_or_else(|error| panic!("{what}: {error}"));
+        let echo = client::ping(&self.stream, b"still here");
+        assert!(echo.is_ok(), "{what}: {echo:?}");
     }
 
     /// Ends the connection, and checks that nothing is left of it.

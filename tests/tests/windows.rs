@@ -29,7 +29,7 @@ fn start(family: Family, tier: &str, memory: &str) -> Forwarding {
     let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).expect("manifests");
     let server = Server::start(&topology.backend1, endpoint, |mut stream| {
         while stream.read(&mut [0])? == 1 {
-            stream.write_all(&[7; ANSWER])?;
+            stream.write_all(&vec![7; ANSWER])?;
         }
         Ok(())
     })
@@ -57,7 +57,8 @@ fn connect(forwarding: &Forwarding, family: Family, room: usize) -> TcpStream {
 fn ask(mut stream: &TcpStream, context: &str) {
     stream.write_all(b"?").expect("sent");
     let mut answer = vec![0; ANSWER];
-    stream.read_exact(&mut answer).unwrap_or_else(|error| panic!("{context}: {error}"));
+    let read = stream.read_exact(&mut answer);
+    assert!(read.is_ok(), "{context}: {read:?}");
 }
 
 #[test]

@@ -1,6 +1,5 @@
 use super::super::tests::{ended, flows};
 use super::super::*;
-use super::*;
 
 /// What the endpoint takes beyond what it has acknowledged: the client's numbers 5,000 to 69,999.
 const WINDOW: u32 = 65_000;
