@@ -77,7 +77,7 @@ fn turn(context: &TcContext, segment: &Segment, hop_limit: u8) -> Result<(), Ver
             pseudo = pseudo.and(0, words[3]).and(0, words[7]);
             let [first, second, third]: [u32; 3] = load(context, ip)?;
             // Version and length of the header stay; the service is the usual one.
-            let new_first = (u32::from_be(first) & 0xff00_0000 | headers + TCP_HEADER).to_be();
+            let new_first = (u32::from_be(first) & 0xff00_0000 | (headers + TCP_HEADER)).to_be();
             let new_second = DONT_FRAGMENT.to_be();
             let (checksum, rest) = (u32::from_be(third) as u16, u32::from_be(third) & 0x00ff_0000);
             let new_third = u32::from(hop_limit) << 24 | rest;

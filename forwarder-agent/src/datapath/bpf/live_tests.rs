@@ -111,6 +111,7 @@ fn promote(
         next_hop: NextHop::new(leg.peer.ip()),
         mtu: 1500,
         way: Way::Redirect,
+        hop_limit: 64,
     };
     let placement =
         Placement { downstream: hop("veth-down", &legs[0]), upstream: hop("veth-up", &legs[1]), pair: PAIR };
