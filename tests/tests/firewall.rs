@@ -1,6 +1,7 @@
 //! Nodes whose firewall drops what connection tracking takes for invalid, as those of firewalld and of Kubernetes do. Of
 //! promoted connections, it has seen the beginnings alone.
 
+use std::fmt::Write as _;
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
@@ -40,10 +41,10 @@ fn can_run() -> bool {
 fn drop_invalid(topology: &Topology, chains: Chains) {
     let mut rules = "add table inet firewall\n".to_owned();
     for chain in chains {
-        rules += &format!(
-            "add chain inet firewall {chain} {{ type filter hook {chain} priority 0; }}\n\
-             add rule inet firewall {chain} ct state invalid counter drop\n"
-        );
+        writeln!(rules, "add chain inet firewall {chain} {{ type filter hook {chain} priority 0; }}")
+            .expect("a string grows");
+        writeln!(rules, "add rule inet firewall {chain} ct state invalid counter drop")
+            .expect("a string grows");
     }
     topology.node.stdout(Command::new("nft").arg(rules)).expect("rules");
 }
@@ -251,7 +252,9 @@ fn what_was_lost_of_the_tail_arrives_though_more_was_sent_past_it() {
         let (topology, wires) = wire::wired(25).expect("a network");
         drop_invalid(&topology, HOST);
         let trouble = Trouble { lost: 300, held: 300, hold: Duration::from_millis(5), ..Trouble::default() };
-        wires.iter().for_each(|wire| wire.set(trouble));
+        for wire in &wires {
+            wire.set(trouble);
+        }
         let arguments = ["--datapath", "tc", "--promote-after", "128KiB"];
         let forwarding = start(topology, family, &arguments, peer::echo);
         let agent = &forwarding.agent;
