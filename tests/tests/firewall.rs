@@ -41,12 +41,10 @@ fn can_run() -> bool {
 fn drop_invalid(topology: &Topology, chains: Chains) {
     let mut rules = "add table inet firewall\n".to_owned();
     for chain in chains {
-        write!(
-            rules,
-            "add chain inet firewall {chain} {{ type filter hook {chain} priority 0; }}\n\
-             add rule inet firewall {chain} ct state invalid counter drop\n"
-        )
-        .expect("writing to a string never fails");
+        writeln!(rules, "add chain inet firewall {chain} {{ type filter hook {chain} priority 0; }}")
+            .expect("a string grows");
+        writeln!(rules, "add rule inet firewall {chain} ct state invalid counter drop")
+            .expect("a string grows");
     }
     topology.node.stdout(Command::new("nft").arg(rules)).expect("rules");
 }
