@@ -240,7 +240,8 @@ pub(super) fn sweep(pins: &Path, is_kept: impl Fn(u32) -> bool) {
 
 /// The name of an interface; `None` if there is none of this index.
 pub(super) fn name_of(index: u32) -> Option<String> {
-    nix::net::if_::if_indextoname(index).ok()?.into_string().ok()
+    // The binding takes the null that says so for a name without letters.
+    nix::net::if_::if_indextoname(index).ok()?.into_string().ok().filter(|name| !name.is_empty())
 }
 
 /// Detaches the filters that have a program.
@@ -301,6 +302,10 @@ pub(super) fn errno_of_attach(error: &ProgramError) -> Option<Errno> {
     let netlink = match error {
         ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)) => {
             error.raw_os_error().map(Errno::from_raw_os_error)
+        }
+        // Which hide what they are made of from those who follow causes.
+        ProgramError::IOError(error) | ProgramError::TcError(TcError::IoError(error)) => {
+            Errno::from_io_error(error)
         }
         _ => None,
     };

@@ -131,7 +131,7 @@ fn in_state_tail_they_are_translated_too() {
     let (key, flow) = flow_v4();
     let tail = Flow { state: STATE_TAIL, ..flow };
     with_pieces((key, tail), |bpf, frame, pieces| {
-        let expected = self::pieces(&Frame { tuple: flow.out, ..frame.clone() });
+        let expected = self::pieces(&Frame { tuple: flow.out, hop_limit: flow.hop_limit, ..frame.clone() });
         assert_eq!(run(bpf, PROGRAM_ETHERNET, &pieces[0]).0, TC_ACT_REDIRECT);
         for (fragment, expected) in pieces.iter().zip(&expected).skip(1) {
             assert_eq!(run(bpf, PROGRAM_ETHERNET, fragment), (TC_ACT_REDIRECT, expected.clone()));

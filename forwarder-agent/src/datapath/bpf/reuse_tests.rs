@@ -34,6 +34,7 @@ fn flows((key, flow): (FlowKey, Flow)) -> [(FlowKey, Flow); 2] {
             acknowledgement_shift: 0,
             source_scale: 7,
             target_scale: 7,
+            hop_limit: Frame::new(key).hop_limit,
             ..flow
         };
         (key, unchanged)

@@ -13,6 +13,7 @@ use aya::maps::{HashMap as BpfHashMap, MapData};
 use aya::{TestRun, TestRunOptions};
 use forwarder_common::flow::{FLOWS, Flow, FlowKey, PAIRS, Pair};
 use forwarder_common::layout::{self, address_of};
+use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
 use forwarder_common::{ABI_VERSION, BackendKey, PROGRAM_GUARD_ETHERNET};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -406,7 +407,18 @@ fn pins_are_ours_alone_and_vanish_with_us() {
     names.sort();
     assert_eq!(
         names,
-        ["agent", "backends", "counters", "flows", "listeners", "local_addresses", "pairs", "verdicts"]
+        [
+            "agent",
+            "backends",
+            "counters",
+            "flows",
+            PROGRAM_SET_FLOW,
+            PROGRAM_SET_LISTENER,
+            "listeners",
+            "local_addresses",
+            "pairs",
+            "verdicts"
+        ]
     );
     match Bpf::load(&options) {
         Err(error @ LoadError::InUse { .. }) => {
