@@ -2,14 +2,13 @@
 
 use std::io::{Read as _, Write as _};
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use forwarder_tests::database::require_program;
 use forwarder_tests::fixture::{LISTENER, LISTENER_PORT};
 use forwarder_tests::{
-    Agent, AgentCommand, BackendRef, Forwarding, client, peer, process, require_root, wait_until,
+    Agent, AgentCommand, BackendRef, Forwarding, client, kernel, peer, require_root, wait_until,
 };
 use serde_json::Value;
 
@@ -30,12 +29,8 @@ fn require_classifier(agent: &Agent) -> bool {
 
 /// The entries of a pinned map as `bpftool` prints them by its type information.
 fn dump(pin_dir: &Path, map: &str) -> Result<Vec<Value>> {
-    let mut command = Command::new("bpftool");
-    command.args(["-j", "map", "dump", "pinned"]).arg(pin_dir.join("v3").join(map));
-    let entries: Vec<Value> =
-        serde_json::from_str(&process::stdout(&mut command)?).context("bpftool's JSON")?;
     // Without type information there would be no such part.
-    entries
+    kernel::dump(pin_dir, map)?
         .iter()
         .map(|entry| entry.get("formatted").cloned().context("an entry without field names"))
         .collect()
