@@ -27,6 +27,7 @@ mod segments;
 mod view;
 
 use self::ending::{PendingReset, RESET_AGAIN};
+pub(crate) use self::probes::Asked;
 use self::segments::Said;
 pub use self::view::{from_pins, reset_pinned};
 
@@ -125,7 +126,7 @@ struct Entry {
     /// How many probes each end has not answered.
     probes: [u32; 2],
     /// What the ends were asked for a stranger's sake.
-    asked: probes::Asked,
+    asked: Asked,
 }
 
 /// What becomes of a pair that was looked at.
@@ -171,7 +172,7 @@ impl Pairs {
             active: Instant::now(),
             over: None,
             probes: [0; 2],
-            asked: probes::Asked::default(),
+            asked: Asked::default(),
         };
         // Its way was looked for when it was joined; what has changed since, the sweep told those that were here.
         let [(_, Flow { clock_time, .. }), _] = entry.pair.flows;
@@ -302,7 +303,7 @@ impl Pairs {
             return close(entry, &state);
         }
         entry.over = None;
-        self.ask(entry, &state);
+        self.ask(&entry.pair, &mut entry.asked, &state);
         if self.is_removed(entry) {
             return Fate::Reset(End::Removed);
         }

@@ -41,8 +41,10 @@ pub struct FlowUpdate {
     pub arrival: u32,
     /// [`Flow::flags`].
     pub flags: u16,
+    /// [`Flow::hop_limit`].
+    pub hop_limit: u8,
     /// Zero.
-    pub pad: u16,
+    pub pad: u8,
 }
 
 /// Bytes of a [`FlowUpdate`].
@@ -61,6 +63,7 @@ impl FlowUpdate {
             mtu: flow.mtu,
             arrival: flow.arrival,
             flags: flow.flags,
+            hop_limit: flow.hop_limit,
             pad: 0,
         }
     }
@@ -68,7 +71,7 @@ impl FlowUpdate {
     /// As it lies in the packet.
     #[must_use]
     pub fn bytes(&self) -> [u8; FLOW_UPDATE_SIZE] {
-        let Self { key, pair, state, interface, next_hop, mtu, arrival, flags, pad } = *self;
+        let Self { key, pair, state, interface, next_hop, mtu, arrival, flags, hop_limit, pad } = *self;
         let mut bytes = Bytes::new();
         bytes.put(&key.source);
         bytes.put(&key.destination);
@@ -81,9 +84,8 @@ impl FlowUpdate {
         for word in [mtu, arrival] {
             bytes.put(&word.to_ne_bytes());
         }
-        for word in [flags, pad] {
-            bytes.put(&word.to_ne_bytes());
-        }
+        bytes.put(&flags.to_ne_bytes());
+        bytes.put(&[hop_limit, pad]);
         bytes.filled
     }
 }

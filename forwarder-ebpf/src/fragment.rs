@@ -32,7 +32,7 @@ use forwarder_common::verdict::Verdict;
 use crate::classify::{INGRESS, SocketBuffer};
 use crate::icmp::write;
 use crate::maps::{FLOWS, FOUND, FRAGMENTS, PAIRS};
-use crate::redirect::{Outcome, coarse_time, leave};
+use crate::redirect::{Outcome, coarse_time, is_expected, leave};
 use crate::rewrite::{ECN_MASK, IPV4_CHECKSUM, load, store};
 
 /// How many packets are remembered: those of which fragments are on their way.
@@ -141,6 +141,9 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
     if flow.state != STATE_TAIL && flow.state != STATE_SPLICED {
         return is_others;
     }
+    if !is_expected(context, version, flow) {
+        return Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::OtherInterface };
+    }
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else { return is_others };
     if fragment.position < first.length {
         return Outcome::drop(Verdict::FragmentRefused);
@@ -167,7 +170,8 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
         *seen = Seen {
             sequence: first.sequence,
             acknowledgement: first.acknowledgement,
-            payload: fragment.position + fragment.length - first.length,
+            // The element may have become another's meanwhile: then this is nonsense, but no number beyond the packet.
+            payload: (fragment.position + fragment.length).saturating_sub(first.length),
             window: first.window,
             flags: first.flags,
             time: now,

@@ -98,8 +98,8 @@ pub(crate) struct CoarseClock {
 ///
 /// The programs insert here, since nobody else sees a packet's fragments. That takes no memory and waits for none: this map
 /// is preallocated, as each of its type (`htab_map_alloc_check`), and a full one gives its least recently used entry away. So
-/// an element may become another's while a program looks at it, which is why programs copy it at once. The worst that comes
-/// of a mix of two is a fragment that is sent to the wrong flow, where the TCP checksum of the packet does not match.
+/// an element may become another's while a program looks at it, which then sees a mix of two: a fragment is sent to the wrong flow,
+/// where the TCP checksum of the packet does not match, and is noted there only if that flow's receiver would take such numbers.
 #[btf_map(name = "fragments")]
 pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, FirstFragment, FRAGMENTS_CAPACITY> = LruHashMap::new();
 

@@ -54,7 +54,7 @@ pub(crate) fn redirect(context: &TcContext, found: &mut Found) -> Option<Outcome
         }
         return None;
     }
-    if !is_expected(context, segment, flow) {
+    if !is_expected(context, segment.version, flow) {
         return Some(Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::OtherInterface });
     }
     let is_new_connection = segment.is_attempt();
@@ -112,11 +112,11 @@ pub(crate) fn redirect(context: &TcContext, found: &mut Found) -> Option<Outcome
 /// Whether the stack would take the packet from this interface. What it does not look into (IPv6), or not strictly, may come
 /// by any.
 #[inline(always)]
-fn is_expected(context: &TcContext, segment: &Segment, flow: &Flow) -> bool {
+pub(crate) fn is_expected(context: &TcContext, version: IpVersion, flow: &Flow) -> bool {
     // SAFETY: the kernel hands the program a valid `__sk_buff`, whose field may be read.
     let interface = unsafe { (*context.skb.skb).ifindex };
     interface == flow.arrival
-        || matches!(segment.version, IpVersion::V6)
+        || matches!(version, IpVersion::V6)
         || LOOSE_INTERFACES.get_ptr(interface).is_some()
 }
 

@@ -7,7 +7,7 @@
 use aya_ebpf::bindings::{BPF_F_PSEUDO_HDR, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::{DIRECTION_REQUEST, Flow};
+use forwarder_common::flow::{DIRECTION_REQUEST, FLOW_BY_STACK, Flow};
 use forwarder_common::packet::{FLAG_ACK, FLAG_RST, IpVersion, PROTOCOL_TCP, Segment, tcp_field};
 use forwarder_common::translate::ChecksumChange;
 use forwarder_common::verdict::Verdict;
@@ -35,7 +35,9 @@ pub(crate) fn answer(context: &TcContext, segment: &Segment, flow: &Flow) -> Out
     };
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let back = unsafe { &*back };
-    match turn(context, segment, back.hop_limit) {
+    // What the stack would take off what it sends on, it does not see.
+    let hop_limit = back.hop_limit.saturating_sub((back.flags & FLOW_BY_STACK != 0) as u8);
+    match turn(context, segment, hop_limit) {
         Ok(()) => Outcome { action: send_back(context, back), verdict: Verdict::ResetAnswered },
         Err(verdict) => Outcome::drop(verdict),
     }

@@ -137,7 +137,8 @@ fn with_hop_limit_v4(old: u32, flow: &Flow, addresses: ChecksumChange) -> u32 {
 /// word as they lie there.
 #[inline(always)]
 fn new_words(found: &Found, flow: &Flow, reverse: &Half, misc: u32, last: u32) -> [u32; FIXED_WORDS] {
-    let is_bare = found.is_accepted && found.seen.payload == 0;
+    // The payload of a first fragment may lie in the others.
+    let is_bare = found.is_accepted && found.seen.payload == 0 && !found.segment.is_first_fragment;
     let numbers = flow.numbers(&found.segment, reverse, is_bare);
     let ports = u32::from(flow.out.source_port) << 16 | u32::from(flow.out.destination_port);
     let misc = u32::from_be(misc) & 0xffff_0000 | u32::from(numbers.window);

@@ -28,6 +28,7 @@ pub fn fwd_set_flow(context: TcContext) -> i32 {
         (*flow).mtu = update.mtu;
         (*flow).arrival = update.arrival;
         (*flow).flags = update.flags;
+        (*flow).hop_limit = update.hop_limit;
         (*flow).interface = update.interface;
     }
     1

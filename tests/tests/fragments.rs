@@ -6,15 +6,16 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
-use forwarder_tests::kernel::{AT_ONCE, is_ready};
+use forwarder_tests::kernel::{AT_ONCE, dump, is_ready};
 use forwarder_tests::netns::FAR;
 use forwarder_tests::peer::Server;
 use forwarder_tests::shape::stage::Family;
 use forwarder_tests::wire::{self, Trouble, Wire};
-use forwarder_tests::{AgentCommand, Forwarding, Manifests, NetNs, Topology, client, peer};
+use forwarder_tests::{AgentCommand, Forwarding, Manifests, NetNs, Topology, client, peer, wait_until};
 
 /// What a wire carries whole, in bytes from the IP header on.
 const WHOLE: usize = 1000;
+const WAIT: Duration = Duration::from_secs(10);
 /// Bytes that go each way.
 const AMOUNT: u64 = 4_000_000;
 /// The legs, by the number of their network.
@@ -172,7 +173,13 @@ fn a_sender_without_df_hears_of_what_is_too_large_for_the_node() {
         let forwarding = start(topology, endpoint);
         let topology = &forwarding.topology;
         let receiver = if index == CLIENT { &topology.client } else { &topology.backend1 };
-        transfer(&forwarding, Family::V4, || topology.set_mtu(index, receiver, 1400).expect("an MTU"));
+        transfer(&forwarding, Family::V4, || {
+            topology.set_mtu(index, receiver, 1400).expect("an MTU");
+            wait_until("the program knows it", WAIT, || {
+                let flows = dump(forwarding.agent.pin_dir(), "flows").expect("a dump");
+                flows.iter().any(|flow| flow["formatted"]["value"]["mtu"] == 1400)
+            });
+        });
         assert!(verdicts(&forwarding, "too_big") > 0);
     }
 }

@@ -80,7 +80,13 @@ impl Control {
                     }
                     continue;
                 }
-                () = path_wanted(promoter.as_deref()) => self.attach(interfaces.as_mut()),
+                () = path_wanted(promoter.as_deref()) => {
+                    self.attach(interfaces.as_mut());
+                    // Pairs that could not go there may now.
+                    if let Some(promoter) = &promoter {
+                        promoter.pairs.routes_changed();
+                    }
+                }
                 // Before anything was loaded, nothing would be wanted.
                 _ = verification.tick(), if self.in_force.is_some() => {
                     self.attach(interfaces.as_mut());

@@ -17,7 +17,7 @@ use crate::counters::End;
 use crate::datapath::flows::{JoinPermit, JoinedPair};
 use crate::datapath::paths::Exit;
 use crate::failpoint;
-use crate::pairs::Promoter;
+use crate::pairs::{Asked, Promoter};
 use crate::promote::clock::Clock;
 use crate::promote::{Leg, Refusal, leg};
 use crate::relay::Direction;
@@ -161,6 +161,7 @@ async fn deliver_tail(
     let mut landed = pin!(promoter.grace.period());
     let mut has_landed = false;
     let mut hearing = Hearing::default();
+    let mut asked = Asked::default();
     let mut seen = 0;
     relay.hold_ends(true);
     failpoint::reached("tail.begin").await;
@@ -195,6 +196,7 @@ async fn deliver_tail(
                 return Tail::Ended(end);
             }
         }
+        promoter.pairs.ask(pair, &mut asked, &state);
         if !has_landed {
             continue;
         }

@@ -113,8 +113,8 @@ pub fn end<'a>(pin_dir: &Path, pairs: impl IntoIterator<Item = &'a JoinedPair>) 
     pairs.into_iter().try_for_each(|pair| updates::set_flows(&setter, &pair.in_state(STATE_RESET)))
 }
 
-/// Takes pairs out of the maps that a dead agent has pinned in a directory. Nothing is put into them before the next agent has
-/// waited for a grace period.
+/// Takes pairs out of the maps that a dead agent has pinned in a directory; an agent that runs by now has taken them over, and
+/// removes them itself. None starts meanwhile, and the next one waits for a grace period before it puts anything into them.
 ///
 /// # Errors
 /// They cannot be opened.
@@ -122,6 +122,7 @@ pub fn forget<'a>(
     pin_dir: &Path,
     pairs: impl IntoIterator<Item = &'a JoinedPair>,
 ) -> Result<(), DatapathError> {
+    let Ok(_lock) = super::pins::lock(pin_dir) else { return Ok(()) };
     let mut maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
     pairs.into_iter().for_each(|pair| maps.remove(pair.condemned()));
     Ok(())

@@ -284,16 +284,20 @@ impl FlowTable {
     /// # Errors
     /// The kernel refuses.
     pub fn reroute(&self, pair: &mut JoinedPair) -> Result<bool, DatapathError> {
-        let mut has_moved = false;
+        let before = *pair;
         let client = pair.downstream().0.ip();
-        for (_, flow) in &mut pair.flows {
+        let [(_, request), (_, response)] = &pair.flows;
+        // Where the endpoint is now, and the client: what they send is expected by there, whether what is sent to them leaves so
+        // or not.
+        let mut towards = [response.arrival, request.arrival];
+        for ((_, flow), towards) in pair.flows.iter_mut().zip(&mut towards) {
             let (local, peer) = ends(&flow.out);
             // Where there is no route for the moment, the old one is as good.
             let Ok(egress) = self.routes.egress(local.ip(), peer.ip()) else { continue };
             if egress.is_local {
                 continue;
             }
-            let before = *flow;
+            *towards = egress.interface;
             if flow.interface != egress.interface {
                 let Ok(way) = self.paths.check(egress.interface, client) else { continue };
                 flow.flags = flow.flags & !FLOW_BY_STACK | way.flag();
@@ -301,10 +305,10 @@ impl FlowTable {
             }
             (flow.interface, flow.next_hop) = (egress.interface, NextHop::new(egress.next_hop));
             flow.mtu = self.mtu(&egress);
-            has_moved |= before != *flow;
         }
         let [(_, request), (_, response)] = &mut pair.flows;
-        (request.arrival, response.arrival) = (response.interface, request.interface);
+        [response.arrival, request.arrival] = towards;
+        let has_moved = before != *pair;
         if has_moved {
             self.keep_valid(pair);
             self.updates.set_flows(&pair.flows)?;

@@ -331,6 +331,7 @@ impl Maps {
         let cpus = aya::util::nr_cpus().map_err(|(_, error)| failed(error.into()))?;
         let zeros =
             PerCpuValues::try_from(vec![ListenerCounters::default(); cpus]).map_err(|e| failed(e.into()))?;
+        self.settle(Stale::Counters(id.0));
         let _permit = self.gate.permit_blocking();
         self.counters.insert(id.0, zeros, BPF_NOEXIST).map_err(failed)?;
         self.known_counters.insert(id);

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use forwarder_common::flow::{HALF_CHALLENGE, HALF_SYN, Half, Pair};
 
-use super::{Entry, Pairs, segments};
+use super::{Pairs, segments};
+use crate::datapath::flows::JoinedPair;
 use crate::datapath::monotonic;
 use crate::lock::lock;
 
@@ -27,15 +28,15 @@ pub(super) struct Limit {
 
 impl Pairs {
     /// Asks an end of a pair what is true of what somebody claims.
-    pub(super) fn ask(&self, entry: &mut Entry, state: &Pair) {
+    pub(crate) fn ask(&self, pair: &JoinedPair, asked: &mut Asked, state: &Pair) {
         let now = Instant::now();
-        let Some(question) = entry.asked.due(state, now) else { return };
+        let Some(question) = asked.due(state, now) else { return };
         if !lock(&self.questions.budget).take(now) {
             self.questions.suppressed.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        entry.asked.note(question, now);
-        self.send(&[segments::probe(&entry.pair, state, question.side, monotonic())]);
+        asked.note(question, now);
+        self.send(&[segments::probe(pair, state, question.side, monotonic())]);
     }
 
     /// How often a question to an end of a pair was put off, because there were too many.
@@ -65,7 +66,7 @@ impl Budget {
 
 /// What was asked for a pair.
 #[derive(Debug, Default)]
-pub(super) struct Asked {
+pub(crate) struct Asked {
     /// How many packets of each direction had come, at the last question that they gave rise to.
     packets: [Option<u64>; 2],
     last: Option<Instant>,

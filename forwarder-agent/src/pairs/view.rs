@@ -74,11 +74,7 @@ impl Pairs {
 pub fn from_pins(pin_dir: &Path) -> Result<Vec<ConnectionView>, DatapathError> {
     let now = monotonic();
     let pairs = flows::read(pin_dir)?;
-    Ok(pairs
-        .iter()
-        .filter(|(pair, _)| !pair.is_ended())
-        .map(|(pair, state)| view(pair, state, now))
-        .collect())
+    Ok(pairs.iter().map(|(pair, state)| view(pair, state, now)).collect())
 }
 
 /// Resets both ends of the matching connections that a dead agent has left in the kernel; tells how many, or `None` where

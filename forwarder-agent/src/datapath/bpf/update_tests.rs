@@ -27,6 +27,7 @@ fn both_flows_of_a_pair_are_changed_in_place() {
             interface,
             next_hop: NextHop::new(Ipv4Addr::new(192, 0, 2, 254).into()),
             mtu: 1400,
+            hop_limit: 7,
             arrival: 12 - interface,
             flags: FLOW_BY_STACK,
             state: STATE_RESET,
