@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError};
+use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, MapInfo};
 use forwarder_common::ABI_VERSION;
 use forwarder_common::flow::{DIRECTION_REQUEST, FLOWS, Flow, FlowKey, PAIRS, Pair, STATE_OVER, STATE_RESET};
 use forwarder_common::layout::{AGENT, AgentState};
@@ -126,6 +126,12 @@ pub fn forget<'a>(
     let mut maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
     pairs.into_iter().for_each(|pair| maps.remove(pair.condemned()));
     Ok(())
+}
+
+/// How many pairs the pinned maps of a directory have room for.
+pub(super) fn capacity(pins: &Path) -> Result<usize, DatapathError> {
+    let info = MapInfo::from_pin(pins.join(PAIRS)).map_err(|source| error("look at", PAIRS, None, source))?;
+    Ok(usize::try_from(info.max_entries()).unwrap_or(usize::MAX))
 }
 
 /// What failed on an entry of a map.

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 
 use super::conntrack::Conntrack;
 pub use super::flow_maps::{Condemned, end, forget, read};
-use super::flow_maps::{FlowMaps, Listed, error};
+use super::flow_maps::{FlowMaps, Listed, capacity, error};
 use super::gate::{Gate, Permit};
 
 use super::load_error::errno_of;
@@ -46,6 +46,8 @@ pub struct FlowTable {
     next: AtomicU32,
     /// How many pairs stand in the maps.
     live: Arc<AtomicUsize>,
+    /// How many the maps have room for.
+    room: usize,
 }
 
 /// Leave to join connections. The programs may meanwhile not be told to forget others.
@@ -162,7 +164,8 @@ impl FlowTable {
             }
         })?;
         let conntrack = Conntrack::open();
-        Ok(Self { maps, updates, gate, routes, conntrack, paths, ports, next, live })
+        let room = capacity(pins)?;
+        Ok(Self { maps, updates, gate, routes, conntrack, paths, ports, next, live, room })
     }
 
     fn maps(&self) -> MutexGuard<'_, FlowMaps> {
@@ -231,6 +234,12 @@ impl FlowTable {
         joint.pair.opened = opened;
         let pair = JoinedPair { number: placement.pair, flows: joint.flows };
         self.keep_valid(&pair);
+        // Before the maps refuse: what was written in part would take others' room until it is removed.
+        if self.live.fetch_add(1, Ordering::Relaxed) >= self.room {
+            self.live.fetch_sub(1, Ordering::Relaxed);
+            self.gate.hasten();
+            return Err(Refusal::MapFull);
+        }
         let mut maps = self.maps();
         // The pair last: it turns both directions on at once.
         let mut written = Ok(());
@@ -241,6 +250,7 @@ impl FlowTable {
         written = written.and_then(|()| maps.pairs.insert(pair.number, joint.pair, BPF_NOEXIST));
         drop(maps);
         written.map_err(|source| {
+            self.live.fetch_sub(1, Ordering::Relaxed);
             self.gate.condemn(Condemned::Flows(pair.number, pair.flows.map(|(key, _)| key)));
             if errno_of(&source) == Some(Errno::TOOBIG) {
                 self.gate.hasten();
@@ -252,7 +262,6 @@ impl FlowTable {
         })?;
         let (endpoint, local) = pair.upstream();
         self.ports.take(local, endpoint);
-        self.live.fetch_add(1, Ordering::Relaxed);
         Ok(pair)
     }
 
