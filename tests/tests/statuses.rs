@@ -357,7 +357,12 @@ fn listener_sets_serve_where_they_are_allowed(one: &One) {
     assert_eq!(accepted["status"]["parents"][0]["parentRef"], to_set[0]);
     wait_served(one, 5100, "first");
 
-    let told = one.wait(&allowed, |it| is_programmed(it, "True/Programmed 1/1 nodes") && is_current(it));
+    // The port is open, and told so, a moment before or after the route is counted.
+    let told = one.wait(&allowed, |it| {
+        is_programmed(it, "True/Programmed 1/1 nodes")
+            && is_current(it)
+            && listener(it, "s")["attachedRoutes"] == 1
+    });
     assert!(has_condition(&told["status"]["conditions"], "Accepted", "True/Accepted"), "{told:#}");
     let of_listener = listener(&told, "s");
     assert_eq!(of_listener["attachedRoutes"], 1);
