@@ -137,15 +137,13 @@ impl Half {
         distance(self.acknowledged, self.edge)
     }
 
-    /// How far beyond what the receiver has acknowledged a segment may begin.
+    /// How far beyond what the receiver has acknowledged a segment may begin. Its sender may have sent more than the receiver has
+    /// room for, as the windows of the local sockets let it in [`STATE_TAIL`]: what it then says begins there for as long as the
+    /// receiver does not read.
     #[inline(always)]
     const fn reach(&self, reverse: &Self, flow: &Flow) -> u32 {
-        let granted = reverse.granted();
-        if flow.state == STATE_TAIL {
-            larger(granted, distance(flow.first(reverse), self.sequence_end)) + TAIL_GAP
-        } else {
-            granted
-        }
+        let sent = larger(reverse.granted(), distance(flow.first(reverse), self.sequence_end));
+        if flow.state == STATE_TAIL { sent + TAIL_GAP } else { sent }
     }
 }
 

@@ -44,6 +44,16 @@ fn each_byte_is_counted_once() {
 }
 
 #[test]
+fn an_end_that_has_sent_more_than_is_read_is_still_heard() {
+    let [mut request, response] = halves();
+    // In state tail it was seen to send beyond the window; now the endpoint reads nothing, and the client acknowledges on.
+    request.sequence_end = 5_000 + 3 * WINDOW;
+    let acknowledgement = seen(request.sequence_end, 0, 720, 0);
+    note(&mut request, &response, &flows()[0], &acknowledgement);
+    assert_eq!((request.acknowledged, request.bytes), (720, 0));
+}
+
+#[test]
 fn numbers_wrap() {
     let [request, response] = halves();
     let first = u32::MAX - 9;
