@@ -10,6 +10,7 @@ use crate::client;
 use crate::manifests::Manifests;
 use crate::netns::Topology;
 use crate::peer::Server;
+use crate::shape::stage::Family;
 
 /// The port of the listener.
 pub const LISTENER_PORT: u16 = 9001;
@@ -45,12 +46,30 @@ impl Forwarding {
     where
         F: Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static,
     {
-        let topology = Topology::new()?;
-        let endpoint = topology.backend1_address(ENDPOINT_PORT);
+        Self::serve(Topology::new()?, Family::V4, command, handle)
+    }
+
+    /// The same in a network of the caller's, with the endpoint in a family.
+    pub fn serve<F>(topology: Topology, family: Family, command: &AgentCommand, handle: F) -> Result<Self>
+    where
+        F: Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static,
+    {
+        let endpoint = match family {
+            Family::V4 => topology.backend1_address(ENDPOINT_PORT),
+            Family::V6 => topology.backend1_address_v6(ENDPOINT_PORT),
+        };
         let manifests = Manifests::forward(LISTENER_PORT, &[endpoint])?;
         let server = Server::start(&topology.backend1, endpoint, handle)?;
         let agent = command.start(&topology.node, &manifests.path())?;
         Ok(Self { agent, server, manifests, topology })
+    }
+
+    /// The address of the listener in a family.
+    pub fn address_of(&self, family: Family) -> SocketAddr {
+        match family {
+            Family::V4 => self.topology.node_address(LISTENER_PORT),
+            Family::V6 => self.topology.node_address_v6(LISTENER_PORT),
+        }
     }
 
     /// The address of the listener.

@@ -5,12 +5,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use forwarder_tests::database::require_program;
-use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
 use forwarder_tests::kernel::{at_once, is_ready};
-use forwarder_tests::peer::Server;
 use forwarder_tests::shape::stage::Family;
 use forwarder_tests::traffic::Traffic;
-use forwarder_tests::{AgentCommand, Forwarding, Manifests, NetNs, Topology, client, peer, wait_until};
+use forwarder_tests::{AgentCommand, Forwarding, NetNs, Topology, client, peer, wait_until};
 
 const WAIT: Duration = Duration::from_secs(10);
 const LONG: Duration = Duration::from_secs(25);
@@ -28,22 +26,12 @@ fn open() -> Topology {
 }
 
 fn start(topology: Topology, family: Family, arguments: &[&str]) -> Forwarding {
-    let endpoint = match family {
-        Family::V4 => topology.backend1_address(ENDPOINT_PORT),
-        Family::V6 => topology.backend1_address_v6(ENDPOINT_PORT),
-    };
-    let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).expect("manifests");
-    let server = Server::start(&topology.backend1, endpoint, peer::echo).expect("a server");
     let command = AgentCommand::new(&at_once(arguments));
-    let agent = command.start(&topology.node, &manifests.path()).expect("an agent");
-    Forwarding { agent, server, manifests, topology }
+    Forwarding::serve(topology, family, &command, peer::echo).expect("an agent between two hosts")
 }
 
 fn address(forwarding: &Forwarding, family: Family) -> SocketAddr {
-    match family {
-        Family::V4 => forwarding.topology.node_address(LISTENER_PORT),
-        Family::V6 => forwarding.topology.node_address_v6(LISTENER_PORT),
-    }
+    forwarding.address_of(family)
 }
 
 fn connect(forwarding: &Forwarding, family: Family, count: usize) -> Vec<TcpStream> {

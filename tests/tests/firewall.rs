@@ -12,13 +12,11 @@ use std::time::{Duration, Instant};
 use forwarder_tests::agent::binary;
 use forwarder_tests::client::{self, End};
 use forwarder_tests::database::require_program;
-use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
 use forwarder_tests::kernel::{at_once, is_ready};
-use forwarder_tests::peer::Server;
 use forwarder_tests::shape::stage::Family;
 use forwarder_tests::traffic::Traffic;
 use forwarder_tests::wire::{self, Trouble};
-use forwarder_tests::{AgentCommand, Forwarding, Manifests, Topology, peer, wait_for, wait_until};
+use forwarder_tests::{AgentCommand, Forwarding, Topology, peer, wait_for, wait_until};
 
 /// How soon both ends have to know that an operator has reset their connection.
 const SOON: Duration = Duration::from_secs(1);
@@ -61,22 +59,12 @@ fn start<F>(topology: Topology, family: Family, arguments: &[&str], handle: F) -
 where
     F: Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static,
 {
-    let endpoint = match family {
-        Family::V4 => topology.backend1_address(ENDPOINT_PORT),
-        Family::V6 => topology.backend1_address_v6(ENDPOINT_PORT),
-    };
-    let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).expect("manifests");
-    let server = Server::start(&topology.backend1, endpoint, handle).expect("a server");
     let command = AgentCommand::new(arguments);
-    let agent = command.start(&topology.node, &manifests.path()).expect("an agent");
-    Forwarding { agent, server, manifests, topology }
+    Forwarding::serve(topology, family, &command, handle).expect("an agent between two hosts")
 }
 
 fn address(forwarding: &Forwarding, family: Family) -> SocketAddr {
-    match family {
-        Family::V4 => forwarding.topology.node_address(LISTENER_PORT),
-        Family::V6 => forwarding.topology.node_address_v6(LISTENER_PORT),
-    }
+    forwarding.address_of(family)
 }
 
 fn connect(forwarding: &Forwarding, family: Family, count: usize) -> Vec<TcpStream> {

@@ -4,11 +4,10 @@ use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
-use forwarder_tests::peer::Server;
+use forwarder_tests::fixture::LISTENER_PORT;
 use forwarder_tests::random::Random;
 use forwarder_tests::shape::stage::Family;
-use forwarder_tests::{AgentCommand, Forwarding, Manifests, Topology, client, require_root, wait_until};
+use forwarder_tests::{AgentCommand, Forwarding, Topology, client, require_root, wait_until};
 use socket2::SockRef;
 
 const WAIT: Duration = Duration::from_secs(10);
@@ -22,15 +21,8 @@ where
     F: Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static,
 {
     let topology = Topology::new().expect("a network");
-    let endpoint = match family {
-        Family::V4 => topology.backend1_address(ENDPOINT_PORT),
-        Family::V6 => topology.backend1_address_v6(ENDPOINT_PORT),
-    };
-    let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).expect("manifests");
-    let server = Server::start(&topology.backend1, endpoint, handle).expect("a server");
     let command = AgentCommand::new(&["--datapath", tier, "--promote-after", promote_after]);
-    let agent = command.start(&topology.node, &manifests.path()).expect("an agent");
-    Forwarding { agent, server, manifests, topology }
+    Forwarding::serve(topology, family, &command, handle).expect("an agent between two hosts")
 }
 
 fn connect(forwarding: &Forwarding, family: Family) -> TcpStream {

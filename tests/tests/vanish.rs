@@ -2,14 +2,13 @@
 //! time, and the latter never.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
-use forwarder_tests::peer::{self, Server};
+use forwarder_tests::peer;
 use forwarder_tests::shape::stage::Family;
-use forwarder_tests::{AgentCommand, Forwarding, Manifests, Topology, client, require_root, wait_until};
+use forwarder_tests::{AgentCommand, Forwarding, Topology, client, require_root, wait_until};
 
 const WAIT: Duration = Duration::from_secs(20);
 const TIERS: [&str; 4] = ["copy", "splice", "tc", "sockmap"];
@@ -26,24 +25,15 @@ where
     F: Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static,
 {
     let topology = Topology::new().expect("a network");
-    let endpoint = match family {
-        Family::V4 => topology.backend1_address(ENDPOINT_PORT),
-        Family::V6 => topology.backend1_address_v6(ENDPOINT_PORT),
-    };
-    let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).expect("manifests");
-    let server = Server::start(&topology.backend1, endpoint, handle).expect("a server");
     let arguments = [&["--datapath", tier, "--promote-after", "0B"][..], &KEEPALIVE].concat();
-    let agent = AgentCommand::new(&arguments).start(&topology.node, &manifests.path()).expect("an agent");
-    Forwarding { agent, server, manifests, topology }
+    Forwarding::serve(topology, family, &AgentCommand::new(&arguments), handle)
+        .expect("an agent between two hosts")
 }
 
 /// Connects, and waits until the connection is at the tier.
 fn connect(forwarding: &Forwarding, family: Family, tier: &str) -> TcpStream {
-    let address: SocketAddr = match family {
-        Family::V4 => forwarding.topology.node_address(LISTENER_PORT),
-        Family::V6 => forwarding.topology.node_address_v6(LISTENER_PORT),
-    };
-    let stream = client::connect(&forwarding.topology.client, address).expect("connect");
+    let stream =
+        client::connect(&forwarding.topology.client, forwarding.address_of(family)).expect("connect");
     wait_until(&format!("the connection is at tier {tier}"), WAIT, || {
         client::ping(&stream, b"are you there?").expect("an echo");
         let connections = forwarding.agent.connections("").expect("a list");

@@ -85,7 +85,7 @@ pub fn from_pins(pin_dir: &Path) -> Result<Vec<ConnectionView>, DatapathError> {
 pub fn reset_pinned(pin_dir: &Path, selector: &Selector) -> anyhow::Result<Option<usize>> {
     let Ok(mut pairs) = flows::read(pin_dir) else { return Ok(None) };
     let (now, socket) = (monotonic(), SegmentSocket::open()?);
-    pairs.retain(|(pair, state)| !pair.is_ended() && selector.matches(&view(pair, state, now)));
+    pairs.retain(|(pair, state)| selector.matches(&view(pair, state, now)));
     let ended = || pairs.iter().map(|(pair, _)| pair);
     if pairs.is_empty() {
         return Ok(Some(0));

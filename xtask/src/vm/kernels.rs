@@ -21,7 +21,6 @@ const SUITES: [&str; 4] = ["bullseye", "bookworm", "bookworm-backports", "sid"];
 pub(super) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Names a mirror where the system's own sources name none of Debian.
 const MIRROR_VARIABLE: &str = "FORWARDER_DEBIAN_MIRROR";
-const DEFAULT_MIRROR: &str = "http://deb.debian.org/debian";
 const UPDATE_LIMIT: Duration = Duration::from_mins(5);
 const DOWNLOAD_LIMIT: Duration = Duration::from_mins(10);
 
@@ -126,7 +125,7 @@ fn catalogue() -> Result<Vec<String>> {
         Err(error) => return Err(error.context(format!("check the network, or set {MIRROR_VARIABLE}"))),
         Ok(()) => {}
     }
-    ensure!(!versions.is_empty(), "{} has no kernels: set {MIRROR_VARIABLE}", mirror());
+    ensure!(!versions.is_empty(), "{} has no kernels: set {MIRROR_VARIABLE}", mirror()?);
     Ok(versions)
 }
 
@@ -205,7 +204,7 @@ impl Apt {
             let path = folder.join(part);
             fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
         }
-        let mirror = mirror();
+        let mirror = mirror()?;
         let lines =
             SUITES.map(|suite| format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {suite} main\n"));
         let sources = folder.join("sources.list");
@@ -241,9 +240,12 @@ impl Apt {
 }
 
 /// Where the system itself gets Debian from, or what a variable says.
-fn mirror() -> String {
+///
+/// # Errors
+/// Neither names a mirror.
+fn mirror() -> Result<String> {
     if let Some(mirror) = env::var(MIRROR_VARIABLE).ok().filter(|value| !value.is_empty()) {
-        return mirror;
+        return Ok(mirror);
     }
     let parts = fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten().flatten();
     let mut files: Vec<PathBuf> = parts.map(|entry| entry.path()).collect();
@@ -253,7 +255,9 @@ fn mirror() -> String {
         |path: &PathBuf| path.extension().is_some_and(|end| end == OsStr::new("list") || end == "sources");
     let mut texts =
         files.iter().filter(|path| is_list(path)).filter_map(|path| fs::read_to_string(path).ok());
-    texts.find_map(|text| mirror_in(&text)).unwrap_or_else(|| DEFAULT_MIRROR.to_owned())
+    texts.find_map(|text| mirror_in(&text)).with_context(|| {
+        format!("the sources of apt name no mirror of Debian to get kernels from: set {MIRROR_VARIABLE}")
+    })
 }
 
 /// The first mirror of Debian that sources name, in either of apt's formats.
