@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use forwarder_common::flow::{Flow, HALF_FIN, HALF_RESET, Pair};
+use forwarder_common::flow::{Flow, HALF_RESET, Pair};
 
 use crate::counters::End;
 use crate::datapath::flows::{FlowTable, JoinedPair};
@@ -332,7 +332,7 @@ impl Pairs {
         };
         let idle = entry.active.elapsed();
         let over = |timeout: Option<Duration>| timeout.is_some_and(|timeout| idle >= timeout);
-        if (state.request.flags | state.response.flags) & HALF_FIN != 0 && over(half_closed_timeout) {
+        if state.has_fin() && over(half_closed_timeout) {
             return Fate::Reset(End::HalfClosedTimeout);
         }
         if over(idle_timeout) {

@@ -64,15 +64,13 @@ pub const FLOW_TIMESTAMPS: u16 = 8;
 /// [`Flow::flags`]: the stack sends the packets on, as a router, once they have been translated, instead of being redirected.
 pub const FLOW_BY_STACK: u16 = 16;
 
-/// [`Half::flags`]: the sender has ended its direction; [`Half::fin_end`] is set.
-pub const HALF_FIN: u16 = 1;
 /// [`Half::flags`]: the sender has reset the connection, and has sent nothing else since.
-pub const HALF_RESET: u16 = 2;
+pub const HALF_RESET: u8 = 1;
 /// [`Half::flags`]: the sender wants to open a new connection on the tuple of this one, which it has forgotten.
-pub const HALF_SYN: u16 = 4;
+pub const HALF_SYN: u8 = 2;
 /// [`Half::flags`]: a reset that the receiver would not believe came in the sender's name: the agent is to ask the sender, who
 /// has sent nothing else since.
-pub const HALF_CHALLENGE: u16 = 8;
+pub const HALF_CHALLENGE: u8 = 4;
 
 /// Key of [`FLOWS`]: the addresses and ports of a packet. 36 bytes without padding.
 #[repr(C, align(4))]
@@ -195,10 +193,11 @@ pub struct Half {
     pub repeated: u64,
     /// When the last packet came that the receiver takes: `CLOCK_MONOTONIC` in nanoseconds; the promotion before the first.
     pub last_seen: u64,
+    /// What [`Self::fin_end`] tells: 0, or `1 << 32` and that number. One word, because packets of one direction may be on two
+    /// CPUs at once: whoever sees that there is a FIN must see which number it has.
+    pub fin: u64,
     /// What is added to the sender's timestamps, modulo 2^32, once `timestamp_known` is 1.
     pub timestamp_shift: u32,
-    /// Whether `timestamp_shift` has been learnt from a packet: 0 or 1.
-    pub timestamp_known: u32,
     /// The least that any packet would have been shifted by in [`STATE_TAIL`]: that one had waited least between its sender's
     /// clock and the node's, which is how far the two clocks are apart.
     pub timestamp_least: u32,
@@ -209,12 +208,12 @@ pub struct Half {
     pub sequence_end: u32,
     /// What the sender has acknowledged, in the numbers that it sees.
     pub acknowledged: u32,
-    /// The sequence number after the sender's FIN, in the sender's own numbers, if [`HALF_FIN`] is set.
-    pub fin_end: u32,
     /// The window of the last packet as it lay in it, unscaled.
     pub window: u16,
-    /// [`HALF_FIN`], [`HALF_RESET`], [`HALF_SYN`], [`HALF_CHALLENGE`].
-    pub flags: u16,
+    /// [`HALF_RESET`], [`HALF_SYN`], [`HALF_CHALLENGE`].
+    pub flags: u8,
+    /// Whether `timestamp_shift` has been learnt from a packet: 0 or 1.
+    pub timestamp_known: u8,
 }
 
 /// What of a segment is noted in its [`Half`].
@@ -234,7 +233,24 @@ pub struct Seen {
     pub time: u64,
 }
 
+/// [`Half::fin`]: there is one.
+const FIN_SEEN: u64 = 1 << 32;
+
 impl Half {
+    /// The sequence number after the sender's FIN, in the sender's own numbers, if it has ended its direction.
+    #[inline(always)]
+    #[must_use]
+    pub const fn fin_end(&self) -> Option<u32> {
+        #[expect(clippy::cast_possible_truncation, reason = "the number is the lower half")]
+        if self.fin & FIN_SEEN == 0 { None } else { Some(self.fin as u32) }
+    }
+
+    /// Notes the sender's FIN, after which its next number is `end`.
+    #[inline(always)]
+    pub const fn set_fin_end(&mut self, end: u32) {
+        self.fin = FIN_SEEN | end as u64;
+    }
+
     /// Notes by how much the timestamp of a packet of this direction is shifted so that it tells the node's clock.
     #[inline(always)]
     pub const fn learn_clock(&mut self, shift: u32) {
@@ -271,7 +287,10 @@ impl Half {
     /// numbers of the opposite direction become those of this one by adding `shift`.
     #[inline(always)]
     const fn is_finished(&self, other: &Self, shift: u32) -> bool {
-        self.flags & HALF_FIN != 0 && !is_before(other.acknowledged.wrapping_add(shift), self.fin_end)
+        match self.fin_end() {
+            Some(end) => !is_before(other.acknowledged.wrapping_add(shift), end),
+            None => false,
+        }
     }
 }
 
@@ -375,6 +394,12 @@ impl Flow {
 }
 
 impl Pair {
+    /// Whether an end has ended its direction.
+    #[must_use]
+    pub const fn has_fin(&self) -> bool {
+        self.request.fin_end().is_some() || self.response.fin_end().is_some()
+    }
+
     /// [`Flow::is_over`], for either of the pair's two flows.
     #[must_use]
     pub const fn is_over(&self, flow: &Flow) -> bool {
@@ -427,9 +452,9 @@ const _: () = {
     assert!(size_of::<NextHop>() == 20 && offset_of!(NextHop, address) == 4);
 
     assert!(size_of::<Half>() == 64 && align_of::<Half>() == 8);
-    assert!(offset_of!(Half, timestamp_shift) == 32);
-    assert!(offset_of!(Half, edge) == 44);
-    assert!(offset_of!(Half, flags) == 62);
+    assert!(offset_of!(Half, fin) == 32);
+    assert!(offset_of!(Half, edge) == 48);
+    assert!(offset_of!(Half, timestamp_known) == 63);
 
     assert!(size_of::<Pair>() == 144 && align_of::<Pair>() == 8);
     assert!(offset_of!(Pair, promoted) == 8);
@@ -488,7 +513,9 @@ mod tests {
     }
 
     pub(super) fn ended(fin_end: u32, acknowledged: u32) -> Half {
-        Half { flags: HALF_FIN, fin_end, acknowledged, ..Half::default() }
+        let mut half = Half { acknowledged, ..Half::default() };
+        half.set_fin_end(fin_end);
+        half
     }
 
     #[test]
@@ -498,8 +525,8 @@ mod tests {
         let unacknowledged = [
             Pair { request: ended(5_000, 699), ..over },
             Pair { response: ended(200, 3_999), ..over },
-            Pair { request: Half { flags: 0, ..over.request }, ..over },
-            Pair { response: Half { flags: 0, ..over.response }, ..over },
+            Pair { request: Half { fin: 0, ..over.request }, ..over },
+            Pair { response: Half { fin: 0, ..over.response }, ..over },
             Pair::default(),
         ];
         for flow in flows() {

@@ -117,7 +117,7 @@ const fn side(half: &Half, direction: usize) -> Option<usize> {
 mod tests {
     use super::*;
 
-    fn state(flags: u16, packets: u64) -> Pair {
+    fn state(flags: u8, packets: u64) -> Pair {
         Pair { request: Half { flags, packets, ..Half::default() }, ..Pair::default() }
     }
 

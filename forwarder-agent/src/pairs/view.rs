@@ -4,7 +4,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use forwarder_common::flow::{HALF_FIN, Pair};
+use forwarder_common::flow::Pair;
 
 use super::{Entry, Pairs, RESET_AGAIN, end, segments};
 use crate::connection::listing::milliseconds;
@@ -112,7 +112,6 @@ fn view(pair: &JoinedPair, state: &Pair, now: u64) -> ConnectionView {
     let (endpoint, local) = pair.upstream();
     let [(_, request), _] = &pair.flows;
     let since = |time: u64| milliseconds(Duration::from_nanos(now.saturating_sub(time)));
-    let ends = (state.request.flags | state.response.flags) & HALF_FIN;
     ConnectionView {
         listener: String::new(),
         address: address.to_string(),
@@ -126,7 +125,7 @@ fn view(pair: &JoinedPair, state: &Pair, now: u64) -> ConnectionView {
             ConnectionState::Closing
         } else if !pair.is_spliced() {
             ConnectionState::Tail
-        } else if ends != 0 {
+        } else if state.has_fin() {
             ConnectionState::HalfClosed
         } else {
             ConnectionState::Spliced

@@ -151,15 +151,15 @@ const fn half(from: &Leg, now: u64) -> Half {
         bytes: from.received,
         repeated: 0,
         last_seen: now,
+        fin: 0,
         timestamp_shift: 0,
-        timestamp_known: 0,
         timestamp_least: 0,
         edge: from.next_sent.wrapping_sub(from.unacknowledged).wrapping_add(from.send_window),
         sequence_end: from.next_received,
         acknowledged: from.next_sent.wrapping_sub(from.unacknowledged),
-        fin_end: 0,
         window: 0,
         flags: 0,
+        timestamp_known: 0,
     }
 }
 

@@ -4,7 +4,7 @@
 //! end a pair, or make up what it has moved: a segment counts if its sequence number *and* its acknowledgement number are such
 //! as a socket accepts (RFC 9293, 3.10.7.4; RFC 5961, 3 to 5). All others are forwarded, for the receiver to judge.
 
-use super::{Flow, HALF_CHALLENGE, HALF_FIN, HALF_RESET, HALF_SYN, Half, STATE_TAIL, Seen};
+use super::{FLOW_ENDED, Flow, HALF_CHALLENGE, HALF_RESET, HALF_SYN, Half, STATE_TAIL, Seen};
 use crate::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
 use crate::translate::is_before;
 
@@ -94,6 +94,10 @@ impl Half {
             if segment.payload > 1 || end != first {
                 self.repeated += segment.payload as u64;
             }
+            // On another CPU an acknowledgement has overtaken it: the FIN's number was taken for a byte.
+            if is_fin && advance == 0 && self.fin == 0 && flow.flags & FLOW_ENDED == 0 {
+                self.bytes = self.bytes.saturating_sub(1);
+            }
         } else {
             // A FIN has a number of its own, but is no payload.
             let payload = advance - is_fin as u32;
@@ -107,14 +111,13 @@ impl Half {
         }
         if is_fin {
             if !is_before(end, self.sequence_end) {
-                self.fin_end = end;
-                self.flags |= HALF_FIN;
+                self.set_fin_end(end);
             }
-        } else if self.flags & HALF_FIN != 0
-            && (is_before(self.fin_end, end) || is_before(self.fin_end, first))
+        } else if let Some(fin_end) = self.fin_end()
+            && (is_before(fin_end, end) || is_before(fin_end, first))
         {
             // The sender has gone on after what looked like its end.
-            self.flags &= !HALF_FIN;
+            self.fin = 0;
         }
         if is_before(segment.acknowledgement, self.acknowledged) {
             return;

@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use forwarder_common::flow::{
-    DIRECTION_RESPONSE, FLOW_REVERSE_ENDED, Flow, HALF_FIN, STATE_SPLICED, STATE_TAIL,
-};
+use forwarder_common::flow::{DIRECTION_RESPONSE, FLOW_REVERSE_ENDED, Flow, STATE_SPLICED, STATE_TAIL};
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
 use forwarder_common::{PROGRAM_GUARD_ETHERNET, Verdict};
 
@@ -57,7 +55,8 @@ fn the_guard_lets_nothing_out_once_both_ends_have_ended() {
         (&mut over.request, 1_000_u32, 2_000_u32.wrapping_sub(flow.acknowledgement_shift)),
         (&mut over.response, 2_000, 1_000_u32.wrapping_add(flow.sequence_shift)),
     ] {
-        (half.flags, half.fin_end, half.acknowledged) = (HALF_FIN, end, acknowledged);
+        half.set_fin_end(end);
+        half.acknowledged = acknowledged;
     }
     let mut unacknowledged = over;
     unacknowledged.response.acknowledged = unacknowledged.response.acknowledged.wrapping_sub(1);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use aya::programs::links::LinkOrder;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{SchedClassifier, TcAttachType};
-use forwarder_common::flow::{Flow, FlowKey, HALF_FIN, HALF_RESET, NextHop, STATE_SPLICED};
+use forwarder_common::flow::{Flow, FlowKey, HALF_RESET, NextHop, STATE_SPLICED};
 use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, Verdict};
 
 use super::super::{AttachKind, Bpf};
@@ -302,7 +302,7 @@ fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64) {
         endpoint.join().unwrap().expect("the endpoint");
         let pair = pair(&bpf);
         for half in [pair.request, pair.response] {
-            assert_eq!(half.flags & (HALF_FIN | HALF_RESET), HALF_FIN, "{pair:?}");
+            assert!(half.fin_end().is_some() && half.flags & HALF_RESET == 0, "{pair:?}");
             assert_eq!(half.bytes, length, "{pair:?}");
         }
         let verdicts = verdicts(&bpf);

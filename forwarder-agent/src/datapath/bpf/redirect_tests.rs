@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use aya::maps::HashMap as BpfHashMap;
 use forwarder_common::flow::{
-    DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOWS, Flow, FlowKey, HALF_FIN, HALF_RESET, HALF_SYN, Half, Pair,
-    STATE_OVER, STATE_RESET, STATE_SPLICED, STATE_TAIL,
+    DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOWS, Flow, FlowKey, HALF_RESET, HALF_SYN, Half, Pair, STATE_OVER,
+    STATE_RESET, STATE_SPLICED, STATE_TAIL,
 };
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN};
 use forwarder_common::{PROGRAM_ETHERNET, Verdict};
@@ -29,7 +29,7 @@ fn check((key, flow): (FlowKey, Flow), change: impl Fn(&mut Frame)) {
     let half = pair(&bpf).request;
     let payload = u64::try_from(frame.payload.len()).unwrap();
     assert_eq!((half.packets, half.bytes), (1, payload));
-    assert_eq!(half.flags & HALF_FIN != 0, frame.flags & FLAG_FIN != 0);
+    assert_eq!(half.fin_end().is_some(), frame.flags & FLAG_FIN != 0);
     assert_eq!(half.flags & HALF_RESET != 0, frame.flags & FLAG_RST != 0);
     assert!(half.last_seen > 0);
 }

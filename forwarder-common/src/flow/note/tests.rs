@@ -67,7 +67,16 @@ fn numbers_wrap() {
 #[test]
 fn an_end_is_noted_and_no_payload() {
     let half = noted(&[seen(5_000, 10, 700, FLAG_FIN), seen(5_000, 10, 700, FLAG_FIN)]);
-    assert_eq!((half.bytes, half.fin_end, half.flags), (10, 5_011, HALF_FIN));
+    assert_eq!((half.bytes, half.fin_end()), (10, Some(5_011)));
+}
+
+#[test]
+fn an_end_that_an_acknowledgement_has_overtaken_is_no_payload() {
+    let half = noted(&[seen(5_000, 10, 700, 0), seen(5_011, 0, 700, 0), seen(5_010, 0, 700, FLAG_FIN)]);
+    assert_eq!((half.bytes, half.sequence_end, half.fin_end()), (10, 5_011, Some(5_011)));
+    // Sent again, it is known.
+    let half = noted(&[seen(5_000, 10, 700, FLAG_FIN), seen(5_000, 10, 700, FLAG_FIN)]);
+    assert_eq!((half.bytes, half.fin_end()), (10, Some(5_011)));
 }
 
 #[test]
@@ -153,14 +162,14 @@ fn keepalive_probes_and_their_answers_carry_nothing() {
 #[test]
 fn an_end_that_its_sender_goes_beyond_was_none() {
     let fin = seen(6_000, 0, 700, FLAG_FIN);
-    assert_eq!(noted(&[fin, seen(5_000, 500, 700, 0)]).flags, HALF_FIN);
-    assert_eq!(noted(&[fin, seen(5_000, 1_100, 700, 0)]).flags, 0);
+    assert_eq!(noted(&[fin, seen(5_000, 500, 700, 0)]).fin_end(), Some(6_001));
+    assert_eq!(noted(&[fin, seen(5_000, 1_100, 700, 0)]).fin_end(), None);
     // The receiver has acknowledged more.
     let [_, response] = halves();
     let mut half = noted(&[fin]);
     let response = Half { acknowledged: 5_500, edge: 5_500 + WINDOW, ..response };
     note(&mut half, &response, &flows()[0], &seen(6_500, 0, 700, 0));
-    assert_eq!(half.flags, 0);
+    assert_eq!(half.fin_end(), None);
 }
 
 #[test]
@@ -229,7 +238,7 @@ fn words_that_are_read_apart_open_no_window() {
     let [mut half, _] = halves();
     let [flow, _] = flows();
     note(&mut half, &torn, &flow, &seen(2_000_000_000, 10, 700, FLAG_FIN));
-    assert_eq!((half.bytes, half.flags), (0, 0));
+    assert_eq!((half.bytes, half.fin_end()), (0, None));
 }
 
 #[test]
@@ -238,7 +247,7 @@ fn a_reset_after_both_ends_says_nothing() {
     let reset = seen(5_000, 0, 700, FLAG_RST);
     // The sender has ended its direction at 5,000, and the receiver both acknowledged that and ended its own.
     let over = ended(200, 4_000);
-    for (reverse, expected) in [(over, HALF_FIN), (Half { flags: 0, ..over }, HALF_FIN | HALF_RESET)] {
+    for (reverse, expected) in [(over, 0), (Half { fin: 0, ..over }, HALF_RESET)] {
         let mut half = Half { sequence_end: 5_000, ..ended(5_000, 700) };
         note(&mut half, &reverse, &flow, &reset);
         assert_eq!(half.flags, expected);
