@@ -24,6 +24,8 @@ type Table<K, V> = BpfHashMap<MapData, K, V>;
 
 /// The flag of `bpf(BPF_MAP_UPDATE_ELEM)` by which an entry must not be there yet: what replaced one would free it.
 const BPF_NOEXIST: u64 = 1;
+/// How many removals are remembered before all of them are waited for.
+const MOST_CONDEMNED: usize = 4096;
 
 /// The maps, open.
 pub(super) struct Maps {
@@ -181,8 +183,15 @@ impl Maps {
 
     /// Has something removed, which may stand there for a moment still.
     fn condemn(&mut self, stale: Stale) {
-        self.condemned.insert(stale);
         self.gate.condemn(stale);
+        if self.condemned.len() < MOST_CONDEMNED {
+            self.condemned.insert(stale);
+        } else {
+            self.condemned.clear();
+            self.gate.hasten();
+            // With leave to insert, all of it is gone: nothing is written in place that is about to be removed.
+            drop(self.gate.permit_blocking());
+        }
     }
 
     /// Has it removed before the next permit, if it may still stand there.
