@@ -246,8 +246,19 @@ pub(super) fn name_of(index: u32) -> Option<String> {
 
 /// Detaches the filters that have a program.
 fn detach_filters(index: u32, interface: &str, side: TcAttachType, program: u32) {
-    let listed = Filters::open().and_then(|mut filters| filters.list(index, side));
-    for filter in filters_of(&listed.unwrap_or_default(), Some(program)) {
+    let listed = match Filters::open().and_then(|mut filters| filters.list(index, side)) {
+        Ok(listed) => listed,
+        Err(error) => {
+            tracing::warn!(
+                interface,
+                program,
+                %error,
+                "cannot list the filters of a former agent: they stay attached beside those of this one"
+            );
+            return;
+        }
+    };
+    for filter in filters_of(&listed, Some(program)) {
         let detached =
             filter.link(interface, side).map_err(ProgramError::from).and_then(SchedClassifierLink::detach);
         match detached {
