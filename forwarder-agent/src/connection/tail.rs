@@ -54,14 +54,14 @@ pub(super) async fn attempt(
     if !relay.is_open() {
         return Attempt::Refused(Refusal::Ended);
     }
-    let pair = match join(promoter, &permit, downstream, upstream, connection) {
-        Ok(pair) => pair,
+    let (pair, arrived) = match join(promoter, &permit, downstream, upstream, connection) {
+        Ok(joined) => joined,
         Err(refusal) => return Attempt::Refused(refusal),
     };
     failpoint::block("join.pair_written");
     drop(permit);
     worker.counters().promoted.add(1);
-    let joined = Joined { promoter, pair: Some(pair) };
+    let joined = Joined { promoter, pair: Some(pair), connection, arrived };
     connection.is_in_tail.set(true);
     let tail = deliver_tail(worker, joined, relay, downstream, upstream, connection).await;
     connection.is_in_tail.set(false);
@@ -72,14 +72,14 @@ pub(super) async fn attempt(
     }
 }
 
-/// Reads both sides and joins them in the kernel.
+/// Reads both sides and joins them in the kernel. Yields how many bytes the sockets had received till then, too.
 fn join(
     promoter: &Promoter,
     permit: &JoinPermit,
     downstream: &TcpStream,
     upstream: &TcpStream,
     connection: &Connection,
-) -> Result<JoinedPair, Refusal> {
+) -> Result<(JoinedPair, [u64; 2]), Refusal> {
     let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>, clock: &Cell<Clock>| {
         let clock_offset = clock.get().offset().ok_or(Refusal::Unreadable)?;
         let leg = Leg::read(socket, written, first_sent.get(), clock_offset).map_err(|error| {
@@ -110,7 +110,8 @@ fn join(
             return Err(Refusal::SlowReceiver);
         }
     }
-    promoter.flows.join(permit, connection.opened_at(), &down, &up)
+    let pair = promoter.flows.join(permit, connection.opened_at(), &down, &up)?;
+    Ok((pair, [down.received, up.received]))
 }
 
 /// How the time between promotion and hand-over ended.
@@ -127,14 +128,29 @@ enum Tail {
 struct Joined<'a> {
     promoter: &'a Promoter,
     pair: Option<JoinedPair>,
+    connection: &'a Connection,
+    /// How many bytes of the client and of the endpoint the sockets had received when they were joined.
+    arrived: [u64; 2],
 }
 
 impl Joined<'_> {
     /// Ends the pair from outside: its sockets do not know the numbers that its ends expect.
     fn abort(&mut self) {
+        self.count();
         if let Some(pair) = self.pair.take() {
             self.promoter.pairs.reset(&pair);
         }
+    }
+
+    /// Counts what the kernel has forwarded of a connection that ends now, of which nobody else will.
+    fn count(&self) {
+        let state = self.pair.as_ref().and_then(|pair| self.promoter.flows.pair(pair.number));
+        let record = &mut *self.connection.record.borrow_mut();
+        let (Some(state), Some(record)) = (state, record) else { return };
+        let bytes = [state.request.bytes, state.response.bytes];
+        let [from_client, from_endpoint] =
+            [0, 1].map(|direction| bytes[direction].saturating_sub(self.arrived[direction]));
+        record.count_forwarded(record.received + from_client, record.sent + from_endpoint);
     }
 }
 
@@ -172,7 +188,9 @@ async fn deliver_tail(
             biased;
             end = poll_fn(|cx| relay.poll(cx, worker, downstream, upstream, connection)) => {
                 // What the sockets say from now on is the stack's again; but they do not know what the kernel has passed.
-                if end != End::Finished {
+                if end == End::Finished {
+                    joined.count();
+                } else {
                     joined.abort();
                 }
                 return Tail::Ended(end);

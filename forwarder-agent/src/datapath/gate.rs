@@ -7,7 +7,7 @@
 //! grace period after them has passed. In between, whoever has a [`Permit`] inserts, as many at a time as there are.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,8 +29,6 @@ struct Shared<T: Send + 'static> {
     state: Mutex<State<T>>,
     /// There is something to do for the thread.
     work: Condvar,
-    /// There may be leave to insert for those who wait on their threads.
-    opened: Condvar,
 }
 
 struct State<T: Send + 'static> {
@@ -38,14 +36,32 @@ struct State<T: Send + 'static> {
     condemned: Vec<T>,
     /// Whether somebody waits for that.
     is_urgent: bool,
-    /// When the latest batch was removed.
+    /// How many batches were removed, and when the latest one was.
+    batches: u64,
     removed: Option<Instant>,
     /// Whether a grace period has passed since.
     is_settled: bool,
     /// How many have leave to insert.
     permits: usize,
-    waiting: Vec<oneshot::Sender<Permit<T>>>,
+    /// Those who wait for leave, and the batch that each is to have behind it.
+    waiting: Vec<(u64, Waiting<T>)>,
     stops: bool,
+}
+
+/// Where somebody waits for leave to insert.
+enum Waiting<T: Send + 'static> {
+    Task(oneshot::Sender<Permit<T>>),
+    Thread(mpsc::SyncSender<Permit<T>>),
+}
+
+impl<T: Send + 'static> Waiting<T> {
+    /// Who does not wait any more gives it back.
+    fn grant(self, permit: Permit<T>) {
+        match self {
+            Self::Task(sender) => drop(sender.send(permit)),
+            Self::Thread(sender) => drop(sender.send(permit)),
+        }
+    }
 }
 
 impl<T: Send + 'static> State<T> {
@@ -65,6 +81,12 @@ impl<T: Send + 'static> State<T> {
     /// Whether one more may insert now. A batch that is due goes first, or it might wait for ever.
     fn is_open(&self) -> bool {
         self.is_settled && !self.is_due()
+    }
+
+    /// Has somebody wait for what is being removed, and for the next batch if it is due: what is condemned later holds nobody up
+    /// who waits already.
+    fn wait(&mut self, waiting: Waiting<T>) {
+        self.waiting.push((self.batches + u64::from(self.is_due()), waiting));
     }
 }
 
@@ -86,14 +108,14 @@ impl<T: Send + 'static> Gate<T> {
         let state = State {
             condemned: Vec::new(),
             is_urgent: false,
+            batches: 0,
             removed: None,
             is_settled: false,
             permits: 0,
             waiting: Vec::new(),
             stops: false,
         };
-        let shared =
-            Arc::new(Shared { state: Mutex::new(state), work: Condvar::new(), opened: Condvar::new() });
+        let shared = Arc::new(Shared { state: Mutex::new(state), work: Condvar::new() });
         let of_thread = Arc::clone(&shared);
         thread::Builder::new().name(name.to_owned()).spawn(move || of_thread.run(remove, wait))?;
         Ok(Self(shared))
@@ -119,7 +141,7 @@ impl<T: Send + 'static> Gate<T> {
                 return self.0.grant(&mut state);
             }
             let (sender, receiver) = oneshot::channel();
-            state.waiting.push(sender);
+            state.wait(Waiting::Task(sender));
             receiver
         };
         match receiver.await {
@@ -132,10 +154,13 @@ impl<T: Send + 'static> Gate<T> {
     /// The same, for who may block its thread.
     pub fn permit_blocking(&self) -> Permit<T> {
         let mut state = lock(&self.0.state);
-        while !state.is_open() {
-            state = self.0.opened.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+        if state.is_open() {
+            return self.0.grant(&mut state);
         }
-        self.0.grant(&mut state)
+        let (sender, receiver) = mpsc::sync_channel(1);
+        state.wait(Waiting::Thread(sender));
+        drop(state);
+        receiver.recv().expect("the thread lives as long as the gate, and answers everybody")
     }
 }
 
@@ -169,6 +194,7 @@ impl<T: Send + 'static> Shared<T> {
             if !batch.is_empty() {
                 state.is_urgent = false;
                 state.is_settled = false;
+                state.batches += 1;
                 state.removed = Some(Instant::now());
             }
             drop(state);
@@ -181,14 +207,15 @@ impl<T: Send + 'static> Shared<T> {
             wait();
             let mut state = lock(&self.state);
             state.is_settled = true;
-            let waiting: Vec<_> = std::mem::take(&mut state.waiting);
-            let permits: Vec<_> = waiting.iter().map(|_| self.grant(&mut state)).collect();
+            // What was condemned meanwhile stands there still.
+            let batches = state.batches;
+            let granted = state.waiting.extract_if(.., |(batch, _)| *batch <= batches);
+            let granted: Vec<_> = granted.map(|(_, waiting)| waiting).collect();
+            state.permits += granted.len();
             drop(state);
-            for (waiting, permit) in waiting.into_iter().zip(permits) {
-                // Who does not wait any more gives it back.
-                let _ = waiting.send(permit);
+            for waiting in granted {
+                waiting.grant(Permit(Arc::clone(&self)));
             }
-            self.opened.notify_all();
         }
     }
 
@@ -268,6 +295,29 @@ mod tests {
         assert!(!is_given(&gate).await);
         drop(another);
         assert_eq!(removals.recv_timeout(DEADLINE), Ok(vec![1]));
+    }
+
+    #[tokio::test]
+    async fn what_is_condemned_within_a_grace_period_is_removed_before_a_permit_is_given() {
+        let (gate, removals, end) = gate();
+        end.send(()).unwrap();
+        drop(tokio::time::timeout(DEADLINE, gate.permit()).await.unwrap());
+        gate.condemn(1);
+        assert_eq!(removals.recv_timeout(DEADLINE), Ok(vec![1]));
+        // The first is gone, but its grace period has not ended.
+        gate.condemn(2);
+        gate.hasten();
+        let mut permit = std::pin::pin!(gate.permit());
+        assert!(tokio::time::timeout(Duration::from_millis(50), &mut permit).await.is_err());
+        end.send(()).unwrap();
+        assert!(tokio::time::timeout(Duration::from_millis(50), &mut permit).await.is_err());
+        assert_eq!(removals.recv_timeout(DEADLINE), Ok(vec![2]));
+        // Nor does what is condemned now hold it up.
+        gate.condemn(3);
+        gate.hasten();
+        end.send(()).unwrap();
+        drop(tokio::time::timeout(DEADLINE, permit).await.unwrap());
+        assert_eq!(removals.recv_timeout(DEADLINE), Ok(vec![3]));
     }
 
     #[tokio::test]

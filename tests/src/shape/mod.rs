@@ -141,6 +141,24 @@ impl Shape {
         self
     }
 
+    /// The same, but each end rests halfway through what it sends first, so that the kernel takes the connection over amid
+    /// the transfer, however fast it is.
+    #[must_use]
+    pub fn with_rest(mut self, rest: Duration) -> Self {
+        for steps in [&mut self.client, &mut self.server] {
+            let first = steps.iter().enumerate().find_map(|(index, step)| match *step {
+                Step::Move { send, receive } if send > 0 => Some((index, send, receive)),
+                _ => None,
+            });
+            if let Some((index, send, receive)) = first {
+                let halves = [(send / 2, receive), (send - send / 2, 0)];
+                let [before, after] = halves.map(|(send, receive)| Step::Move { send, receive });
+                steps.splice(index..=index, [before, Step::Pause(rest), after]);
+            }
+        }
+        self
+    }
+
     /// How many bytes its ends mean to send, without those of the last words.
     pub fn bytes(&self) -> usize {
         let sent = |step: &Step| match *step {
