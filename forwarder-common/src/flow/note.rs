@@ -106,19 +106,20 @@ impl Half {
             self.sequence_end = end;
         }
         // What lies wholly before the window the receiver only answers (`tcp_sequence`).
-        if is_before(end, first) {
-            return;
-        }
+        let is_old = is_before(end, first);
         if is_fin {
-            if !is_before(end, self.sequence_end) {
+            if !is_old && !is_before(end, self.sequence_end) {
                 self.set_fin_end(end);
             }
         } else if let Some(fin_end) = self.fin_end()
+            && !is_old
             && (is_before(fin_end, end) || is_before(fin_end, first))
         {
             // The sender has gone on after what looked like its end.
             self.fin = 0;
         }
+        // But what it acknowledges its sender has: one whose data is acknowledged in vain, because nobody knows the window that it
+        // takes acknowledgements in any more, says so in nothing else.
         if is_before(segment.acknowledgement, self.acknowledged) {
             return;
         }

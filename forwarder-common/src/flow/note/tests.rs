@@ -54,6 +54,21 @@ fn an_end_that_has_sent_more_than_is_read_is_still_heard() {
 }
 
 #[test]
+fn an_end_that_sends_again_what_has_arrived_is_still_heard() {
+    let [mut request, response] = halves();
+    let [flow, _] = flows();
+    // The endpoint has acknowledged up to 5,000, but the client does not take it, and sends the bytes before it again.
+    note(&mut request, &response, &flow, &seen(3_000, 1_000, 720, 0));
+    assert_eq!((request.acknowledged, request.bytes, request.repeated), (720, 0, 1_000));
+    // Or answers, from the edge of the window that it knows of.
+    note(&mut request, &response, &flow, &seen(4_000, 0, 730, 0));
+    assert_eq!((request.acknowledged, request.sequence_end), (730, 5_000));
+    // An end it is not.
+    note(&mut request, &response, &flow, &seen(3_000, 1_000, 740, FLAG_FIN));
+    assert_eq!((request.acknowledged, request.fin_end()), (740, None));
+}
+
+#[test]
 fn numbers_wrap() {
     let [request, response] = halves();
     let first = u32::MAX - 9;
@@ -146,7 +161,7 @@ fn what_is_sent_again_is_seen_and_advances_nothing() {
     let half = noted(&[seen(4_900, 100, 690, 0)]);
     assert_eq!((half.last_seen, half.repeated, half.bytes), (77, 100, 0));
     let half = noted(&[seen(4_000, 100, 700, FLAG_FIN)]);
-    assert_eq!((half.last_seen, half.repeated, half.flags, half.window), (77, 100, 0, 0));
+    assert_eq!((half.last_seen, half.repeated, half.flags, half.fin_end()), (77, 100, 0, None));
     check_ignored(seen(5_000_u32.wrapping_sub(0x1_0000), 0, 700, 0));
 }
 
