@@ -11,20 +11,21 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use tempfile::TempDir;
 
-use crate::netns::NetNs;
+use crate::netns::{NetNs, skip};
 use crate::process::{Process, stdout};
 use crate::wait::wait_for;
 
 /// How long a server may take to make its files or to start.
 const DEADLINE: Duration = Duration::from_mins(1);
 
-/// Whether `program` is installed. If not, says that the test is skipped.
+/// Whether `program` is installed. If not, says that the test is skipped, or fails it where `REQUIRE_NETNS=1` demands that no
+/// test is skipped.
 pub fn require_program(program: &str) -> bool {
     let found = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
         .iter()
         .any(|folder| Path::new(folder).join(program).exists());
     if !found {
-        println!("skipped: {program} is not installed");
+        skip(&format!("{program} is not installed"));
     }
     found
 }

@@ -45,7 +45,7 @@ pub use datapath::Datapath;
 pub use fixture::Forwarding;
 pub use load::Load;
 pub use manifests::{BackendRef, Manifests};
-pub use netns::{NetNs, Topology, require_root};
+pub use netns::{NetNs, Topology, require_root, skip};
 pub use served::Served;
 pub use wait::{patient, wait_for, wait_until};
 

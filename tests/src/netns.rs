@@ -25,15 +25,18 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Whether the process may create network namespaces. If not, says that the test is skipped, or fails it where
 /// `REQUIRE_NETNS=1` demands that no test is skipped.
 pub fn require_root() -> bool {
-    if rustix::process::geteuid().is_root() {
-        return true;
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        skip("root is needed");
     }
-    assert!(
-        env::var_os("REQUIRE_NETNS").is_none_or(|value| value != "1"),
-        "needs root, and REQUIRE_NETNS=1 forbids skipping"
-    );
-    println!("skipped: needs root");
-    false
+    is_root
+}
+
+/// Says that a test is skipped for what is missing, or fails it where `REQUIRE_NETNS=1` demands that no test is skipped.
+pub fn skip(missing: &str) {
+    let may_skip = env::var_os("REQUIRE_NETNS").is_none_or(|value| value != "1");
+    assert!(may_skip, "{missing}, and REQUIRE_NETNS=1 forbids skipping");
+    println!("skipped: {missing}");
 }
 
 /// A network namespace, removed when the last clone is dropped.

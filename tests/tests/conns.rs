@@ -17,7 +17,7 @@ use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
 use forwarder_tests::peer::{self, Server};
 use forwarder_tests::swarm::{Swarm, raise_descriptor_limit};
 use forwarder_tests::{
-    Agent, BackendRef, Forwarding, Manifests, NetNs, Topology, require_root, wait_for, wait_until,
+    Agent, BackendRef, Forwarding, Manifests, NetNs, Topology, require_root, skip, wait_for, wait_until,
 };
 use serde_json::Value;
 
@@ -436,8 +436,7 @@ fn cleanup_removes_what_a_killed_agent_left_and_nothing_of_one_that_runs() {
     let mut forwarding = Forwarding::start(&[], peer::echo).unwrap();
     let pin_dir = forwarding.agent.pin_dir().to_owned();
     if !pin_dir.exists() {
-        println!("skipped: no classifier: {}", forwarding.agent.state().unwrap()["datapath"]);
-        return;
+        return skip(&format!("no classifier: {}", forwarding.agent.state().unwrap()["datapath"]));
     }
     let node = forwarding.topology.node.clone();
     let cleanup = |yes: &[&str]| {

@@ -8,7 +8,7 @@ use forwarder_tests::database::{Database, postgresql_binaries, require_program};
 use forwarder_tests::fixture::LISTENER_PORT;
 use forwarder_tests::mariadb::{Session, dump_and_restore, query};
 use forwarder_tests::random::Random;
-use forwarder_tests::{Agent, BackendRef, Datapath, Manifests, Topology, require_root};
+use forwarder_tests::{Agent, BackendRef, Datapath, Manifests, Topology, require_root, skip};
 
 const MARIADB_PORT: u16 = 3306;
 
@@ -144,8 +144,7 @@ fn postgresql_answers_its_client() {
         return;
     }
     if postgresql_binaries().is_none() {
-        println!("skipped: PostgreSQL's server is not installed");
-        return;
+        return skip("PostgreSQL's server is not installed");
     }
     let topology = Topology::new().unwrap();
     let endpoint = topology.backend1_address(5432);
