@@ -105,10 +105,12 @@ impl Leg {
         };
         let mut next_sent = first_sent.map(|first| first.wrapping_add(low_half(written)));
         for _ in 0..ATTEMPTS {
-            let before = Info::read(fd)?;
+            let (before, outstanding) = (Info::read(fd)?, unacknowledged(fd)?);
             let numbers = Numbers::read(socket, &mut next_sent)?;
             let after = Info::read(fd)?;
-            if before.received != after.received {
+            // What arrives or is acknowledged meanwhile is of another moment: with the window of before and the acknowledgement of
+            // after, the peer would seem to take more than it does, and would for ever be sent what it drops.
+            if before.received != after.received || outstanding != unacknowledged(fd)? {
                 continue;
             }
             // An end counts among the numbers.
@@ -125,7 +127,7 @@ impl Leg {
                 next_sent: numbers.next_sent,
                 next_received: numbers.next_received,
                 received: after.received,
-                unacknowledged: unacknowledged(fd)?,
+                unacknowledged: outstanding,
                 send_window: numbers.send_window,
                 peer_scale: after.scales & 15,
                 own_scale: after.scales >> 4,
@@ -222,5 +224,51 @@ impl Numbers {
             *next_sent.insert(get(fd, libc::TCP_QUEUE_SEQ)?)
         };
         Ok(Self { send_window, next_sent, next_received })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
+
+    use forwarder_common::translate::is_before;
+
+    use super::*;
+
+    /// The number up to which the peer takes bytes.
+    fn edge(leg: &Leg) -> u32 {
+        leg.next_sent.wrapping_sub(leg.unacknowledged).wrapping_add(leg.send_window)
+    }
+
+    #[test]
+    fn no_snapshot_shows_a_window_beyond_that_of_the_peer() {
+        const SENT: [u8; 1000] = [0; 1000];
+        if !rustix::process::geteuid().is_root() {
+            assert!(std::env::var("REQUIRE_NETNS").as_deref() != Ok("1"), "needs root");
+            return println!("skipped: needs root");
+        }
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        // So small that its window does not grow.
+        SockRef::from(&listener).set_recv_buffer_size(4096).unwrap();
+        for _ in 0..60 {
+            let mut stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (peer, _) = listener.accept().unwrap();
+            // It does not read, and acknowledges when its timer fires (`tcp_delack_timer`): at any moment of a snapshot.
+            set(peer.as_raw_fd(), libc::TCP_QUICKACK, 0).unwrap();
+            stream.write_all(&SENT).unwrap();
+            let (mut seen, mut first_sent) = (Vec::new(), None);
+            let last = loop {
+                let leg = Leg::read(&stream, SENT.len() as u64, first_sent, 0).unwrap();
+                first_sent = Some(leg.first_sent);
+                seen.push(leg);
+                if leg.unacknowledged == 0 {
+                    break Leg::read(&stream, SENT.len() as u64, first_sent, 0).unwrap();
+                }
+            };
+            for leg in seen {
+                assert!(!is_before(edge(&last), edge(&leg)), "{leg:?}, and at last {last:?}");
+            }
+        }
     }
 }

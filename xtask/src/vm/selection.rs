@@ -2,12 +2,11 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
 
-use crate::{ebpf, process, workspace};
+use crate::test::programs;
+use crate::workspace;
 
 /// The word for `forwarder probe`, which loads every eBPF program into the kernel.
 const PROBE: &str = "probe";
@@ -84,33 +83,17 @@ pub(super) fn build(items: &[Item]) -> Result<Vec<(String, PathBuf)>> {
     if names.is_empty() {
         return Ok(Vec::new());
     }
-    let mut command = Command::new(workspace::cargo());
-    command.args(["test", "--package", "forwarder-tests", "--no-run"]);
-    command.arg("--message-format=json-render-diagnostics").current_dir(workspace::root());
-    for name in &names {
-        command.args(["--test", name]);
-    }
-    // As `cargo xtask test` does, so that nothing is built anew.
-    command.env(ebpf::OBJECTS_VARIABLE, workspace::ebpf_objects());
-    eprintln!("$ {}", process::line(&command));
-    let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("running cargo")?;
-    ensure!(output.status.success(), "building the tests failed ({})", output.status);
-    let programs = programs(&String::from_utf8_lossy(&output.stdout));
+    let mut arguments = vec!["--package", "forwarder-tests"];
+    arguments.extend(names.iter().flat_map(|name| ["--test", name]));
+    let programs: Vec<_> = programs::build(&arguments)?
+        .into_iter()
+        .filter(|program| program.is_integration)
+        .map(|program| (program.name, program.path))
+        .collect();
     for name in names {
         ensure!(programs.iter().any(|(built, _)| built == name), "cargo built no tests {name}");
     }
     Ok(programs)
-}
-
-/// The programs that cargo's messages name.
-fn programs(messages: &str) -> Vec<(String, PathBuf)> {
-    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let program = |message: Value| {
-        let name = message.get("target")?.get("name")?.as_str()?.to_owned();
-        let is_test = message.get("target")?.get("kind")?.as_array()?.iter().any(|kind| kind == "test");
-        is_test.then_some((name, message.get("executable")?.as_str()?.into()))
-    };
-    messages.filter_map(program).collect()
 }
 
 #[cfg(test)]
@@ -139,17 +122,5 @@ mod tests {
             error.contains("no tests nothing: there are probe, ") && error.contains("survival"),
             "{error}"
         );
-    }
-
-    #[test]
-    fn programs_are_read_from_the_messages_of_cargo() {
-        let messages = concat!(
-            r#"{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"anyhow"},"executable":null}"#,
-            "\nnoise\n",
-            r#"{"reason":"compiler-artifact","target":{"kind":["test"],"name":"mtu"},"executable":"/t/mtu-1"}"#,
-            "\n",
-            r#"{"reason":"build-finished","success":true}"#,
-        );
-        assert_eq!(programs(messages), [("mtu".to_owned(), PathBuf::from("/t/mtu-1"))]);
     }
 }
