@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::agent::{Agent, DEADLINE};
 use crate::database::require_program;
 use crate::fixture::Forwarding;
-use crate::netns::require_root;
+use crate::netns::{Topology, require_root};
 use crate::{AgentCommand, client, process, wait_until};
 
 /// The settings that take every connection into the kernel at once.
@@ -119,6 +119,25 @@ impl Forwarding {
         self.agent = command.start(&self.topology.node, &self.manifests.path())?;
         Ok(())
     }
+}
+
+/// What can be seen of connections that stand still, in all places: what the agent lists and logs, the sockets and counters of
+/// both ends' hosts and of the node, and the maps.
+pub fn standing(agent: &Agent, topology: &Topology) -> String {
+    let Topology { client, node, backend1, .. } = topology;
+    let hosts = [("client", client), ("node", node), ("endpoint", backend1)].map(|(name, host)| {
+        let sockets = host.stdout(Command::new("ss").args(["-tinoOH"])).unwrap_or_default();
+        let counters = host.stdout(Command::new("nstat").arg("-as")).unwrap_or_default();
+        format!("{name}:\n{sockets}{counters}")
+    });
+    let maps = ["flows", "pairs"].map(|map| {
+        let entries = dump(agent.pin_dir(), map).unwrap_or_default();
+        let entries = entries.iter().map(|entry| format!("    {}", entry["formatted"]));
+        format!("{map}:\n{}", entries.collect::<Vec<_>>().join("\n"))
+    });
+    let listed = agent.connections("").unwrap_or_default();
+    let listed: Vec<String> = listed.iter().map(|one| format!("    {one}")).collect();
+    [&[agent.log(), format!("listed:\n{}", listed.join("\n"))][..], &hosts, &maps].concat().join("\n")
 }
 
 /// How many entries a pinned map has, by bpftool.

@@ -5,11 +5,12 @@ use std::env;
 use std::io::{self, Read as _, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use forwarder_tests::kernel::standing;
 use forwarder_tests::random::{self, Random};
 use forwarder_tests::{Datapath, Forwarding, require_root, serialise, wait_for};
 
@@ -118,7 +119,7 @@ fn converse(datapath: Datapath, promotion: &[&str], mute: Mute, count: u64) -> V
     };
     let agent = datapath.agent_with(promotion);
     let forwarding = Forwarding::start_with(&agent, serve).expect("an agent and an endpoint");
-    let (next, slowest) = (AtomicU64::new(0), Mutex::new(Duration::ZERO));
+    let (next, slowest, shown) = (AtomicU64::new(0), Mutex::new(Duration::ZERO), Once::new());
     thread::scope(|scope| {
         for _ in 0..AT_ONCE {
             scope.spawn(|| {
@@ -130,7 +131,14 @@ fn converse(datapath: Datapath, promotion: &[&str], mute: Mute, count: u64) -> V
                     let started = Instant::now();
                     let outcome = forwarding.connect().map_err(anyhow::Error::from).and_then(|stream| {
                         (&stream).write_all(&seed.to_le_bytes())?;
-                        play(&stream, mute == Mute::Client, seed, &heard[index(seed)])
+                        let outcome = play(&stream, mute == Mute::Client, seed, &heard[index(seed)]);
+                        if outcome.is_err() {
+                            // While both ends are there still.
+                            shown.call_once(|| {
+                                println!("{}", standing(&forwarding.agent, &forwarding.topology))
+                            });
+                        }
+                        outcome
                     });
                     fail(&failures, "client", seed, outcome);
                     let mut slowest = slowest.lock().expect("nobody panics");

@@ -33,6 +33,8 @@ const LISTED: usize = 60;
 const CLIENT_PORTS: &str = "20000 23999";
 /// How many of the slowest conversations are shown.
 const SHOWN: usize = 3;
+/// Where packets are lost, three SYNs in a row now and then are.
+const CONNECT_TIMEOUT: &str = "20s";
 /// The stack of a client's thread.
 const STACK: usize = 256 * 1024;
 
@@ -187,7 +189,8 @@ impl Stage {
         topology.client.sysctl("ipv4/ip_local_port_range", CLIENT_PORTS)?;
         // Also those of connections that the client has ended first.
         topology.client.sysctl("ipv4/tcp_tw_reuse", "1")?;
-        let agent = datapath.agent().start(&topology.node, &manifests.path())?;
+        let command = datapath.agent().environment("FORWARDER_CONNECT_TIMEOUT", CONNECT_TIMEOUT);
+        let agent = command.start(&topology.node, &manifests.path())?;
         Ok(Self { agent, topology, datapath, family, board, _servers: servers, _manifests: manifests })
     }
 

@@ -4,7 +4,6 @@ use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -17,7 +16,7 @@ use super::talk::Conversation;
 use super::{Cell, Fate, GONE, Held, Side, Table, Tier, event};
 use crate::agent::{Agent, AgentCommand, DEADLINE};
 use crate::fixture::{ENDPOINT_PORT, LISTENER_PORT};
-use crate::kernel::{dump, entries};
+use crate::kernel::{dump, entries, standing};
 use crate::manifests::Manifests;
 use crate::netns::{NetNs, Topology};
 use crate::shape::stage::Family;
@@ -223,28 +222,11 @@ impl Lane {
         self.go_on(step)?;
         let judged = event::judge(&played?, &mut conversation);
         if judged.is_err() && self.shows {
-            self.show(cell);
+            println!("{cell}:\n{}", standing(&self.agent, &self.net.topology));
         }
         judged?;
         drop(conversation);
         self.await_rest()
-    }
-
-    /// Shows what can be seen of a connection that stands still, in all places.
-    fn show(&self, cell: Cell) {
-        let Topology { client, node, backend1, .. } = &self.net.topology;
-        println!("{cell}:\n{}", self.agent.log());
-        for (name, host) in [("client", client), ("node", node), ("endpoint", backend1)] {
-            let sockets = host.stdout(Command::new("ss").args(["-tinoOH"])).unwrap_or_default();
-            let counters = host.stdout(Command::new("nstat").arg("-as")).unwrap_or_default();
-            println!("{name}:\n{sockets}{counters}");
-        }
-        for map in ["flows", "pairs"] {
-            let mut dump = Command::new("sh");
-            dump.arg("-c")
-                .arg(format!("bpftool -j map dump pinned {}/v*/{map}", self.agent.pin_dir().display()));
-            println!("{map}: {}", crate::process::stdout(&mut dump).unwrap_or_default());
-        }
     }
 
     /// Waits until the agent has nothing left to do for connections that are over, but to wait for stray packets.
