@@ -135,7 +135,7 @@ fn converse(datapath: Datapath, promotion: &[&str], mute: Mute, count: u64) -> V
                         if outcome.is_err() {
                             // While both ends are there still.
                             shown.call_once(|| {
-                                println!("{}", standing(&forwarding.agent, &forwarding.topology))
+                                println!("{}", standing(&forwarding.agent, &forwarding.topology));
                             });
                         }
                         outcome
