@@ -223,13 +223,14 @@ impl<T: Send + 'static> Shared<T> {
     fn next(&self) -> MutexGuard<'_, State<T>> {
         let mut state = lock(&self.state);
         loop {
-            let is_removing = state.permits == 0 && state.is_due();
-            if state.stops || !state.is_settled || is_removing {
+            // Looked at once: what became due between two looks would be waited for without a time.
+            let due = state.due_in();
+            let is_due = due == Some(Duration::ZERO);
+            if state.stops || !state.is_settled || is_due && state.permits == 0 {
                 return state;
             }
             // Those who insert tell when they have.
-            let due = state.due_in().filter(|due| !due.is_zero());
-            state = match due {
+            state = match due.filter(|_| !is_due) {
                 Some(due) => {
                     let waited = self.work.wait_timeout(state, due);
                     waited.unwrap_or_else(std::sync::PoisonError::into_inner).0
