@@ -54,14 +54,14 @@ pub(super) async fn attempt(
     if !relay.is_open() {
         return Attempt::Refused(Refusal::Ended);
     }
-    let (pair, arrived) = match join(promoter, &permit, downstream, upstream, connection) {
-        Ok(joined) => joined,
+    let pair = match join(promoter, &permit, downstream, upstream, connection) {
+        Ok(pair) => pair,
         Err(refusal) => return Attempt::Refused(refusal),
     };
     failpoint::block("join.pair_written");
     drop(permit);
     worker.counters().promoted.add(1);
-    let joined = Joined { promoter, pair: Some(pair), connection, arrived };
+    let joined = Joined { promoter, pair: Some(pair), connection, sockets: [downstream, upstream] };
     connection.is_in_tail.set(true);
     let tail = deliver_tail(worker, joined, relay, downstream, upstream, connection).await;
     connection.is_in_tail.set(false);
@@ -72,14 +72,14 @@ pub(super) async fn attempt(
     }
 }
 
-/// Reads both sides and joins them in the kernel. Yields how many bytes the sockets had received till then, too.
+/// Reads both sides and joins them in the kernel.
 fn join(
     promoter: &Promoter,
     permit: &JoinPermit,
     downstream: &TcpStream,
     upstream: &TcpStream,
     connection: &Connection,
-) -> Result<(JoinedPair, [u64; 2]), Refusal> {
+) -> Result<JoinedPair, Refusal> {
     let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>, clock: &Cell<Clock>| {
         let clock_offset = clock.get().offset().ok_or(Refusal::Unreadable)?;
         let leg = Leg::read(socket, written, first_sent.get(), clock_offset).map_err(|error| {
@@ -110,8 +110,7 @@ fn join(
             return Err(Refusal::SlowReceiver);
         }
     }
-    let pair = promoter.flows.join(permit, connection.opened_at(), &down, &up)?;
-    Ok((pair, [down.received, up.received]))
+    promoter.flows.join(permit, connection.opened_at(), &down, &up)
 }
 
 /// How the time between promotion and hand-over ended.
@@ -129,8 +128,8 @@ struct Joined<'a> {
     promoter: &'a Promoter,
     pair: Option<JoinedPair>,
     connection: &'a Connection,
-    /// How many bytes of the client and of the endpoint the sockets had received when they were joined.
-    arrived: [u64; 2],
+    /// Those towards the client and towards the endpoint.
+    sockets: [&'a TcpStream; 2],
 }
 
 impl Joined<'_> {
@@ -142,15 +141,17 @@ impl Joined<'_> {
         }
     }
 
-    /// Counts what the kernel has forwarded of a connection that ends now, of which nobody else will.
+    /// Counts what the kernel has forwarded of a connection that ends now, of which nobody else will: what its ends have sent
+    /// that no socket has received.
     fn count(&self) {
         let state = self.pair.as_ref().and_then(|pair| self.promoter.flows.pair(pair.number));
         let record = &mut *self.connection.record.borrow_mut();
+        let [Ok(from_client), Ok(from_endpoint)] = self.sockets.map(leg::received) else { return };
         let (Some(state), Some(record)) = (state, record) else { return };
-        let bytes = [state.request.bytes, state.response.bytes];
-        let [from_client, from_endpoint] =
-            [0, 1].map(|direction| bytes[direction].saturating_sub(self.arrived[direction]));
-        record.count_forwarded(record.received + from_client, record.sent + from_endpoint);
+        record.count_forwarded(
+            record.received + state.request.bytes.saturating_sub(from_client),
+            record.sent + state.response.bytes.saturating_sub(from_endpoint),
+        );
     }
 }
 

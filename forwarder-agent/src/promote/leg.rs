@@ -169,6 +169,16 @@ pub fn remainder(socket: impl AsFd) -> io::Result<Remainder> {
     })
 }
 
+/// How many bytes `socket` has received.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn received(socket: impl AsFd) -> io::Result<u64> {
+    let info = Info::read(socket.as_fd().as_raw_fd())?;
+    // An end has a number of its own, which is counted too (`tcp_fin`).
+    Ok(info.received.saturating_sub(tcp_info::has_ended(info.state).into()))
+}
+
 /// Makes the close of `socket`, which follows, a silent one: its connection is the kernel's.
 ///
 /// # Errors
