@@ -176,8 +176,10 @@ pub struct Flow {
     pub arrival: u32,
     /// The TTL or hop limit that packets leave with: that of the node's own packets.
     pub hop_limit: u8,
+    /// The window scale that the receiver announced, 0 to 14.
+    pub receiver_scale: u8,
     /// Zero.
-    pub pad: [u8; 3],
+    pub pad: [u8; 2],
 }
 
 /// What is known of one direction of a pair: the agent writes what it knows at the promotion, the programs keep it
@@ -208,7 +210,7 @@ pub struct Half {
     pub sequence_end: u32,
     /// What the sender has acknowledged, in the numbers that it sees.
     pub acknowledged: u32,
-    /// The window of the last packet as it lay in it, unscaled.
+    /// The window of the packet that was `acknowledged` with, as it lay in it, unscaled.
     pub window: u16,
     /// [`HALF_RESET`], [`HALF_SYN`], [`HALF_CHALLENGE`].
     pub flags: u8,
@@ -283,6 +285,14 @@ impl Half {
         }
     }
 
+    /// The right edge of the window that the sender has announced last, with its window scale, in the numbers that it sees. Before
+    /// [`Self::edge`] where it has taken back what it announced, since it has no memory (`tcp_select_window`): it means it.
+    #[inline(always)]
+    const fn latest_edge(&self, scale: u8) -> u32 {
+        // Masked for the verifier, which knows nothing of the agent's checks.
+        self.acknowledged.wrapping_add((self.window as u32) << (scale & 15))
+    }
+
     /// Whether the end of this direction has been acknowledged by `other`, the opposite half, where acknowledgement
     /// numbers of the opposite direction become those of this one by adding `shift`.
     #[inline(always)]
@@ -327,20 +337,27 @@ impl Flow {
         self.mtu != 0 && length > self.mtu
     }
 
-    /// The numbers of `segment` on the other leg, of whose receiver `reverse` is known; `is_bare` tells whether it carries no payload
-    /// and is [accepted](Half::accepts): a stranger's, whose number is a guess, must not be given one that its receiver takes.
+    /// The numbers of `segment` on the other leg: `half` is what is known of this direction, and `reverse` of what its receiver has
+    /// said. `is_bare` tells whether the segment carries no payload and is [accepted](Half::accepts): a stranger's, whose number is
+    /// a guess, must not be given one that its receiver takes.
     #[inline(always)]
     #[must_use]
-    pub const fn numbers(&self, segment: &Segment, reverse: &Half, is_bare: bool) -> Numbers {
+    pub const fn numbers(&self, segment: &Segment, half: &Half, reverse: &Half, is_bare: bool) -> Numbers {
         let mut sequence = segment.sequence.wrapping_add(self.sequence_shift);
         // A receiver drops what lies outside of its window, acknowledgement and all (RFC 9293, 3.10.7.4). What a bare
         // acknowledgement says is true at any number: it gets the nearest one that is taken. Its own may lie beyond, because local
         // sockets took more of its sender than the receiver has room for; or before, where the sender has not heard that a
         // window that it went beyond has moved (`tcp_acceptable_seq`), and neither end would ever hear the other again. A probe
         // is meant to be answered, and its number is the last that has been acknowledged: it stays.
+        //
+        // Once its sender has gone beyond the window, all get the number of the edge: a receiver takes no window from what
+        // has a lower number than what it took one from before (`tcp_may_update_window`).
         if is_bare && segment.flags & (FLAG_SYN | FLAG_FIN | FLAG_RST) == 0 {
-            if is_before(reverse.edge, sequence) {
-                sequence = reverse.edge;
+            let edge = reverse.latest_edge(self.receiver_scale);
+            let sent = half.sequence_end.wrapping_add(self.sequence_shift);
+            let is_probe = sequence.wrapping_add(1) == reverse.acknowledged;
+            if is_before(edge, sequence) || is_before(edge, sent) && !is_probe {
+                sequence = edge;
             } else if is_before(sequence.wrapping_add(1), reverse.acknowledged) {
                 sequence = reverse.acknowledged;
             }
@@ -501,7 +518,8 @@ mod tests {
             acknowledged: 0,
             arrival: 2,
             hop_limit: 64,
-            pad: [0; 3],
+            receiver_scale: 0,
+            pad: [0; 2],
         };
         let response = Flow {
             direction: DIRECTION_RESPONSE,
@@ -566,10 +584,12 @@ mod tests {
             tcp_offset: 34,
             header_length: 20,
         };
-        // The endpoint takes 5,000 bytes up to the client's 6,000 and sees 4,000 for the client's 5,000.
-        let endpoint = Half { acknowledged: 4_000, edge: 5_000, ..Half::default() };
-        let sent =
-            |sequence, flags, is_bare| flow.numbers(&segment(sequence, flags), &endpoint, is_bare).sequence;
+        // The endpoint takes 1,000 bytes up to the client's 6,000 and sees 4,000 for the client's 5,000.
+        let endpoint = Half { acknowledged: 4_000, window: 1_000, edge: 5_000, ..Half::default() };
+        let client = Half { sequence_end: 6_000, ..Half::default() };
+        let sent = |sequence, flags, is_bare| {
+            flow.numbers(&segment(sequence, flags), &client, &endpoint, is_bare).sequence
+        };
         assert_eq!(sent(6_000, FLAG_ACK, true), 5_000);
         assert_eq!(sent(6_001, FLAG_ACK, true), 5_000);
         assert_eq!(sent(90_000, FLAG_ACK, true), 5_000);
@@ -581,6 +601,17 @@ mod tests {
         assert_eq!(sent(90_000, FLAG_ACK, false), 89_000);
         assert_eq!(sent(90_000, FLAG_ACK | FLAG_FIN, true), 89_000);
         assert_eq!(sent(90_000, FLAG_RST, true), 89_000);
+        // It has announced more before, and has no memory now.
+        let shrunk = Half { window: 0, edge: 69_000, ..endpoint };
+        assert_eq!(flow.numbers(&segment(5_800, FLAG_ACK), &client, &shrunk, true).sequence, 4_000);
+        // The client is far beyond, but has been told a window that was rounded down.
+        let scaled = Flow { receiver_scale: 7, ..flow };
+        let endpoint = Half { window: 9, edge: 4_000 + (9 << 7), ..endpoint };
+        let client = Half { sequence_end: 90_000, ..client };
+        for (sequence, expected) in [(90_000, 5_152), (6_024, 5_152), (4_999, 3_999)] {
+            let numbers = scaled.numbers(&segment(sequence, FLAG_ACK), &client, &endpoint, true);
+            assert_eq!(numbers.sequence, expected, "{sequence}");
+        }
     }
 
     #[test]

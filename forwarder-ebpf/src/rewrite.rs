@@ -80,7 +80,7 @@ fn rewrite_usual(
     let [.., new_source, _, _, _, new_destination] = *flow.out.address_words();
     let addresses = ChecksumChange::NONE.and(source, new_source).and(destination, new_destination);
     let [new_ports, new_sequence, new_acknowledgement, new_misc, _] =
-        new_words(found, flow, reverse, misc, last);
+        new_words(found, flow, half, reverse, misc, last);
     let [new_value, new_echo] = timestamps(found, flow, half, reverse, [value, echo]);
     let change = ChecksumChange::NONE
         .and(ports, new_ports)
@@ -136,10 +136,17 @@ fn with_hop_limit_v4(old: u32, flow: &Flow, addresses: ChecksumChange) -> u32 {
 /// The fixed part of the TCP header on the other leg, as it will lie in the packet; `misc` and `last` are its fourth and fifth
 /// word as they lie there.
 #[inline(always)]
-fn new_words(found: &Found, flow: &Flow, reverse: &Half, misc: u32, last: u32) -> [u32; FIXED_WORDS] {
+fn new_words(
+    found: &Found,
+    flow: &Flow,
+    half: &Half,
+    reverse: &Half,
+    misc: u32,
+    last: u32,
+) -> [u32; FIXED_WORDS] {
     // The payload of a first fragment may lie in the others.
     let is_bare = found.is_accepted && found.seen.payload == 0 && !found.segment.is_first_fragment;
-    let numbers = flow.numbers(&found.segment, reverse, is_bare);
+    let numbers = flow.numbers(&found.segment, half, reverse, is_bare);
     let ports = u32::from(flow.out.source_port) << 16 | u32::from(flow.out.destination_port);
     let misc = u32::from_be(misc) & 0xffff_0000 | u32::from(numbers.window);
     [ports.to_be(), numbers.sequence.to_be(), numbers.acknowledgement.to_be(), misc.to_be(), last]
@@ -161,7 +168,7 @@ fn rewrite_any(
     let tcp = segment.tcp_offset;
     let old: [u32; FIXED_WORDS] = load(context, tcp)?;
     let [_, _, _, misc, last] = old;
-    let new = new_words(found, flow, reverse, misc, last);
+    let new = new_words(found, flow, half, reverse, misc, last);
     let mut change = ChecksumChange::NONE;
     for word in 0..FIXED_WORDS {
         change = change.and(old[word], new[word]);

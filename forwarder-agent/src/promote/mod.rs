@@ -145,7 +145,7 @@ const fn tells_windows(from: &Leg, to: &Leg) -> bool {
 }
 
 /// What is known of the direction that comes from a leg's peer.
-const fn half(from: &Leg, now: u64) -> Half {
+fn half(from: &Leg, now: u64) -> Half {
     Half {
         packets: 0,
         bytes: from.received,
@@ -157,7 +157,7 @@ const fn half(from: &Leg, now: u64) -> Half {
         edge: from.next_sent.wrapping_sub(from.unacknowledged).wrapping_add(from.send_window),
         sequence_end: from.next_received,
         acknowledged: from.next_sent.wrapping_sub(from.unacknowledged),
-        window: 0,
+        window: u16::try_from(from.send_window >> from.peer_scale).unwrap_or(u16::MAX),
         flags: 0,
         timestamp_known: 0,
     }
@@ -189,7 +189,8 @@ fn direction(from: &Leg, to: &Leg, direction: u32, placement: Placement) -> (Flo
         acknowledged: to.next_received,
         arrival: arrival.interface,
         hop_limit: hop.hop_limit,
-        pad: [0; 3],
+        receiver_scale: to.peer_scale,
+        pad: [0; 2],
     };
     (tuple(from.peer, from.local), flow)
 }

@@ -21,7 +21,7 @@ pub(super) const TIMESTAMP_SHIFT: u32 = 0xdead_beef;
 pub(super) const REVERSE_TIMESTAMP_SHIFT: u32 = 0x1234_5678;
 
 /// What both ends take beyond what they have acknowledged.
-const WINDOW: u32 = 60_000;
+const WINDOW: u16 = 60_000;
 
 /// A TCP packet in an Ethernet frame.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -226,7 +226,8 @@ fn flow(out: FlowKey) -> Flow {
         acknowledged: 0,
         arrival: LOOPBACK,
         hop_limit: 64,
-        pad: [0; 3],
+        receiver_scale: 0,
+        pad: [0; 2],
     }
 }
 
@@ -243,10 +244,11 @@ pub(super) fn at(frame: &Frame) -> Pair {
     let mut pair = known_clocks();
     pair.request.sequence_end = frame.sequence;
     pair.request.acknowledged = frame.acknowledgement;
-    pair.request.edge = frame.acknowledgement.wrapping_add(WINDOW);
+    pair.request.edge = frame.acknowledgement.wrapping_add(WINDOW.into());
     pair.response.sequence_end = frame.acknowledgement.wrapping_sub(REVERSE_SHIFT);
     pair.response.acknowledged = frame.sequence.wrapping_add(SEQUENCE_SHIFT);
-    pair.response.edge = pair.response.acknowledged.wrapping_add(WINDOW);
+    pair.response.edge = pair.response.acknowledged.wrapping_add(WINDOW.into());
+    (pair.request.window, pair.response.window) = (WINDOW, WINDOW);
     pair
 }
 
