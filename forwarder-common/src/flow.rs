@@ -169,8 +169,9 @@ pub struct Flow {
     pub target_scale: u8,
     /// [`FLOW_CLEAR_ECN`], [`FLOW_ENDED`], [`FLOW_REVERSE_ENDED`], [`FLOW_TIMESTAMPS`], [`FLOW_BY_STACK`].
     pub flags: u16,
-    /// How far the agent's socket on the outgoing leg had acknowledged at the promotion, in the receiver's own numbers. In
-    /// [`STATE_TAIL`] nothing less is acknowledged: what has been promised is on its way.
+    /// How far the agent's socket on the outgoing leg has acknowledged, in the receiver's own numbers: at the promotion, and once
+    /// nothing reaches it any more. In [`STATE_TAIL`] nothing less is acknowledged: what has been promised is on its way, and who
+    /// has been acknowledged more takes the packet for an old one, and heeds nothing else of it either (`tcp_ack`).
     pub acknowledged: u32,
     /// The index of the interface that packets to the sender leave by, and its own are expected by.
     pub arrival: u32,

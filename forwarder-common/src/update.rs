@@ -39,6 +39,8 @@ pub struct FlowUpdate {
     pub mtu: u32,
     /// [`Flow::arrival`].
     pub arrival: u32,
+    /// [`Flow::acknowledged`].
+    pub acknowledged: u32,
     /// [`Flow::flags`].
     pub flags: u16,
     /// [`Flow::hop_limit`].
@@ -62,6 +64,7 @@ impl FlowUpdate {
             next_hop: flow.next_hop,
             mtu: flow.mtu,
             arrival: flow.arrival,
+            acknowledged: flow.acknowledged,
             flags: flow.flags,
             hop_limit: flow.hop_limit,
             pad: 0,
@@ -71,7 +74,8 @@ impl FlowUpdate {
     /// As it lies in the packet.
     #[must_use]
     pub fn bytes(&self) -> [u8; FLOW_UPDATE_SIZE] {
-        let Self { key, pair, state, interface, next_hop, mtu, arrival, flags, hop_limit, pad } = *self;
+        let Self { key, pair, state, interface, next_hop, mtu, arrival, acknowledged, flags, hop_limit, pad } =
+            *self;
         let mut bytes = Bytes::new();
         bytes.put(&key.source);
         bytes.put(&key.destination);
@@ -81,7 +85,7 @@ impl FlowUpdate {
             bytes.put(&word.to_ne_bytes());
         }
         bytes.put(&next_hop.address);
-        for word in [mtu, arrival] {
+        for word in [mtu, arrival, acknowledged] {
             bytes.put(&word.to_ne_bytes());
         }
         bytes.put(&flags.to_ne_bytes());
@@ -167,14 +171,15 @@ impl<const N: usize> Bytes<N> {
 }
 
 const _: () = {
-    assert!(size_of::<FlowUpdate>() == 80 && align_of::<FlowUpdate>() == 4);
+    assert!(size_of::<FlowUpdate>() == 84 && align_of::<FlowUpdate>() == 4);
     assert!(offset_of!(FlowUpdate, pair) == 36);
     assert!(offset_of!(FlowUpdate, state) == 40);
     assert!(offset_of!(FlowUpdate, interface) == 44);
     assert!(offset_of!(FlowUpdate, next_hop) == 48);
     assert!(offset_of!(FlowUpdate, mtu) == 68);
     assert!(offset_of!(FlowUpdate, arrival) == 72);
-    assert!(offset_of!(FlowUpdate, flags) == 76);
+    assert!(offset_of!(FlowUpdate, acknowledged) == 76);
+    assert!(offset_of!(FlowUpdate, flags) == 80);
 
     assert!(size_of::<ListenerUpdate>() == 28 && align_of::<ListenerUpdate>() == 4);
     assert!(offset_of!(ListenerUpdate, value) == 20);

@@ -27,6 +27,7 @@ pub fn fwd_set_flow(context: TcContext) -> i32 {
         (*flow).next_hop = update.next_hop;
         (*flow).mtu = update.mtu;
         (*flow).arrival = update.arrival;
+        (*flow).acknowledged = update.acknowledged;
         (*flow).flags = update.flags;
         (*flow).hop_limit = update.hop_limit;
         (*flow).interface = update.interface;

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, RawFd};
+use std::time::Duration;
 
 use nix::libc;
 
@@ -68,7 +69,19 @@ pub fn probe(socket: impl AsFd) -> io::Result<()> {
 /// # Errors
 /// The kernel refuses.
 pub fn received_segments(socket: impl AsFd) -> io::Result<u32> {
-    const OFFSET: usize = 140;
+    info_word::<140>(socket)
+}
+
+/// How long ago a connected socket has heeded an acknowledgement (`tcpi_last_ack_recv`): not one that is older than another.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn since_acknowledgement(socket: impl AsFd) -> io::Result<Duration> {
+    info_word::<56>(socket).map(|milliseconds| Duration::from_millis(milliseconds.into()))
+}
+
+/// A word of `struct tcp_info`.
+fn info_word<const OFFSET: usize>(socket: impl AsFd) -> io::Result<u32> {
     let mut info = [0_u8; 144];
     let mut length = libc::socklen_t::try_from(info.len()).expect("a structure is small");
     let fd = socket.as_fd().as_raw_fd();

@@ -8,7 +8,7 @@ use std::time::Instant;
 use forwarder_tests::database::require_program;
 use forwarder_tests::kernel::{AT_ONCE, is_ready};
 use forwarder_tests::shape::stage::Family;
-use forwarder_tests::steps::{self, Cell, Tier};
+use forwarder_tests::steps::{self, Cell, Lane, Side, Tier};
 use forwarder_tests::{AgentCommand, Forwarding, peer, serialise};
 
 static HEAVY: Mutex<()> = Mutex::new(());
@@ -67,6 +67,20 @@ fn every_event_at_every_step_of_an_adoption_has_its_effect() {
 #[test]
 fn every_event_at_every_step_of_an_adoption_has_its_effect_in_ipv6() {
     check(Tier::Tc, steps::adoptions(Family::V6), 9);
+}
+
+#[test]
+fn what_reaches_a_socket_amid_a_hand_over_counts_as_acknowledged() {
+    if !is_ready() {
+        return;
+    }
+    let _guard = serialise(&HEAVY);
+    for family in [Family::V4, Family::V6] {
+        let mut lane = Lane::start(Tier::Tc, family, true).expect("a lane");
+        for side in Side::BOTH {
+            lane.play_gap(side).unwrap_or_else(|error| panic!("{family:?}, {side:?}: {error:#}"));
+        }
+    }
 }
 
 #[test]

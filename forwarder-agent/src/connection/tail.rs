@@ -14,6 +14,7 @@ use super::Connection;
 use super::promotion::Attempt;
 use super::relaying::Relay;
 use crate::counters::End;
+use crate::datapath::DatapathError;
 use crate::datapath::flows::{JoinPermit, JoinedPair};
 use crate::datapath::paths::Exit;
 use crate::failpoint;
@@ -54,14 +55,15 @@ pub(super) async fn attempt(
     if !relay.is_open() {
         return Attempt::Refused(Refusal::Ended);
     }
-    let pair = match join(promoter, &permit, downstream, upstream, connection) {
-        Ok(pair) => pair,
+    let (pair, first_received) = match join(promoter, &permit, downstream, upstream, connection) {
+        Ok(joined) => joined,
         Err(refusal) => return Attempt::Refused(refusal),
     };
     failpoint::block("join.pair_written");
     drop(permit);
     worker.counters().promoted.add(1);
-    let joined = Joined { promoter, pair: Some(pair), connection, sockets: [downstream, upstream] };
+    let sockets = [downstream, upstream];
+    let joined = Joined { promoter, pair: Some(pair), connection, sockets, first_received };
     connection.is_in_tail.set(true);
     let tail = deliver_tail(worker, joined, relay, downstream, upstream, connection).await;
     connection.is_in_tail.set(false);
@@ -72,14 +74,14 @@ pub(super) async fn attempt(
     }
 }
 
-/// Reads both sides and joins them in the kernel.
+/// Reads both sides and joins them in the kernel. Yields the numbers of the first bytes that the sockets have received, too.
 fn join(
     promoter: &Promoter,
     permit: &JoinPermit,
     downstream: &TcpStream,
     upstream: &TcpStream,
     connection: &Connection,
-) -> Result<JoinedPair, Refusal> {
+) -> Result<(JoinedPair, [u32; 2]), Refusal> {
     let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>, clock: &Cell<Clock>| {
         let clock_offset = clock.get().offset().ok_or(Refusal::Unreadable)?;
         let leg = Leg::read(socket, written, first_sent.get(), clock_offset).map_err(|error| {
@@ -110,7 +112,8 @@ fn join(
             return Err(Refusal::SlowReceiver);
         }
     }
-    promoter.flows.join(permit, connection.opened_at(), &down, &up)
+    let pair = promoter.flows.join(permit, connection.opened_at(), &down, &up)?;
+    Ok((pair, [down.first_received, up.first_received]))
 }
 
 /// How the time between promotion and hand-over ended.
@@ -130,6 +133,8 @@ struct Joined<'a> {
     connection: &'a Connection,
     /// Those towards the client and towards the endpoint.
     sockets: [&'a TcpStream; 2],
+    /// The numbers of the first bytes that they have received.
+    first_received: [u32; 2],
 }
 
 impl Joined<'_> {
@@ -139,6 +144,16 @@ impl Joined<'_> {
         if let Some(pair) = self.pair.take() {
             self.promoter.pairs.reset(&pair);
         }
+    }
+
+    /// Has nothing less acknowledged than the sockets have: until now packets of before may have reached them, of which the
+    /// snapshots do not know.
+    fn promise(&mut self) -> Result<(), DatapathError> {
+        let Some(pair) = &mut self.pair else { return Ok(()) };
+        let next = |side: usize| leg::next_received(self.sockets[side], self.first_received[side]);
+        // A socket that is gone tells so elsewhere.
+        let (Ok(to_client), Ok(to_endpoint)) = (next(0), next(1)) else { return Ok(()) };
+        self.promoter.flows.promise(pair, [to_client, to_endpoint])
     }
 
     /// Counts what the kernel has forwarded of a connection that ends now, of which nobody else will: what its ends have sent
@@ -183,7 +198,6 @@ async fn deliver_tail(
     relay.hold_ends(true);
     failpoint::reached("tail.begin").await;
     loop {
-        let Some(pair) = &mut joined.pair else { return Tail::Ended(End::Finished) };
         let check = if started.elapsed() < TAIL_IS_SHORT { TAIL_CHECK } else { SLOW_TAIL_CHECK };
         tokio::select! {
             biased;
@@ -196,9 +210,15 @@ async fn deliver_tail(
                 }
                 return Tail::Ended(end);
             }
-            () = &mut landed, if !has_landed => has_landed = true,
+            () = &mut landed, if !has_landed => {
+                has_landed = true;
+                if let Err(error) = joined.promise() {
+                    tracing::warn!(%error, "an end may take acknowledgements for old for a while");
+                }
+            }
             () = sleep(check) => {}
         }
+        let Some(pair) = &mut joined.pair else { return Tail::Ended(End::Finished) };
         let Some(state) = promoter.flows.pair(pair.number) else {
             return Tail::Ended(End::Lost);
         };
@@ -300,11 +320,7 @@ fn goes_otherwise(promoter: &Promoter, pair: &mut JoinedPair, exit: Exit, connec
 }
 
 /// Passes on the ends that reached a local socket before the promotion.
-fn pass_ends_on(
-    promoter: &Promoter,
-    pair: &mut JoinedPair,
-    relay: &mut Relay,
-) -> Result<(), crate::datapath::DatapathError> {
+fn pass_ends_on(promoter: &Promoter, pair: &mut JoinedPair, relay: &mut Relay) -> Result<(), DatapathError> {
     for (direction, number) in
         [(&mut relay.request, DIRECTION_REQUEST), (&mut relay.response, DIRECTION_RESPONSE)]
     {

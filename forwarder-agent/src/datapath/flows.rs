@@ -277,6 +277,17 @@ impl FlowTable {
         self.updates.set_flows(&pair.flows)
     }
 
+    /// Has nothing less acknowledged to the client, and to the endpoint, in their own numbers.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn promise(&self, pair: &mut JoinedPair, acknowledged: [u32; 2]) -> Result<(), DatapathError> {
+        let [to_client, to_endpoint] = acknowledged;
+        let [(_, request), (_, response)] = &mut pair.flows;
+        (request.acknowledged, response.acknowledged) = (to_endpoint, to_client);
+        self.updates.set_flows(&pair.flows)
+    }
+
     /// Closes the guard: the local sockets have delivered everything.
     ///
     /// # Errors

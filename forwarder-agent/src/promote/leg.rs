@@ -179,6 +179,14 @@ pub fn received(socket: impl AsFd) -> io::Result<u64> {
     Ok(info.received.saturating_sub(tcp_info::has_ended(info.state).into()))
 }
 
+/// The number that `socket` expects next, whose first byte had the number `first`.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn next_received(socket: impl AsFd, first: u32) -> io::Result<u32> {
+    Ok(first.wrapping_add(low_half(Info::read(socket.as_fd().as_raw_fd())?.received)))
+}
+
 /// Makes the close of `socket`, which follows, a silent one: its connection is the kernel's.
 ///
 /// # Errors

@@ -206,7 +206,7 @@ pub(super) fn judge_end(fate: Fate, conversation: &mut Conversation) -> Result<(
 }
 
 /// Converses to the end of both directions.
-fn finish(conversation: &mut Conversation) -> Result<()> {
+pub(super) fn finish(conversation: &mut Conversation) -> Result<()> {
     const MORE: usize = 20_000;
     for side in Side::BOTH {
         let end = conversation.at(side);

@@ -19,6 +19,7 @@ use crate::fixture::{ENDPOINT_PORT, LISTENER_PORT};
 use crate::kernel::{dump, entries, standing};
 use crate::manifests::Manifests;
 use crate::netns::{NetNs, Topology};
+use crate::sequence;
 use crate::shape::stage::Family;
 use crate::wait::wait_for;
 use crate::wire::{self, Wire};
@@ -275,6 +276,49 @@ impl Lane {
         self.warm_up()
     }
 
+    /// Has bytes of an end reach the agent's socket after it was read and before the kernel forwards, for another end that
+    /// does not read, and asserts that the first one heeds what the other one acknowledges: not if that were less than the
+    /// agent's socket has acknowledged.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn play_gap(&mut self, side: Side) -> Result<()> {
+        const READ: &str = "join.upstream_read";
+        const HEEDED: Duration = Duration::from_millis(100);
+        let first = self.tier.first();
+        self.stop_at(first)?;
+        let mut conversation = self.connect()?;
+        for side in Side::BOTH {
+            conversation.at(side).target += BEFORE;
+        }
+        self.await_step(first, ARRIVAL, &mut conversation)?;
+        self.stop_at(READ)?;
+        self.go_on(first)?;
+        self.await_step(READ, ARRIVAL, &mut conversation)?;
+        hold(Held::Beyond(side.other()), &mut conversation)?;
+        self.go_on(READ)?;
+        let began = Instant::now();
+        let mut poked = began;
+        let is_heeded = conversation.until(ARRIVAL, |both| {
+            if poked.elapsed() > HEEDED / 10 {
+                poked = Instant::now();
+                both.at(side.other()).target += 1;
+            }
+            // What was heeded before the hand-over does not count.
+            let stream = both.at(side).stream.as_ref();
+            began.elapsed() > 3 * HEEDED
+                && stream.is_some_and(|stream| {
+                    sequence::since_acknowledgement(stream).is_ok_and(|since| since < HEEDED)
+                })
+        });
+        let is_tail = self.agent.connections("")?.iter().any(|one| one["state"] == "tail");
+        ensure!(is_tail, "it was not handed over with something held");
+        ensure!(is_heeded, "it does not heed what is acknowledged: {}", conversation.standing());
+        event::finish(&mut conversation).context("afterwards")?;
+        drop(conversation);
+        self.await_rest()
+    }
+
     /// What is left in the kernel of connections that are over; after an agent was killed, `is_successor`, whatever its sockets do.
     ///
     /// # Errors
@@ -339,8 +383,7 @@ fn hold(held: Held, conversation: &mut Conversation) -> Result<()> {
             let end = both.at(side);
             let stream = end.stream.as_ref();
             end.sent() == end.target
-                && stream
-                    .is_some_and(|stream| crate::sequence::unacknowledged(stream).is_ok_and(|left| left == 0))
+                && stream.is_some_and(|stream| sequence::unacknowledged(stream).is_ok_and(|left| left == 0))
         })
     });
     ensure!(is_held, "the agent's sockets do not take what they are to hold");

@@ -29,6 +29,7 @@ fn both_flows_of_a_pair_are_changed_in_place() {
             mtu: 1400,
             hop_limit: 7,
             arrival: 12 - interface,
+            acknowledged: 4_000_000_000 + interface,
             flags: FLOW_BY_STACK,
             state: STATE_RESET,
             ..flow
