@@ -49,6 +49,14 @@ impl Agent {
         self.metrics().expect("metrics").sum("forwarder_connections_ended_total", &[("end", end)])
     }
 
+    /// Waits until so many connections have ended by `end`: their ends may hear of it before it is counted.
+    #[track_caller]
+    pub fn wait_ended(&self, end: &str, count: i64) {
+        wait_until(&format!("{count} connections have ended by {end}"), DEADLINE, || {
+            self.ended(end) == count
+        });
+    }
+
     /// The downstream addresses of the connections that are listed at tier `tc`.
     pub fn promoted(&self) -> Vec<SocketAddr> {
         let connections = self.connections("").expect("a list");

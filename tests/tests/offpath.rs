@@ -129,7 +129,7 @@ impl Attacked {
         drop(self.stream);
         let agent = &self.forwarding.agent;
         wait_until("it has ended", WAIT, || agent.active().is_ok_and(|active| active == 0));
-        assert_eq!(agent.ended("finished"), 1, "{}", agent.log());
+        agent.wait_ended("finished", 1);
     }
 
     /// The number that the endpoint expects next, in the client's terms: what only somebody on the path knows.

@@ -100,7 +100,7 @@ fn check_timeout(setting: &str, reason: &str) {
         took > Duration::from_millis(1_700) && took < Duration::from_secs(4),
         "{setting}: reset {took:?} after the last byte"
     );
-    assert_eq!(forwarding.agent.ended(reason), 1);
+    forwarding.agent.wait_ended(reason, 1);
     forwarding.agent.wait_empty();
 }
 
@@ -123,7 +123,7 @@ fn an_operator_resets_just_the_connection_that_is_named() {
         assert!(ends.recv_timeout(peer::QUIET).is_err(), "another one was reset too");
     };
     check(&forwarding, 1, &[0, 2, 3, 4]);
-    assert_eq!(forwarding.agent.ended("reset_by_operator"), 1);
+    forwarding.agent.wait_ended("reset_by_operator", 1);
 
     forwarding.agent.kill().expect("it works");
     check(&forwarding, 3, &[0, 2, 4]);
@@ -391,7 +391,7 @@ fn a_clients_port_may_be_used_again_at_once() {
         }
     }
     forwarding.agent.wait_empty();
-    assert_eq!(forwarding.agent.ended("finished"), i64::try_from(TIMES + HASTY).expect("it works"));
+    forwarding.agent.wait_ended("finished", i64::try_from(TIMES + HASTY).expect("it works"));
 }
 
 #[test]

@@ -207,13 +207,13 @@ fn connections_end_by_time_outs_by_operators_and_with_the_agent() {
     let started = Instant::now();
     check(&connect(&forwarding));
     assert!(started.elapsed() > Duration::from_millis(1_700), "{:?}", started.elapsed());
-    assert_eq!(forwarding.agent.ended("idle_timeout"), 1);
+    forwarding.agent.wait_ended("idle_timeout", 1);
 
     let stream = connect(&forwarding);
     let address = stream.local_addr().unwrap().to_string();
     assert_eq!(forwarder(&forwarding, &["conns", "reset", "--downstream", &address]), "reset 1 connection\n");
     check(&stream);
-    assert_eq!(forwarding.agent.ended("reset_by_operator"), 1);
+    forwarding.agent.wait_ended("reset_by_operator", 1);
 
     let stream = connect(&forwarding);
     forwarding.agent.terminate().unwrap();
@@ -242,7 +242,7 @@ fn resets_and_ends_pass_through() {
     client::reset(connect()).unwrap();
     assert_eq!(ends.recv_timeout(WAIT).unwrap(), End::Reset);
     wait_at_tier(&forwarding.agent, "sockmap", 0);
-    assert_eq!(forwarding.agent.ended("downstream_reset"), 1);
+    forwarding.agent.wait_ended("downstream_reset", 1);
 
     let mut stream = connect();
     stream.write_all(b"last words").unwrap();
