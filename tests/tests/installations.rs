@@ -131,8 +131,8 @@ fn an_agent_for_some_namespaces_ignores_the_objects_of_others() {
     assert!(ignored["status"].is_null(), "{ignored:#}");
     let ignored = cluster.object(&gateway("ignored", "gw")).unwrap();
     assert!(is_programmed(&ignored, "Unknown/Pending"), "{ignored:#}");
-    let watched = cluster.object(&gateway("watched", "gw")).unwrap();
-    assert_eq!(watched["status"]["listeners"][0]["attachedRoutes"], 1);
+    let counts = |it: &Value| it["status"]["listeners"][0]["attachedRoutes"] == 1;
+    cluster.wait_object(&gateway("watched", "gw"), counts).unwrap();
     let topology = &cluster.topology;
     assert!(topology.node.listening_inodes(5000).is_empty());
     assert!(!topology.node.listening_inodes(5001).is_empty());
