@@ -50,7 +50,7 @@ fn a_clients_port_may_be_used_again_at_once() {
     for datapath in Datapath::chosen() {
         let stage = Stage::start(Topology::new().unwrap(), datapath, Family::V4).unwrap();
         // The client never ends first: its own kernel would keep the port.
-        let shapes: Vec<Shape> = (0..30)
+        let shapes: Vec<Shape> = (0..50)
             .flat_map(|round| {
                 (0..4).zip(KINDS).map(move |(n, kind)| Shape::of_kind(kind, 4 * round + n).with_rest(REST))
             })

@@ -65,7 +65,7 @@ pub(super) async fn attempt(
     let sockets = [downstream, upstream];
     let joined = Joined { promoter, pair: Some(pair), connection, sockets, first_received };
     connection.is_in_tail.set(true);
-    let tail = deliver_tail(worker, joined, relay, downstream, upstream, connection).await;
+    let tail = deliver_tail(worker, joined, relay).await;
     connection.is_in_tail.set(false);
     match tail {
         Tail::Delivered => Attempt::HandedOver,
@@ -180,15 +180,8 @@ impl Drop for Joined<'_> {
 
 /// Relays what the sockets of a joined pair had received before, until nothing is left of it, and the two ends have heard
 /// each other.
-async fn deliver_tail(
-    worker: &Worker,
-    mut joined: Joined<'_>,
-    relay: &mut Relay,
-    downstream: &TcpStream,
-    upstream: &TcpStream,
-    connection: &Connection,
-) -> Tail {
-    let promoter = joined.promoter;
+async fn deliver_tail(worker: &Worker, mut joined: Joined<'_>, relay: &mut Relay) -> Tail {
+    let Joined { promoter, connection, sockets: [downstream, upstream], .. } = joined;
     let started = Instant::now();
     let mut landed = pin!(promoter.grace.period());
     let mut has_landed = false;

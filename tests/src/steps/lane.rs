@@ -189,6 +189,28 @@ impl Lane {
         bail!("no connection was handed over\n{}", self.agent.log())
     }
 
+    /// A connection on which both ends have heard each other, and with which the agent has come to the first step.
+    fn begin(&mut self) -> Result<Conversation> {
+        let first = self.tier.first();
+        self.stop_at(first)?;
+        let mut conversation = self.connect()?;
+        for side in Side::BOTH {
+            conversation.at(side).target += BEFORE;
+        }
+        let has_begun =
+            conversation.until(ARRIVAL, |both| Side::BOTH.into_iter().all(|side| both.has_all(side)));
+        ensure!(has_begun, "it does not begin: {}", conversation.standing());
+        self.await_step(first, ARRIVAL, &mut conversation)?;
+        Ok(conversation)
+    }
+
+    /// Lets the agent go on from one step to another, where it stops again.
+    fn go_on_to(&self, step: &str, from: &str, conversation: &mut Conversation) -> Result<()> {
+        self.stop_at(step)?;
+        self.go_on(from)?;
+        self.await_step(step, ARRIVAL, conversation)
+    }
+
     /// Plays a cell.
     ///
     /// # Errors
@@ -207,23 +229,13 @@ impl Lane {
     /// over later, when it holds nothing any more. Tells whether it has.
     fn play_once(&mut self, cell: Cell) -> Result<bool> {
         let (step, first) = (cell.step, self.tier.first());
-        self.stop_at(first)?;
-        let mut conversation = self.connect()?;
-        for side in Side::BOTH {
-            conversation.at(side).target += BEFORE;
-        }
-        let has_begun =
-            conversation.until(ARRIVAL, |both| Side::BOTH.into_iter().all(|side| both.has_all(side)));
-        ensure!(has_begun, "it does not begin: {}", conversation.standing());
-        self.await_step(first, ARRIVAL, &mut conversation)?;
+        let mut conversation = self.begin()?;
         hold(cell.held, &mut conversation)?;
         let held = Instant::now();
         // Only from here on, and to the last step before it: what looks after other pairs comes there too.
         let way = if step == REWRITE { [first, BEFORE_REWRITE, step] } else { [first, first, step] };
         for pair in way.windows(2).filter(|pair| pair[0] != pair[1]) {
-            self.stop_at(pair[1])?;
-            self.go_on(pair[0])?;
-            self.await_step(pair[1], ARRIVAL, &mut conversation)?;
+            self.go_on_to(pair[1], pair[0], &mut conversation)?;
         }
         if cell.held == Held::Bytes && held.elapsed() > AT_FIRST {
             self.go_on(step)?;
@@ -300,16 +312,8 @@ impl Lane {
     pub fn play_gap(&mut self, side: Side) -> Result<()> {
         const READ: &str = "join.upstream_read";
         const HEEDED: Duration = Duration::from_millis(100);
-        let first = self.tier.first();
-        self.stop_at(first)?;
-        let mut conversation = self.connect()?;
-        for side in Side::BOTH {
-            conversation.at(side).target += BEFORE;
-        }
-        self.await_step(first, ARRIVAL, &mut conversation)?;
-        self.stop_at(READ)?;
-        self.go_on(first)?;
-        self.await_step(READ, ARRIVAL, &mut conversation)?;
+        let mut conversation = self.begin()?;
+        self.go_on_to(READ, self.tier.first(), &mut conversation)?;
         hold(Held::Beyond(side.other()), &mut conversation)?;
         self.go_on(READ)?;
         let began = Instant::now();

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -45,7 +45,7 @@ pub(super) fn run(programs: Vec<Program>, prepare: impl Fn(&mut Command) + Sync)
     let [heavy, light] = queues(programs).map(Mutex::new);
     let take =
         |queue: &Mutex<VecDeque<Program>>| queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-    let perform = |next: &dyn Fn() -> Option<Program>| {
+    let lane = |next: &dyn Fn() -> Option<Program>| {
         let mut outcomes = Vec::new();
         while let Some(program) = next() {
             let mut command = Command::new(&program.path);
@@ -60,14 +60,14 @@ pub(super) fn run(programs: Vec<Program>, prepare: impl Fn(&mut Command) + Sync)
         Ok(outcomes)
     };
     let outcomes = thread::scope(|scope| {
-        let first = scope.spawn(|| perform(&|| take(&heavy).or_else(|| take(&light))));
-        let second = perform(&|| take(&light));
+        let first = scope.spawn(|| lane(&|| take(&heavy).or_else(|| take(&light))));
+        let second = lane(&|| take(&light));
         let first: Result<Vec<Outcome>> = first.join().expect("the lane does not panic");
         let mut outcomes = first?;
         outcomes.extend(second?);
         anyhow::Ok(outcomes)
     })?;
-    report(&outcomes)
+    report(&outcomes, &logs)
 }
 
 /// Those that load every processor, in the order of [`HEAVY`], and the others.
@@ -91,24 +91,19 @@ fn perform(command: &mut Command, name: String, log: PathBuf) -> Result<Outcome>
     Ok(Outcome { name, log, took: started.elapsed(), is_passed: status.success() })
 }
 
-/// Shows what those that failed have printed, last, and fails if there are such.
-fn report(outcomes: &[Outcome]) -> Result<()> {
+/// Shows what those that failed have printed, last, and fails if there are such; what all have printed is in `logs`.
+fn report(outcomes: &[Outcome], logs: &Path) -> Result<()> {
     let failed: Vec<&Outcome> = outcomes.iter().filter(|outcome| !outcome.is_passed).collect();
     for outcome in &failed {
         let printed = fs::read(&outcome.log).unwrap_or_default();
         eprintln!("\n== {}\n{}", outcome.name, String::from_utf8_lossy(&printed));
     }
     if failed.is_empty() {
-        eprintln!("{} programs passed; what they printed is in {}", outcomes.len(), logs_of(outcomes));
+        eprintln!("{} programs passed; what they printed is in {}", outcomes.len(), logs.display());
         return Ok(());
     }
     let names: Vec<&str> = failed.iter().map(|outcome| outcome.name.as_str()).collect();
     bail!("{} of {} programs with tests failed: {}", failed.len(), outcomes.len(), names.join(", "));
-}
-
-fn logs_of(outcomes: &[Outcome]) -> String {
-    let folder = outcomes.first().and_then(|outcome| outcome.log.parent());
-    folder.map(|folder| folder.display().to_string()).unwrap_or_default()
 }
 
 #[cfg(test)]
