@@ -54,6 +54,17 @@ pub fn ping(mut stream: &TcpStream, message: &[u8]) -> io::Result<()> {
     if answer == message { Ok(()) } else { Err(io::Error::other("the echo differs from the message")) }
 }
 
+/// Reads once, and again where a signal interrupts it. The kernel does not take up a read with a time-out by itself, and any thread
+/// may be told of a child's end: an agent that is killed while another thread has its signals blocked, as for a new thread.
+pub fn read(mut stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match stream.read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            read => return read,
+        }
+    }
+}
+
 /// Reads one line, without its end. Reads no byte beyond it.
 pub fn read_line(stream: &TcpStream) -> io::Result<String> {
     let mut line = String::new();
@@ -84,17 +95,16 @@ pub enum End {
 }
 
 /// Reads until the connection ends, for at most `timeout` between two pieces of data.
-pub fn end(mut stream: &TcpStream, timeout: Duration) -> io::Result<End> {
+pub fn end(stream: &TcpStream, timeout: Duration) -> io::Result<End> {
     stream.set_read_timeout(Some(patient(timeout)))?;
     let mut buffer = [0; 4096];
     loop {
-        match stream.read(&mut buffer) {
+        match read(stream, &mut buffer) {
             Ok(0) => return Ok(End::Fin),
             Ok(_) => {}
             Err(error) => match error.kind() {
                 io::ErrorKind::ConnectionReset => return Ok(End::Reset),
                 io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => return Ok(End::Open),
-                io::ErrorKind::Interrupted => {}
                 _ => return Err(error),
             },
         }

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 
-use crate::client::End;
-use crate::client::TIMEOUT;
+use crate::client::{self, End, TIMEOUT};
 use crate::netns::NetNs;
 use crate::random;
 use crate::wait::patient;
@@ -114,7 +114,7 @@ where
 pub fn echo(mut stream: &TcpStream) -> io::Result<()> {
     let mut buffer = [0; 16 * 1024];
     loop {
-        match stream.read(&mut buffer)? {
+        match client::read(stream, &mut buffer)? {
             0 => return stream.shutdown(Shutdown::Write),
             size => stream.write_all(&buffer[..size])?,
         }
@@ -125,7 +125,7 @@ pub fn echo(mut stream: &TcpStream) -> io::Result<()> {
 pub fn echo_to_end(mut stream: &TcpStream) -> io::Result<End> {
     let mut buffer = [0; 4096];
     loop {
-        match stream.read(&mut buffer) {
+        match client::read(stream, &mut buffer) {
             Ok(0) => return Ok(End::Fin),
             Ok(size) => stream.write_all(&buffer[..size])?,
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(End::Reset),
@@ -160,8 +160,7 @@ pub fn digest(mut stream: &TcpStream) -> io::Result<()> {
 pub fn hold(stream: &TcpStream) -> io::Result<()> {
     let deadline =
         Timespec { tv_sec: i64::try_from(patient(TIMEOUT).as_secs()).unwrap_or(i64::MAX), tv_nsec: 0 };
-    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
-    poll(&mut fds, Some(&deadline))?;
+    retry_on_intr(|| poll(&mut [PollFd::new(stream, PollFlags::RDHUP)], Some(&deadline)))?;
     Ok(())
 }
 

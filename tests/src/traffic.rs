@@ -1,6 +1,6 @@
 //! Connections that carry data in both directions for as long as a test likes.
 
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use sha2::{Digest as _, Sha256};
 
+use crate::client;
 use crate::random::{self, Random};
 use crate::wait::wait_until;
 
@@ -113,11 +114,11 @@ fn send(mut stream: &TcpStream, seed: u64, stop: &AtomicBool) -> io::Result<([u8
     Ok((hash.finalize().into(), length))
 }
 
-fn receive(mut stream: &TcpStream, received: &AtomicU64) -> io::Result<([u8; 32], u64)> {
+fn receive(stream: &TcpStream, received: &AtomicU64) -> io::Result<([u8; 32], u64)> {
     let mut hash = Sha256::new();
     let mut block = vec![0; 2 * BLOCK];
     loop {
-        match stream.read(&mut block)? {
+        match client::read(stream, &mut block)? {
             0 => return Ok((hash.finalize().into(), received.load(Ordering::Relaxed))),
             size => {
                 hash.update(&block[..size]);

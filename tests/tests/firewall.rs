@@ -2,7 +2,7 @@
 //! promoted connections, it has seen the beginnings alone.
 
 use std::fmt::Write as _;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::mpsc::{self, Receiver};
@@ -83,7 +83,7 @@ fn told() -> (impl Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static, Rec
 fn serve(mut stream: &TcpStream) -> End {
     let mut buffer = vec![0; 64 << 10];
     loop {
-        let echoed = stream.read(&mut buffer).and_then(|size| match &buffer[..size] {
+        let echoed = client::read(stream, &mut buffer).and_then(|size| match &buffer[..size] {
             [] => Ok(Some(End::Fin)),
             [STALL, ..] => {
                 let error = wait_for(LONG, || stream.take_error().ok().flatten());

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use forwarder_tests::agent::binary;
-use forwarder_tests::client::TIMEOUT;
+use forwarder_tests::client::{self, TIMEOUT};
 use forwarder_tests::database::require_program;
 use forwarder_tests::fixture::{ENDPOINT_PORT, Forwarding, LISTENER_PORT};
 use forwarder_tests::peer::Server;
@@ -108,7 +108,7 @@ fn one_streams_throughput_is_not_below_haproxys() {
         let mut buffer = vec![0; BLOCK];
         let mut left = SIZE;
         while left > 0 {
-            match stream.read(&mut buffer)? {
+            match client::read(stream, &mut buffer)? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 size => left -= size,
             }
@@ -117,7 +117,7 @@ fn one_streams_throughput_is_not_below_haproxys() {
     })
     .unwrap();
     contest.compare("Mbit/s of one stream", |client, address| {
-        let mut stream = forwarder_tests::client::connect(client, address).expect("connect");
+        let mut stream = client::connect(client, address).expect("connect");
         let block = vec![0; BLOCK];
         let start = Instant::now();
         for _ in 0..SIZE / BLOCK {
@@ -180,7 +180,7 @@ fn one_request(address: SocketAddr) -> io::Result<()> {
     stream.write_all(b"x")?;
     stream.read_exact(&mut [0])?;
     // The server's end comes before ours.
-    match stream.read(&mut [0])? {
+    match client::read(&stream, &mut [0])? {
         0 => Ok(()),
         _ => Err(io::Error::other("more than one byte")),
     }
@@ -195,10 +195,10 @@ fn the_forwarder_adds_little_to_a_round_trip() {
     let _guard = serialise(&HEAVY);
     let forwarding = Forwarding::start(&[], forwarder_tests::peer::echo).unwrap();
     let measure = |address| {
-        let stream = forwarder_tests::client::connect(&forwarding.topology.client, address).unwrap();
+        let stream = client::connect(&forwarding.topology.client, address).unwrap();
         let start = Instant::now();
         for _ in 0..MESSAGES {
-            forwarder_tests::client::ping(&stream, b"x").unwrap();
+            client::ping(&stream, b"x").unwrap();
         }
         start.elapsed() / MESSAGES
     };

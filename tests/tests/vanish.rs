@@ -72,7 +72,7 @@ fn who_writes_to_a_host_that_has_vanished_is_told_after_the_same_time_at_every_t
         let vanished = Instant::now();
         stream.write_all(b"is anybody there?").expect("it goes into a buffer");
         stream.set_read_timeout(Some(PATIENCE + SLACK)).expect("an option");
-        let told = stream.read(&mut [0; 100]);
+        let told = client::read(&stream, &mut [0; 100]);
         let after = vanished.elapsed();
         println!("{tier}, {family:?}: {told:?} after {after:?}");
         let is_reset = told.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionReset);
@@ -99,7 +99,7 @@ fn who_only_does_not_read_for_long_keeps_its_connection() {
             let mut read = 0;
             let mut buffer = vec![0; 1 << 20];
             while read < MUCH {
-                match stream.read(&mut buffer)? {
+                match client::read(stream, &mut buffer)? {
                     0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                     more => read += more,
                 }

@@ -5,6 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
+use forwarder_tests::client;
 use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
 use forwarder_tests::peer::Server;
 use forwarder_tests::shape::stage::Family;
@@ -28,7 +29,7 @@ fn start(family: Family, tier: &str, memory: &str) -> Forwarding {
     };
     let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).expect("manifests");
     let server = Server::start(&topology.backend1, endpoint, |mut stream| {
-        while stream.read(&mut [0])? == 1 {
+        while client::read(stream, &mut [0])? == 1 {
             stream.write_all(&vec![7; ANSWER])?;
         }
         Ok(())

@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::SockRef;
 
 use super::content::{BLOCK, Content};
 use super::{Shape, Step};
+use crate::client;
 use crate::random;
 use crate::wait::patient;
 
@@ -135,7 +136,7 @@ impl Player<'_> {
         let own = self.received.digest();
         let hex = random::hex;
         ensure!(digest == own, "the SHA-256 are {} there and {} here", hex(digest), hex(own));
-        let more = stream.read(&mut self.buffer).context("wait for the end")?;
+        let more = client::read(stream, &mut self.buffer).context("wait for the end")?;
         ensure!(more == 0, "{more} bytes more than were sent");
         Ok(())
     }
@@ -204,7 +205,7 @@ impl Player<'_> {
         flags.set(PollFlags::OUT, to_send);
         flags.set(PollFlags::IN, to_receive);
         let timeout = Timespec::try_from(patient(PATIENCE))?;
-        let ready = poll(&mut [PollFd::new(self.stream, flags)], Some(&timeout))?;
+        let ready = retry_on_intr(|| poll(&mut [PollFd::new(self.stream, flags)], Some(&timeout)))?;
         ensure!(ready > 0, "nothing moved for {PATIENCE:?}");
         Ok(())
     }
