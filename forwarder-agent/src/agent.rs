@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use forwarder_common::sockmap::STREAMS_CAPACITY;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::signal::unix::SignalKind;
+use tokio::signal::unix::{SignalKind, signal};
 
 use self::control::Control;
 use self::kernel::{Kernel, find_listener, inherit, promote_after};
@@ -22,6 +22,7 @@ use crate::datapath::interfaces::smallest_mtu;
 use crate::listener::ListenSettings;
 use crate::live::LiveConnections;
 use crate::model::ListenerSettings;
+use crate::problem::Severity;
 use crate::reconciler::{InForce, Reconciler, SocketState};
 use crate::relay::Tier;
 use crate::report::{InputProblems, Report};
@@ -35,7 +36,7 @@ use crate::switches::Switches;
 use crate::upstream::ConnectSettings;
 use crate::view::{self, DatapathTiers, TierState, TierView};
 use crate::worker::{WorkerSettings, Workers};
-use crate::{metrics, reconciler};
+use crate::{metrics, panics, reconciler};
 
 pub use self::input::ClusterHealth;
 pub use self::sockmap::SockmapCell;
@@ -55,6 +56,9 @@ pub enum AgentError {
     /// The Kubernetes API is the source, and nothing says where it is.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// It has ended by itself, and in order.
+    #[error("BUG: the configuration source has stopped; please report it with the log")]
+    SourceStopped,
 }
 
 /// What the admin endpoint reads.
@@ -92,8 +96,15 @@ impl Shared {
             let what = if self.cluster.is_some() { "the Kubernetes API has" } else { "the manifests have" };
             return vec![format!("{what} not been read yet")];
         }
+        // In a cluster, somebody else's mistake must not make every agent look broken.
+        let problems = if self.cluster.is_none() { report.input.list() } else { Vec::new() };
+        let first_error = problems.into_iter().find(|problem| problem.severity == Severity::Error);
         drop(report);
-        let failures = self.in_force().bind_failures();
+        let in_force = self.in_force();
+        if let Some(error) = first_error.filter(|_| in_force.table.listeners.is_empty()) {
+            return vec![format!("nothing is served: {error}")];
+        }
+        let failures = in_force.bind_failures();
         failures.iter().map(|failure| format!("listener {}: {}", failure.listener, failure.message)).collect()
     }
 
@@ -223,8 +234,9 @@ pub fn max_connections(files: u64) -> usize {
 /// Runs an agent until SIGTERM or SIGINT, and drains it then.
 ///
 /// # Errors
-/// It cannot start.
+/// It cannot start, or has ended by a bug.
 pub fn run(settings: Settings) -> Result<(), AgentError> {
+    panics::end_the_process();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let ended = runtime.block_on(run_until_signalled(settings));
     // A read that hangs, on a dead network mount say, must not keep the process.
@@ -234,7 +246,9 @@ pub fn run(settings: Settings) -> Result<(), AgentError> {
 
 async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
     let mut signals = Signals::listen()?;
+    let hangup = signal(SignalKind::hangup())?;
     let input = input::open(&settings).await?;
+    tokio::spawn(leaving::read_at_hangup(hangup, input.again));
     let kernel = Kernel::load(&settings).await;
     let segment_size = Arc::new(SegmentSize::default());
     if let (Some(interfaces), Some(_)) = (&kernel.interfaces, &kernel.promoter) {
@@ -304,20 +318,24 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         segment_size,
     };
     let signal = tokio::select! {
-        () = control.follow(input.loaded, kernel.interfaces, kernel.routes) => SignalKind::terminate(),
-        signal = signals.next() => signal,
+        () = control.follow(input.loaded, kernel.interfaces, kernel.routes) => None,
+        signal = signals.next() => Some(signal),
     };
     // Another agent is to write the statuses: the Lease is given back at once.
     drop(control.outcome.take());
-    let leaving = Leaving { signal, promoter: kernel.promoter, sockmap, window: settings.drain_timeout };
+    let leaving = Leaving {
+        signal: signal.unwrap_or(SignalKind::terminate()),
+        promoter: kernel.promoter,
+        sockmap,
+        window: settings.drain_timeout,
+    };
     leaving.end(&mut signals, control.reconciler, &shared).await;
     if let (Some(pairs), Some(thread)) = (&shared.connections.pairs, pairs_thread) {
         pairs.stop();
         thread.thread().unpark();
-        // A panic of the thread has been printed.
         let _ = thread.join();
     }
-    Ok(())
+    signal.map(drop).ok_or(AgentError::SourceStopped)
 }
 
 /// Raises the limit on open files as far as this process may, and returns it.

@@ -3,6 +3,7 @@
 mod clocks;
 mod insertion;
 pub(crate) mod listing;
+mod orders;
 mod promotion;
 mod relaying;
 mod tail;
@@ -16,7 +17,6 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
-use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use crate::counters::{ConnectFailure, End};
@@ -27,11 +27,13 @@ use crate::promote::Refusal;
 use crate::promote::clock::Clock;
 use crate::promote::tcp_info::Silence;
 use crate::record::Record;
-use crate::relay::{Moved, Tier};
+use crate::relay::{Moved, Tier, deliver_on_close};
 use crate::removal::Standing;
 use crate::upstream::{self, Upstream};
 use crate::worker::Worker;
 
+pub(crate) use self::orders::Order;
+use self::orders::Orders;
 use self::relaying::Relay;
 
 /// How often it is looked in the time that a peer may say nothing whether it does.
@@ -75,21 +77,9 @@ pub(crate) struct Connection {
     is_in_tail: Cell<bool>,
     /// Why it was not promoted when it was due.
     refusal: Cell<Option<Refusal>>,
-    order: Cell<Option<Order>>,
+    /// What it has been told and has not done yet.
+    orders: Cell<Orders>,
     waker: RefCell<Option<Waker>>,
-}
-
-/// What a worker wants of a connection.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Order {
-    /// See whether a peer has reset a side that is not being read, or does not answer any more.
-    Look,
-    /// Set keepalive on the upstream side and note its local address: short connections are spared the system calls.
-    KeepAlive,
-    /// Join the two sides in the kernel, whatever has moved.
-    Promote,
-    /// Reset both sides.
-    End(End),
 }
 
 impl Connection {
@@ -134,14 +124,14 @@ impl Connection {
             silences: <[Cell<Silence>; 2]>::default(),
             is_in_tail: Cell::new(false),
             refusal: Cell::new(None),
-            order: Cell::new(None),
+            orders: Cell::default(),
             waker: RefCell::new(None),
         }
     }
 
     /// Tells the connection's task to do something the next time that it runs, which is soon.
     pub(crate) fn order(&self, order: Order) {
-        self.order.set(Some(order));
+        self.orders.set(self.orders.get().with(order));
         if let Some(waker) = self.waker.borrow().as_ref() {
             waker.wake_by_ref();
         }
@@ -243,7 +233,8 @@ impl Connection {
     }
 }
 
-/// Serves one accepted connection to its end, or until the kernel has taken it over.
+/// Serves one accepted connection to its end, or until the kernel has taken it over. Its sockets close with a reset unless both
+/// directions have ended: see [`reset_on_close`](crate::relay::reset_on_close).
 pub(crate) async fn serve(worker: Rc<Worker>, downstream: TcpStream, connection: Rc<Connection>) {
     let end = match choose(&connection) {
         Ok(upstream) => forward(&worker, &downstream, upstream, &connection).await,
@@ -251,9 +242,8 @@ pub(crate) async fn serve(worker: Rc<Worker>, downstream: TcpStream, connection:
     };
     let Some(end) = end else { return };
     connection.set_end(end);
-    // The side that was reset is closed already.
-    if !matches!(end, End::Finished | End::DownstreamReset) {
-        reset(&downstream);
+    if end == End::Finished {
+        deliver_on_close(&downstream);
     }
 }
 
@@ -298,8 +288,8 @@ async fn forward(
         record.upstream = Some((backend, endpoint));
     }
     let end = carry(worker, downstream, &upstream, settings.datapath, connection).await;
-    if end.is_some_and(|end| !matches!(end, End::Finished | End::UpstreamReset)) {
-        reset(&upstream);
+    if end == Some(End::Finished) {
+        deliver_on_close(&upstream);
     }
     end
 }
@@ -330,10 +320,4 @@ async fn carry(
 
 fn log_connect_failure(backend: &Upstream, failure: ConnectFailure) {
     tracing::debug!(backend = %backend.key, reason = failure.as_str(), "no endpoint could be connected");
-}
-
-/// Makes the close of `stream`, which follows, a reset: the peer must not take a cut stream for a whole one.
-fn reset(stream: &TcpStream) {
-    // Fails only on a socket that is gone already.
-    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }

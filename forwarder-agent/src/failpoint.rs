@@ -2,7 +2,7 @@
 //!
 //! Only with the feature `failpoints`, which no release has: without it, nothing of this is compiled. The environment
 //! variable `FORWARDER_FAILPOINTS` names a folder. Where a file `STEP.stop` stands in it when the agent comes to a step, the
-//! agent makes the file `STEP.reached` and goes on once `STEP.stop` is gone.
+//! agent makes the file `STEP.reached` and goes on once `STEP.stop` is gone. Where `STEP.panic` stands there, it panics.
 
 #[cfg(feature = "failpoints")]
 pub(crate) use self::stopping::{block, reached};
@@ -47,6 +47,7 @@ mod stopping {
         /// Says that the step is reached, where the agent is to stop there.
         fn at(step: &str) -> Option<Self> {
             let folder: &Path = FOLDER.as_deref()?;
+            assert!(!folder.join(format!("{step}.panic")).exists(), "told to panic at {step}");
             let file = folder.join(format!("{step}.stop"));
             if !file.exists() {
                 return None;

@@ -22,6 +22,7 @@ pub mod manifests;
 pub mod metrics;
 pub mod model;
 pub mod pairs;
+mod panics;
 pub mod plan;
 pub mod problem;
 pub mod promote;

@@ -69,18 +69,14 @@ pub struct ListenSettings {
     pub segment_size: Arc<SegmentSize>,
 }
 
-/// Binds one socket for each worker (`SO_REUSEPORT`), and starts listening.
+/// Binds one socket for each worker (`SO_REUSEPORT`); [`listen`] opens the port.
 ///
 /// The options that connections need are set here: on Linux an accepted socket inherits them.
 ///
 /// # Errors
 /// What the kernel said, such as `EADDRINUSE` where another process holds the port, even one that set `SO_REUSEPORT`
 /// itself, or `EADDRNOTAVAIL` where this node does not have the address.
-pub fn bind(
-    key: ListenerKey,
-    workers: usize,
-    settings: &ListenSettings,
-) -> io::Result<Vec<std::net::TcpListener>> {
+pub fn bind(key: ListenerKey, workers: usize, settings: &ListenSettings) -> io::Result<Vec<Socket>> {
     let (address, first) = match bind_first(key.socket_address(), key.address) {
         // A node without IPv6.
         Err(error)
@@ -103,9 +99,20 @@ pub fn bind(
         socket.set_tcp_nodelay(true)?;
         settings.segment_size.apply(socket)?;
         relay::prepare(socket)?;
+        relay::reset_on_close(socket)?;
         if let Some(idle) = settings.keepalive {
             socket.set_tcp_keepalive(&keepalive(idle))?;
         }
+    }
+    Ok(sockets)
+}
+
+/// Has sockets of [`bind`] take connections.
+///
+/// # Errors
+/// What the kernel said.
+pub fn listen(sockets: Vec<Socket>) -> io::Result<Vec<std::net::TcpListener>> {
+    for socket in &sockets {
         socket.listen(BACKLOG)?;
     }
     Ok(sockets.into_iter().map(Into::into).collect())
@@ -160,14 +167,14 @@ mod tests {
     #[test]
     fn two_agents_do_not_share_a_port() {
         let key = ListenerKey { address: BindAddress::Any, port: free_port() };
-        let _first = bind(key, 2, &ListenSettings::default()).unwrap();
+        let _first = listen(bind(key, 2, &ListenSettings::default()).unwrap()).unwrap();
         assert_eq!(bind(key, 2, &ListenSettings::default()).unwrap_err().kind(), io::ErrorKind::AddrInUse);
     }
 
     #[test]
     fn any_address_takes_both_families() {
         let key = ListenerKey { address: BindAddress::Any, port: free_port() };
-        let _sockets = bind(key, 1, &ListenSettings::default()).unwrap();
+        let _sockets = listen(bind(key, 1, &ListenSettings::default()).unwrap()).unwrap();
         for ip in ["127.0.0.1", "::1"] {
             let address = SocketAddr::new(ip.parse().unwrap(), key.port.get());
             std::net::TcpStream::connect_timeout(&address, Duration::from_secs(5)).unwrap();

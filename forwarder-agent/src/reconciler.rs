@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::SocketAddr;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -170,6 +171,34 @@ fn backend_keys(listener: &Listener) -> impl Iterator<Item = &BackendKey> {
     })
 }
 
+/// Logs how the endpoints of a backend change; both lists are sorted.
+fn log_endpoints(backend: &BackendKey, before: &[SocketAddr], after: &[SocketAddr]) {
+    let missing_in = |these: &[SocketAddr], others: &[SocketAddr]| {
+        these.iter().filter(|one| others.binary_search(one).is_err()).count()
+    };
+    let (come, gone) = (missing_in(after, before), missing_in(before, after));
+    tracing::info!(backend = %backend, come, gone, endpoints = after.len(), "the endpoints of a backend have changed");
+}
+
+/// Logs how the route of a listener changes.
+fn log_route(before: Option<&Listener>, after: &Listener) {
+    let route = |listener: &Listener| listener.route.as_ref().map(|route| route.name.clone());
+    let listener = &after.name;
+    match (before.and_then(route), route(after)) {
+        (Some(route), None) => {
+            tracing::warn!(%listener, %route, "a listener has lost its route: its connections are reset");
+        }
+        (None, Some(route)) => tracing::info!(%listener, %route, "a listener has got a route"),
+        (Some(former), Some(route)) if former != route => {
+            tracing::info!(%listener, %route, %former, "another route serves a listener");
+        }
+        (Some(route), Some(_)) if before.map(|before| &before.route) != Some(&after.route) => {
+            tracing::info!(%listener, %route, "the backends of a listener's route have changed");
+        }
+        (Some(_), Some(_)) | (None, None) => {}
+    }
+}
+
 /// Why a listener is not bound, in words, with the number that programs look for.
 fn bind_message(key: ListenerKey, error: &io::Error) -> String {
     match Errno::from_io_error(error) {
@@ -244,6 +273,7 @@ impl Reconciler {
             Op::RemoveListener(_) => {}
             Op::SetEndpoints { backend, endpoints } => {
                 if let Some(upstream) = in_force.upstreams.get(backend) {
+                    log_endpoints(backend, &upstream.endpoints.load(), endpoints);
                     upstream.set_endpoints(endpoints);
                     for key in in_force.users.get(backend).cloned().unwrap_or_default() {
                         in_force.write_backends(key);
@@ -259,6 +289,7 @@ impl Reconciler {
             }
             Op::UpdateListener { key, listener } => {
                 let old = in_force.table.listeners.get(key).cloned();
+                log_route(old.as_ref(), listener);
                 in_force.set_users(*key, old.as_ref(), Some(listener));
                 let serving = in_force.serving(listener);
                 if let Some(SocketState::Bound(bound)) = in_force.sockets.get(key) {
@@ -273,12 +304,18 @@ impl Reconciler {
     }
 
     fn bind(&self, in_force: &mut InForce, key: ListenerKey, listener: &Listener) {
+        // A port that cannot be had is tried for ever: it costs no number, and nothing is written for it.
         let id = ListenerId(in_force.next_id);
-        in_force.next_id += 1;
-        // Known to the kernel before the port is open, so that the first SYN is counted.
-        in_force.with_datapath(|datapath| datapath.set_listener(key, id, ListenerState::Ready));
-        let state = match listener::bind(key, self.workers.count(), &self.settings) {
+        let opened = listener::bind(key, self.workers.count(), &self.settings).and_then(|sockets| {
+            // Known to the kernel before the port is open, so that the first SYN is counted.
+            in_force.with_datapath(|datapath| datapath.set_listener(key, id, ListenerState::Ready));
+            listener::listen(sockets).inspect_err(|_| {
+                in_force.with_datapath(|datapath| datapath.remove_listener(key, id));
+            })
+        });
+        let state = match opened {
             Ok(sockets) => {
+                in_force.next_id += 1;
                 let bound = Arc::new(BoundListener {
                     id,
                     key,
@@ -292,7 +329,6 @@ impl Reconciler {
                 SocketState::Bound(bound)
             }
             Err(error) => {
-                in_force.with_datapath(|datapath| datapath.remove_listener(key, id));
                 let told = match in_force.sockets.get(&key) {
                     Some(SocketState::Failed(former)) => former.raw_os_error() == error.raw_os_error(),
                     Some(SocketState::Bound(_)) | None => false,
@@ -326,13 +362,16 @@ impl Reconciler {
         }
     }
 
-    /// Tries again to bind what could not be bound; tells whether anything changed.
-    pub fn retry(&self) -> bool {
+    /// Tries again to bind what could not be bound, where the node lacks an address only if `addresses_changed`; tells whether
+    /// anything changed.
+    pub fn retry(&self, addresses_changed: bool) -> bool {
         let mut in_force = self.lock();
+        let is_due =
+            |error: &io::Error| addresses_changed || Errno::from_io_error(error) != Some(Errno::ADDRNOTAVAIL);
         let failed: Vec<_> = in_force
             .sockets
             .iter()
-            .filter(|(_, state)| matches!(state, SocketState::Failed(_)))
+            .filter(|(_, state)| matches!(state, SocketState::Failed(error) if is_due(error)))
             .map(|(key, _)| *key)
             .collect();
         let mut changed = false;
@@ -523,7 +562,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_port_that_becomes_free_is_bound_at_the_next_attempt() {
-        let (reconciler, _) = reconciler(false);
+        let (reconciler, told) = reconciler(false);
         let holder = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let a = port(holder.local_addr().unwrap().port());
         let mut table = RouteTable::default();
@@ -531,9 +570,16 @@ mod tests {
         reconciler.apply(&table).await;
         let failures = reconciler.lock().bind_failures();
         assert!(failures[0].message.contains("EADDRINUSE"), "{failures:?}");
-        assert!(!reconciler.retry());
+        // However often it is tried, nothing is used up, and nothing stands in the maps.
+        for _ in 0..3 {
+            assert!(!reconciler.retry(true));
+        }
+        assert_eq!(told.lock().unwrap().listeners, BTreeMap::new());
+        let next_id = reconciler.lock().next_id;
         drop(holder);
-        assert!(reconciler.retry());
+        assert!(reconciler.retry(false));
+        assert_eq!(ids(&reconciler)[&key(a)], ListenerId(next_id));
+        assert_eq!(next_id, 1);
         ping(a);
     }
 }

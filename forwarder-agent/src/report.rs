@@ -46,20 +46,32 @@ impl Report {
         problems
     }
 
-    /// Replaces the problems of the input, and logs those that are new.
+    /// Replaces the problems of the input, and logs those that are new, and those that are over.
     pub fn set_input(&mut self, input: InputProblems) {
-        for problem in input.not_in(&self.input) {
-            log(&problem);
-        }
+        log_changes(&self.input.not_in(&input), &input.not_in(&self.input));
         self.input = input;
     }
 
-    /// Replaces the problems of listeners, and logs those that are new.
+    /// Replaces the problems of listeners, and logs those that are new, and those that are over.
     pub fn set_bind_problems(&mut self, problems: Vec<Problem>) {
-        for problem in problems.iter().filter(|problem| !self.bind_problems.contains(problem)) {
-            log(problem);
-        }
+        log_changes(&self.bind_problems, &problems);
         self.bind_problems = problems;
+    }
+}
+
+/// Logs what differs between the problems of `before` and of `after`; one that only stands at another line does not.
+fn log_changes<'a>(
+    before: impl IntoIterator<Item = &'a Problem> + Copy,
+    after: impl IntoIterator<Item = &'a Problem> + Copy,
+) {
+    let placeless = |problem: &Problem| Problem { location: None, ..problem.clone() };
+    let (were, are): (HashSet<Problem>, HashSet<Problem>) =
+        (before.into_iter().map(placeless).collect(), after.into_iter().map(placeless).collect());
+    for problem in before.into_iter().filter(|problem| !are.contains(&placeless(problem))) {
+        tracing::info!(reason = problem.reason.as_str(), "solved: {problem}");
+    }
+    for problem in after.into_iter().filter(|problem| !were.contains(&placeless(problem))) {
+        log(problem);
     }
 }
 

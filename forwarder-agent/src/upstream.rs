@@ -5,7 +5,7 @@ mod port;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -39,6 +39,8 @@ pub struct Upstream {
     /// What was counted.
     pub counters: PerWorker<BackendCounters>,
     turn: AtomicUsize,
+    /// Whether no endpoint could be connected the last time that one was wanted.
+    is_down: AtomicBool,
 }
 
 impl Upstream {
@@ -49,12 +51,33 @@ impl Upstream {
             endpoints: ArcSwap::from_pointee(endpoints.to_vec()),
             counters: PerWorker::new(workers),
             turn: AtomicUsize::new(0),
+            is_down: AtomicBool::new(false),
         }
     }
 
     /// Replaces the endpoints; what becomes of connections to former ones, their listeners decide.
     pub fn set_endpoints(&self, endpoints: &Endpoints) {
         self.endpoints.store(Arc::new(endpoints.to_vec()));
+    }
+
+    /// Notes that an endpoint was connected; logs it where none could be before.
+    fn is_reached(&self, endpoint: SocketAddr) {
+        if self.is_down.load(Ordering::Relaxed) && self.is_down.swap(false, Ordering::Relaxed) {
+            tracing::info!(backend = %self.key, %endpoint, "the backend is reached again");
+        }
+    }
+
+    /// Notes that no endpoint could be connected; logs it the first time.
+    fn is_not_reached(&self, endpoint: SocketAddr, error: &io::Error) {
+        if !self.is_down.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                backend = %self.key,
+                %endpoint,
+                reason = classify(error).as_str(),
+                %error,
+                "no endpoint of the backend can be connected: its clients are reset until one can"
+            );
+        }
     }
 }
 
@@ -120,7 +143,10 @@ pub async fn connect(
             return Err(None);
         };
         match connect_patiently(*endpoint, settings, turn, connect_timeout).await {
-            Ok(stream) => return Ok((stream, *endpoint)),
+            Ok(stream) => {
+                backend.is_reached(*endpoint);
+                return Ok((stream, *endpoint));
+            }
             Err(error) => {
                 let failure = classify(&error);
                 backend.counters.of(worker).failures[failure as usize].add(1);
@@ -131,7 +157,7 @@ pub async fn connect(
                     error = %error,
                     "cannot connect to endpoint"
                 );
-                last = Some(failure);
+                last = Some((failure, *endpoint, error));
                 // The only endpoint is tried again once where it refused: it may just be restarting its listener.
                 if endpoints.len() == 1 && failure != ConnectFailure::Refused {
                     break;
@@ -139,7 +165,9 @@ pub async fn connect(
             }
         }
     }
-    Err(last)
+    let Some((failure, endpoint, error)) = last else { return Err(None) };
+    backend.is_not_reached(endpoint, &error);
+    Err(Some(failure))
 }
 
 /// One attempt; waits for a local port for as long as `connect_timeout` where none is free.
@@ -185,6 +213,7 @@ fn open(endpoint: SocketAddr, settings: &ConnectSettings) -> io::Result<Socket> 
     socket.set_tcp_quickack(false)?;
     settings.segment_size.apply(&socket)?;
     relay::prepare(&socket)?;
+    relay::reset_on_close(&socket)?;
     Ok(socket)
 }
 

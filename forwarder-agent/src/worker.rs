@@ -3,6 +3,7 @@
 //! Each worker accepts on sockets of its own (`SO_REUSEPORT`) and relays what it accepted without crossing to another
 //! core. Only where the kernel's spreading left it with more connections than its neighbours does it hand a new one over.
 
+mod accepting;
 mod connections;
 
 use std::cell::{Cell, RefCell, RefMut};
@@ -16,7 +17,6 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
-use rustix::io::Errno;
 use slab::Slab;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
@@ -41,15 +41,12 @@ pub const SWEEP_PERIOD: Duration = Duration::from_millis(250);
 pub(crate) const DRAIN_SWEEP_PERIOD: Duration = Duration::from_millis(20);
 /// Which part of the drain window is left for closing what has not ended by itself.
 const DRAIN_CLOSING_SHARE: f64 = 0.25;
-/// How many connections a worker accepts before it lets the ones that it has run.
-const ACCEPT_BATCH: usize = 32;
-/// The first and the longest pause of accepting when descriptors have run out.
-const ACCEPT_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
 
 /// The threads beside the workers that write counters: the one of pairs at TC, and the one of tier `sockmap`.
 const KEEPERS: usize = 2;
-/// How often the event loop turns at the very end, so that connections see their last order.
-const ORDERS_TO_RUN: usize = 64;
+/// For how long a worker lets its connections carry out their last order. Those that do not are reset by their sockets' close, but what
+/// is joined in the kernel knows numbers that its sockets do not.
+const LAST_ORDER: Duration = Duration::from_secs(2);
 
 /// Settings that all workers share.
 #[derive(Clone, Default)]
@@ -189,7 +186,6 @@ impl Workers {
     pub fn stop(self) {
         drop(self.commands);
         for thread in self.threads {
-            // A panic of a worker has been printed by its thread.
             let _ = thread.join();
         }
     }
@@ -317,7 +313,12 @@ async fn command_loop(worker: Rc<Worker>, mut commands: mpsc::UnboundedReceiver<
                 Ok(socket) => {
                     let (stop, stopped) = oneshot::channel();
                     accepting.insert(listener.id, stop);
-                    tokio::task::spawn_local(accept(Rc::clone(&worker), socket, listener, stopped));
+                    tokio::task::spawn_local(accepting::accept(
+                        Rc::clone(&worker),
+                        socket,
+                        listener,
+                        stopped,
+                    ));
                 }
                 Err(error) => {
                     tracing::error!(listener = %listener.key, %error, "cannot watch the listener's socket; a worker does not accept on it");
@@ -348,12 +349,13 @@ async fn command_loop(worker: Rc<Worker>, mut commands: mpsc::UnboundedReceiver<
             }
         }
     }
-    // The agent ends: what is left is reset, for a plain close would look like the end of the stream.
+    // The agent ends: what is left is reset.
     accepting.clear();
     for (_, connection) in worker.connections.borrow().iter() {
         connection.order(Order::End(End::Drained));
     }
-    for _ in 0..ORDERS_TO_RUN {
+    let deadline = Instant::now() + LAST_ORDER;
+    while !worker.connections.borrow().is_empty() && Instant::now() < deadline {
         tokio::task::yield_now().await;
     }
 }
@@ -410,72 +412,4 @@ async fn drain(worker: Rc<Worker>, window: Duration, done: oneshot::Sender<()>) 
     }
     // The agent may have stopped waiting.
     let _ = done.send(());
-}
-
-/// Accepts on one listener until told to stop, and then what is left in the backlog.
-async fn accept(
-    worker: Rc<Worker>,
-    socket: TcpListener,
-    listener: Arc<BoundListener>,
-    mut stopped: oneshot::Receiver<oneshot::Sender<()>>,
-) {
-    let mut pause = ACCEPT_PAUSE.0;
-    let mut batch = 0;
-    let done = loop {
-        let accepted = if worker.is_full() {
-            Err(io::Error::other(format!("{} connections are open", worker.settings.max_connections)))
-        } else {
-            tokio::select! {
-                biased;
-                done = &mut stopped => break done,
-                accepted = socket.accept() => accepted,
-            }
-        };
-        match accepted {
-            Ok((downstream, peer)) => {
-                pause = ACCEPT_PAUSE.0;
-                worker.take(downstream, peer, &listener);
-                batch += 1;
-                if batch == ACCEPT_BATCH {
-                    batch = 0;
-                    tokio::task::yield_now().await;
-                }
-            }
-            // The client gave up, or the network reported an earlier error of this one connection (accept(2)).
-            Err(error) if !worker.is_full() && !is_exhaustion(&error) => {}
-            Err(error) => {
-                worker.counters().accept_pauses.add(1);
-                if pause == ACCEPT_PAUSE.0 {
-                    tracing::warn!(
-                        listener = %listener.key,
-                        reason = %error,
-                        "accepting pauses: new connections wait in the backlog; raise the limit on open files"
-                    );
-                }
-                tokio::select! {
-                    done = &mut stopped => break done,
-                    () = sleep(pause) => {}
-                }
-                pause = (pause * 2).min(ACCEPT_PAUSE.1);
-            }
-        }
-    };
-    // Clients whose handshake is done must not be reset by the close of the socket.
-    let Ok(socket) = socket.into_std() else { return };
-    while let Ok((downstream, peer)) = socket.accept() {
-        let accepted = downstream.set_nonblocking(true).and_then(|()| TcpStream::from_std(downstream));
-        match accepted {
-            Ok(downstream) => worker.take(downstream, peer, &listener),
-            Err(error) => tracing::error!(%error, "cannot watch an accepted connection; it is closed"),
-        }
-    }
-    drop(socket);
-    // On a drain nobody waits.
-    if let Ok(done) = done {
-        let _ = done.send(());
-    }
-}
-
-fn is_exhaustion(error: &io::Error) -> bool {
-    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
 }

@@ -34,14 +34,32 @@ pub fn binary() -> PathBuf {
     if let Some(path) = env::var_os("FORWARDER_BIN") {
         return path.into();
     }
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from);
     let built = |profile: &str| {
-        let path = target.join(profile).join("forwarder");
+        let path = target().join(profile).join("forwarder");
         Some((fs::metadata(&path).ok()?.modified().ok()?, path))
     };
     let newest = [built("release"), built("debug")].into_iter().flatten().max();
     newest.expect("no forwarder binary: run `cargo build -p forwarder-agent` or set FORWARDER_BIN").1
+}
+
+/// The agent with failpoints: `FORWARDER_STEPPED_BIN`, or the debug build of the workspace.
+pub fn stepped_binary() -> PathBuf {
+    if let Some(path) = env::var_os("FORWARDER_STEPPED_BIN") {
+        return path.into();
+    }
+    let path = target().join("debug/forwarder-stepped");
+    assert!(
+        path.exists(),
+        "no {}: run `cargo build -p forwarder-agent --features failpoints --bin forwarder-stepped`",
+        path.display()
+    );
+    path
+}
+
+/// Where cargo builds.
+fn target() -> PathBuf {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from)
 }
 
 /// How to start an agent.
@@ -294,6 +312,11 @@ impl Agent {
     /// Asks it to end and to leave nothing behind.
     pub fn interrupt(&mut self) -> Result<()> {
         Ok(self.process.signal(Signal::INT)?)
+    }
+
+    /// Tells it that its terminal is gone, or that it is to read anew: SIGHUP.
+    pub fn hang_up(&mut self) -> Result<()> {
+        Ok(self.process.signal(Signal::HUP)?)
     }
 
     /// Asks it to drain and end.

@@ -19,10 +19,12 @@ use crate::segment_size::SegmentSize;
 use crate::source::Loaded;
 use crate::status::nodes::NodeReport;
 use crate::status::{self, BindFailure};
-use crate::{resolve, view};
+use crate::{panics, resolve, view};
 
 /// How often listeners that could not be bound are tried again.
 const BIND_RETRY: Duration = Duration::from_secs(1);
+/// Every how many times those whose address the node lacks are, where the kernel tells when addresses come.
+const ADDRESS_RETRIES: u32 = 30;
 
 /// How often it is looked whether the programs still hang where they were attached.
 const VERIFICATION: Duration = Duration::from_secs(2);
@@ -51,13 +53,14 @@ impl Control {
     ) {
         let promoter = self.promoter.clone();
         let mut retry = tokio::time::interval(BIND_RETRY);
+        let mut retries = 0_u32;
         let mut verification = tokio::time::interval(VERIFICATION);
         verification.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 changed = loaded.changed() => {
                     if changed.is_err() {
-                        tracing::error!("the source has come to an end, by a bug: the agent leaves for another one");
+                        tracing::error!("BUG: the configuration source has stopped: the agent ends, for another one to be started");
                         return;
                     }
                     let started = Instant::now();
@@ -72,7 +75,7 @@ impl Control {
                 }
                 () = changed(interfaces.as_mut()) => {
                     self.attach(interfaces.as_mut());
-                    self.reconciler.retry();
+                    self.reconciler.retry(true);
                 }
                 () = changed(routes.as_mut()) => {
                     if let Some(promoter) = &promoter {
@@ -93,7 +96,9 @@ impl Control {
                     continue;
                 }
                 _ = retry.tick() => {
-                    if !self.reconciler.retry() {
+                    retries = retries.wrapping_add(1);
+                    let looks_for_addresses = interfaces.is_none() || retries.is_multiple_of(ADDRESS_RETRIES);
+                    if !self.reconciler.retry(looks_for_addresses) {
                         continue;
                     }
                 }
@@ -127,10 +132,14 @@ impl Control {
     async fn resolve(&mut self, loaded: Arc<Loaded>) {
         let (resolver, input) = (self.resolver.clone(), Arc::clone(&loaded));
         // Thousands of routes take a while: health checks are answered meanwhile.
-        match tokio::task::spawn_blocking(move || resolver.resolve(&input)).await {
+        match panics::survived(move || resolver.resolve(&input)).await {
             Ok(resolution) => self.in_force = Some((loaded, resolution)),
             Err(error) => {
-                tracing::error!(%error, "resolving the manifests failed; the former state stays in force");
+                tracing::error!(
+                    %error,
+                    "BUG: the agent cannot resolve the manifests: what was in force stays so, until they change; please report it with the \
+                     manifests"
+                );
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::Resolver;
 use crate::publish::{self, Identity, Outcome, PublishHealth};
@@ -20,6 +20,8 @@ pub(super) struct Input {
     pub(super) outcome: Option<OutcomeSender>,
     /// How the reading and the telling go.
     pub(super) health: Option<ClusterHealth>,
+    /// Has everything read again; nobody listens where an API server tells every change.
+    pub(super) again: Option<Arc<Notify>>,
 }
 
 /// Tells what became of the manifests.
@@ -46,10 +48,11 @@ pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
     match &settings.source {
         SourceSettings::Files(path) => {
             let (updates, loaded) = watch::channel(Arc::default());
-            tokio::spawn(source::watch(FileSource::new(path), updates));
+            let again = Arc::<Notify>::default();
+            tokio::spawn(source::watch(FileSource::new(path), updates, Arc::clone(&again)));
             let resolver = Resolver::for_files(controller, defaults);
             tracing::info!(manifests = %path.display(), "following files");
-            Ok(Input { loaded, resolver, outcome: None, health: None })
+            Ok(Input { loaded, resolver, outcome: None, health: None, again: Some(again) })
         }
         SourceSettings::Kube(settings) => {
             let client = source::kube::connect(settings.kubeconfig.as_deref()).await?;
@@ -68,6 +71,7 @@ pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
                 resolver: Resolver::for_cluster(controller, defaults),
                 outcome: Some(OutcomeSender { node: settings.node_name.clone(), sender }),
                 health: Some(ClusterHealth { source: source.health, publish }),
+                again: None,
             })
         }
     }

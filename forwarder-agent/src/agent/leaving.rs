@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Notify;
 
 use super::Shared;
 use super::sockmap::SockmapTier;
@@ -33,6 +34,19 @@ impl Signals {
         tokio::select! {
             _ = self.term.recv() => SignalKind::terminate(),
             _ = self.int.recv() => SignalKind::interrupt(),
+        }
+    }
+}
+
+/// Has everything read `again` at each SIGHUP: operators send it for that, and so does the end of a terminal, which must not end
+/// the agent.
+pub(super) async fn read_at_hangup(mut hangup: Signal, again: Option<Arc<Notify>>) {
+    while hangup.recv().await.is_some() {
+        if let Some(again) = &again {
+            tracing::info!("SIGHUP: the manifests are read again");
+            again.notify_one();
+        } else {
+            tracing::info!("SIGHUP: nothing has to be read again, since the API server tells every change");
         }
     }
 }

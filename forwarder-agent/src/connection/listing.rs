@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::task::Poll;
 use std::time::Duration;
 
-use super::{Connection, Order};
+use super::Connection;
 use crate::counters::End;
 use crate::model::Datapath;
 use crate::record::Record;
@@ -46,10 +46,7 @@ impl Connection {
     }
 
     fn order_to_end(&self) -> Option<End> {
-        match self.order.get() {
-            Some(Order::End(end)) => Some(end),
-            Some(Order::Look | Order::KeepAlive | Order::Promote) | None => None,
-        }
+        self.orders.get().end
     }
 
     /// Waits until the connection is told to end, while nothing is relayed.

@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
-use super::{Connection, Order};
+use super::Connection;
 use crate::counters::End;
 use crate::promote::tcp_info::Silence;
 use crate::relay::{Direction, Fault, Moved, Tier};
@@ -72,20 +72,22 @@ impl Relay {
     ) -> Poll<End> {
         let Self { request, response, is_first } = self;
         connection.listen(cx);
-        match connection.order.take() {
-            Some(Order::End(end)) => return Poll::Ready(end),
-            Some(Order::Look) if has_failed(downstream, &connection.silences[0], worker) => {
-                return Poll::Ready(End::DownstreamReset);
-            }
-            Some(Order::Look) if has_failed(upstream, &connection.silences[1], worker) => {
-                return Poll::Ready(End::UpstreamReset);
-            }
-            Some(Order::KeepAlive) => {
-                connection.upstream_local.set(upstream.local_addr().ok());
-                set_keepalive(upstream, worker);
-            }
-            Some(Order::Promote) => connection.promote_at.set(connection.promote_at.get().map(|_| 0)),
-            Some(Order::Look) | None => {}
+        let orders = connection.orders.take();
+        if let Some(end) = orders.end {
+            return Poll::Ready(end);
+        }
+        if orders.look && has_failed(downstream, &connection.silences[0], worker) {
+            return Poll::Ready(End::DownstreamReset);
+        }
+        if orders.look && has_failed(upstream, &connection.silences[1], worker) {
+            return Poll::Ready(End::UpstreamReset);
+        }
+        if orders.keep_alive {
+            connection.upstream_local.set(upstream.local_addr().ok());
+            set_keepalive(upstream, worker);
+        }
+        if orders.promote {
+            connection.promote_at.set(connection.promote_at.get().map(|_| 0));
         }
         let (mut received, mut sent) = (Moved::default(), Moved::default());
         let (up, down) = {

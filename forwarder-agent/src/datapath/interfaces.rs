@@ -16,7 +16,8 @@ use tokio::sync::watch;
 
 use crate::model::BindAddress;
 
-/// How long to gather changes before the interfaces are listed again: changes come in bursts.
+/// How long to gather changes before the interfaces are listed once more: changes come in bursts. After the first one they are listed
+/// at once: what arrives by an interface without programs is the stack's, which resets what it has no socket for.
 const SETTLE: Duration = Duration::from_millis(50);
 
 /// Kinds of messages (`linux/rtnetlink.h`) about what may have held a program.
@@ -52,7 +53,7 @@ impl InterfaceKind {
     }
 }
 
-/// A network interface that is up.
+/// A network interface that is up, or has an address and may be soon.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Interface {
     /// Its index.
@@ -65,6 +66,8 @@ pub struct Interface {
     pub addresses: Vec<IpAddr>,
     /// The largest packet that it takes, in bytes from the IP header on.
     pub mtu: u32,
+    /// Whether it is up.
+    pub is_up: bool,
     /// Whether what it receives, the node does not route as received by it, as far as one can see: a port of a bridge or of a
     /// bond hands it on to that one, and a veth without an address is a Pod's, of which a node has hundreds, and used where a
     /// route leads there.
@@ -77,7 +80,9 @@ pub fn smallest_mtu(interfaces: &[Interface]) -> Option<u32> {
     let mtus = || {
         interfaces
             .iter()
-            .filter(|interface| !matches!(interface.kind, InterfaceKind::Loopback | InterfaceKind::Dummy))
+            .filter(|interface| {
+                interface.is_up && !matches!(interface.kind, InterfaceKind::Loopback | InterfaceKind::Dummy)
+            })
             .map(|interface| interface.mtu)
     };
     mtus().min().filter(|least| mtus().any(|mtu| mtu > *least))
@@ -118,7 +123,7 @@ pub fn arrivals(interfaces: &[Interface]) -> impl Iterator<Item = &Interface> {
             InterfaceKind::Loopback | InterfaceKind::Dummy => false,
             InterfaceKind::Ethernet | InterfaceKind::Ip => true,
             // Where there is no program for it, it is told, and nothing is sure any more: but only if it carries IP at all.
-            InterfaceKind::Unsupported(_) => !interface.addresses.is_empty(),
+            InterfaceKind::Unsupported(_) => interface.is_up && !interface.addresses.is_empty(),
         };
         is_of_hosts && !interface.is_inner
     })
@@ -148,7 +153,7 @@ pub enum InterfacesError {
     Closed,
 }
 
-/// Lists the interfaces that are up, sorted by index, and keeps the list current. Receivers are woken also when a queueing
+/// Lists the interfaces that are up or have an address, sorted by index, and keeps the list current. Receivers are woken also when a queueing
 /// discipline or a filter was removed somewhere. The future, to be spawned, ends when the socket fails or all receivers are gone. Needs a tokio runtime.
 ///
 /// # Errors
@@ -173,25 +178,32 @@ pub async fn watch() -> Result<
             };
             let is_removal = |kind| matches!(kind, RTM_DELQDISC | RTM_DELTFILTER);
             let mut has_removals = is_removal(change.header.message_type);
-            let listed = loop {
-                tokio::time::sleep(SETTLE).await;
+            for wait in [Duration::ZERO, SETTLE] {
+                tokio::time::sleep(wait).await;
+                let mut is_told = wait.is_zero();
                 while let Some(Some((change, _))) = changes.next().now_or_never() {
                     has_removals |= is_removal(change.header.message_type);
+                    is_told = true;
                 }
-                match list(&handle).await {
-                    Ok(listed) => break listed,
-                    Err(error) => {
-                        tracing::warn!(%error, "the interfaces are not known anew; trying again");
-                        tokio::time::sleep(RETRY).await;
+                if !is_told {
+                    continue;
+                }
+                let listed = loop {
+                    match list(&handle).await {
+                        Ok(listed) => break listed,
+                        Err(error) => {
+                            tracing::warn!(%error, "the interfaces are not known anew; trying again");
+                            tokio::time::sleep(RETRY).await;
+                        }
                     }
-                }
-            };
-            sender.send_if_modified(|known| {
-                let differs = *known != listed;
-                *known = listed;
-                // The list is the same, but somebody may have removed a program: whoever attaches them is to look.
-                differs || has_removals
-            });
+                };
+                sender.send_if_modified(|known| {
+                    let differs = *known != listed;
+                    *known = listed;
+                    // The list is the same, but somebody may have removed a program: whoever attaches them is to look.
+                    differs || std::mem::take(&mut has_removals)
+                });
+            }
         }
     };
     Ok((receiver, follow))
@@ -226,10 +238,13 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
         links.iter().filter(|link| is_vrf(link)).map(|link| link.header.index).collect();
     let mut interfaces: Vec<_> = links
         .iter()
-        .filter(|link| link.header.flags.contains(LinkFlags::Up))
         .filter_map(|link| {
             let index = link.header.index;
             let addresses: Vec<_> = held.remove(&index).unwrap_or_default().into_iter().collect();
+            let is_up = link.header.flags.contains(LinkFlags::Up);
+            if !is_up && addresses.is_empty() {
+                return None;
+            }
             let is_port = link.attributes.iter().any(|attribute| match attribute {
                 LinkAttribute::Controller(master) => !routers.contains(master),
                 _ => false,
@@ -244,7 +259,7 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
                 LinkAttribute::IfName(name) => Some(name.clone()),
                 _ => None,
             })?;
-            Some(Interface { index, name, kind: kind(link), addresses, mtu, is_inner })
+            Some(Interface { index, name, kind: kind(link), addresses, mtu, is_up, is_inner })
         })
         .collect();
     interfaces.sort_by_key(|interface| interface.index);
@@ -313,7 +328,8 @@ mod tests {
 
     fn interface(index: u32, kind: InterfaceKind, address: &str) -> Interface {
         let addresses = vec![address.parse().unwrap()];
-        Interface { index, name: format!("if{index}"), kind, addresses, mtu: 1500, is_inner: false }
+        let name = format!("if{index}");
+        Interface { index, name, kind, addresses, mtu: 1500, is_up: true, is_inner: false }
     }
 
     fn check(bound: &[BindAddress], expected: &[u32]) {

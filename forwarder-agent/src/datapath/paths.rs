@@ -344,6 +344,7 @@ mod tests {
             kind: InterfaceKind::Ethernet,
             addresses: Vec::new(),
             mtu,
+            is_up: true,
             is_inner: false,
         };
         let paths = Paths::default();

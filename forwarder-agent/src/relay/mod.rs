@@ -5,6 +5,7 @@
 //! bulk data, and the connection's [`Tier`] allows it, the bytes go through a pipe with `splice(2)` instead and never
 //! enter userspace.
 
+mod closing;
 mod copy;
 mod pipe;
 mod receive;
@@ -16,6 +17,7 @@ use rustix::net::Shutdown;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
+pub(crate) use self::closing::{deliver_on_close, reset_on_close};
 use self::copy::Stash;
 use self::pipe::LoadedPipe;
 pub use self::pipe::PipePool;

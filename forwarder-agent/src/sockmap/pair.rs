@@ -16,6 +16,7 @@ use crate::counters::End;
 use crate::datapath::sockmap::{JoinError, Sockmap, Source};
 use crate::promote::Refusal;
 use crate::promote::tcp_info::{ESTABLISHED, Info, Silence};
+use crate::relay::deliver_on_close;
 
 /// A direction that has moved so much before it is joined is one of bulk data.
 const BULK: u64 = 64 << 10;
@@ -127,11 +128,6 @@ impl SockPair {
             }
         }
         let sockets = <[OwnedFd; 2]>::try_from(owned).map_err(|_| Refusal::Unreadable)?;
-        for socket in &sockets {
-            // Whatever becomes of the agent: what the kernel had not sent on is lost with the sockets, and no end may take a
-            // cut stream for a whole one. Fails only on a socket that is gone already.
-            let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
-        }
         Ok(Self {
             memory: Arc::clone(memory),
             sockets,
@@ -299,10 +295,7 @@ impl SockPair {
 
     /// Lets both sockets, which are closed next, deliver what they still have, instead of resetting their peers.
     pub(crate) fn finish(&self) {
-        for socket in &self.sockets {
-            // Fails only on a socket that is gone already.
-            let _ = SockRef::from(socket).set_linger(None);
-        }
+        self.sockets.iter().for_each(deliver_on_close);
     }
 }
 

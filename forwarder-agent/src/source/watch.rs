@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use self::notices::{Notices, Told};
 use super::file::FileSource;
 use super::loaded::Loaded;
 use super::scan;
+use crate::{failpoint, panics};
 
 /// When a change is acted upon.
 #[derive(Clone, Copy, Debug)]
@@ -50,35 +51,43 @@ enum Changed {
 
 /// Publishes what `source` reads, at first and whenever it differs from what was published before, until nobody listens
 /// any more. Files are read on the runtime's threads for blocking work.
-pub async fn watch(source: FileSource, updates: watch::Sender<Arc<Loaded>>) {
-    watch_at(PACE, source, updates).await;
+///
+/// Everything is read again, too, whenever `again` is notified.
+pub async fn watch(source: FileSource, updates: watch::Sender<Arc<Loaded>>, again: Arc<Notify>) {
+    watch_at(PACE, source, updates, &again).await;
 }
 
-async fn watch_at(pace: Pace, mut source: FileSource, updates: watch::Sender<Arc<Loaded>>) {
+async fn watch_at(pace: Pace, mut source: FileSource, updates: watch::Sender<Arc<Loaded>>, again: &Notify) {
     let notices = Arc::new(Notices::default());
     let mut watcher = None;
     let mut what = Changed::Everything;
     loop {
         let notices_of_load = Arc::clone(&notices);
-        let loading = tokio::task::spawn_blocking(move || {
+        let path = source.path().to_owned();
+        let loading = panics::survived(move || {
             let (loaded, watcher) = load(&mut source, what, watcher, &notices_of_load);
             (source, loaded, watcher)
         });
-        // A panic in there is a bug; the last configuration stays in force rather than the process ending.
-        let Ok((returned, loaded, following)) = loading.await else {
-            tracing::error!("reading the manifests panicked: changes are not followed any more");
-            return updates.closed().await;
-        };
-        (source, watcher) = (returned, following);
-        updates.send_if_modified(|current| {
-            let is_new = **current != loaded;
-            if is_new {
-                *current = Arc::new(loaded);
-            }
-            is_new
-        });
+        if let Ok((returned, loaded, following)) = loading.await {
+            (source, watcher) = (returned, following);
+            updates.send_if_modified(|current| {
+                let is_new = **current != loaded;
+                if is_new {
+                    *current = Arc::new(loaded);
+                }
+                is_new
+            });
+        } else {
+            tracing::error!(
+                manifests = %path.display(),
+                "BUG: the agent cannot read the manifests: what was in force stays so; they are tried again; please report it with \
+                 the manifests"
+            );
+            (source, watcher) = (FileSource::new(&path), None);
+        }
         what = tokio::select! {
             what = changed(pace, &source, &notices) => what,
+            () = again.notified() => Changed::Everything,
             () = updates.closed() => return,
         };
     }
@@ -91,6 +100,7 @@ fn load(
     former: Option<RecommendedWatcher>,
     notices: &Arc<Notices>,
 ) -> (Loaded, Option<RecommendedWatcher>) {
+    failpoint::block("source.load");
     if let Changed::At(paths) = what
         && let Some(loaded) = source.reload(&paths)
     {
@@ -138,7 +148,7 @@ async fn changed(pace: Pace, source: &FileSource, notices: &Notices) -> Changed 
     let mut is_beyond = false;
     while !is_beyond && timeout(pace.poll, notices.arrived()).await.is_err() {
         let path = source.path().to_owned();
-        let now = tokio::task::spawn_blocking(move || scan::scan(&path).ok());
+        let now = panics::survived(move || scan::scan(&path).ok());
         is_beyond = now.await.is_ok_and(|now| now.as_ref() != source.scanned());
     }
     let first = Instant::now();

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use super::talk::Conversation;
 use super::{Cell, Fate, GONE, Held, Side, Table, Tier, event};
-use crate::agent::{Agent, AgentCommand, DEADLINE};
+use crate::agent::{Agent, AgentCommand, DEADLINE, stepped_binary};
 use crate::fixture::{ENDPOINT_PORT, LISTENER_PORT};
 use crate::kernel::{dump, entries, standing};
 use crate::manifests::Manifests;
@@ -457,20 +457,4 @@ pub fn run(tier: Tier, cells: &[Cell], shows: bool) -> Result<Table> {
         table.note(*cell, outcome.context("a cell that was not played")?);
     }
     Ok(table)
-}
-
-/// The agent with failpoints: `FORWARDER_STEPPED_BIN`, or the debug build of the workspace.
-fn stepped_binary() -> PathBuf {
-    if let Some(path) = std::env::var_os("FORWARDER_STEPPED_BIN") {
-        return path.into();
-    }
-    let workspace = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from);
-    let path = target.join("debug/forwarder-stepped");
-    assert!(
-        path.exists(),
-        "no {}: run `cargo build -p forwarder-agent --features failpoints --bin forwarder-stepped`",
-        path.display()
-    );
-    path
 }

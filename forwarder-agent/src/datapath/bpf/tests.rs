@@ -150,6 +150,7 @@ fn interface(addresses: &[IpAddr]) -> Interface {
         kind,
         addresses: addresses.to_vec(),
         mtu: 1500,
+        is_up: true,
         is_inner: false,
     }
 }

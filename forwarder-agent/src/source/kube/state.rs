@@ -15,6 +15,7 @@ use tokio::time::sleep;
 
 use super::kinds;
 use crate::manifests::{GATEWAY_GROUP, Kind, Manifests, ObjectRef};
+use crate::panics;
 use crate::source::loaded::Loaded;
 use crate::source::manifest::Manifest;
 
@@ -63,7 +64,7 @@ pub(super) async fn keep(directory: PathBuf, mut state: watch::Receiver<Option<A
         sleep(DELAY).await;
         let Some(loaded) = state.borrow_and_update().clone() else { continue };
         let to = directory.clone();
-        match tokio::task::spawn_blocking(move || write(&to, &loaded.manifests)).await {
+        match panics::survived(move || write(&to, &loaded.manifests)).await {
             Ok(Ok(())) => has_failed = false,
             Ok(Err(error)) => {
                 if !std::mem::replace(&mut has_failed, true) {
@@ -80,8 +81,7 @@ pub(super) async fn keep(directory: PathBuf, mut state: watch::Receiver<Option<A
 /// Reads the state that a former agent has kept; `None` if there is none.
 pub(super) async fn read(directory: &Path) -> Result<Option<Loaded>, StateError> {
     let path = directory.join(FILE);
-    let reading = tokio::task::spawn_blocking(move || read_file(&path));
-    reading.await.unwrap_or_else(|error| Err(StateError::Panic(error)))
+    panics::survived(move || read_file(&path)).await.unwrap_or_else(|error| Err(StateError::Panic(error)))
 }
 
 fn read_file(path: &Path) -> Result<Option<Loaded>, StateError> {
