@@ -415,16 +415,16 @@ fn encode_control(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::
     let report = shared.report.lock().unwrap_or_else(PoisonError::into_inner);
     let mut problems = encoder.encode_descriptor(
         "forwarder_problems",
-        "Problems in the input at present, by reason",
+        "Problems in the input at present: severity error where something that was asked for is not served",
         None,
         MetricType::Gauge,
     )?;
-    let mut by_reason = std::collections::BTreeMap::new();
+    let mut by_kind = std::collections::BTreeMap::new();
     for problem in report.problems() {
-        *by_reason.entry(problem.reason).or_insert(0) += 1;
+        *by_kind.entry((problem.severity, problem.reason)).or_insert(0) += 1;
     }
-    for (reason, count) in by_reason {
-        gauge(&mut problems, [("reason", reason.as_str())], count)?;
+    for ((severity, reason), count) in by_kind {
+        gauge(&mut problems, [("severity", severity.as_str()), ("reason", reason.as_str())], count)?;
     }
     let mut updates = encoder.encode_descriptor(
         "forwarder_configuration_updates",

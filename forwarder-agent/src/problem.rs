@@ -20,6 +20,16 @@ pub enum Severity {
     Warning,
 }
 
+impl Severity {
+    /// The severity's name, as it stands in metrics and JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warning => "warning",
+        }
+    }
+}
+
 /// The kind of a [`Problem`]: a bounded set, used as a metric label and to tell problems apart by program.
 ///
 /// Where the Gateway API has a condition reason for the case, the name is that reason.
@@ -35,6 +45,8 @@ pub enum Reason {
     DuplicateObject,
     /// A kind or API version that the forwarder does not read.
     UnsupportedKind,
+    /// A field that no release of the object's kind has.
+    UnknownField,
     /// A field that the forwarder knows of and does not honour.
     UnsupportedValue,
     /// The listener's protocol is not TCP, or a backend's is not.
@@ -59,6 +71,8 @@ pub enum Reason {
     NoMatchingParent,
     /// The listener's `allowedRoutes` refuse the route.
     NotAllowedByListeners,
+    /// No route has attached to the listener: its connections are rejected.
+    NoRoute,
     /// An older route serves the listener.
     Superseded,
     /// A rule that is not served, because TCP has nothing to tell rules apart.
@@ -84,6 +98,7 @@ impl Reason {
             Self::Invalid => "Invalid",
             Self::DuplicateObject => "DuplicateObject",
             Self::UnsupportedKind => "UnsupportedKind",
+            Self::UnknownField => "UnknownField",
             Self::UnsupportedValue => "UnsupportedValue",
             Self::UnsupportedProtocol => "UnsupportedProtocol",
             Self::GatewayClassNotFound => "GatewayClassNotFound",
@@ -96,6 +111,7 @@ impl Reason {
             Self::InvalidRouteKinds => "InvalidRouteKinds",
             Self::NoMatchingParent => "NoMatchingParent",
             Self::NotAllowedByListeners => "NotAllowedByListeners",
+            Self::NoRoute => "NoRoute",
             Self::Superseded => "Superseded",
             Self::DroppedRule => "DroppedRule",
             Self::RefNotPermitted => "RefNotPermitted",

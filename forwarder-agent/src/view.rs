@@ -134,10 +134,7 @@ pub struct InterfaceView {
 impl From<&Problem> for ProblemView {
     fn from(problem: &Problem) -> Self {
         Self {
-            severity: match problem.severity {
-                crate::problem::Severity::Error => "error".to_owned(),
-                crate::problem::Severity::Warning => "warning".to_owned(),
-            },
+            severity: problem.severity.as_str().to_owned(),
             reason: problem.reason.as_str().to_owned(),
             location: problem.location.as_ref().map(ToString::to_string),
             object: problem.object.as_ref().map(ToString::to_string),

@@ -33,20 +33,30 @@ pub(crate) struct ValidateArgs {
 pub(crate) fn run(args: &ValidateArgs) -> anyhow::Result<ExitCode> {
     let state = load(&args.path, &args.controller_name)?;
     let errors = state.problems.iter().filter(|problem| problem.severity == "error").count();
+    let serves_nothing = state.listeners.is_empty();
     match args.output {
         Output::Json => print_json(&state)?,
         Output::Table => {
             print_problems(&state.problems);
+            if serves_nothing {
+                println!("error: nothing is served: there is no listener that can be bound");
+            }
             println!(
-                "{}: {} listeners, {errors} errors, {} warnings",
+                "{}: {}, {}, {}",
                 args.path.display(),
-                state.listeners.len(),
-                state.problems.len() - errors
+                count(state.listeners.len(), "listener"),
+                count(errors, "error"),
+                count(state.problems.len() - errors, "warning")
             );
         }
     }
-    let failed = errors > 0 || (args.strict && !state.problems.is_empty());
+    let failed = errors > 0 || serves_nothing || (args.strict && !state.problems.is_empty());
     Ok(ExitCode::from(u8::from(failed)))
+}
+
+/// A number of things, in English.
+fn count(number: usize, thing: &str) -> String {
+    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
 }
 
 /// The state that an agent would have with these manifests.

@@ -18,8 +18,8 @@ pub(super) enum Class<'a> {
         /// Why, as a sentence.
         message: String,
     },
-    /// It is another controller's.
-    Foreign,
+    /// It is another controller's, which is named so.
+    Foreign(&'a str),
 }
 
 /// Judges every GatewayClass.
@@ -42,7 +42,7 @@ fn judge_class<'a>(
     problems: &mut Vec<Problem>,
 ) -> Class<'a> {
     if class.spec.controller_name != settings.controller_name {
-        return Class::Foreign;
+        return Class::Foreign(&class.spec.controller_name);
     }
     let Some(parameters) = &class.spec.parameters_ref else {
         return Class::Accepted(class);
@@ -66,7 +66,7 @@ pub(super) fn statuses(
         let (class, refusal) = match class {
             Class::Accepted(class) => (class, None),
             Class::Refused { class, message } => (class, Some(message)),
-            Class::Foreign => return None,
+            Class::Foreign(_) => return None,
         };
         let generation = class.metadata.generation;
         let accepted = match refusal {

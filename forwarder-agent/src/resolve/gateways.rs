@@ -95,6 +95,19 @@ impl<'a> JudgedGateway<'a> {
         let listeners = listeners.map_or(&[][..], |listeners| &listeners.all);
         listeners.iter().enumerate().filter(|(_, listener)| listener.is_servable())
     }
+
+    /// The listeners that are to be bound and that no route has attached to.
+    pub(super) fn without_route(&self) -> impl Iterator<Item = Problem> {
+        let all = self.parts().flat_map(|set| self.served_listeners(set));
+        all.filter(|(_, listener)| listener.routes.is_empty()).map(|(index, listener)| {
+            let message = format!(
+                "listener {} has no route: its connections are reset; name it in the parentRefs of a TCPRoute",
+                listener.name.section
+            );
+            let object = listener.name.parent.object();
+            Problem::warning(Reason::NoRoute, object, format!("spec.listeners[{index}]"), message)
+        })
+    }
 }
 
 /// Judges the Gateways of accepted classes, oldest first.
@@ -108,13 +121,30 @@ pub(super) fn judge<'a>(
     for (name, gateway) in &manifests.gateways {
         match classes.get(gateway.spec.gateway_class_name.as_str()) {
             Some(Class::Accepted(_)) => gateways.push(judge_gateway(name, gateway, settings, problems)),
+            Some(Class::Foreign(controller)) if settings.tells_unserved => {
+                problems.push(of_another_controller(name, gateway, controller, settings));
+            }
             // Those of a refused class are told by the class's own problem.
-            Some(Class::Refused { .. } | Class::Foreign) => {}
+            Some(Class::Refused { .. } | Class::Foreign(_)) => {}
             None => problems.push(class_not_found(name, gateway, settings)),
         }
     }
     gateways.sort_by_cached_key(|g| g.gateway.metadata.age_key());
     gateways
+}
+
+fn of_another_controller(
+    name: &NamespacedName,
+    gateway: &Gateway,
+    controller: &str,
+    settings: &ResolveSettings,
+) -> Problem {
+    let message = format!(
+        "GatewayClass {} is of controller {controller}, and this one is {} (--controller-name): the Gateway is not served here",
+        gateway.spec.gateway_class_name, settings.controller_name
+    );
+    let object = ObjectRef::new(Kind::Gateway, name);
+    Problem::warning(Reason::GatewayClassNotFound, object, "spec.gatewayClassName", message)
 }
 
 fn class_not_found(name: &NamespacedName, gateway: &Gateway, settings: &ResolveSettings) -> Problem {

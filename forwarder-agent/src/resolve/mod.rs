@@ -50,17 +50,25 @@ pub struct ResolveSettings {
     /// Whether a namespace that is not among the manifests exists all the same, without labels: so in files. In a
     /// cluster, it is one that the agent has not seen yet, and no selector matches it.
     pub implicit_namespaces: bool,
+    /// Whether what is not served is said even where it may be meant so: a Gateway of another controller, a listener without a route. In
+    /// files somebody has written it for this agent; in a cluster other controllers and later routes are usual.
+    pub tells_unserved: bool,
 }
 
 impl ResolveSettings {
     /// The settings for manifests from a Kubernetes API.
     pub fn for_cluster(listener_defaults: ListenerSettings) -> Self {
-        Self { implicit_namespaces: false, ..Self::for_files(listener_defaults) }
+        Self { implicit_namespaces: false, tells_unserved: false, ..Self::for_files(listener_defaults) }
     }
 
     /// The settings for manifests from files.
     pub fn for_files(listener_defaults: ListenerSettings) -> Self {
-        Self { controller_name: CONTROLLER_NAME.to_owned(), listener_defaults, implicit_namespaces: true }
+        Self {
+            controller_name: CONTROLLER_NAME.to_owned(),
+            listener_defaults,
+            implicit_namespaces: true,
+            tells_unserved: true,
+        }
     }
 }
 
@@ -85,6 +93,11 @@ pub fn resolve(manifests: &Manifests, settings: &ResolveSettings) -> Resolved {
     conflicts::with_listener_sets(&mut gateways, &mut problems);
     conflicts::between_gateways(&mut gateways, &mut problems);
     let routes = attach::attach(manifests, settings, &mut gateways, &mut problems);
+    if settings.tells_unserved {
+        for gateway in &gateways {
+            problems.extend(gateway.without_route());
+        }
+    }
     let grants = grants::Grants::new(manifests);
     let destinations = destinations::resolve(manifests, &grants, &routes, &mut problems);
     let (table, of_backends) = table::build(manifests, &gateways, &routes, &destinations);

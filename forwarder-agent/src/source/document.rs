@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 
+use super::fields;
 use super::locations::{Lines, Place};
 use super::manifest::Manifest;
 use super::node::{Node, excerpt};
@@ -123,21 +124,7 @@ impl Reader<'_> {
         let mut id =
             ObjectRef { kind: excerpt(kind).into_owned(), namespace: text("namespace"), name: text("name") };
         let Some((kind, versions)) = known(group, kind) else {
-            let of_group = if group.is_empty() { "core" } else { group };
-            let message = match group {
-                GATEWAY_GROUP => format!("{kind} is not supported and is ignored: routes are TCPRoutes"),
-                _ => format!("{kind} of {} is not read and is ignored", excerpt(of_group)),
-            };
-            let object = Some(id).filter(|id| !id.name.is_empty());
-            let problem = Problem {
-                severity: Severity::Warning,
-                reason: Reason::UnsupportedKind,
-                location: Some(self.at(line)),
-                object,
-                field: "kind".to_owned(),
-                message,
-            };
-            return self.contents.problems.push(problem);
+            return self.unknown_kind(line, group, kind, id);
         };
         if id.name.is_empty() {
             let lines = Lines::of(&node, line, usize::MAX);
@@ -168,9 +155,36 @@ impl Reader<'_> {
         self.known_object(node, line, version, kind, id);
     }
 
+    /// Tells of a document of a kind that is not read. `kind` is as it is written there.
+    fn unknown_kind(&mut self, line: u32, group: &str, kind: &str, id: ObjectRef) {
+        let of_group = excerpt(if group.is_empty() { "core" } else { group });
+        let written = excerpt(kind);
+        let kinds = Kind::ALL.iter().map(|one| one.as_str()).filter(|one| known(group, one).is_some());
+        let is_gateway_api = group == GATEWAY_GROUP;
+        let (severity, message) = if is_gateway_api && fields::is_gateway_kind(kind) {
+            (Severity::Warning, format!("{written} is not supported and is ignored: routes are TCPRoutes"))
+        } else if let Some(meant) = fields::meant(kind, kinds) {
+            (Severity::Error, format!("unknown kind {written} of {of_group} (did you mean {meant}?)"))
+        } else if is_gateway_api {
+            (Severity::Error, format!("unknown kind {written}: no release of {of_group} has it"))
+        } else {
+            (Severity::Warning, format!("{written} of {of_group} is not read and is ignored"))
+        };
+        // An object that was there under its right kind is not gone.
+        self.contents.is_broken |= severity == Severity::Error;
+        self.contents.problems.push(Problem {
+            severity,
+            reason: Reason::UnsupportedKind,
+            location: Some(self.at(line)),
+            object: Some(id).filter(|id| !id.name.is_empty()),
+            field: "kind".to_owned(),
+            message,
+        });
+    }
+
     fn known_object(&mut self, node: Node<'_>, line: u32, version: &str, kind: Kind, id: ObjectRef) {
         let namespace = &id.namespace;
-        let (manifest, problems) = match kind {
+        let (mut manifest, mut problems) = match kind {
             Kind::GatewayClass => build(&node, &id, namespace, check::gateway_class, Manifest::GatewayClass),
             Kind::Gateway => build(&node, &id, namespace, check::gateway, Manifest::Gateway),
             Kind::ListenerSet => build(&node, &id, namespace, check::listener_set, Manifest::ListenerSet),
@@ -186,6 +200,13 @@ impl Reader<'_> {
                 build(&node, &id, namespace, check::endpoint_slice, Manifest::EndpointSlice)
             }
         };
+        let unknown = fields::unknown(&node, kind, &id);
+        if !unknown.is_empty() {
+            manifest = None;
+            // That it is missing only follows.
+            problems.retain(|problem| !unknown.iter().any(|it| it.meant.as_ref() == Some(&problem.field)));
+            problems.extend(unknown.into_iter().map(|it| it.problem));
+        }
         // The lines of each endpoint's fields would take more memory than the endpoints.
         let depth = if kind == Kind::EndpointSlice && problems.is_empty() { 3 } else { usize::MAX };
         let lines = Lines::of(&node, line, depth);

@@ -172,7 +172,10 @@ impl FileSource {
                     location,
                     object: None,
                     field: String::new(),
-                    message: format!("a document has no name, so that nothing is taken away{}", kept(count)),
+                    message: format!(
+                        "a document is not recognised, so that nothing is taken away{}",
+                        kept(count)
+                    ),
                 });
             }
         }

@@ -2,6 +2,7 @@
 
 mod decode;
 mod document;
+mod fields;
 mod file;
 pub mod kube;
 mod loaded;

@@ -9,6 +9,7 @@ mod apply;
 mod assets;
 mod audit;
 mod crds;
+pub mod fields;
 mod objects;
 mod server;
 mod session;

@@ -470,7 +470,7 @@ fn the_first_of_two_counts() {
     fixture.write("a.yaml", "a: [");
     fixture.check(expect![[r#"
         Service default/s at a.yaml:2
-        Warning a.yaml: a document has no name, so that nothing is taken away; the object read from it before stays in force (Malformed)
+        Warning a.yaml: a document is not recognised, so that nothing is taken away; the object read from it before stays in force (Malformed)
         Error a.yaml:1: the document is not YAML: unclosed bracket '[' (Malformed)
         Error b/a.yaml:2: Service default/s: the object stands at a.yaml:2 already, which counts: remove one (DuplicateObject)
     "#]]);
@@ -524,7 +524,7 @@ fn a_broken_file_takes_nothing_away() {
     fixture.check(expect![[r#"
         Service default/s at a.yaml:2
         Service default/t at a.yaml:10
-        Warning a.yaml: a document has no name, so that nothing is taken away; the object read from it before stays in force (Malformed)
+        Warning a.yaml: a document is not recognised, so that nothing is taken away; the object read from it before stays in force (Malformed)
         Error a.yaml:12: the document is not YAML: illegal placement of ':' indicator (Malformed)
     "#]]);
     fixture.write("a.yaml", b"\xff");
@@ -665,4 +665,30 @@ proptest! {
             prop_assert!(!problem.message.contains('\n'), "{problem}");
         }
     }
+}
+
+#[test]
+fn a_typo_leaves_the_version_before_in_force() {
+    let route = |kind: &str, field: &str| {
+        format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: {kind}\nmetadata: {{name: r}}\nspec:\n  parentRefs:\n  - name: gw\n    \
+             {field}: a\n  rules: [{{backendRefs: [{{name: s, port: 1}}]}}]\n"
+        )
+    };
+    let mut fixture = Fixture::new();
+    fixture.write("a.yaml", route("TCPRoute", "sectionName"));
+    fixture.check(expect![[r#"
+        TCPRoute default/r at a.yaml:1
+    "#]]);
+    fixture.write("a.yaml", route("TCPRoute", "sectionname"));
+    fixture.check(expect![[r#"
+        TCPRoute default/r at a.yaml:1
+        Error a.yaml:7: TCPRoute default/r: spec.parentRefs[0].sectionname: unknown field (did you mean sectionName?); the version before stays in force (UnknownField)
+    "#]]);
+    fixture.write("a.yaml", route("TcpRoute", "sectionName"));
+    fixture.check(expect![[r#"
+        TCPRoute default/r at a.yaml:1
+        Warning a.yaml: a document is not recognised, so that nothing is taken away; the object read from it before stays in force (Malformed)
+        Error a.yaml:1: TcpRoute r: kind: unknown kind TcpRoute of gateway.networking.k8s.io (did you mean TCPRoute?) (UnsupportedKind)
+    "#]]);
 }
