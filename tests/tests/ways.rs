@@ -1,5 +1,6 @@
 //! What promoted connections do when the ways that their packets take change, vanish or swallow.
 
+use std::io::{self, Write};
 use std::net::TcpStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -86,9 +87,37 @@ fn swallow(forwarding: &Forwarding) {
     }
 }
 
+/// Writes to a connection, and pauses once in between.
+struct Pausing<'a, F: Fn()> {
+    stream: &'a TcpStream,
+    /// How many bytes are left to be written before the pause.
+    left: usize,
+    pause: F,
+}
+
+impl<F: Fn()> Write for Pausing<'_, F> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let limit = if self.left == 0 { data.len() } else { self.left.min(data.len()) };
+        let size = self.stream.write(&data[..limit])?;
+        if self.left > 0 {
+            self.left -= size;
+            if self.left == 0 {
+                (self.pause)();
+            }
+        }
+        Ok(size)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
 #[test]
 fn what_a_swallowing_way_took_is_taken_back() {
     const SIZE: u64 = 3 << 20;
+    /// So much comes before the promotion, which an upload would else outrun.
+    const FIRST: usize = 256 << 10;
     if !is_ready() || !require_program("nft") {
         return;
     }
@@ -97,12 +126,19 @@ fn what_a_swallowing_way_took_is_taken_back() {
         let arguments = ["--datapath", "tc", "--promote-after", promote_after];
         let forwarding = Forwarding::start(&arguments, peer::digest).expect("it works");
         swallow(&forwarding);
+        let agent = &forwarding.agent;
         let upload = |seed| {
             let mut stream = forwarding.connect().expect("it works");
-            let sent = forwarder_tests::random::send(&mut stream, seed, SIZE).expect("it works");
+            let pause = || {
+                wait_until("a connection was promoted", WAIT, || {
+                    agent.metric("forwarder_promotions_total") > 0
+                });
+            };
+            let mut pausing = Pausing { stream: &stream, left: FIRST, pause };
+            let sent = forwarder_tests::random::send(&mut pausing, seed, SIZE).expect("it works");
             stream.shutdown(std::net::Shutdown::Write).expect("it works");
             let mut answer = String::new();
-            std::io::Read::read_to_string(&mut stream, &mut answer).unwrap_or_else(|error| {
+            io::Read::read_to_string(&mut stream, &mut answer).unwrap_or_else(|error| {
                 panic!("{promote_after}: no answer: {error}\n{}", forwarding.agent.log())
             });
             assert_eq!(answer, format!("{} {SIZE}", forwarder_tests::random::hex(sent)), "{promote_after}");
@@ -110,7 +146,6 @@ fn what_a_swallowing_way_took_is_taken_back() {
         let started = Instant::now();
         upload(1);
         println!("{promote_after}: the first took {:?}", started.elapsed());
-        let agent = &forwarding.agent;
         assert_eq!(agent.metric("forwarder_promotions_taken_back_total"), 1, "{promote_after}");
         let promotions = agent.metric("forwarder_promotions_total");
         for seed in 2..5 {

@@ -15,9 +15,11 @@ use crate::relay::{Moved, Tier};
 /// How often what no event tells of is looked for: at first, and at last.
 const SOON: Duration = Duration::from_millis(1);
 const LATER: Duration = Duration::from_millis(50);
-/// How long nothing may move before it is asked whether bytes are missing, and how long it may stay so: a socket that has
-/// nothing left to send takes what is written to it at once.
+/// How long nothing may move before it is asked whether bytes are missing.
 const STALLED: Duration = Duration::from_secs(5);
+/// How long the same bytes may be missing then. A socket that has nothing left to send takes what is written to it at once; but the
+/// kernel's worker that writes it was seen to be 12 s late on a node with far too much to do, for all pairs at once.
+const GIVEN_UP: Duration = Duration::from_secs(30);
 /// How long a direction of bulk data may be quiet before it gets small buffers.
 const QUIET: Duration = Duration::from_secs(5);
 
@@ -160,7 +162,7 @@ impl Entry {
             self.asked = None;
             return None;
         }
-        if self.asked.as_ref().is_some_and(|asked| asked.is_clean || asked.at.elapsed() < STALLED) {
+        if self.asked.as_ref().is_some_and(|asked| asked.is_clean || asked.at.elapsed() < GIVEN_UP) {
             return None;
         }
         let standings = match self.pair.standings() {

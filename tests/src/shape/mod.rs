@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::random::Random;
 
 /// What a conversation is about.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Kind {
     /// The server greets, the client answers, both go on.
     ServerFirst,

@@ -1,6 +1,6 @@
 //! Many conversations through an agent, some at once, each checked at both ends.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -31,8 +31,6 @@ const TOO_FEW_LEFT: usize = 3;
 const LISTED: usize = 60;
 /// The ports that clients connect from: few, so that each is used again and again.
 const CLIENT_PORTS: &str = "20000 23999";
-/// How many of the slowest conversations are shown.
-const SHOWN: usize = 3;
 /// Where packets are lost, three SYNs in a row now and then are.
 const CONNECT_TIMEOUT: &str = "20s";
 /// The stack of a client's thread.
@@ -213,7 +211,7 @@ impl Stage {
         let next = AtomicUsize::new(0);
         let given_up = AtomicBool::new(false);
         let failures = Mutex::new(Vec::new());
-        let slowest = Mutex::new(Vec::new());
+        let slowest = Mutex::new(BTreeMap::new());
         let work = || {
             while let Some(shape) = shapes.get(next.fetch_add(1, Ordering::Relaxed)) {
                 if given_up.load(Ordering::Relaxed) {
@@ -221,9 +219,9 @@ impl Stage {
                 }
                 let (took, failure) = self.perform(shape, None, start);
                 let mut slowest = lock(&slowest);
-                slowest.push((took, shape.kind, shape.seed));
-                slowest.sort_unstable_by_key(|&(took, ..)| std::cmp::Reverse(took));
-                slowest.truncate(SHOWN);
+                let of_kind = slowest.entry(shape.kind).or_insert((took, shape.seed));
+                *of_kind = (*of_kind).max((took, shape.seed));
+                drop(slowest);
                 if let Some(failure) = failure {
                     let mut failures = lock(&failures);
                     failures.push(failure);
@@ -244,7 +242,7 @@ impl Stage {
         });
         let failures = failures.into_inner().unwrap_or_else(PoisonError::into_inner);
         println!(
-            "{}: {} conversations, {} failed, {:.1} s; the slowest: {:?}",
+            "{}: {} conversations, {} failed, {:.1} s; the slowest of each kind, and its seed: {:?}",
             self.datapath,
             next.into_inner().min(shapes.len()),
             failures.len(),
