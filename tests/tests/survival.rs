@@ -1,5 +1,6 @@
 //! Promoted connections outlive their agent, however it ends, and the next one looks after them.
 
+use std::env;
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -24,6 +25,11 @@ const WAIT: Duration = Duration::from_secs(10);
 /// A deadline for what a lost packet may delay.
 const LONG: Duration = Duration::from_secs(25);
 
+/// How many transfers go on when the next agent starts: as many as `FORWARDER_TEST_FLOWS` says.
+fn flows() -> usize {
+    env::var("FORWARDER_TEST_FLOWS").map_or(100, |count| count.parse().expect("a number of transfers"))
+}
+
 #[test]
 fn transfers_end_whole_without_an_agent() {
     const FLOWS: usize = 100;
@@ -47,13 +53,14 @@ fn transfers_end_whole_without_an_agent() {
 
 #[test]
 fn a_new_agent_takes_over_what_a_killed_one_has_left() {
-    const FLOWS: i64 = 100;
+    let count = flows();
+    let flows = i64::try_from(count).expect("a count");
     if !is_ready() {
         return;
     }
     let _guard = serialise(&HEAVY);
     let mut forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
-    let streams = forwarding.connect_promoted(FLOWS.unsigned_abs().try_into().expect("it works"));
+    let streams = forwarding.connect_promoted(count);
     let mut clients: Vec<_> = streams.iter().map(|stream| stream.local_addr().expect("it works")).collect();
     clients.sort_unstable();
     let traffic = Traffic::start(streams);
@@ -62,7 +69,7 @@ fn a_new_agent_takes_over_what_a_killed_one_has_left() {
     traffic.wait_progress(LONG);
     forwarding.succeed(&AT_ONCE).expect("it works");
     let agent = &forwarding.agent;
-    assert_eq!(agent.metric("forwarder_pairs_inherited_total"), FLOWS, "{}", agent.log());
+    assert_eq!(agent.metric("forwarder_pairs_inherited_total"), flows, "{}", agent.log());
     wait_until("all are listed with their listener", WAIT, || {
         let connections = agent.connections(&format!("?listener={LISTENER}")).expect("it works");
         let mut listed: Vec<_> = connections
@@ -73,7 +80,7 @@ fn a_new_agent_takes_over_what_a_killed_one_has_left() {
         listed.sort_unstable();
         listed == clients
     });
-    assert_eq!(agent.active().expect("it works"), FLOWS);
+    assert_eq!(agent.active().expect("it works"), flows);
     let received = || {
         let metrics = agent.metrics().expect("it works");
         metrics.sum("forwarder_received_bytes_total", &[("listener", LISTENER), ("tier", "tc")])
@@ -83,7 +90,7 @@ fn a_new_agent_takes_over_what_a_killed_one_has_left() {
     wait_until("bytes are counted", WAIT, || received() > before);
 
     traffic.finish().expect("it works");
-    wait_until("their ends are counted", WAIT, || agent.ended("finished") == FLOWS);
+    wait_until("their ends are counted", WAIT, || agent.ended("finished") == flows);
     assert_eq!(agent.active().expect("it works"), 0);
     agent.wait_empty();
 

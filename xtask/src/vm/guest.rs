@@ -60,6 +60,8 @@ const MODULES: [&str; 32] = [
 const PATIENCE: &str = "4";
 /// Conversations are as many as fit into a check of every change.
 const CONVERSATIONS: &str = "60";
+/// How many transfers go on while another agent starts: more of them leave it no time to, where every instruction is translated.
+const FLOWS: &str = "10";
 
 const PREPARE: &str = r#"
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
@@ -162,6 +164,7 @@ impl Work<'_> {
             ("FORWARDER_BIN", self.agent.as_os_str()),
             ("FORWARDER_TEST_PATIENCE", OsStr::new(PATIENCE)),
             ("FORWARDER_TEST_CONVERSATIONS", OsStr::new(CONVERSATIONS)),
+            ("FORWARDER_TEST_FLOWS", OsStr::new(FLOWS)),
         ]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .into();
