@@ -96,15 +96,16 @@ impl Shared {
             let what = if self.cluster.is_some() { "the Kubernetes API has" } else { "the manifests have" };
             return vec![format!("{what} not been read yet")];
         }
-        // In a cluster, somebody else's mistake must not make every agent look broken.
-        let problems = if self.cluster.is_none() { report.input.list() } else { Vec::new() };
-        let first_error = problems.into_iter().find(|problem| problem.severity == Severity::Error);
         drop(report);
-        let in_force = self.in_force();
-        if let Some(error) = first_error.filter(|_| in_force.table.listeners.is_empty()) {
-            return vec![format!("nothing is served: {error}")];
+        let serves_nothing = self.in_force().table.listeners.is_empty();
+        // In a cluster, somebody else's mistake must not make every agent look broken.
+        if serves_nothing && self.cluster.is_none() {
+            let problems = self.report().input.list();
+            if let Some(error) = problems.iter().find(|problem| problem.severity == Severity::Error) {
+                return vec![format!("nothing is served: {error}")];
+            }
         }
-        let failures = in_force.bind_failures();
+        let failures = self.in_force().bind_failures();
         failures.iter().map(|failure| format!("listener {}: {}", failure.listener, failure.message)).collect()
     }
 

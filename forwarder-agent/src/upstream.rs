@@ -68,12 +68,12 @@ impl Upstream {
     }
 
     /// Notes that no endpoint could be connected; logs it the first time.
-    fn is_not_reached(&self, endpoint: SocketAddr, error: &io::Error) {
+    fn is_not_reached(&self, endpoint: SocketAddr, failure: ConnectFailure, error: &io::Error) {
         if !self.is_down.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 backend = %self.key,
                 %endpoint,
-                reason = classify(error).as_str(),
+                reason = failure.as_str(),
                 %error,
                 "no endpoint of the backend can be connected: its clients are reset until one can"
             );
@@ -166,7 +166,7 @@ pub async fn connect(
         }
     }
     let Some((failure, endpoint, error)) = last else { return Err(None) };
-    backend.is_not_reached(endpoint, &error);
+    backend.is_not_reached(endpoint, failure, &error);
     Err(Some(failure))
 }
 

@@ -27,16 +27,13 @@ impl Fixture {
         Self { agent, manifests, topology }
     }
 
-    /// Waits until lines of the log with all of these words are as many as said; yields them.
+    /// Waits until lines of the log with all of these words are as many as said.
     #[track_caller]
-    fn wait_lines(&self, words: &[&str], count: usize) -> Vec<String> {
-        let lines = || -> Vec<String> {
-            let log = self.agent.log();
-            let has_all = |line: &&str| words.iter().all(|word| line.contains(word));
-            log.lines().filter(has_all).map(str::to_owned).collect()
-        };
-        wait_until(&format!("{count} lines with {words:?}"), WAIT, || lines().len() == count);
-        lines()
+    fn wait_lines(&self, words: &[&str], count: usize) {
+        let has_all = |line: &&str| words.iter().all(|word| line.contains(word));
+        wait_until(&format!("{count} lines with {words:?}"), WAIT, || {
+            self.agent.log().lines().filter(has_all).count() == count
+        });
     }
 }
 
