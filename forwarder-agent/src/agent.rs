@@ -6,6 +6,8 @@ mod kernel;
 mod leaving;
 mod sockmap;
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use forwarder_common::sockmap::STREAMS_CAPACITY;
@@ -17,18 +19,21 @@ use self::kernel::{Kernel, find_listener, inherit, promote_after};
 use self::leaving::{Leaving, Signals};
 use self::sockmap::SockmapTier;
 use crate::admin::{self, AdminError};
+use crate::allowed::{AllowedAddresses, AllowedPorts};
 use crate::counters::{ListenerCounters, PerWorker, WorkerCounters};
 use crate::datapath::interfaces::smallest_mtu;
 use crate::listener::ListenSettings;
 use crate::live::LiveConnections;
+use crate::manifests::NamespacedName;
 use crate::model::ListenerSettings;
+use crate::plan::Op;
 use crate::problem::Severity;
 use crate::reconciler::{InForce, Reconciler, SocketState};
 use crate::relay::Tier;
 use crate::report::{InputProblems, Report};
-use crate::resolve::{self, ResolveSettings, Resolved};
+use crate::resolve::{self, OwnSockets, ResolveSettings, Resolved};
 use crate::segment_size::SegmentSize;
-use crate::settings::Settings;
+use crate::settings::{Settings, SourceSettings};
 use crate::sockmap::{SockmapPairs, SockmapSettings};
 use crate::source::Loaded;
 use crate::source::kube::ConnectError;
@@ -197,9 +202,40 @@ impl Resolver {
         Self(ResolveSettings { controller_name, ..ResolveSettings::for_files(listener_defaults) })
     }
 
-    /// A resolver for the objects of a Kubernetes API.
-    pub fn for_cluster(controller_name: String, listener_defaults: ListenerSettings) -> Self {
-        Self(ResolveSettings { controller_name, ..ResolveSettings::for_cluster(listener_defaults) })
+    /// A resolver for what the agent follows.
+    fn new(settings: &Settings) -> Self {
+        let (defaults, cidrs) = (settings.listener_defaults.clone(), settings.endpoint_cidrs.clone());
+        let (base, endpoint_addresses) = match settings.source {
+            SourceSettings::Files(_) => {
+                (ResolveSettings::for_files(defaults), AllowedAddresses::for_files(cidrs))
+            }
+            SourceSettings::Kube(_) => {
+                (ResolveSettings::for_cluster(defaults), AllowedAddresses::for_cluster(cidrs))
+            }
+        };
+        Self(ResolveSettings {
+            controller_name: settings.controller_name.clone(),
+            listener_ports: AllowedPorts::new(settings.listener_ports.clone()),
+            endpoint_addresses,
+            own: OwnSockets { admin: settings.admin, ..OwnSockets::default() },
+            ..base
+        })
+    }
+
+    /// Sets by which addresses the node is reached; tells whether they are others than before.
+    fn set_addresses(&mut self, addresses: BTreeSet<IpAddr>) -> bool {
+        let before = std::mem::replace(&mut self.0.own.addresses, addresses);
+        before != self.0.own.addresses
+    }
+
+    /// Brings what was resolved up to date with what was loaded, which differs in the EndpointSlices of `services` alone.
+    fn update_endpoints(
+        &self,
+        resolved: &mut Resolved,
+        loaded: &Loaded,
+        services: &BTreeSet<NamespacedName>,
+    ) -> Vec<Op> {
+        resolve::update_endpoints(resolved, &loaded.manifests, &self.0, services)
     }
 
     /// Resolves.
@@ -250,9 +286,11 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
     let hangup = signal(SignalKind::hangup())?;
     let input = input::open(&settings).await?;
     tokio::spawn(leaving::read_at_hangup(hangup, input.again));
-    let kernel = Kernel::load(&settings).await;
+    let interfaces = kernel::follow_interfaces().await;
+    let kernel = Kernel::load(&settings, interfaces.as_ref().map(drop));
+    let interfaces = interfaces.ok();
     let segment_size = Arc::new(SegmentSize::default());
-    if let (Some(interfaces), Some(_)) = (&kernel.interfaces, &kernel.promoter) {
+    if let (Some(interfaces), Some(_)) = (&interfaces, &kernel.promoter) {
         segment_size.set_mtu(smallest_mtu(&interfaces.borrow()));
     }
     let sockmap = Arc::new(SockmapTier::new(SockmapSettings {
@@ -297,7 +335,11 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         }
         None => None,
     };
-    let listen = ListenSettings { keepalive: settings.keepalive, segment_size: Arc::clone(&segment_size) };
+    let listen = ListenSettings {
+        keepalive: settings.keepalive,
+        segment_size: Arc::clone(&segment_size),
+        port_wait: settings.port_wait,
+    };
     let reconciler = Reconciler::new(workers, listen, Arc::clone(&shared.in_force));
     if let Some(address) = settings.admin {
         tokio::spawn(admin::open(address, Arc::clone(&shared)).await?);
@@ -319,7 +361,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         segment_size,
     };
     let signal = tokio::select! {
-        () = control.follow(input.loaded, kernel.interfaces, kernel.routes) => None,
+        () = control.follow(input.loaded, interfaces, kernel.routes) => None,
         signal = signals.next() => Some(signal),
     };
     // Another agent is to write the statuses: the Lease is given back at once.

@@ -8,6 +8,7 @@
 
 pub mod admin;
 pub mod agent;
+pub mod allowed;
 pub mod balancer;
 pub mod cli;
 mod connection;

@@ -1,5 +1,8 @@
 //! Binding a listener's sockets, and what its workers share.
 
+pub mod failure;
+pub mod occupied;
+
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -67,6 +70,8 @@ pub struct ListenSettings {
     pub keepalive: Option<Duration>,
     /// The segment size that sockets announce.
     pub segment_size: Arc<SegmentSize>,
+    /// How long a port that another process had must have been free before it is taken.
+    pub port_wait: Duration,
 }
 
 /// Binds one socket for each worker (`SO_REUSEPORT`); [`listen`] opens the port.

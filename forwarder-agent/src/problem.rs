@@ -61,7 +61,7 @@ pub enum Reason {
     AddressNotUsable,
     /// A ListenerSet that its Gateway does not take.
     NotAllowed,
-    /// The listener's port is held by an older Gateway or by another process.
+    /// The listener's port is held by an older Gateway or by another process, or was refused by setting.
     PortUnavailable,
     /// Two listeners of one Gateway, or of its ListenerSets, cannot share their port.
     ProtocolConflict,
@@ -85,6 +85,10 @@ pub enum Reason {
     BackendNotFound,
     /// The Service has no endpoint that takes connections: they are rejected.
     NoEndpoints,
+    /// An endpoint leads back to a listener of this forwarder, or to its admin endpoint: it is ignored.
+    Loop,
+    /// An endpoint has an address that was refused by setting: it is ignored.
+    AddressNotAllowed,
     /// Every weight of the route is zero, or it has no backend: connections are rejected.
     NoDestination,
 }
@@ -118,6 +122,8 @@ impl Reason {
             Self::InvalidKind => "InvalidKind",
             Self::BackendNotFound => "BackendNotFound",
             Self::NoEndpoints => "NoEndpoints",
+            Self::Loop => "Loop",
+            Self::AddressNotAllowed => "AddressNotAllowed",
             Self::NoDestination => "NoDestination",
         }
     }

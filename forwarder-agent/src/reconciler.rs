@@ -2,7 +2,6 @@
 //! error of its listener and tried again; everything else goes on.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,8 +13,10 @@ use rustix::io::Errno;
 use crate::balancer::Balancer;
 use crate::counters::PerWorker;
 use crate::datapath::{BackendEntry, Datapath, ListenerId, ListenerState};
+use crate::listener::failure::{Failure, Occasion};
+use crate::listener::occupied::{ListeningSocket, listening_sockets};
 use crate::listener::{self, BoundListener, ListenSettings, Serving};
-use crate::model::{BackendKey, Listener, ListenerKey, RouteTable, Target};
+use crate::model::{BackendKey, Listener, ListenerKey, ListenerName, RouteTable, Target};
 use crate::plan::{self, Op};
 use crate::removal::{Removals, Removed};
 use crate::status::BindFailure;
@@ -45,7 +46,7 @@ pub enum SocketState {
     /// Bound and accepting.
     Bound(Arc<BoundListener>),
     /// Not bound: nobody is served, and it is tried again.
-    Failed(io::Error),
+    Failed(Failure),
 }
 
 impl InForce {
@@ -67,11 +68,12 @@ impl InForce {
             .iter()
             .filter_map(|(key, state)| match state {
                 SocketState::Bound(_) => None,
-                SocketState::Failed(error) => Some(BindFailure {
+                SocketState::Failed(failure) => Some(BindFailure {
                     listener: self.table.listeners.get(key)?.name.clone(),
                     key: *key,
-                    message: bind_message(*key, error),
-                    address_missing: Errno::from_io_error(error) == Some(Errno::ADDRNOTAVAIL),
+                    message: failure.message(*key),
+                    address_missing: failure.errno() == Some(Errno::ADDRNOTAVAIL),
+                    since: failure.since,
                 }),
             })
             .collect()
@@ -199,23 +201,18 @@ fn log_route(before: Option<&Listener>, after: &Listener) {
     }
 }
 
-/// Why a listener is not bound, in words, with the number that programs look for.
-fn bind_message(key: ListenerKey, error: &io::Error) -> String {
-    match Errno::from_io_error(error) {
-        Some(Errno::ADDRINUSE) => {
-            format!(
-                "port {} is held by another process (EADDRINUSE): stop it, or choose another port",
-                key.port
-            )
-        }
-        Some(Errno::ADDRNOTAVAIL) => {
-            format!("this node does not have the address {} (EADDRNOTAVAIL)", key.address)
-        }
-        Some(Errno::ACCESS) => {
-            format!("no permission to bind port {} (EACCES): grant CAP_NET_BIND_SERVICE", key.port)
-        }
-        _ => format!("cannot bind {key}: {error}"),
-    }
+fn log_failure(key: ListenerKey, listener: &ListenerName, failure: &Failure) {
+    let is_in_use = failure.errno() == Some(Errno::ADDRINUSE);
+    let listening = if is_in_use { listening_sockets().unwrap_or_default() } else { Vec::new() };
+    let holder =
+        listening.iter().find(|socket| socket.is_in_the_way_of(key)).and_then(ListeningSocket::process);
+    tracing::error!(
+        %listener,
+        address = %key,
+        error = %failure.message(key),
+        holder,
+        "cannot listen; trying again until it works"
+    );
 }
 
 /// The workers and what is in force.
@@ -329,19 +326,15 @@ impl Reconciler {
                 SocketState::Bound(bound)
             }
             Err(error) => {
-                let told = match in_force.sockets.get(&key) {
-                    Some(SocketState::Failed(former)) => former.raw_os_error() == error.raw_os_error(),
-                    Some(SocketState::Bound(_)) | None => false,
+                let former = match in_force.sockets.get(&key) {
+                    Some(SocketState::Failed(former)) => Some(former),
+                    Some(SocketState::Bound(_)) | None => None,
                 };
-                if !told {
-                    tracing::error!(
-                        listener = %listener.name,
-                        address = %key,
-                        error = %bind_message(key, &error),
-                        "cannot listen; trying again until it works"
-                    );
+                let failure = Failure::new(error, former);
+                if former.is_none_or(|former| former.errno() != failure.errno()) {
+                    log_failure(key, &listener.name, &failure);
                 }
-                SocketState::Failed(error)
+                SocketState::Failed(failure)
             }
         };
         in_force.sockets.insert(key, state);
@@ -362,17 +355,23 @@ impl Reconciler {
         }
     }
 
-    /// Tries again to bind what could not be bound, where the node lacks an address only if `addresses_changed`; tells whether
-    /// anything changed.
+    /// Tries again to bind what could not be bound, where the node lacks an address only if `addresses_changed`, and where another
+    /// process had the port only once that has been free for long enough; tells whether anything changed.
     pub fn retry(&self, addresses_changed: bool) -> bool {
         let mut in_force = self.lock();
-        let is_due =
-            |error: &io::Error| addresses_changed || Errno::from_io_error(error) != Some(Errno::ADDRNOTAVAIL);
+        let is_in_use = |state: &SocketState| matches!(state, SocketState::Failed(it) if it.errno() == Some(Errno::ADDRINUSE));
+        let looks = in_force.sockets.values().any(is_in_use);
+        // Where it cannot be seen who listens, the time alone counts.
+        let listening = if looks { listening_sockets().unwrap_or_default() } else { Vec::new() };
+        let occasion =
+            Occasion { addresses_changed, listening: &listening, port_wait: self.settings.port_wait };
         let failed: Vec<_> = in_force
             .sockets
-            .iter()
-            .filter(|(_, state)| matches!(state, SocketState::Failed(error) if is_due(error)))
-            .map(|(key, _)| *key)
+            .iter_mut()
+            .filter_map(|(key, state)| match state {
+                SocketState::Failed(failure) => failure.is_due(*key, occasion).then_some(*key),
+                SocketState::Bound(_) => None,
+            })
             .collect();
         let mut changed = false;
         for key in failed {

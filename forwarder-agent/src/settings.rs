@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use clap::Args;
 use forwarder_common::flow::PAIRS_CAPACITY;
+use ipnet::IpNet;
 use serde::Deserialize;
 
+use crate::allowed::{Ports, Rule};
 use crate::model::{Datapath, Egress, ListenerSettings, OnRemoval};
 use crate::resolve::CONTROLLER_NAME;
 
@@ -112,6 +114,24 @@ pub struct Options {
     /// [default: 30s]
     #[arg(long, env = "FORWARDER_REMOVAL_DRAIN", value_name = "DURATION")]
     pub removal_drain: Option<DurationText>,
+
+    /// Ports that listeners may take, such as `1024-65535`; with `!` in front, such as `!10250`, those that they may not. The narrowest
+    /// range decides; what none says anything of is allowed [default: all]
+    #[arg(long, env = "FORWARDER_LISTENER_PORTS", value_name = "PORTS", value_delimiter = ',')]
+    #[serde(default)]
+    pub listener_ports: Vec<Rule<Ports>>,
+
+    /// Networks that endpoints may lie in, such as `10.0.0.0/8`; with `!` in front, those that they may not. The narrowest one
+    /// decides; what none says anything of is allowed [default: all, and from a Kubernetes API not those of loopback, of single links,
+    /// of multicast, and of IPv4 mapped into IPv6]
+    #[arg(long, env = "FORWARDER_ENDPOINT_CIDRS", value_name = "CIDR", value_delimiter = ',')]
+    #[serde(default)]
+    pub endpoint_cidrs: Vec<Rule<IpNet>>,
+
+    /// How long a port that another process had must have been free before a listener takes it, so that a daemon that is restarted
+    /// finds its port again [default: 10s]
+    #[arg(long, env = "FORWARDER_PORT_WAIT", value_name = "DURATION")]
+    pub port_wait: Option<DurationText>,
 
     /// Local addresses to connect to endpoints from, in turn: each adds some 28,000 connections per endpoint
     #[arg(long, env = "FORWARDER_SOURCE_ADDRESSES", value_name = "ADDR", value_delimiter = ',')]
@@ -267,6 +287,12 @@ pub struct Settings {
     pub drain_timeout: Duration,
     /// Where upstream connections come from; empty leaves the choice to the kernel.
     pub source_addresses: Vec<IpAddr>,
+    /// Which ports listeners may take.
+    pub listener_ports: Vec<Rule<Ports>>,
+    /// Which addresses endpoints may have.
+    pub endpoint_cidrs: Vec<Rule<IpNet>>,
+    /// How long a port that another process had must have been free before it is taken.
+    pub port_wait: Duration,
 }
 
 /// Where the manifests come from.
@@ -361,11 +387,10 @@ impl Options {
             drain_timeout: self.drain_timeout.or(other.drain_timeout),
             on_removal: self.on_removal.or(other.on_removal),
             removal_drain: self.removal_drain.or(other.removal_drain),
-            source_addresses: if self.source_addresses.is_empty() {
-                other.source_addresses
-            } else {
-                self.source_addresses
-            },
+            listener_ports: or_others(self.listener_ports, other.listener_ports),
+            endpoint_cidrs: or_others(self.endpoint_cidrs, other.endpoint_cidrs),
+            port_wait: self.port_wait.or(other.port_wait),
+            source_addresses: or_others(self.source_addresses, other.source_addresses),
         }
     }
 
@@ -438,6 +463,9 @@ impl Options {
             keepalive: off_if_zero(or_default(self.keepalive, Duration::from_mins(1))),
             drain_timeout: or_default(self.drain_timeout, Duration::from_secs(30)),
             source_addresses: self.source_addresses,
+            listener_ports: self.listener_ports,
+            endpoint_cidrs: self.endpoint_cidrs,
+            port_wait: or_default(self.port_wait, PORT_WAIT),
         })
     }
 }
@@ -452,6 +480,9 @@ pub const REMOVAL_DRAIN: Duration = Duration::from_secs(30);
 /// How many bytes of memory the kernel may hold for connections of tier `sockmap` by default.
 pub const SOCKMAP_MEMORY: u64 = 256 << 20;
 
+/// How long a port that another process had must have been free, by default, before it is taken: daemons are back sooner.
+pub const PORT_WAIT: Duration = Duration::from_secs(10);
+
 /// Where the admin endpoint is by default.
 pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9902);
 
@@ -460,6 +491,11 @@ pub const PIN_DIR: &str = "/sys/fs/bpf/forwarder";
 
 fn or_default(value: Option<DurationText>, default: Duration) -> Duration {
     value.map_or(default, |text| text.0)
+}
+
+/// The values of a list, or those of another where it is empty.
+fn or_others<T>(values: Vec<T>, others: Vec<T>) -> Vec<T> {
+    if values.is_empty() { others } else { values }
 }
 
 fn off_if_zero(duration: Duration) -> Option<Duration> {

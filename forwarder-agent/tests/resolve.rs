@@ -1,6 +1,7 @@
 //! Golden tests of `resolve`: every `tests/resolve/NAME.in.yaml` gives `NAME.out`. `UPDATE_EXPECT=1` rewrites them.
 //!
-//! A comment `# cluster` in the first line resolves as in a cluster, where a namespace that is not declared is unknown.
+//! A comment `# cluster` in the first line resolves as in a cluster, where a namespace that is not declared is unknown,
+//! and endpoints have no special addresses.
 
 #![expect(clippy::panic, clippy::unwrap_used, reason = "helpers of tests are tests")]
 
@@ -13,13 +14,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use forwarder_agent::allowed::{AllowedAddresses, AllowedPorts};
 use forwarder_agent::manifests::{ApiRelease, Change, EndpointSlice, Manifests, Metadata, NamespacedName};
 use forwarder_agent::model::{
     BackendKey, Datapath, ListenerKey, ListenerName, ListenerParent, ListenerSettings, OnRemoval, RouteTable,
     Target,
 };
 use forwarder_agent::plan;
-use forwarder_agent::resolve::{self, ResolveSettings, Resolved, resolve, update_endpoints};
+use forwarder_agent::resolve::{
+    self, EndpointRules, OwnSockets, ResolveSettings, Resolved, resolve, update_endpoints,
+};
 use forwarder_agent::status::{Condition, ListenerStatus, Statuses};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -27,14 +31,22 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 fn settings() -> ResolveSettings {
-    ResolveSettings::for_files(ListenerSettings {
+    let defaults = ListenerSettings {
         datapath: Datapath::Auto,
         idle_timeout: Some(Duration::from_hours(1)),
         half_closed_timeout: Some(Duration::from_mins(10)),
         connect_timeout: Duration::from_secs(5),
         on_removal: OnRemoval::Keep,
         removal_drain: Duration::from_secs(30),
-    })
+    };
+    let addresses = ["192.0.2.9", "2001:db8::9"].map(|ip| ip.parse().unwrap());
+    ResolveSettings {
+        own: OwnSockets { addresses: addresses.into(), admin: Some("127.0.0.1:9902".parse().unwrap()) },
+        listener_ports: AllowedPorts::new(
+            ["!10248-10259", "!6443", "10251"].map(|it| it.parse().unwrap()).into(),
+        ),
+        ..ResolveSettings::for_files(defaults)
+    }
 }
 
 #[test]
@@ -57,7 +69,10 @@ fn golden_files() {
 
 fn render(yaml: &str) -> String {
     let mut settings = settings();
-    settings.implicit_namespaces = !yaml.starts_with("# cluster");
+    if yaml.starts_with("# cluster") {
+        settings.implicit_namespaces = false;
+        settings.endpoint_addresses = AllowedAddresses::for_cluster(vec!["!10.66.0.0/16".parse().unwrap()]);
+    }
     let manifests = load(yaml);
     let resolved = resolve(&manifests, &settings);
     check_invariants(&manifests, &resolved);
@@ -257,15 +272,17 @@ fn parse<T: DeserializeOwned>(value: Value) -> T {
 #[test]
 fn endpoints_of_one_backend_are_those_of_the_table() {
     let manifests = load(include_str!("resolve/dual-stack-endpoints.in.yaml"));
-    let table = resolve(&manifests, &settings()).table;
+    let settings = settings();
+    let table = resolve(&manifests, &settings).table;
+    let rules = EndpointRules::new(&settings, &table);
     assert!(!table.backends.is_empty());
     for (backend, endpoints) in &table.backends {
-        let (alone, problems) = resolve::backends::endpoints(&manifests, backend);
+        let (alone, problems) = resolve::backends::endpoints(&manifests, &rules, backend);
         assert_eq!((&alone, problems), (endpoints, vec![]));
     }
     let port = 1.try_into().unwrap();
     let unknown = BackendKey { service: NamespacedName::new("no", "such"), port };
-    let (none, problems) = resolve::backends::endpoints(&manifests, &unknown);
+    let (none, problems) = resolve::backends::endpoints(&manifests, &rules, &unknown);
     assert_eq!((none.len(), problems), (0, vec![]));
 }
 
@@ -278,7 +295,7 @@ fn any_slice() -> impl Strategy<Value = EndpointSlice> {
     let address_type = texts(&["IPv4", "IPv4", "IPv4", "IPv6", "FQDN"]);
     let port =
         (texts(&["a", "b", ""]), proptest::sample::select(vec![1, 1, 2, 0]), texts(&["TCP", "TCP", "UDP"]));
-    let address = texts(&["10.0.0.1", "10.0.0.2", "10.0.0.3", "::1", "x"]);
+    let address = texts(&["10.0.0.1", "10.0.0.2", "127.0.0.1", "::1", "x"]);
     let conditions = proptest::sample::select(vec![
         json!({}),
         json!({}),
@@ -336,7 +353,7 @@ proptest! {
                 return Err(TestCaseError::fail("nothing but slices was changed"));
             };
             let mut table = resolved.table.clone();
-            let ops = update_endpoints(&mut resolved, &manifests, &services);
+            let ops = update_endpoints(&mut resolved, &manifests, &settings(), &services);
             prop_assert_eq!(&ops, &plan::plan(&resolved.table, &table));
             for op in ops {
                 plan::apply(&mut table, op);

@@ -214,6 +214,8 @@ fn the_agent_knows_every_variable_that_it_is_given() {
         "onRemoval" => "keep",
         "maxPairs" | "workers" => "1",
         "sockmapMemory" => "1MiB",
+        "listenerPorts" => "{1024-65535,!3306}",
+        "endpointCidrs" => "{10.0.0.0/8,!::1}",
         _ => "1s",
     };
     let set: Vec<String> =
@@ -236,6 +238,8 @@ fn bad_values_are_refused_by_name() {
         ("--set=settings.datapath=fast", "datapath"),
         ("--set=settings.maxPair=1", "maxPair"),
         ("--set=settings.hold=soon", "hold"),
+        ("--set=settings.listenerPorts={mysql}", "listenerPorts"),
+        ("--set=settings.endpointCidrs={db}", "endpointCidrs"),
         ("--set=drainTimeoutSeconds=30s", "drainTimeoutSeconds"),
         ("--set=controllerName=forwarder", "controllerName"),
         ("--set=admin.port=0", "port"),

@@ -286,7 +286,8 @@ fn a_port_in_use_is_reported_and_taken_once_it_is_free() {
     manifests.route("b", &[BackendRef { service: "a", weight: 1 }]).unwrap();
     let squatter = topology.node.bind(SocketAddr::from(([0, 0, 0, 0], 9002))).unwrap();
 
-    let agent = AgentCommand::new(&[]).spawn(&topology.node, &manifests.path()).unwrap();
+    let command = AgentCommand::new(&["--port-wait", "0"]);
+    let agent = command.spawn(&topology.node, &manifests.path()).unwrap();
     agent.wait_bound(ONE);
     wait_until("the state tells of the port in use", DEADLINE, || {
         let listener = agent.listener(TWO).unwrap().unwrap_or_default();

@@ -9,7 +9,7 @@ use tokio::time::MissedTickBehavior;
 use super::input::OutcomeSender;
 use super::sockmap::SockmapTier;
 use super::{Resolution, Resolver, Shared};
-use crate::datapath::interfaces::{Interface, smallest_mtu};
+use crate::datapath::interfaces::{Interface, node_addresses, smallest_mtu};
 use crate::manifests::Change;
 use crate::pairs::Promoter;
 use crate::publish::Outcome;
@@ -19,12 +19,16 @@ use crate::segment_size::SegmentSize;
 use crate::source::Loaded;
 use crate::status::nodes::NodeReport;
 use crate::status::{self, BindFailure};
-use crate::{panics, resolve, view};
+use crate::{panics, view};
 
 /// How often listeners that could not be bound are tried again.
 const BIND_RETRY: Duration = Duration::from_secs(1);
 /// Every how many times those whose address the node lacks are, where the kernel tells when addresses come.
 const ADDRESS_RETRIES: u32 = 30;
+
+/// How long a listener may be without its port before the others of the cluster are told: while agents are replaced, the former one
+/// may still have it.
+const BIND_GRACE: Duration = Duration::from_secs(10);
 
 /// How often it is looked whether the programs still hang where they were attached.
 const VERIFICATION: Duration = Duration::from_secs(2);
@@ -54,6 +58,7 @@ impl Control {
         let promoter = self.promoter.clone();
         let mut retry = tokio::time::interval(BIND_RETRY);
         let mut retries = 0_u32;
+        let mut told_failures = 0;
         let mut verification = tokio::time::interval(VERIFICATION);
         verification.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -68,6 +73,7 @@ impl Control {
                     if self.update_endpoints(&loaded, started).await {
                         continue;
                     }
+                    self.note_addresses(interfaces.as_ref());
                     self.resolve(loaded).await;
                     // Before ports open, so that the first SYN is counted.
                     self.attach(interfaces.as_mut());
@@ -76,6 +82,12 @@ impl Control {
                 () = changed(interfaces.as_mut()) => {
                     self.attach(interfaces.as_mut());
                     self.reconciler.retry(true);
+                    let loaded = self.in_force.as_ref().map(|(loaded, _)| Arc::clone(loaded));
+                    if self.note_addresses(interfaces.as_ref()) && let Some(loaded) = loaded {
+                        let started = Instant::now();
+                        self.resolve(loaded).await;
+                        self.put_into_force(started).await;
+                    }
                 }
                 () = changed(routes.as_mut()) => {
                     if let Some(promoter) = &promoter {
@@ -98,7 +110,9 @@ impl Control {
                 _ = retry.tick() => {
                     retries = retries.wrapping_add(1);
                     let looks_for_addresses = interfaces.is_none() || retries.is_multiple_of(ADDRESS_RETRIES);
-                    if !self.reconciler.retry(looks_for_addresses) {
+                    let lasting = self.lasting_failures().len();
+                    let is_new = std::mem::replace(&mut told_failures, lasting) != lasting;
+                    if !self.reconciler.retry(looks_for_addresses) && !is_new {
                         continue;
                     }
                 }
@@ -111,7 +125,7 @@ impl Control {
     async fn update_endpoints(&mut self, loaded: &Arc<Loaded>, started: Instant) -> bool {
         let Some((before, Resolution { resolved, problems })) = &mut self.in_force else { return false };
         let Change::Endpoints(services) = before.manifests.change_to(&loaded.manifests) else { return false };
-        let ops = resolve::update_endpoints(resolved, &loaded.manifests, &services);
+        let ops = self.resolver.update_endpoints(resolved, loaded, &services);
         let backends = ops.len();
         self.reconciler.perform(ops).await;
         *problems = InputProblems::new(loaded, resolved.problems.clone());
@@ -127,6 +141,11 @@ impl Control {
             "endpoints in force"
         );
         true
+    }
+
+    /// Notes the node's addresses, by which endpoints may lead back to listeners; tells whether they are others than before.
+    fn note_addresses(&mut self, interfaces: Option<&watch::Receiver<Vec<Interface>>>) -> bool {
+        interfaces.is_some_and(|interfaces| self.resolver.set_addresses(node_addresses(&interfaces.borrow())))
     }
 
     async fn resolve(&mut self, loaded: Arc<Loaded>) {
@@ -193,7 +212,7 @@ impl Control {
         if !failures.is_empty() {
             status::apply_bind_failures(Arc::make_mut(&mut statuses), &failures);
         }
-        self.publish(resolution, &failures);
+        self.publish(resolution);
         let bind_problems = failures.iter().map(|failure| failure.problem(&statuses)).collect();
         let mut report = self.shared.report();
         report.set_input(resolution.problems.clone());
@@ -201,14 +220,21 @@ impl Control {
         report.statuses = statuses;
     }
 
+    /// The listeners that have been without their port for longer than while agents are replaced.
+    fn lasting_failures(&self) -> Vec<BindFailure> {
+        let mut failures = self.shared.in_force().bind_failures();
+        failures.retain(|failure| failure.since.elapsed() >= BIND_GRACE);
+        failures
+    }
+
     /// Tells what became of the manifests, if that is new.
-    fn publish(&self, resolution: &Resolution, failures: &[BindFailure]) {
+    fn publish(&self, resolution: &Resolution) {
         let (Some(OutcomeSender { node, sender }), Some((loaded, _))) = (&self.outcome, &self.in_force)
         else {
             return;
         };
         let statuses = &resolution.resolved.statuses;
-        let report = NodeReport::new(node, statuses, failures);
+        let report = NodeReport::new(node, statuses, &self.lasting_failures());
         sender.send_if_modified(|before| {
             let is_new = !Arc::ptr_eq(&before.loaded, loaded)
                 || before.report != report

@@ -44,32 +44,31 @@ pub struct ClusterHealth {
 /// # Errors
 /// There is no configuration of the Kubernetes API, or none that can be used.
 pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
-    let (controller, defaults) = (settings.controller_name.clone(), settings.listener_defaults.clone());
+    let resolver = Resolver::new(settings);
     match &settings.source {
         SourceSettings::Files(path) => {
             let (updates, loaded) = watch::channel(Arc::default());
             let again = Arc::<Notify>::default();
             tokio::spawn(source::watch(FileSource::new(path), updates, Arc::clone(&again)));
-            let resolver = Resolver::for_files(controller, defaults);
             tracing::info!(manifests = %path.display(), "following files");
             Ok(Input { loaded, resolver, outcome: None, health: None, again: Some(again) })
         }
-        SourceSettings::Kube(settings) => {
-            let client = source::kube::connect(settings.kubeconfig.as_deref()).await?;
-            let identity = Identity::new(settings, &controller, &client);
+        SourceSettings::Kube(kube) => {
+            let client = source::kube::connect(kube.kubeconfig.as_deref()).await?;
+            let identity = Identity::new(kube, &settings.controller_name, &client);
             tracing::info!(
-                node = settings.node_name,
-                pod = settings.pod_name,
-                namespaces = ?settings.watch_namespaces,
+                node = kube.node_name,
+                pod = kube.pod_name,
+                namespaces = ?kube.watch_namespaces,
                 "following the Kubernetes API"
             );
-            let source = source::kube::watch(client.clone(), settings);
+            let source = source::kube::watch(client.clone(), kube);
             let (sender, outcome) = watch::channel(Arc::default());
             let publish = publish::start(client, identity, outcome, source.records);
             Ok(Input {
                 loaded: source.loaded,
-                resolver: Resolver::for_cluster(controller, defaults),
-                outcome: Some(OutcomeSender { node: settings.node_name.clone(), sender }),
+                resolver,
+                outcome: Some(OutcomeSender { node: kube.node_name.clone(), sender }),
                 health: Some(ClusterHealth { source: source.health, publish }),
                 again: None,
             })

@@ -9,7 +9,7 @@ use super::Shared;
 use crate::datapath::bpf::{Bpf, BpfOptions};
 use crate::datapath::flows::{FlowTable, FlowTableError};
 use crate::datapath::grace::Grace;
-use crate::datapath::interfaces::{self, Interface};
+use crate::datapath::interfaces::{self, Interface, InterfacesError};
 use crate::datapath::routes;
 use crate::datapath::segments::SegmentSocket;
 use crate::datapath::{Datapath, kernel_obstacle};
@@ -24,15 +24,14 @@ use crate::worker::SWEEP_PERIOD;
 /// The kernel's part, where it can be had.
 pub(super) struct Kernel {
     pub(super) datapath: Option<Box<dyn Datapath>>,
-    pub(super) interfaces: Option<watch::Receiver<Vec<Interface>>>,
     pub(super) routes: Option<watch::Receiver<u64>>,
     pub(super) promoter: Option<Arc<Promoter>>,
     pub(super) view: view::DatapathView,
 }
 
 impl Kernel {
-    /// Loads the classifier; without it, the agent says why, once, and forwards all the same.
-    pub(super) async fn load(settings: &Settings) -> Self {
+    /// Loads the classifier; without it, or where the interfaces are not known, the agent says why, once, and forwards all the same.
+    pub(super) fn load(settings: &Settings, interfaces: Result<(), &InterfacesError>) -> Self {
         let is_wanted = match settings.listener_defaults.datapath {
             DatapathChoice::Auto | DatapathChoice::Tc => true,
             DatapathChoice::Sockmap | DatapathChoice::Splice | DatapathChoice::Copy => false,
@@ -46,19 +45,11 @@ impl Kernel {
             pin_dir: settings.pin_dir.clone(),
             trace: tracing::enabled!(target: "forwarder_agent::datapath", tracing::Level::TRACE),
         };
+        if let Err(error) = interfaces {
+            return Self::without(error);
+        }
         let mut bpf = match Bpf::load(&options) {
             Ok(bpf) => bpf,
-            Err(error) => return Self::without(&error),
-        };
-        let interfaces = match interfaces::watch().await {
-            Ok((interfaces, follow)) => {
-                tokio::spawn(async move {
-                    if let Err(error) = follow.await {
-                        tracing::error!(%error, "interfaces are no longer followed: the classifier stays where it is");
-                    }
-                });
-                interfaces
-            }
             Err(error) => return Self::without(&error),
         };
         match bpf.take_log() {
@@ -79,7 +70,6 @@ impl Kernel {
             promoter,
             routes,
             datapath: Some(Box::new(bpf)),
-            interfaces: Some(interfaces),
             view: view::DatapathView {
                 classifier: true,
                 error: obstacle.map(str::to_owned),
@@ -95,10 +85,23 @@ impl Kernel {
             promoter: None,
             routes: None,
             datapath: None,
-            interfaces: None,
             view: view::DatapathView { error: Some(error), ..view::DatapathView::default() },
         }
     }
+}
+
+/// Follows the node's interfaces.
+///
+/// # Errors
+/// The kernel does not list them.
+pub(super) async fn follow_interfaces() -> Result<watch::Receiver<Vec<Interface>>, InterfacesError> {
+    let (interfaces, follow) = interfaces::watch().await?;
+    tokio::spawn(async move {
+        if let Err(error) = follow.await {
+            tracing::error!(%error, "interfaces are no longer followed: the classifier stays where it is");
+        }
+    });
+    Ok(interfaces)
 }
 
 /// What takes connections into the kernel.

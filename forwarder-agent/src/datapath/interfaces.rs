@@ -88,6 +88,17 @@ pub fn smallest_mtu(interfaces: &[Interface]) -> Option<u32> {
     mtus().min().filter(|least| mtus().any(|mtu| mtu > *least))
 }
 
+/// The addresses by which the node is reached, but for those of `lo`, which every node has, and those that mean something on one link
+/// only, of which each Pod's interface has one.
+pub fn node_addresses(interfaces: &[Interface]) -> BTreeSet<IpAddr> {
+    let is_of_link = |address: &IpAddr| match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    let all = interfaces.iter().flat_map(|interface| interface.addresses.iter().copied());
+    all.filter(|address| !address.is_loopback() && !is_of_link(address)).collect()
+}
+
 /// The interfaces through which connections to listeners on `bound` may arrive.
 ///
 /// These are all that hold an address for a listener on every address, and for one on an address that `lo` or a dummy interface holds (but

@@ -1,6 +1,6 @@
 //! From a Service's port to the endpoints that take its connections, by way of EndpointSlices.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::sync::Arc;
@@ -11,6 +11,8 @@ use crate::manifests::{
 use crate::model::{BackendKey, Endpoints};
 use crate::problem::{Problem, Reason};
 use crate::status::list;
+
+use super::endpoint_rules::EndpointRules;
 
 /// The label of an EndpointSlice that names its Service.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
@@ -30,7 +32,11 @@ fn is_tcp(protocol: Option<&str>) -> bool {
 ///
 /// Ready endpoints of all slices count. Where there is none, those do that are being deleted and still serve, so that a
 /// rolling update with one replica is not an outage.
-pub fn endpoints(manifests: &Manifests, backend: &BackendKey) -> (Endpoints, Vec<Problem>) {
+pub fn endpoints(
+    manifests: &Manifests,
+    rules: &EndpointRules<'_>,
+    backend: &BackendKey,
+) -> (Endpoints, Vec<Problem>) {
     let service = manifests.services.get(&backend.service);
     let Some((index, port)) = service.and_then(|service| tcp_port(service, backend.port)) else {
         // The reference to it has been told as BackendNotFound.
@@ -41,7 +47,7 @@ pub fn endpoints(manifests: &Manifests, backend: &BackendKey) -> (Endpoints, Vec
     for (name, slice) in manifests.endpoint_slices.get(&backend.service).into_iter().flatten() {
         let object =
             ObjectRef::new(Kind::EndpointSlice, &NamespacedName::new(&backend.service.namespace, name));
-        found.add_slice(object, slice, port_name);
+        found.add_slice(object, slice, port_name, rules);
     }
     let mut endpoints = std::mem::take(&mut found.ready);
     if endpoints.is_empty() {
@@ -79,7 +85,13 @@ struct Found<'a> {
 }
 
 impl<'a> Found<'a> {
-    fn add_slice(&mut self, object: ObjectRef, slice: &'a EndpointSlice, port_name: &str) {
+    fn add_slice(
+        &mut self,
+        object: ObjectRef,
+        slice: &'a EndpointSlice,
+        port_name: &str,
+        rules: &EndpointRules<'_>,
+    ) {
         self.slices += 1;
         self.port_names.extend(slice.ports.iter().map(|port| port.name.as_deref().unwrap_or_default()));
         if !matches!(slice.address_type.as_str(), "IPv4" | "IPv6") {
@@ -95,6 +107,7 @@ impl<'a> Found<'a> {
             return;
         }
         self.with_port += 1;
+        let mut refused: BTreeMap<Reason, Refused> = BTreeMap::new();
         for (index, endpoint) in slice.endpoints.iter().enumerate() {
             self.endpoints += 1;
             let Some(takes) = takes_connections(endpoint) else {
@@ -106,7 +119,14 @@ impl<'a> Found<'a> {
                         Takes::Ready => &mut self.ready,
                         Takes::WhileTerminating => &mut self.terminating,
                     };
-                    list.extend(ports.iter().map(|port| SocketAddr::new(ip, port.get())));
+                    for port in &ports {
+                        let endpoint = SocketAddr::new(ip, port.get());
+                        let Some((reason, message)) = rules.refusal(endpoint) else {
+                            list.push(endpoint);
+                            continue;
+                        };
+                        refused.entry(reason).or_insert(Refused { index, message, count: 0 }).count += 1;
+                    }
                 }
                 Err(message) => {
                     let field = format!("endpoints[{index}].addresses");
@@ -114,6 +134,8 @@ impl<'a> Found<'a> {
                 }
             }
         }
+        let told = |(reason, refused): (Reason, Refused)| refused.problem(reason, object.clone());
+        self.problems.extend(refused.into_iter().map(told));
     }
 
     /// The target ports in the slice of the Service's port of a name: one, where the slice is well-formed.
@@ -160,6 +182,29 @@ impl<'a> Found<'a> {
         let names: Vec<String> = self.port_names.iter().map(|name| format!("{name:?}")).collect();
         let names = if names.is_empty() { "none".to_owned() } else { list(&names) };
         format!("its EndpointSlices have no usable TCP port of the name {port_name:?}; names there: {names}")
+    }
+}
+
+/// The endpoints of a slice that are not connected for one reason. A slice has up to 1,000: the first is told of.
+struct Refused {
+    index: usize,
+    message: String,
+    count: usize,
+}
+
+impl Refused {
+    fn problem(self, reason: Reason, object: ObjectRef) -> Problem {
+        let Self { index, message, count } = self;
+        let ignored = match count {
+            1 => "the endpoint is ignored".to_owned(),
+            count => format!("it and {} more of this slice are ignored", count - 1),
+        };
+        let remedy = match reason {
+            Reason::Loop => "name the addresses and ports at which the service itself listens",
+            _ => "name others, or allow it there",
+        };
+        let message = format!("{message}: {ignored}; {remedy}");
+        Problem::error(reason, object, format!("endpoints[{index}].addresses"), message)
     }
 }
 

@@ -168,8 +168,8 @@ fn judge_gateway<'a>(
     let allowed_listeners = allowed_listeners(&object, gateway, problems);
     let parent = ListenerParent::Gateway(name.clone());
     let annotations = &gateway.metadata.annotations;
-    let defaults = &settings.listener_defaults;
-    let mut own = listeners::judge(parent, &gateway.spec.listeners, annotations, defaults, problems);
+    let (defaults, ports) = (&settings.listener_defaults, &settings.listener_ports);
+    let mut own = listeners::judge(parent, &gateway.spec.listeners, annotations, defaults, ports, problems);
     conflicts::within_gateway(&mut own, problems);
     JudgedGateway { name, gateway, refusal, addresses, allowed_listeners, own, sets: Vec::new() }
 }

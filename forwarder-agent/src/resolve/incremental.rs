@@ -7,7 +7,8 @@ use crate::manifests::{Manifests, NamespacedName};
 use crate::model::BackendKey;
 use crate::plan::Op;
 
-use super::{Resolved, backends};
+use super::endpoint_rules::EndpointRules;
+use super::{ResolveSettings, Resolved, backends};
 
 /// Brings `resolved` up to date with `manifests`, which differ from those that it was made of in nothing but the
 /// EndpointSlices of `services`, and yields what has to be done in the table in force. The result is that of
@@ -18,16 +19,20 @@ use super::{Resolved, backends};
 pub fn update_endpoints(
     resolved: &mut Resolved,
     manifests: &Manifests,
+    settings: &ResolveSettings,
     services: &BTreeSet<NamespacedName>,
 ) -> Vec<Op> {
     let mut ops = Vec::new();
+    // Sharing its listeners takes no time.
+    let table = resolved.table.clone();
+    let rules = EndpointRules::new(settings, &table);
     for service in services {
         let ports_of_service = BackendKey { service: service.clone(), port: NonZeroU16::MIN }..=BackendKey {
             service: service.clone(),
             port: NonZeroU16::MAX,
         };
         for (backend, before) in resolved.table.backends.range_mut(ports_of_service) {
-            let (endpoints, problems) = backends::endpoints(manifests, backend);
+            let (endpoints, problems) = backends::endpoints(manifests, &rules, backend);
             if *before != endpoints {
                 before.clone_from(&endpoints);
                 ops.push(Op::SetEndpoints { backend: backend.clone(), endpoints });

@@ -90,7 +90,8 @@ fn judge_set<'a>(
     let defaults = settings::of_gateway(gateway.gateway, &settings.listener_defaults);
     let parent = ListenerParent::ListenerSet(name.clone());
     let annotations = &set.metadata.annotations;
-    let listeners = listeners::judge(parent, &set.spec.listeners, annotations, &defaults, problems);
+    let ports = &settings.listener_ports;
+    let listeners = listeners::judge(parent, &set.spec.listeners, annotations, &defaults, ports, problems);
     JudgedSet { set, refusal, listeners }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU16;
 
+use crate::allowed::AllowedPorts;
 use crate::manifests::{GATEWAY_GROUP, Kind, Listener, ObjectRef, RouteGroupKind};
 use crate::model::{ListenerName, ListenerParent, ListenerSettings};
 use crate::problem::{Problem, Reason};
@@ -58,12 +59,14 @@ impl JudgedListener<'_> {
     }
 }
 
-/// Judges the listeners of one Gateway or ListenerSet. Their settings are `defaults`, changed by its annotations.
+/// Judges the listeners of one Gateway or ListenerSet. Their settings are `defaults`, changed by its annotations; `ports` are those that
+/// they may take.
 pub(super) fn judge<'a>(
     parent: ListenerParent,
     specs: &'a [Listener],
     annotations: &BTreeMap<String, String>,
     defaults: &ListenerSettings,
+    ports: &AllowedPorts,
     problems: &mut Vec<Problem>,
 ) -> Listeners<'a> {
     let mut by_section: HashMap<&str, Vec<usize>> = HashMap::new();
@@ -78,7 +81,7 @@ pub(super) fn judge<'a>(
     let judge_one = |(index, (spec, settings)): (usize, (&'a Listener, ListenerSettings))| {
         let place = Place { object: &object, field: format!("spec.listeners[{index}]") };
         let first = by_section.get(spec.name.as_str()).and_then(|all| all.first().copied());
-        judge_listener(&parent, spec, settings, place, first == Some(index), problems)
+        judge_listener(&parent, spec, settings, place, first == Some(index), ports, problems)
     };
     let all = specs.iter().zip(settings).enumerate().map(judge_one).collect();
     Listeners { parent, all, by_section, by_port }
@@ -102,6 +105,7 @@ fn judge_listener<'a>(
     settings: ListenerSettings,
     place: Place<'_>,
     first_of_name: bool,
+    ports: &AllowedPorts,
     problems: &mut Vec<Problem>,
 ) -> JudgedListener<'a> {
     let mut refusals = Vec::new();
@@ -112,6 +116,13 @@ fn judge_listener<'a>(
     if port.is_none() {
         let message = format!("port {} is not one of 1 to 65535: the listener is not served", spec.port);
         refusals.push((Reason::Invalid, "port".to_owned(), message));
+    }
+    if let Some((port, refused)) = port.and_then(|port| Some((port, ports.refusing(port.get())?))) {
+        let message = format!(
+            "port {port} is refused by --listener-ports (!{refused}): the listener is not served; choose another port, \
+             or allow it there"
+        );
+        refusals.push((Reason::PortUnavailable, "port".to_owned(), message));
     }
     if !first_of_name {
         let message = format!(

@@ -17,6 +17,7 @@ mod classes;
 mod conditions;
 mod conflicts;
 mod destinations;
+mod endpoint_rules;
 mod gateways;
 mod grants;
 mod incremental;
@@ -28,12 +29,16 @@ mod selector;
 mod settings;
 mod table;
 
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use crate::allowed::{AllowedAddresses, AllowedPorts};
 use crate::manifests::Manifests;
 use crate::model::{ListenerSettings, RouteTable};
 use crate::status::Statuses;
 
+pub use self::endpoint_rules::EndpointRules;
 pub use self::incremental::update_endpoints;
 pub use self::problems::Problems;
 
@@ -53,12 +58,32 @@ pub struct ResolveSettings {
     /// Whether what is not served is said even where it may be meant so: a Gateway of another controller, a listener without a route. In
     /// files somebody has written it for this agent; in a cluster other controllers and later routes are usual.
     pub tells_unserved: bool,
+    /// Which ports listeners may take.
+    pub listener_ports: AllowedPorts,
+    /// Which addresses endpoints may have.
+    pub endpoint_addresses: AllowedAddresses,
+    /// What of this node must not be an endpoint.
+    pub own: OwnSockets,
+}
+
+/// What the agent itself listens on besides its listeners, and by which addresses it is reached.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct OwnSockets {
+    /// The addresses of this node but for those of `lo` and those of single links.
+    pub addresses: BTreeSet<IpAddr>,
+    /// The admin endpoint.
+    pub admin: Option<SocketAddr>,
 }
 
 impl ResolveSettings {
     /// The settings for manifests from a Kubernetes API.
     pub fn for_cluster(listener_defaults: ListenerSettings) -> Self {
-        Self { implicit_namespaces: false, tells_unserved: false, ..Self::for_files(listener_defaults) }
+        Self {
+            implicit_namespaces: false,
+            tells_unserved: false,
+            endpoint_addresses: AllowedAddresses::for_cluster(Vec::new()),
+            ..Self::for_files(listener_defaults)
+        }
     }
 
     /// The settings for manifests from files.
@@ -68,6 +93,9 @@ impl ResolveSettings {
             listener_defaults,
             implicit_namespaces: true,
             tells_unserved: true,
+            listener_ports: AllowedPorts::default(),
+            endpoint_addresses: AllowedAddresses::default(),
+            own: OwnSockets::default(),
         }
     }
 }
@@ -100,7 +128,7 @@ pub fn resolve(manifests: &Manifests, settings: &ResolveSettings) -> Resolved {
     }
     let grants = grants::Grants::new(manifests);
     let destinations = destinations::resolve(manifests, &grants, &routes, &mut problems);
-    let (table, of_backends) = table::build(manifests, &gateways, &routes, &destinations);
+    let (table, of_backends) = table::build(manifests, settings, &gateways, &routes, &destinations);
     let statuses = Arc::new(conditions::statuses(&classes, &gateways, &routes, &destinations, manifests));
     Resolved { table, statuses, problems: Problems { general: problems.into(), of_backends } }
 }

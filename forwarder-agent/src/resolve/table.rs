@@ -9,15 +9,17 @@ use crate::model::{BackendKey, Listener, ListenerKey, Route, RouteTable};
 use crate::problem::Problem;
 
 use super::attach::JudgedRoute;
-use super::backends;
 use super::destinations::Destinations;
+use super::endpoint_rules::EndpointRules;
 use super::gateways::JudgedGateway;
 use super::listeners::JudgedListener;
+use super::{ResolveSettings, backends};
 
 /// Builds the table, and says what is wrong with the endpoints of which backend. `destinations` belong to `routes` one by
 /// one.
 pub(super) fn build(
     manifests: &Manifests,
+    settings: &ResolveSettings,
     gateways: &[JudgedGateway<'_>],
     routes: &[JudgedRoute<'_>],
     destinations: &[Destinations],
@@ -37,14 +39,16 @@ pub(super) fn build(
         }
     }
     let mut problems = OrdMap::new();
+    let rules = EndpointRules::new(settings, &table);
     let with_endpoints = |key: &BackendKey| {
-        let (endpoints, found) = backends::endpoints(manifests, key);
+        let (endpoints, found) = backends::endpoints(manifests, &rules, key);
         if !found.is_empty() {
             problems.insert(key.clone(), found.into());
         }
         (key.clone(), endpoints)
     };
-    table.backends = table.needed_backends().into_iter().map(with_endpoints).collect();
+    let backends = table.needed_backends().into_iter().map(with_endpoints).collect();
+    table.backends = backends;
     (table, problems)
 }
 

@@ -1,6 +1,7 @@
 //! Statuses, corrected by the listeners that could not be bound.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Instant;
 
 use super::{
     Condition, ConditionStatus, GatewayStatus, GatewayVerdict, ListenerSetStatus, ListenerStatus, SetVerdict,
@@ -22,6 +23,8 @@ pub struct BindFailure {
     /// Whether this node does not have the address (`EADDRNOTAVAIL`). Otherwise the port is held by another process,
     /// or cannot be bound for another reason.
     pub address_missing: bool,
+    /// When it could not be bound first.
+    pub since: Instant,
 }
 
 impl BindFailure {

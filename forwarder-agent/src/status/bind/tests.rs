@@ -1,5 +1,6 @@
 use std::net::IpAddr;
 use std::num::NonZeroU16;
+use std::time::Instant;
 
 use super::super::GatewayAddressStatus;
 use super::*;
@@ -48,6 +49,7 @@ fn failure(section: &str, address: BindAddress, message: &str) -> BindFailure {
         key: ListenerKey { address, port: NonZeroU16::new(3306).unwrap() },
         message: message.to_owned(),
         address_missing: message == MISSING,
+        since: Instant::now(),
     }
 }
 

@@ -1,4 +1,5 @@
 use std::num::NonZeroU16;
+use std::time::Instant;
 
 use super::*;
 use crate::model::{ListenerKey, ListenerName};
@@ -192,6 +193,7 @@ fn bind_failure(parent: ListenerParent, address: BindAddress, address_missing: b
         key: ListenerKey { address, port: NonZeroU16::new(3306).unwrap() },
         message: IN_USE.to_owned(),
         address_missing,
+        since: Instant::now(),
     }
 }
 

@@ -1,0 +1,229 @@
+//! Which addresses endpoints may have, and which ports listeners may take.
+//!
+//! Both are lists of ranges: one that begins with `!` refuses what lies in it, any other allows it, and of those that an address or
+//! a port lies in, the narrowest decides. What no range says anything of is allowed.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+
+use ipnet::IpNet;
+use serde::Deserialize;
+
+/// One range of a list.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Rule<R> {
+    /// What it is about.
+    pub range: R,
+    /// Whether that is allowed.
+    pub is_allowed: bool,
+}
+
+/// Ports, from the first to the last.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Ports {
+    first: u16,
+    last: u16,
+}
+
+/// Which addresses endpoints may have.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct AllowedAddresses(Vec<Rule<IpNet>>);
+
+/// Which ports listeners may take.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct AllowedPorts(Vec<Rule<Ports>>);
+
+/// The addresses that an endpoint of a cluster has only if somebody wants to reach what is not meant for them: the node itself, and
+/// what its links alone can reach, such as the metadata service of a cloud.
+const SPECIAL: [&str; 7] = [
+    "!127.0.0.0/8",
+    "!169.254.0.0/16",
+    // Multicast, and what was never given out.
+    "!224.0.0.0/3",
+    "!::1/128",
+    "!fe80::/10",
+    "!ff00::/8",
+    // Those of IPv4, mapped into IPv6.
+    "!::ffff:0:0/96",
+];
+
+impl AllowedAddresses {
+    /// All addresses, as `rules` say.
+    pub fn for_files(rules: Vec<Rule<IpNet>>) -> Self {
+        Self(rules)
+    }
+
+    /// All but the special ones, unless `rules` say otherwise.
+    pub fn for_cluster(mut rules: Vec<Rule<IpNet>>) -> Self {
+        let special = SPECIAL.map(|text| text.parse::<Rule<IpNet>>().expect("a network"));
+        let is_told = |range| rules.iter().any(|rule| rule.range == range);
+        let special: Vec<_> = special.into_iter().filter(|rule| !is_told(rule.range)).collect();
+        rules.extend(special);
+        Self(rules)
+    }
+
+    /// The network because of which `ip` is refused, if it is. One of IPv4 that is mapped into IPv6 has to be allowed as both.
+    pub fn refusing(&self, ip: IpAddr) -> Option<IpNet> {
+        let refusing = |ip: IpAddr| {
+            let holds = |rule: &&Rule<IpNet>| rule.range.contains(&ip);
+            decide(self.0.iter().filter(holds), |range| {
+                u32::from(range.max_prefix_len() - range.prefix_len())
+            })
+        };
+        refusing(ip).or_else(|| Some(ip.to_canonical()).filter(|own| *own != ip).and_then(refusing))
+    }
+}
+
+impl AllowedPorts {
+    /// All ports, as `rules` say.
+    pub fn new(rules: Vec<Rule<Ports>>) -> Self {
+        Self(rules)
+    }
+
+    /// The ports because of which `port` is refused, if it is.
+    pub fn refusing(&self, port: u16) -> Option<Ports> {
+        let holds = |rule: &&Rule<Ports>| rule.range.range().contains(&port);
+        decide(self.0.iter().filter(holds), |range| u32::from(range.last - range.first))
+    }
+}
+
+/// The range that refuses what lies in all of these, if the narrowest one does; of two that are as wide, the one that refuses.
+fn decide<'a, R: Copy + 'a>(rules: impl Iterator<Item = &'a Rule<R>>, width: impl Fn(R) -> u32) -> Option<R> {
+    let decisive = rules.min_by_key(|rule| (width(rule.range), rule.is_allowed))?;
+    (!decisive.is_allowed).then_some(decisive.range)
+}
+
+impl Ports {
+    fn range(self) -> RangeInclusive<u16> {
+        self.first..=self.last
+    }
+}
+
+impl<R> Rule<R> {
+    fn parse(text: &str, parse: impl FnOnce(&str) -> Option<R>) -> Option<Self> {
+        let refused = text.strip_prefix('!');
+        Some(Self { range: parse(refused.unwrap_or(text).trim())?, is_allowed: refused.is_none() })
+    }
+}
+
+impl FromStr for Rule<IpNet> {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let host = |text: &str| text.parse::<IpAddr>().ok().map(IpNet::from);
+        Self::parse(text, |text| text.parse().ok().or_else(|| host(text))).ok_or_else(|| {
+            format!("`{text}` is not a network, such as 10.0.0.0/8 or fd00::/8, nor one with `!` in front, to refuse it")
+        })
+    }
+}
+
+impl FromStr for Rule<Ports> {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let range = |text: &str| {
+            let (first, last) = text.split_once('-').unwrap_or((text, text));
+            let ports = Ports { first: first.trim().parse().ok()?, last: last.trim().parse().ok()? };
+            (ports.first <= ports.last).then_some(ports)
+        };
+        Self::parse(text, range).ok_or_else(|| {
+            format!("`{text}` is neither a port, such as 3306, nor a range, such as 1024-65535, nor one with `!` in front, to refuse it")
+        })
+    }
+}
+
+impl<'de, R> Deserialize<'de> for Rule<R>
+where
+    Self: FromStr<Err = String>,
+{
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl fmt::Display for Ports {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.range().count() {
+            1 => write!(f, "{}", self.first),
+            _ => write!(f, "{}-{}", self.first, self.last),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules<R>(text: &str) -> Vec<Rule<R>>
+    where
+        Rule<R>: FromStr<Err = String>,
+    {
+        text.split_whitespace().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn the_narrowest_network_decides() {
+        for (text, allowed, refused) in [
+            ("", &["10.0.0.1", "127.0.0.1", "::1"][..], &[][..]),
+            (
+                "!10.0.0.0/8 10.1.0.0/16 !10.1.2.3",
+                &["10.1.2.4", "11.0.0.1", "::1"],
+                &["10.0.0.1", "10.1.2.3"],
+            ),
+            ("!0.0.0.0/0 !::/0 10.0.0.0/8", &["10.0.0.1"], &["11.0.0.1", "fd00::1"]),
+            ("10.0.0.0/8 !10.0.0.0/8", &[], &["10.0.0.1", "::ffff:10.0.0.1"]),
+        ] {
+            let addresses = AllowedAddresses::for_files(rules(text));
+            for ip in allowed {
+                assert_eq!(addresses.refusing(ip.parse().unwrap()), None, "{text}: {ip}");
+            }
+            for ip in refused {
+                assert!(addresses.refusing(ip.parse().unwrap()).is_some(), "{text}: {ip}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_cluster_refuses_special_addresses_unless_told() {
+        let special =
+            ["127.0.0.1", "169.254.169.254", "224.0.0.1", "255.255.255.255", "::1", "fe80::1", "ff02::1"];
+        let refuses = |text: &str, ip: &str| {
+            AllowedAddresses::for_cluster(rules(text)).refusing(ip.parse().unwrap()).is_some()
+        };
+        for ip in special.iter().chain(&["::ffff:127.0.0.1", "::ffff:10.0.0.1"]) {
+            assert!(refuses("", ip), "{ip}");
+            assert!(refuses("0.0.0.0/0 ::/0", ip), "{ip}");
+        }
+        for ip in ["10.0.0.1", "fd00::1", "223.255.255.255"] {
+            assert!(!refuses("", ip), "{ip}");
+        }
+        assert!(!refuses("127.0.0.0/8", "127.0.0.1"));
+        assert!(refuses("127.0.0.0/8", "::ffff:127.0.0.1"));
+        assert!(refuses("::ffff:0:0/96", "::ffff:127.0.0.1"));
+        assert!(!refuses("127.0.0.0/8 ::ffff:0:0/96", "::ffff:127.0.0.1"));
+    }
+
+    #[test]
+    fn the_narrowest_range_of_ports_decides() {
+        let ports = AllowedPorts::new(rules("!1-1023 443 !10248-10259 10251"));
+        for port in [443, 1024, 10251, 65535] {
+            assert_eq!(ports.refusing(port), None, "{port}");
+        }
+        for (port, range) in [(22, "1-1023"), (10250, "10248-10259")] {
+            assert_eq!(ports.refusing(port).unwrap().to_string(), range);
+        }
+        assert_eq!(AllowedPorts::default().refusing(22), None);
+    }
+
+    #[test]
+    fn what_is_no_range_is_refused_with_a_sentence() {
+        for text in ["", "!", "10.0.0.0/33", "db", "!10.0.0/8"] {
+            assert!(text.parse::<Rule<IpNet>>().unwrap_err().contains("is not a network"), "{text}");
+        }
+        for text in ["", "65536", "5-4", "1-", "mysql", "!!22"] {
+            assert!(text.parse::<Rule<Ports>>().unwrap_err().contains("is neither a port"), "{text}");
+        }
+    }
+}
