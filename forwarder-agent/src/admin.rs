@@ -6,7 +6,7 @@
 //! | `GET /readyz` | 200 once every listener that can be programmed is bound, or 503 and why not |
 //! | `GET /metrics` | OpenMetrics text |
 //! | `GET /v1/state` | listeners, routes, endpoints and problems, as [`crate::view::State`] |
-//! | `GET /v1/connections` | open connections, as [`ConnectionList`]; see below |
+//! | `GET /v1/connections` | open connections, as [`ConnectionList`](crate::view::ConnectionList); see below |
 //! | `GET /v1/datapath` | which of the kernel's tiers take new connections, as [`DatapathTiers`] |
 //! | `POST /v1/datapath` | switches tiers, as JSON says, such as `{"sockmap": false}` ([`TierSwitches`]); answers as above |
 //! | `POST /v1/connections/reset` | resets connections: `{"reset": 3}`; see below |
@@ -31,7 +31,7 @@ use tokio::net::TcpListener;
 
 use crate::agent::Shared;
 use crate::metrics;
-use crate::view::{ConnectionList, DatapathTiers, ResetReport, Selector, TierSwitches};
+use crate::view::{DatapathTiers, ResetReport, Selector, TierSwitches};
 
 /// An admin endpoint that could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -117,10 +117,14 @@ async fn switch(
 async fn connections(
     Extract(context): Extract<Arc<Context>>,
     RawQuery(query): RawQuery,
-) -> Result<axum::Json<ConnectionList>, Refusal> {
+) -> Result<Response, Refusal> {
     let (selector, limit) = parse_query(query.as_deref().unwrap_or_default())
         .map_err(|reason| Refusal::bad("selector", reason))?;
-    Ok(axum::Json(context.shared.connections.list(selector, limit).await))
+    let list = context.shared.connections.list(selector, limit).await;
+    // Hundreds of thousands are many megabytes.
+    let json = tokio::task::spawn_blocking(move || serde_json::to_vec(&list));
+    let json = json.await.expect("a panic ends the process").expect("plain data is JSON");
+    Ok(([(header::CONTENT_TYPE, "application/json")], json).into_response())
 }
 
 async fn reset_connections(

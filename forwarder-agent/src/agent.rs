@@ -11,7 +11,6 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use forwarder_common::sockmap::STREAMS_CAPACITY;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::control::Control;
@@ -22,6 +21,7 @@ use crate::admin::{self, AdminError};
 use crate::allowed::{AllowedAddresses, AllowedPorts};
 use crate::counters::{ListenerCounters, PerWorker, WorkerCounters};
 use crate::datapath::interfaces::smallest_mtu;
+use crate::descriptors::Descriptors;
 use crate::listener::ListenSettings;
 use crate::live::LiveConnections;
 use crate::manifests::NamespacedName;
@@ -45,9 +45,6 @@ use crate::{metrics, panics, reconciler};
 
 pub use self::input::ClusterHealth;
 pub use self::sockmap::SockmapCell;
-
-/// File descriptors that are not for connections: listeners, maps, pipes, the admin endpoint.
-const RESERVED_FILES: u64 = 256;
 
 /// An agent that cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -263,11 +260,6 @@ impl Resolution {
     }
 }
 
-/// How many connections fit into a number of file descriptors.
-pub fn max_connections(files: u64) -> usize {
-    usize::try_from(files.saturating_sub(RESERVED_FILES.min(files / 4)) / 2).unwrap_or(usize::MAX).max(1)
-}
-
 /// Runs an agent until SIGTERM or SIGINT, and drains it then.
 ///
 /// # Errors
@@ -301,6 +293,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         patience: settings.keepalive.map(crate::upstream::patience),
     }));
     let switches = Arc::<Switches>::default();
+    let descriptors = Arc::new(Descriptors::raise());
     let worker_settings = WorkerSettings {
         connect: ConnectSettings {
             source_addresses: settings.source_addresses.clone(),
@@ -309,7 +302,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
             segment_size: Arc::clone(&segment_size),
             port_range: Arc::default(),
         },
-        max_connections: max_connections(raise_file_limit()),
+        descriptors: Arc::clone(&descriptors),
         promoter: kernel.promoter.clone(),
         sockmap: Arc::clone(&sockmap.cell),
         switches: Arc::clone(&switches),
@@ -339,6 +332,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         keepalive: settings.keepalive,
         segment_size: Arc::clone(&segment_size),
         port_wait: settings.port_wait,
+        descriptors,
     };
     let reconciler = Reconciler::new(workers, listen, Arc::clone(&shared.in_force));
     if let Some(address) = settings.admin {
@@ -379,14 +373,4 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         let _ = thread.join();
     }
     signal.map(drop).ok_or(AgentError::SourceStopped)
-}
-
-/// Raises the limit on open files as far as this process may, and returns it.
-fn raise_file_limit() -> u64 {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    if let Err(errno) = setrlimit(Resource::Nofile, raised) {
-        tracing::warn!(%errno, "cannot raise the limit on open files");
-    }
-    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }

@@ -14,6 +14,7 @@ pub mod cli;
 mod connection;
 pub mod counters;
 pub mod datapath;
+pub mod descriptors;
 mod error;
 mod failpoint;
 pub mod listener;

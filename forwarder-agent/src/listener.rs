@@ -16,6 +16,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::balancer::Balancer;
 use crate::counters::{ListenerCounters, PerWorker};
 use crate::datapath::ListenerId;
+use crate::descriptors::Descriptors;
 use crate::model::{BackendKey, BindAddress, Listener, ListenerKey};
 use crate::relay;
 use crate::removal::Removals;
@@ -72,6 +73,8 @@ pub struct ListenSettings {
     pub segment_size: Arc<SegmentSize>,
     /// How long a port that another process had must have been free before it is taken.
     pub port_wait: Duration,
+    /// What listening sockets have their share of.
+    pub descriptors: Arc<Descriptors>,
 }
 
 /// Binds one socket for each worker (`SO_REUSEPORT`); [`listen`] opens the port.
@@ -79,7 +82,7 @@ pub struct ListenSettings {
 /// The options that connections need are set here: on Linux an accepted socket inherits them.
 ///
 /// # Errors
-/// What the kernel said, such as `EADDRINUSE` where another process holds the port, even one that set `SO_REUSEPORT`
+/// There are no descriptors for it ([`Exhausted`](crate::descriptors::Exhausted)), or what the kernel said, such as `EADDRINUSE` where another process holds the port, even one that set `SO_REUSEPORT`
 /// itself, or `EADDRNOTAVAIL` where this node does not have the address.
 pub fn bind(key: ListenerKey, workers: usize, settings: &ListenSettings) -> io::Result<Vec<Socket>> {
     let (address, first) = match bind_first(key.socket_address(), key.address) {

@@ -24,13 +24,15 @@ impl LiveConnections {
     pub async fn list(&self, selector: Selector, limit: Option<usize>) -> ConnectionList {
         let selector = Arc::new(selector);
         let of_workers = self.workers.list(&selector).await;
-        let mut found: Vec<_> = of_workers.answers.into_iter().flatten().collect();
-        found.extend(self.pairs.iter().flat_map(|pairs| pairs.list(&selector)));
-        found.extend(self.sockmap().into_iter().flat_map(|pairs| pairs.list(&selector)));
-        // Thousands take a while to sort: health checks are answered meanwhile.
-        let sorted =
-            tokio::task::spawn_blocking(move || ConnectionList::new(found, limit, of_workers.unanswered));
-        sorted.await.expect("sorting and adding up do not panic")
+        let live = self.clone();
+        // To look at hundreds of thousands, and to sort them, takes a while: health checks are answered meanwhile.
+        let listed = tokio::task::spawn_blocking(move || {
+            let mut found: Vec<_> = of_workers.answers.into_iter().flatten().collect();
+            found.extend(live.pairs.iter().flat_map(|pairs| pairs.list(&selector)));
+            found.extend(live.sockmap().into_iter().flat_map(|pairs| pairs.list(&selector)));
+            ConnectionList::new(found, limit, of_workers.unanswered)
+        });
+        listed.await.expect("a panic ends the process")
     }
 
     /// The pairs of tier `sockmap`, where there are.
@@ -42,8 +44,12 @@ impl LiveConnections {
     pub async fn reset(&self, selector: Selector) -> ResetReport {
         let selector = Arc::new(selector);
         let of_workers = self.workers.reset(&selector).await;
-        let of_kernel = self.pairs.iter().map(|pairs| pairs.reset_matching(&selector)).sum::<usize>()
-            + self.sockmap().map_or(0, |pairs| pairs.reset_matching(&selector));
+        let live = self.clone();
+        let of_kernel = tokio::task::spawn_blocking(move || {
+            live.pairs.iter().map(|pairs| pairs.reset_matching(&selector)).sum::<usize>()
+                + live.sockmap().map_or(0, |pairs| pairs.reset_matching(&selector))
+        });
+        let of_kernel = of_kernel.await.expect("a panic ends the process");
         let reset = of_workers.answers.into_iter().sum::<usize>() + of_kernel;
         ResetReport { reset, unanswered: of_workers.unanswered }
     }

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -101,6 +101,8 @@ pub struct Pairs {
     table: Mutex<HashMap<u32, Entry>>,
     /// Those that have come since the table was last looked at: workers do not wait for that.
     incoming: Mutex<Vec<Entry>>,
+    /// How many there are in both: whoever counts them does not wait for a sweep.
+    count: AtomicUsize,
     resets: Mutex<Vec<PendingReset>>,
     questions: probes::Limit,
     routes_changed: AtomicBool,
@@ -147,6 +149,7 @@ impl Pairs {
             settings,
             table: Mutex::default(),
             incoming: Mutex::default(),
+            count: AtomicUsize::new(0),
             resets: Mutex::default(),
             questions: probes::Limit::default(),
             routes_changed: AtomicBool::new(false),
@@ -179,21 +182,30 @@ impl Pairs {
         if clock_time <= self.rerouted.load(Ordering::Relaxed) {
             self.reroute(&mut entry);
         }
+        self.count.fetch_add(1, Ordering::Relaxed);
         lock(&self.incoming).push(entry);
     }
 
     /// The pairs, with those that have come since the table was last looked at.
     fn table(&self) -> MutexGuard<'_, HashMap<u32, Entry>> {
         let mut table = lock(&self.table);
-        for entry in std::mem::take(&mut *lock(&self.incoming)) {
-            table.insert(entry.pair.number, entry);
-        }
+        let incoming = std::mem::take(&mut *lock(&self.incoming));
+        table.extend(incoming.into_iter().map(|entry| (entry.pair.number, entry)));
         table
+    }
+
+    /// Visits every pair, and keeps those for which `visit` says so. With many pairs it takes a second, and waits as long for others who
+    /// do it: not for a thread that has anything else to do.
+    fn retain(&self, mut visit: impl FnMut(&mut Entry) -> bool) {
+        let mut table = self.table();
+        let before = table.len();
+        table.retain(|_, entry| visit(entry));
+        self.count.fetch_sub(before - table.len(), Ordering::Relaxed);
     }
 
     /// How many there are.
     pub fn count(&self) -> usize {
-        lock(&self.table).len() + lock(&self.incoming).len()
+        self.count.load(Ordering::Relaxed)
     }
 
     /// Has every pair look for its way anew.
@@ -249,7 +261,7 @@ impl Pairs {
         if reroutes {
             self.rerouted.store(monotonic(), Ordering::Relaxed);
         }
-        self.table().retain(|_, entry| {
+        self.retain(|entry| {
             if reroutes {
                 self.reroute(entry);
             }

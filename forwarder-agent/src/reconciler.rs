@@ -2,6 +2,7 @@
 //! error of its listener and tried again; everything else goes on.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -303,10 +304,16 @@ impl Reconciler {
     fn bind(&self, in_force: &mut InForce, key: ListenerKey, listener: &Listener) {
         // A port that cannot be had is tried for ever: it costs no number, and nothing is written for it.
         let id = ListenerId(in_force.next_id);
-        let opened = listener::bind(key, self.workers.count(), &self.settings).and_then(|sockets| {
+        let (count, descriptors) = (self.workers.count(), &self.settings.descriptors);
+        let taken = descriptors.take(count).map_err(io::Error::other);
+        let opened = taken.and_then(|()| {
+            listener::bind(key, count, &self.settings).inspect_err(|_| descriptors.give_back(count))
+        });
+        let opened = opened.and_then(|sockets| {
             // Known to the kernel before the port is open, so that the first SYN is counted.
             in_force.with_datapath(|datapath| datapath.set_listener(key, id, ListenerState::Ready));
             listener::listen(sockets).inspect_err(|_| {
+                descriptors.give_back(count);
                 in_force.with_datapath(|datapath| datapath.remove_listener(key, id));
             })
         });
@@ -350,6 +357,7 @@ impl Reconciler {
         };
         if let Some(SocketState::Bound(bound)) = removed {
             self.workers.unlisten(bound.id).await;
+            self.settings.descriptors.give_back(self.workers.count());
             self.lock().with_datapath(|datapath| datapath.remove_listener(key, bound.id));
             tracing::info!(listener = %bound.serving.load().listener.name, address = %key, "no longer listening");
         }
@@ -472,7 +480,7 @@ mod tests {
     fn reconciler(refuses: bool) -> (Reconciler, Arc<Mutex<Told>>) {
         let told = Arc::default();
         let fake = Fake { told: Arc::clone(&told), refuses };
-        let settings = WorkerSettings { max_connections: 100, ..WorkerSettings::default() };
+        let settings = WorkerSettings::default();
         let workers = Workers::start(2, settings).unwrap();
         let in_force = Arc::new(Mutex::new(InForce::new(Some(Box::new(fake)))));
         (Reconciler::new(workers, ListenSettings::default(), in_force), told)

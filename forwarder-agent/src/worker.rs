@@ -26,6 +26,7 @@ use crate::agent::SockmapCell;
 use crate::connection::{self, Connection, Order};
 use crate::counters::{End, PerWorker, WorkerCounters};
 use crate::datapath::ListenerId;
+use crate::descriptors::Descriptors;
 use crate::listener::BoundListener;
 use crate::pairs::{PromoteAfter, Promoter};
 use crate::relay::Shared;
@@ -54,7 +55,7 @@ pub struct WorkerSettings {
     /// How endpoints are connected.
     pub connect: ConnectSettings,
     /// How many connections all workers together may hold: beyond it they wait in the backlog.
-    pub max_connections: usize,
+    pub descriptors: Arc<Descriptors>,
     /// What takes connections into the kernel at TC, where that can be done.
     pub promoter: Option<Arc<Promoter>>,
     /// What takes them by a sockmap, where that can be done and is wanted.
@@ -234,7 +235,7 @@ impl Worker {
     fn is_full(&self) -> bool {
         let relayed: usize = self.loads.iter().map(|load| load.load(Ordering::Relaxed)).sum();
         let joined = self.settings.sockmap.get().and_then(|pairs| Some(pairs.as_ref().ok()?.count()));
-        relayed + joined.unwrap_or_default() >= self.settings.max_connections
+        relayed + joined.unwrap_or_default() >= self.settings.descriptors.max_connections()
     }
 
     /// The least busy other worker, where this one has clearly more connections.

@@ -23,21 +23,26 @@ pub struct Response {
 
 /// Asks the server at `address` in `netns` for `path`.
 pub fn get(netns: &NetNs, address: SocketAddr, path: &str) -> Result<Response> {
-    exchange(netns, address, &format!("GET {path} HTTP/1.0\r\nHost: {address}\r\nAccept: */*\r\n\r\n"))
-        .with_context(|| format!("GET {path}"))
+    get_within(netns, address, path, TIMEOUT)
+}
+
+/// The same, where the answer may take longer than usual.
+pub fn get_within(netns: &NetNs, address: SocketAddr, path: &str, timeout: Duration) -> Result<Response> {
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\nAccept: */*\r\n\r\n");
+    exchange(netns, address, &request, timeout).with_context(|| format!("GET {path}"))
 }
 
 /// Sends `body` as JSON to `path` of the server at `address` in `netns`.
 pub fn post(netns: &NetNs, address: SocketAddr, path: &str, body: &str) -> Result<Response> {
     let head = format!("POST {path} HTTP/1.0\r\nHost: {address}\r\nContent-Type: application/json\r\n");
-    exchange(netns, address, &format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()))
+    exchange(netns, address, &format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()), TIMEOUT)
         .with_context(|| format!("POST {path}"))
 }
 
-fn exchange(netns: &NetNs, address: SocketAddr, request: &str) -> Result<Response> {
+fn exchange(netns: &NetNs, address: SocketAddr, request: &str, timeout: Duration) -> Result<Response> {
     let mut stream = netns.connect(address).with_context(|| format!("connect to {address}"))?;
-    stream.set_read_timeout(Some(patient(TIMEOUT)))?;
-    stream.set_write_timeout(Some(patient(TIMEOUT)))?;
+    stream.set_read_timeout(Some(patient(timeout)))?;
+    stream.set_write_timeout(Some(patient(timeout)))?;
     // HTTP/1.0 forbids chunks and closes the connection after the answer.
     stream.write_all(request.as_bytes())?;
     let mut answer = String::new();

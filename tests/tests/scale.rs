@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER, LISTENER_PORT};
 use forwarder_tests::swarm::{Swarm, raise_descriptor_limit};
 use forwarder_tests::{
-    Agent, AgentCommand, Manifests, Topology, client, require_root, serialise, wait_until,
+    Agent, AgentCommand, BackendRef, Manifests, Topology, client, require_root, serialise, wait_until,
 };
 
 static HEAVY: Mutex<()> = Mutex::new(());
@@ -114,6 +114,63 @@ fn more_clients_than_descriptors_are_served_once_others_leave() {
     }
     // It slept or waited through the shortage instead of spinning.
     assert!(agent.log().lines().count() < 5 * CLIENTS, "the shortage flooded the log");
+}
+
+/// Listeners stop where connections, and the agent itself, would have no descriptors left, and go on when others leave.
+#[test]
+fn listeners_leave_descriptors_to_connections_and_to_the_agent() {
+    const LIMIT: &str = "--nofile=1024:1024";
+    // Of 768 descriptors that are not the agent's own, listeners may have three quarters.
+    const SHARE: usize = 576;
+    const GATEWAYS: u16 = 13;
+    const OF_EACH: u16 = 50;
+    const CONNECTIONS: usize = 90;
+    if !require_root() {
+        return;
+    }
+    let _guard = serialise(&HEAVY);
+    let topology = Topology::new().unwrap();
+    let endpoint = topology.backend1_address(ENDPOINT_PORT);
+    let manifests = Manifests::new().unwrap();
+    manifests.service("a", &[endpoint]).unwrap();
+    let port = |gateway: u16, index: u16| 20_000 + gateway * OF_EACH + index;
+    for gateway in 0..GATEWAYS {
+        // A route is that of the listener of its name: only the first one of each Gateway has one.
+        let names: Vec<String> =
+            (0..OF_EACH).map(|index| format!("r{}", gateway + index * GATEWAYS)).collect();
+        let listeners: Vec<_> =
+            (0..).zip(&names).map(|(index, name)| (&**name, port(gateway, index))).collect();
+        let name = format!("gw{gateway}");
+        manifests.gateway_on(&name, None, &listeners).unwrap();
+        let backend = BackendRef { service: "a", weight: 1 };
+        manifests.route_to(&name, &format!("r{gateway}"), &[backend]).unwrap();
+    }
+    let _server = Swarm::start(&topology.backend1, endpoint).unwrap();
+    let command = AgentCommand::new(&["--workers", "1"]).wrapped(&["prlimit", LIMIT]);
+    let agent = command.spawn(&topology.node, &manifests.path()).unwrap();
+    let bound = || {
+        agent.state().map(|state| {
+            state["listeners"].as_array().unwrap().iter().filter(|it| it["bound"] == true).count()
+        })
+    };
+    wait_until("listeners have their share", WAIT, || bound().is_ok_and(|bound| bound == SHARE));
+    let ready = agent.ready().unwrap();
+    assert_eq!(ready.status, 503);
+    assert!(ready.body.contains("the agent may have 1024 files open"), "{}", ready.body);
+
+    let address = topology.node_address(port(0, 0));
+    let streams: Vec<TcpStream> =
+        (0..CONNECTIONS).map(|_| client::connect(&topology.client, address).unwrap()).collect();
+    for stream in &streams {
+        client::ping(stream, b"x").unwrap();
+    }
+    assert_eq!(agent.active().unwrap(), i64::try_from(CONNECTIONS).unwrap());
+
+    manifests.remove("gateway-gw1").unwrap();
+    manifests.remove("gateway-gw2").unwrap();
+    let all = usize::from(OF_EACH * (GATEWAYS - 2));
+    wait_until("the others are bound", WAIT, || bound().is_ok_and(|bound| bound == all));
+    assert_eq!(agent.ready().unwrap().status, 200);
 }
 
 #[test]

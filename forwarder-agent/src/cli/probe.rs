@@ -10,6 +10,7 @@ use rustix::thread::{CapabilitySet, capabilities};
 use serde::Serialize;
 
 use super::{Output, print_json, table};
+use crate::descriptors::Descriptors;
 use crate::error::one_line;
 use crate::source;
 use crate::{promote, relay, sockmap};
@@ -105,7 +106,9 @@ fn low_ports() -> Result<String, String> {
 fn open_files() -> String {
     let limit = getrlimit(Resource::Nofile);
     match limit.maximum.or(limit.current) {
-        Some(files) => format!("up to {files}: some {} connections", crate::agent::max_connections(files)),
+        Some(files) => {
+            format!("up to {files}: some {} connections", Descriptors::new(files).max_connections())
+        }
         None => "without limit".to_owned(),
     }
 }

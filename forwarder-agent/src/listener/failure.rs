@@ -73,7 +73,7 @@ impl Failure {
             Some(Errno::ACCESS) => {
                 format!("no permission to bind port {port} (EACCES): grant CAP_NET_BIND_SERVICE")
             }
-            _ => format!("cannot bind {key}: {}", self.error),
+            _ => format!("cannot listen on {key}: {}", self.error),
         }
     }
 }

@@ -76,10 +76,11 @@ impl Pairs {
 
     /// Ends every pair, for an agent that leaves nothing behind.
     pub fn reset_all(&self) {
-        for (_, mut entry) in self.table().drain() {
+        self.retain(|entry| {
             self.reset(&entry.pair);
-            end(&mut entry, End::Drained);
-        }
+            end(entry, End::Drained);
+            false
+        });
         let resets = std::mem::take(&mut *lock(&self.resets));
         if !resets.is_empty() {
             // Who looks after the pairs has ended, and so will the programs.

@@ -16,20 +16,20 @@ use crate::relay::Tier;
 use crate::view::{ConnectionState, ConnectionView, Selector};
 
 impl Pairs {
-    /// The connections that match.
+    /// The connections that match. It may take a second.
     pub fn list(&self, selector: &Selector) -> Vec<ConnectionView> {
         let mut found = Vec::new();
-        self.each(|entry| {
+        self.retain(|entry| {
             found.extend(self.view(entry).filter(|view| selector.matches(view)));
             true
         });
         found
     }
 
-    /// Resets both ends of the connections that match; tells how many.
+    /// Resets both ends of the connections that match; tells how many. It may take a second.
     pub fn reset_matching(&self, selector: &Selector) -> usize {
         let mut count = 0;
-        self.each(|entry| {
+        self.retain(|entry| {
             let is_meant = self.view(entry).is_some_and(|view| selector.matches(&view));
             if is_meant {
                 self.reset(&entry.pair);
@@ -39,11 +39,6 @@ impl Pairs {
             !is_meant
         });
         count
-    }
-
-    /// Visits every pair, and keeps those for which `visit` says so.
-    fn each(&self, mut visit: impl FnMut(&mut Entry) -> bool) {
-        self.table().retain(|_, entry| visit(entry));
     }
 
     /// `None` for a pair that is over.

@@ -29,7 +29,10 @@ pub(super) async fn accept(
     let mut batch = 0;
     let done = loop {
         let accepted = if worker.is_full() {
-            Err(io::Error::other(format!("{} connections are open", worker.settings.max_connections)))
+            Err(io::Error::other(format!(
+                "{} connections are open",
+                worker.settings.descriptors.max_connections()
+            )))
         } else {
             tokio::select! {
                 biased;

@@ -17,7 +17,7 @@ use super::programs::Program;
 use crate::workspace;
 
 /// The tests that load every processor, the longest first.
-const HEAVY: [&str; 9] = [
+const HEAVY: [&str; 10] = [
     "shapes",
     "steps",
     "kubernetes_scale",
@@ -26,6 +26,7 @@ const HEAVY: [&str; 9] = [
     "legs",
     "unread",
     "scale",
+    "crowd",
     "pairs",
 ];
 
