@@ -11,12 +11,20 @@
 //! | `POST /v1/datapath` | switches tiers, as JSON says, such as `{"sockmap": false}` ([`TierSwitches`]); answers as above |
 //! | `POST /v1/connections/reset` | resets connections: `{"reset": 3}`; see below |
 //!
+//! There are two ways in. By a socket in the file system, which root alone may open, or a group as well, everything is answered. By
+//! TCP, where any process of the node may come, only reads are (403 otherwise), and only those that name the endpoint by an IP address,
+//! `localhost` or a name of `--admin-hosts` (421 otherwise). Neither way has to be open for the agent to forward.
+//!
 //! Those about connections take a [`Selector`]: the first as parameters of the query, such as
 //! `?listener=default/gw/a&idleLongerThan=1h`, all optional, with `limit` for how many are listed at most; the second as
-//! JSON with `Content-Type: application/json` (which a page in a browser cannot send here unasked), and not an empty one:
-//! `{"all": true}` means all. A selector that cannot be used is answered with 400 and a sentence.
+//! JSON with `Content-Type: application/json`, and not an empty one: `{"all": true}` means all. A selector that
+//! cannot be used is answered with 400 and a sentence.
 
-use std::net::SocketAddr;
+mod opening;
+mod rules;
+mod serve;
+mod socket;
+
 use std::sync::Arc;
 
 use axum::Router;
@@ -27,19 +35,41 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use prometheus_client::registry::Registry;
 use serde_json::{Map, Value};
-use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 
+use self::rules::Rules;
+use self::serve::{Service, serve};
 use crate::agent::Shared;
 use crate::metrics;
+use crate::settings::AdminSettings;
 use crate::view::{DatapathTiers, ResetReport, Selector, TierSwitches};
 
-/// An admin endpoint that could not be opened.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot open the admin endpoint on {address}: {source}; choose another with --admin, or `off`")]
-pub struct AdminError {
-    address: SocketAddr,
-    #[source]
-    source: std::io::Error,
+pub use self::opening::AdminHealth;
+
+/// How many connections each way may have at once, where the process may open many files.
+const MAX_CONNECTIONS: u64 = 64;
+/// How many it has at least.
+const MIN_CONNECTIONS: u64 = 4;
+/// Each way gets one file descriptor in so many: the others are for forwarding.
+const FILES_FOR_ONE: u64 = 32;
+
+/// A way into the endpoint.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum By {
+    /// A TCP port.
+    Tcp,
+    /// A socket in the file system.
+    Socket,
+}
+
+impl By {
+    /// Its name, as it stands in metrics and the log.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Socket => "socket",
+        }
+    }
 }
 
 struct Context {
@@ -47,17 +77,48 @@ struct Context {
     registry: Registry,
 }
 
-/// Opens the endpoint; the returned future serves it for ever.
-///
-/// # Errors
-/// The address cannot be bound.
-pub async fn open(
-    address: SocketAddr,
-    shared: Arc<Shared>,
-) -> Result<impl Future<Output = ()> + Send, AdminError> {
-    let listener = TcpListener::bind(address).await.map_err(|source| AdminError { address, source })?;
+/// The endpoint while it is served; it ends with this value.
+#[derive(Debug)]
+pub struct Admin(JoinSet<()>);
+
+impl Admin {
+    /// Ends it, and removes its socket.
+    pub async fn close(mut self) {
+        self.0.shutdown().await;
+    }
+}
+
+/// Serves the endpoint as soon as it can be opened. `files` is how many files this process may have open.
+pub fn start(settings: &AdminSettings, files: u64, shared: &Arc<Shared>) -> Admin {
+    let limit = max_connections(files);
+    let router = router(Arc::clone(shared));
+    let mut ways = JoinSet::new();
+    if let Some(address) = settings.address {
+        let rules = Rules::Reads { hosts: settings.hosts.clone(), socket: settings.socket.clone() };
+        let service = Service { by: By::Tcp, rules, router: router.clone() };
+        let shared = Arc::clone(shared);
+        ways.spawn(async move { serve(opening::tcp(address, &shared.admin).await, limit, service).await });
+    }
+    if let Some(path) = settings.socket.clone() {
+        let service = Service { by: By::Socket, rules: Rules::Everything, router };
+        let (group, shared) = (settings.group.clone(), Arc::clone(shared));
+        ways.spawn(async move {
+            let (listener, _file) = opening::socket(&path, group.as_ref(), &shared.admin).await;
+            serve(listener, limit, service).await;
+        });
+    }
+    Admin(ways)
+}
+
+/// How many connections each way may have at once.
+fn max_connections(files: u64) -> usize {
+    let limit = (files / FILES_FOR_ONE).clamp(MIN_CONNECTIONS, MAX_CONNECTIONS);
+    usize::try_from(limit).unwrap_or(usize::MAX)
+}
+
+fn router(shared: Arc<Shared>) -> Router {
     let registry = metrics::registry(Arc::clone(&shared));
-    let router = Router::new()
+    Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics_text))
@@ -65,12 +126,7 @@ pub async fn open(
         .route("/v1/datapath", get(datapath).post(switch))
         .route("/v1/connections", get(connections))
         .route("/v1/connections/reset", post(reset_connections))
-        .with_state(Arc::new(Context { shared, registry }));
-    Ok(async move {
-        if let Err(error) = axum::serve(listener, router).await {
-            tracing::error!(%error, "the admin endpoint has ended");
-        }
-    })
+        .with_state(Arc::new(Context { shared, registry }))
 }
 
 async fn ready(Extract(context): Extract<Arc<Context>>) -> Response {
@@ -145,7 +201,7 @@ async fn reset_connections(
 }
 
 /// A request that is not carried out: its status, and a sentence.
-#[derive(Debug)]
+#[derive(Debug, Eq, PartialEq)]
 struct Refusal(StatusCode, String);
 
 impl Refusal {
@@ -195,6 +251,13 @@ fn parse_query(query: &str) -> Result<(Selector, Option<usize>), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_endpoint_leaves_most_files_to_the_connections() {
+        for (files, expected) in [(16, 4), (256, 8), (1024, 32), (2048, 64), (u64::MAX, 64)] {
+            assert_eq!(max_connections(files), expected, "{files}");
+        }
+    }
 
     #[test]
     fn a_query_is_a_selector_and_a_limit() {

@@ -17,7 +17,7 @@ use self::control::Control;
 use self::kernel::{Kernel, find_listener, inherit, promote_after};
 use self::leaving::{Leaving, Signals};
 use self::sockmap::SockmapTier;
-use crate::admin::{self, AdminError};
+use crate::admin::{self, AdminHealth};
 use crate::allowed::{AllowedAddresses, AllowedPorts};
 use crate::counters::{ListenerCounters, PerWorker, WorkerCounters};
 use crate::datapath::interfaces::smallest_mtu;
@@ -52,9 +52,6 @@ pub enum AgentError {
     /// No event loop, thread or signal handler could be made.
     #[error("cannot start: {0}")]
     Start(#[from] std::io::Error),
-    /// The admin endpoint could not be opened.
-    #[error(transparent)]
-    Admin(#[from] AdminError),
     /// The Kubernetes API is the source, and nothing says where it is.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -77,6 +74,8 @@ pub struct Shared {
     pub switches: Arc<Switches>,
     /// How it goes with the Kubernetes API, where that is the source.
     pub cluster: Option<ClusterHealth>,
+    /// Which ways into the admin endpoint are open.
+    pub admin: AdminHealth,
 }
 
 impl Shared {
@@ -214,7 +213,7 @@ impl Resolver {
             controller_name: settings.controller_name.clone(),
             listener_ports: AllowedPorts::new(settings.listener_ports.clone()),
             endpoint_addresses,
-            own: OwnSockets { admin: settings.admin, ..OwnSockets::default() },
+            own: OwnSockets { admin: settings.admin.address, ..OwnSockets::default() },
             ..base
         })
     }
@@ -294,6 +293,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
     }));
     let switches = Arc::<Switches>::default();
     let descriptors = Arc::new(Descriptors::raise());
+    let limit = descriptors.limit();
     let worker_settings = WorkerSettings {
         connect: ConnectSettings {
             source_addresses: settings.source_addresses.clone(),
@@ -320,6 +320,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         },
         switches,
         cluster: input.health,
+        admin: AdminHealth::new(&settings.admin),
     });
     let pairs_thread = match &kernel.promoter {
         Some(promoter) => {
@@ -335,13 +336,12 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         descriptors,
     };
     let reconciler = Reconciler::new(workers, listen, Arc::clone(&shared.in_force));
-    if let Some(address) = settings.admin {
-        tokio::spawn(admin::open(address, Arc::clone(&shared)).await?);
-    }
+    let admin = admin::start(&settings.admin, limit, &shared);
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         workers = settings.workers,
-        admin = settings.admin.map(tracing::field::display),
+        admin = settings.admin.address.map(tracing::field::display),
+        admin_socket = settings.admin.socket.as_ref().map(|path| tracing::field::display(path.display())),
         "agent started"
     );
     let mut control = Control {
@@ -372,5 +372,6 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         thread.thread().unpark();
         let _ = thread.join();
     }
+    admin.close().await;
     signal.map(drop).ok_or(AgentError::SourceStopped)
 }

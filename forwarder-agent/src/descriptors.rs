@@ -46,6 +46,11 @@ impl Descriptors {
         Self::new(getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX))
     }
 
+    /// How many the process may have.
+    pub fn limit(&self) -> u64 {
+        self.limit
+    }
+
     /// How many connections there may be at once, at least one.
     pub fn max_connections(&self) -> usize {
         (self.shared.saturating_sub(self.listening.load(Ordering::Relaxed)) / OF_CONNECTION).max(1)

@@ -10,6 +10,7 @@ use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
+use crate::admin::AdminHealth;
 use crate::agent::Shared;
 use crate::counters::{
     BackendCounters, ConnectFailure, Counter, End, ListenerCounters, PerWorker, WorkerCounters,
@@ -65,6 +66,7 @@ impl Collector for AgentCollector {
         encode_backends(&mut encoder, &in_force)?;
         drop(in_force);
         encode_workers(&mut encoder, shared)?;
+        encode_admin(&mut encoder, &shared.admin)?;
         if let Some(cluster) = &shared.cluster {
             cluster::encode(&mut encoder, cluster)?;
         }
@@ -407,6 +409,19 @@ fn encode_sockmap(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::
     )?;
     for (verdict, count) in pairs.sockmap().verdicts().unwrap_or_default() {
         counter(&mut verdicts, [("verdict", verdict.as_str())], count)?;
+    }
+    Ok(())
+}
+
+fn encode_admin(encoder: &mut DescriptorEncoder<'_>, admin: &AdminHealth) -> fmt::Result {
+    let mut up = encoder.encode_descriptor(
+        "forwarder_admin_up",
+        "Whether the admin endpoint is open, by each way that was asked for",
+        None,
+        MetricType::Gauge,
+    )?;
+    for (by, is_up) in admin.ways() {
+        gauge(&mut up, [("by", by.as_str())], u64::from(is_up))?;
     }
     Ok(())
 }

@@ -1,8 +1,9 @@
 //! Settings of the agent: from flags, the environment and one YAML file, in this order of precedence.
 
+mod admin;
 mod kube;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::allowed::{Ports, Rule};
 use crate::model::{Datapath, Egress, ListenerSettings, OnRemoval};
 use crate::resolve::CONTROLLER_NAME;
 
+pub use self::admin::{ADMIN, ADMIN_SOCKET, AdminAddress, AdminSettings, AdminSocketPath, GroupName};
 pub use self::kube::{KubeOptions, KubeSettings, POD_SELECTOR};
 
 /// Where settings come from; everything is optional, and what nobody sets has the default that its description names.
@@ -30,9 +32,23 @@ pub struct Options {
     #[command(flatten)]
     pub kube: KubeOptions,
 
-    /// Address of the admin endpoint (/healthz, /readyz, /metrics, /v1/...), or `off` [default: 127.0.0.1:9902]
+    /// TCP address of the admin endpoint (/healthz, /readyz, /metrics, /v1/...), which changes nothing there, or `off`
+    /// [default: 127.0.0.1:9902]
     #[arg(long, env = "FORWARDER_ADMIN", value_name = "ADDR:PORT")]
     pub admin: Option<AdminAddress>,
+
+    /// Names by which requests may address that endpoint, beside IP addresses and `localhost`; `*` is any
+    #[arg(long, env = "FORWARDER_ADMIN_HOSTS", value_name = "NAME", value_delimiter = ',')]
+    pub admin_hosts: Vec<String>,
+
+    /// Socket of the admin endpoint, for its owner alone, by which it also resets and switches, or `off`
+    /// [default: /run/forwarder/admin.sock]
+    #[arg(long, env = "FORWARDER_ADMIN_SOCKET", value_name = "PATH")]
+    pub admin_socket: Option<AdminSocketPath>,
+
+    /// Group, by name or number, whose members may use the socket too [default: none]
+    #[arg(long, env = "FORWARDER_ADMIN_SOCKET_GROUP", value_name = "GROUP")]
+    pub admin_socket_group: Option<GroupName>,
 
     /// Serve Gateways whose GatewayClass names this controller [default: forwarder.dev/tcp]
     #[arg(long, env = "FORWARDER_CONTROLLER_NAME", value_name = "NAME")]
@@ -139,29 +155,6 @@ pub struct Options {
     pub source_addresses: Vec<IpAddr>,
 }
 
-/// The address of the admin endpoint, or none.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct AdminAddress(pub Option<SocketAddr>);
-
-impl std::str::FromStr for AdminAddress {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "off" {
-            return Ok(Self(None));
-        }
-        text.parse().map(|address| Self(Some(address))).map_err(|_| {
-            format!("`{text}` is neither an address with a port, such as 127.0.0.1:9902, nor `off`")
-        })
-    }
-}
-
-impl<'de> Deserialize<'de> for AdminAddress {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
 /// When a connection is taken into the kernel: whichever comes first.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct PromoteAfter {
@@ -259,8 +252,8 @@ impl<'de> Deserialize<'de> for DurationText {
 pub struct Settings {
     /// Where the manifests come from.
     pub source: SourceSettings,
-    /// Where the admin endpoint listens; `None` is nowhere.
-    pub admin: Option<SocketAddr>,
+    /// Where the admin endpoint is.
+    pub admin: AdminSettings,
     /// Whose GatewayClasses are served.
     pub controller_name: String,
     /// Where maps are pinned.
@@ -370,6 +363,9 @@ impl Options {
             manifests: self.manifests.or(other.manifests),
             kube: self.kube.or(other.kube),
             admin: self.admin.or(other.admin),
+            admin_hosts: or_others(self.admin_hosts, other.admin_hosts),
+            admin_socket: self.admin_socket.or(other.admin_socket),
+            admin_socket_group: self.admin_socket_group.or(other.admin_socket_group),
             controller_name: self.controller_name.or(other.controller_name),
             datapath: self.datapath.or(other.datapath),
             promote_after: self.promote_after.or(other.promote_after),
@@ -449,7 +445,12 @@ impl Options {
         };
         Ok(Settings {
             source,
-            admin: self.admin.map_or(Some(ADMIN), |admin| admin.0),
+            admin: AdminSettings::new(
+                self.admin,
+                self.admin_hosts,
+                self.admin_socket,
+                self.admin_socket_group,
+            )?,
             controller_name,
             pin_dir: self.pin_dir.unwrap_or_else(|| PathBuf::from(PIN_DIR)),
             workers,
@@ -482,9 +483,6 @@ pub const SOCKMAP_MEMORY: u64 = 256 << 20;
 
 /// How long a port that another process had must have been free, by default, before it is taken: daemons are back sooner.
 pub const PORT_WAIT: Duration = Duration::from_secs(10);
-
-/// Where the admin endpoint is by default.
-pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9902);
 
 /// Where maps are pinned by default.
 pub const PIN_DIR: &str = "/sys/fs/bpf/forwarder";
@@ -519,7 +517,25 @@ mod tests {
         let settings = flags.or(file).validate().unwrap();
         assert_eq!(settings.workers, 2);
         assert_eq!(settings.listener_defaults.idle_timeout, Some(Duration::from_hours(1)));
-        assert_eq!(settings.admin, None);
+        assert_eq!(settings.admin.address, None);
+    }
+
+    #[test]
+    fn the_admin_endpoint_has_a_socket_a_group_and_names() {
+        let admin = |text: &str| {
+            let options = Options { manifests: Some("m".into()), ..from_text(text).unwrap() };
+            options.validate().map(|settings| settings.admin).map_err(|error| error.to_string())
+        };
+        let unset = admin("").unwrap();
+        assert_eq!((unset.address, unset.group), (Some(ADMIN), None));
+        assert_eq!(unset.socket.as_deref(), Some(Path::new(ADMIN_SOCKET)));
+        assert_eq!(admin("adminSocket: off\n").unwrap().socket, None);
+        assert_eq!(admin("adminSocketGroup: 27\n").unwrap().group, Some(GroupName::Id(27)));
+        let named = admin("adminSocketGroup: sudo\nadminHosts: [metrics.example.com]\n").unwrap();
+        assert_eq!(named.group, Some(GroupName::Name("sudo".into())));
+        assert_eq!(named.hosts, ["metrics.example.com"]);
+        assert!(admin("adminHosts: ['metrics.example.com:9902']\n").unwrap_err().contains("without a port"));
+        assert!(from_text("adminSocket: admin.sock\n").unwrap_err().contains("`admin.sock`"));
     }
 
     #[test]

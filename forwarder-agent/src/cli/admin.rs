@@ -1,7 +1,8 @@
-//! Asking a running agent over its admin address.
+//! Asking a running agent: by its socket, or by TCP, where it answers reads alone.
+
+mod way;
 
 use std::io;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
@@ -11,6 +12,11 @@ use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+
+pub(crate) use self::way::AgentArgs;
+use self::way::{Way, Ways};
 
 /// How long an agent may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -19,34 +25,40 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AskError {
     /// Nothing listens there.
-    #[error("no agent answers at {address}: start it, or name it with --admin ({source})")]
-    NoAgent {
-        /// The admin address.
-        address: SocketAddr,
+    #[error("no agent answers at {}: start it, or name it with --admin-socket or --admin", attempts(.0))]
+    NoAgent(Vec<(Way, io::Error)>),
+    /// The socket is for others.
+    #[error(
+        "may not open the agent's socket {socket} ({source}): you are neither root nor in the group that the agent lets use it \
+         (--admin-socket-group); run this as root, with sudo say"
+    )]
+    Denied {
+        /// The socket.
+        socket: Way,
         /// What the kernel said.
         #[source]
         source: io::Error,
     },
     /// It takes too long.
-    #[error("what listens at {address} did not answer within {}", humantime::format_duration(ANSWER_TIMEOUT))]
+    #[error("what listens at {way} did not answer within {}", humantime::format_duration(ANSWER_TIMEOUT))]
     TimedOut {
-        /// The admin address.
-        address: SocketAddr,
+        /// Where it was asked.
+        way: Way,
     },
     /// It does not speak HTTP.
-    #[error("what listens at {address} does not answer as an agent does: {source}")]
+    #[error("what listens at {way} does not answer as an agent does: {source}")]
     Http {
-        /// The admin address.
-        address: SocketAddr,
+        /// Where it was asked.
+        way: Way,
         /// What is wrong with its answer.
         #[source]
         source: hyper::Error,
     },
     /// It refuses.
-    #[error("the agent at {address} answers {path} with {status}: {reason}")]
+    #[error("the agent at {way} answers {path} with {status}: {reason}")]
     Refused {
-        /// The admin address.
-        address: SocketAddr,
+        /// Where it was asked.
+        way: Way,
         /// What was asked for.
         path: String,
         /// The status.
@@ -55,27 +67,40 @@ pub(crate) enum AskError {
         reason: String,
     },
     /// It answers something else.
-    #[error("the answer of {address} to {path} is not what an agent answers: {source}")]
+    #[error("the answer of {way} to {path} is not what an agent answers: {source}")]
     Answer {
-        /// The admin address.
-        address: SocketAddr,
+        /// Where it was asked.
+        way: Way,
         /// What was asked for.
         path: String,
         /// What is wrong with it.
         #[source]
         source: serde_json::Error,
     },
+    /// The environment says nothing that can be used.
+    #[error("{name} cannot be used: {reason}")]
+    Environment {
+        /// The variable.
+        name: &'static str,
+        /// What is wrong with its value.
+        reason: String,
+    },
     /// There is no event loop to ask with.
     #[error("cannot ask the agent: {0}")]
     Runtime(#[source] io::Error),
+}
+
+fn attempts(failed: &[(Way, io::Error)]) -> String {
+    let failed: Vec<String> = failed.iter().map(|(way, source)| format!("{way} ({source})")).collect();
+    failed.join(", nor at ")
 }
 
 /// Asks for what stands at `path`.
 ///
 /// # Errors
 /// The agent does not answer, or not as it should.
-pub(crate) fn get<T: DeserializeOwned>(address: SocketAddr, path: &str) -> Result<T, AskError> {
-    ask(address, Method::GET, path, Bytes::new())
+pub(crate) fn get<T: DeserializeOwned>(agent: &AgentArgs, path: &str) -> Result<T, AskError> {
+    ask(&agent.ways()?, &Method::GET, path, &Bytes::new())
 }
 
 /// Sends `value` as JSON to `path`.
@@ -83,56 +108,81 @@ pub(crate) fn get<T: DeserializeOwned>(address: SocketAddr, path: &str) -> Resul
 /// # Errors
 /// The agent does not answer, or not as it should.
 pub(crate) fn post<T: DeserializeOwned>(
-    address: SocketAddr,
+    agent: &AgentArgs,
     path: &str,
     value: &impl Serialize,
 ) -> Result<T, AskError> {
     let body = serde_json::to_vec(value).expect("plain data is JSON");
-    ask(address, Method::POST, path, body.into())
+    ask(&agent.ways()?, &Method::POST, path, &body.into())
 }
 
-fn ask<T: DeserializeOwned>(
-    address: SocketAddr,
-    method: Method,
-    path: &str,
-    body: Bytes,
-) -> Result<T, AskError> {
+/// Asks by the first of the ways at whose end somebody listens.
+fn ask<T: DeserializeOwned>(ways: &Ways, method: &Method, path: &str, body: &Bytes) -> Result<T, AskError> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(AskError::Runtime)?;
-    let exchange =
-        async { tokio::time::timeout(ANSWER_TIMEOUT, exchange(address, method, path, body)).await };
-    let (status, body) = runtime.block_on(exchange).unwrap_or(Err(AskError::TimedOut { address }))?;
-    let path = path.split('?').next().unwrap_or_default().to_owned();
-    if !status.is_success() {
-        let reason = String::from_utf8_lossy(&body).trim().to_owned();
-        return Err(AskError::Refused { address, path, status, reason });
+    let (mut failed, mut denied) = (Vec::new(), None);
+    for way in ways.iter() {
+        let exchange =
+            async { tokio::time::timeout(ANSWER_TIMEOUT, exchange(way, method, path, body)).await };
+        let exchanged =
+            runtime.block_on(exchange).unwrap_or_else(|_| Err(AskError::TimedOut { way: way.clone() }));
+        match exchanged {
+            Ok((status, body)) => return read(way, path, status, &body),
+            Err(AskError::NoAgent(one)) => failed.extend(one),
+            // By TCP everybody may read.
+            Err(error @ AskError::Denied { .. }) if *method == Method::GET => denied = Some(error),
+            Err(error) => return Err(error),
+        }
     }
-    serde_json::from_slice(&body).map_err(|source| AskError::Answer { address, path, source })
+    // Who may not ask cannot know that there is no agent.
+    Err(denied.unwrap_or(AskError::NoAgent(failed)))
+}
+
+fn read<T: DeserializeOwned>(way: &Way, path: &str, status: StatusCode, body: &[u8]) -> Result<T, AskError> {
+    let (way, path) = (way.clone(), path.split('?').next().unwrap_or_default().to_owned());
+    if !status.is_success() {
+        let reason = String::from_utf8_lossy(body).trim().to_owned();
+        return Err(AskError::Refused { way, path, status, reason });
+    }
+    serde_json::from_slice(body).map_err(|source| AskError::Answer { way, path, source })
 }
 
 async fn exchange(
-    address: SocketAddr,
-    method: Method,
+    way: &Way,
+    method: &Method,
     path: &str,
-    body: Bytes,
+    body: &Bytes,
 ) -> Result<(StatusCode, Bytes), AskError> {
-    let http = |source| AskError::Http { address, source };
-    let stream = tokio::net::TcpStream::connect(address)
-        .await
-        .map_err(|source| AskError::NoAgent { address, source })?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
-    let connection = tokio::spawn(connection);
+    let not_connected = |source: io::Error| match way {
+        Way::Socket(_) if source.kind() == io::ErrorKind::PermissionDenied => {
+            AskError::Denied { socket: way.clone(), source }
+        }
+        _ => AskError::NoAgent(vec![(way.clone(), source)]),
+    };
+    let (host, body) = (way.host(), body.clone());
     let request = Request::builder()
         .method(method)
         .uri(path)
-        .header(HOST, address.to_string())
+        .header(HOST, host)
         .header(CONTENT_TYPE, "application/json")
         .body(Full::new(body))
         .expect("an address and an encoded path make a request");
-    let response = sender.send_request(request).await.map_err(http)?;
+    let answered = match way {
+        Way::Socket(path) => answer(UnixStream::connect(path).await.map_err(not_connected)?, request).await,
+        Way::Tcp(address) => answer(TcpStream::connect(address).await.map_err(not_connected)?, request).await,
+    };
+    answered.map_err(|source| AskError::Http { way: way.clone(), source })
+}
+
+async fn answer(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    request: Request<Full<Bytes>>,
+) -> Result<(StatusCode, Bytes), hyper::Error> {
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let connection = tokio::spawn(connection);
+    let response = sender.send_request(request).await?;
     let status = response.status();
-    let body = response.into_body().collect().await.map_err(http)?.to_bytes();
+    let body = response.into_body().collect().await?.to_bytes();
     connection.abort();
     Ok((status, body))
 }

@@ -1,7 +1,6 @@
 //! `forwarder conns`: the connections that an agent keeps, and the end of some of them.
 
 use std::fmt::Display;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,10 +10,10 @@ use clap::{Args, Subcommand, ValueEnum};
 use form_urlencoded::Serializer;
 use serde_json::Value;
 
-use super::admin::{self, AskError};
+use super::admin::{self, AgentArgs, AskError};
 use super::{print_json, table};
 use crate::pairs;
-use crate::settings::{ADMIN, PIN_DIR};
+use crate::settings::PIN_DIR;
 use crate::view::{ConnectionList, ConnectionTotals, ConnectionView, ResetReport, Selector};
 
 #[derive(Args, Debug)]
@@ -22,6 +21,9 @@ use crate::view::{ConnectionList, ConnectionTotals, ConnectionView, ResetReport,
 pub(crate) struct ConnsArgs {
     #[command(subcommand)]
     command: Option<ConnsCommand>,
+
+    #[command(flatten)]
+    agent: AgentArgs,
 
     #[command(flatten)]
     list: ListArgs,
@@ -36,7 +38,7 @@ enum ConnsCommand {
 #[derive(Args, Debug)]
 struct ListArgs {
     #[command(flatten)]
-    agent: AgentAddress,
+    kernel: KernelArgs,
 
     #[command(flatten)]
     selector: Selector,
@@ -53,18 +55,14 @@ struct ListArgs {
 #[derive(Args, Debug)]
 struct ResetArgs {
     #[command(flatten)]
-    agent: AgentAddress,
+    kernel: KernelArgs,
 
     #[command(flatten)]
     selector: Selector,
 }
 
 #[derive(Args, Debug)]
-struct AgentAddress {
-    /// Admin address of the running agent
-    #[arg(long, env = "FORWARDER_ADMIN", default_value_t = ADMIN)]
-    admin: SocketAddr,
-
+struct KernelArgs {
     /// Where the maps are pinned, for when no agent runs
     #[arg(long, env = "FORWARDER_PIN_DIR", value_name = "DIR", default_value = PIN_DIR)]
     pin_dir: PathBuf,
@@ -82,12 +80,12 @@ enum ListOutput {
 
 pub(crate) fn run(args: &ConnsArgs) -> anyhow::Result<ExitCode> {
     let ran = match &args.command {
-        None => list(&args.list),
-        Some(ConnsCommand::Reset(args)) => reset(args),
+        None => list(&args.agent, &args.list),
+        Some(ConnsCommand::Reset(reset_args)) => reset(&args.agent, reset_args),
     };
     match ran {
         Ok(code) => Ok(code),
-        Err(error) if matches!(error.downcast_ref(), Some(AskError::NoAgent { .. })) => {
+        Err(error) if matches!(error.downcast_ref(), Some(AskError::NoAgent(_))) => {
             eprintln!("error: {error}");
             Ok(ExitCode::FAILURE)
         }
@@ -95,12 +93,12 @@ pub(crate) fn run(args: &ConnsArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn list(args: &ListArgs) -> anyhow::Result<ExitCode> {
+fn list(agent: &AgentArgs, args: &ListArgs) -> anyhow::Result<ExitCode> {
     let path = format!("/v1/connections?{}", query(&args.selector, args.limit)?);
-    let list: ConnectionList = match admin::get(args.agent.admin, &path) {
+    let list: ConnectionList = match admin::get(agent, &path) {
         Ok(list) => list,
         // What a dead agent has left in the kernel lives on.
-        Err(error @ AskError::NoAgent { .. }) => match pairs::from_pins(&args.agent.pin_dir) {
+        Err(error @ AskError::NoAgent(_)) => match pairs::from_pins(&args.kernel.pin_dir) {
             Ok(mut connections) => {
                 eprintln!("{error}; these are the connections that the kernel forwards without one");
                 connections.retain(|connection| args.selector.matches(connection));
@@ -118,15 +116,15 @@ fn list(args: &ListArgs) -> anyhow::Result<ExitCode> {
     Ok(code(list.unanswered))
 }
 
-fn reset(args: &ResetArgs) -> anyhow::Result<ExitCode> {
+fn reset(agent: &AgentArgs, args: &ResetArgs) -> anyhow::Result<ExitCode> {
     if args.selector.is_empty() {
         bail!("say which connections to reset, by --listener, --downstream or another selector, or --all");
     }
-    let asked = admin::post(args.agent.admin, "/v1/connections/reset", &args.selector);
+    let asked = admin::post(agent, "/v1/connections/reset", &args.selector);
     let report: ResetReport = match asked {
         Ok(report) => report,
-        Err(error @ AskError::NoAgent { .. }) => {
-            match pairs::reset_pinned(&args.agent.pin_dir, &args.selector)? {
+        Err(error @ AskError::NoAgent(_)) => {
+            match pairs::reset_pinned(&args.kernel.pin_dir, &args.selector)? {
                 Some(reset) => {
                     eprintln!("{error}; these were connections that the kernel forwarded without one");
                     ResetReport { reset, unanswered: 0 }

@@ -1,13 +1,11 @@
 //! `forwarder datapath`: which of the kernel's tiers take new connections, and the switch for that.
 
-use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::admin::{self, AskError};
+use super::admin::{self, AgentArgs, AskError};
 use super::{Output, print_json, table};
-use crate::settings::ADMIN;
 use crate::view::{DatapathTiers, TierSwitches};
 
 /// Where an agent answers for its tiers.
@@ -15,9 +13,8 @@ const PATH: &str = "/v1/datapath";
 
 #[derive(Args, Debug)]
 pub(crate) struct DatapathArgs {
-    /// Admin address of the running agent
-    #[arg(long, env = "FORWARDER_ADMIN", default_value_t = ADMIN, global = true)]
-    admin: SocketAddr,
+    #[command(flatten)]
+    agent: AgentArgs,
 
     /// How to print the answer
     #[arg(long, short, value_enum, default_value = "table", global = true)]
@@ -54,12 +51,12 @@ pub(crate) fn run(args: &DatapathArgs) -> anyhow::Result<ExitCode> {
         DatapathCommand::Off { tier } => switches(*tier, false),
     });
     let asked = match switches {
-        None => admin::get(args.admin, PATH),
-        Some(switches) => admin::post(args.admin, PATH, &switches),
+        None => admin::get(&args.agent, PATH),
+        Some(switches) => admin::post(&args.agent, PATH, &switches),
     };
     let tiers: DatapathTiers = match asked {
         Ok(tiers) => tiers,
-        Err(error @ AskError::NoAgent { .. }) => {
+        Err(error @ AskError::NoAgent(_)) => {
             eprintln!("error: {error}");
             return Ok(ExitCode::FAILURE);
         }

@@ -1,26 +1,25 @@
 //! `forwarder explain`: listener port -> route -> service:port -> endpoints, and why something is not served.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::anyhow;
 use clap::Args;
 
+use super::admin::{AgentArgs, AskError};
 use super::validate::{load, print_problems};
 use super::{Output, print_json, table};
 use crate::resolve::CONTROLLER_NAME;
-use crate::settings::ADMIN;
 use crate::view::{ListenerView, State};
 
 #[derive(Args, Debug)]
 pub(crate) struct ExplainArgs {
     /// File or folder of manifests; without it, the running agent is asked
+    #[arg(conflicts_with_all = ["admin", "admin_socket"])]
     path: Option<PathBuf>,
 
-    /// Admin address of the running agent
-    #[arg(long, env = "FORWARDER_ADMIN", default_value_t = ADMIN, conflicts_with = "path")]
-    admin: SocketAddr,
+    #[command(flatten)]
+    agent: AgentArgs,
 
     /// Controller whose GatewayClasses are served
     #[arg(long, env = "FORWARDER_CONTROLLER_NAME", default_value = CONTROLLER_NAME)]
@@ -34,7 +33,7 @@ pub(crate) struct ExplainArgs {
 pub(crate) fn run(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
     let state = match &args.path {
         Some(path) => load(path, &args.controller_name)?,
-        None => ask(args.admin)?,
+        None => ask(&args.agent)?,
     };
     match args.output {
         Output::Json => print_json(&state)?,
@@ -44,9 +43,10 @@ pub(crate) fn run(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// Asks a running agent for its state.
-fn ask(admin: SocketAddr) -> anyhow::Result<State> {
-    super::admin::get(admin, "/v1/state").with_context(|| {
-        format!("cannot ask the agent at {admin}; is it running? (else give a PATH, or --admin ADDR:PORT)")
+fn ask(agent: &AgentArgs) -> anyhow::Result<State> {
+    super::admin::get(agent, "/v1/state").map_err(|error| match error {
+        AskError::NoAgent(_) => anyhow!("{error}; or give the PATH of manifests, to explain these"),
+        error => error.into(),
     })
 }
 

@@ -1,0 +1,130 @@
+//! By which way a command asks an agent.
+
+use std::env::{self, VarError};
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Args;
+
+use super::AskError;
+use crate::settings::{ADMIN, ADMIN_SOCKET, AdminAddress, AdminSocketPath};
+
+/// Which agent is asked.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct AgentArgs {
+    /// Socket of the running agent, by which it may also be changed, or `FORWARDER_ADMIN_SOCKET` [default:
+    /// /run/forwarder/admin.sock, and the default of --admin where that is not there]
+    #[arg(long, value_name = "PATH", global = true)]
+    admin_socket: Option<PathBuf>,
+
+    /// Ask by TCP, at this address, where an agent shows all and changes nothing, or `FORWARDER_ADMIN` [default: 127.0.0.1:9902]
+    #[arg(long, value_name = "ADDR:PORT", global = true, conflicts_with = "admin_socket")]
+    admin: Option<SocketAddr>,
+}
+
+/// A way to an agent.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) enum Way {
+    /// Its socket.
+    Socket(PathBuf),
+    /// Its address.
+    Tcp(SocketAddr),
+}
+
+impl Way {
+    /// What a request names as its host.
+    pub(super) fn host(&self) -> String {
+        match self {
+            Self::Socket(_) => "localhost".to_owned(),
+            Self::Tcp(address) => address.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(path) => path.display().fmt(f),
+            Self::Tcp(address) => address.fmt(f),
+        }
+    }
+}
+
+/// The ways to an agent: the first at whose end somebody listens counts.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Ways(Vec<Way>);
+
+impl Ways {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Way> {
+        self.0.iter()
+    }
+}
+
+impl AgentArgs {
+    /// The ways to the agent that is meant.
+    ///
+    /// # Errors
+    /// The environment says nothing that can be used.
+    pub(super) fn ways(&self) -> Result<Ways, AskError> {
+        Ok(self.ways_with(variable("FORWARDER_ADMIN_SOCKET")?, variable("FORWARDER_ADMIN")?))
+    }
+
+    /// The same, with what the environment says. One agent's socket and another's address must not be mixed: so what nobody has
+    /// named is asked only where nothing is named.
+    fn ways_with(&self, socket: Option<AdminSocketPath>, address: Option<AdminAddress>) -> Ways {
+        if let Some(address) = self.admin {
+            return Ways(vec![Way::Tcp(address)]);
+        }
+        if let Some(path) = &self.admin_socket {
+            return Ways(vec![Way::Socket(path.clone())]);
+        }
+        let of_nobody =
+            || (Some(AdminSocketPath(Some(ADMIN_SOCKET.into()))), Some(AdminAddress(Some(ADMIN))));
+        let is_named = socket.as_ref().is_some_and(|socket| socket.0.is_some())
+            || address.is_some_and(|address| address.0.is_some());
+        let (socket, address) = if is_named { (socket, address) } else { of_nobody() };
+        let socket = socket.and_then(|socket| socket.0).map(Way::Socket);
+        Ways(socket.into_iter().chain(address.and_then(|address| address.0).map(Way::Tcp)).collect())
+    }
+}
+
+/// A variable of the environment that an agent's settings have too.
+fn variable<T: FromStr<Err = String>>(name: &'static str) -> Result<Option<T>, AskError> {
+    match env::var(name) {
+        Ok(text) => text.parse().map(Some).map_err(|reason| AskError::Environment { name, reason }),
+        Err(VarError::NotPresent) => Ok(None),
+        Err(error) => Err(AskError::Environment { name, reason: error.to_string() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_is_asked_where_it_was_named_and_nowhere_else() {
+        let args = |socket: Option<&str>, address: Option<&str>| AgentArgs {
+            admin_socket: socket.map(Into::into),
+            admin: address.map(|address| address.parse().unwrap()),
+        };
+        let none = args(None, None);
+        for (args, socket, address, expected) in [
+            (&none, None, None, &[ADMIN_SOCKET, "127.0.0.1:9902"][..]),
+            (&none, Some("off"), Some("off"), &[ADMIN_SOCKET, "127.0.0.1:9902"]),
+            (&none, Some("/run/a.sock"), None, &["/run/a.sock"]),
+            (&none, Some("/run/a.sock"), Some("10.0.0.1:1"), &["/run/a.sock", "10.0.0.1:1"]),
+            (&none, Some("off"), Some("10.0.0.1:1"), &["10.0.0.1:1"]),
+            (&none, None, Some("10.0.0.1:1"), &["10.0.0.1:1"]),
+            (&args(Some("/run/b.sock"), None), Some("/run/a.sock"), Some("10.0.0.1:1"), &["/run/b.sock"]),
+            (&args(None, Some("10.0.0.2:2")), Some("/run/a.sock"), None, &["10.0.0.2:2"]),
+        ] {
+            let socket = socket.map(|text| text.parse().unwrap());
+            let address = address.map(|text| text.parse().unwrap());
+            let ways = args.ways_with(socket, address);
+            let ways: Vec<String> = ways.iter().map(Way::to_string).collect();
+            assert_eq!(ways, expected, "{args:?}");
+        }
+    }
+}
