@@ -173,7 +173,7 @@ fn one_endpoint(criterion: &mut Criterion) {
                 let Change::Endpoints(services) = current.change_to(&new) else {
                     unreachable!("a slice was changed");
                 };
-                let ops = update_endpoints(&mut resolved, &new, &settings, &services);
+                let ops = update_endpoints(&mut resolved, &new, &settings(), &services);
                 assert_eq!(ops.len(), 1);
                 for op in ops {
                     plan::apply(&mut in_force, op);

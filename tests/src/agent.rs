@@ -22,7 +22,7 @@ use crate::netns::NetNs;
 use crate::process::Process;
 use crate::wait::{wait_for, wait_until};
 
-/// Where the admin interface listens, inside the agent's namespace.
+/// Where the admin interface listens by TCP, inside the agent's namespace.
 pub const ADMIN: &str = "127.0.0.1:9902";
 /// Where the BPF file system is mounted.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -75,8 +75,10 @@ pub struct AgentCommand {
     pub binary: Option<PathBuf>,
     /// Where it pins its maps; a folder of its own if `None`.
     pub pins: Option<Arc<PinDir>>,
-    /// Where its admin interface listens; [`ADMIN`] if `None`.
+    /// Where its admin interface listens by TCP; [`ADMIN`] if `None`.
     pub admin: Option<&'static str>,
+    /// The socket of its admin interface; one in a folder of its own if `None`, since namespaces share the file system.
+    pub admin_socket: Option<PathBuf>,
 }
 
 /// A folder on the BPF file system, removed with all that is pinned there when its last user is dropped.
@@ -132,6 +134,13 @@ impl AgentCommand {
         self
     }
 
+    /// Has the socket of its admin interface somewhere else.
+    #[must_use]
+    pub fn admin_socket(mut self, path: &Path) -> Self {
+        self.admin_socket = Some(path.to_owned());
+        self
+    }
+
     /// Has the agent take over what `former` leaves pinned.
     #[must_use]
     pub fn succeeding(mut self, former: &Agent) -> Self {
@@ -155,15 +164,20 @@ impl AgentCommand {
         let mut command = Command::new(words.next().context("an empty command")?);
         command.args(words).arg("agent").args(source);
         let admin = self.admin.unwrap_or(ADMIN);
-        command.args(["--admin", admin]).arg("--pin-dir").arg(&pins.0).args(&self.arguments);
+        let socket = self.admin_socket.clone().unwrap_or_else(|| folder.path().join("admin.sock"));
+        command.args(["--admin", admin]).arg("--admin-socket").arg(&socket);
+        command.arg("--pin-dir").arg(&pins.0).args(&self.arguments);
         command.envs(attach::environment()).envs(self.environment.iter().copied());
         let process = Process::start(netns, &mut command, &folder.path().join("log"))?;
-        let mut agent = Agent { process, netns: netns.clone(), pins, admin, _folder: folder };
+        let mut agent = Agent { process, netns: netns.clone(), pins, admin, socket, _folder: folder };
         let ended = wait_for(DEADLINE, || {
             if let Ok(Some(status)) = agent.process.try_wait() {
                 return Some(Some(status));
             }
-            agent.get("/healthz").is_ok_and(|response| response.status == 200).then_some(None)
+            // It is opened after the TCP port, if that can be had.
+            http::get_by(&agent.socket, "/healthz")
+                .is_ok_and(|response| response.status == 200)
+                .then_some(None)
         });
         match ended {
             Some(None) => Ok(agent),
@@ -187,6 +201,7 @@ pub struct Agent {
     netns: NetNs,
     pins: Arc<PinDir>,
     admin: &'static str,
+    socket: PathBuf,
     _folder: TempDir,
 }
 
@@ -205,14 +220,28 @@ impl Agent {
         Ok(())
     }
 
-    /// Asks the admin interface.
+    /// Asks the admin interface by TCP.
     pub fn get(&self, path: &str) -> Result<Response> {
         http::get(&self.netns, self.admin.parse::<SocketAddr>()?, path)
     }
 
-    /// Sends JSON to the admin interface.
+    /// Sends JSON to the admin interface by its socket.
     pub fn post(&self, path: &str, body: &str) -> Result<Response> {
-        http::post(&self.netns, self.admin.parse::<SocketAddr>()?, path, body)
+        http::post_by(&self.socket, path, body)
+    }
+
+    /// The command line with these arguments, for this agent: to be run in its namespace.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("timeout");
+        command.arg("60").arg(binary()).args(arguments);
+        command.env("FORWARDER_ADMIN", self.admin).env("FORWARDER_ADMIN_SOCKET", &self.socket);
+        command.env("FORWARDER_PIN_DIR", &self.pins.0);
+        command
+    }
+
+    /// The socket of its admin interface.
+    pub fn admin_socket(&self) -> &Path {
+        &self.socket
     }
 
     /// The connections that it lists, those that match a query such as `?listener=default/gw/a`.

@@ -247,7 +247,7 @@ fn an_agent_goes_on_when_nobody_reads_its_log() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let mut command = Command::new(binary());
-    command.args(["agent", "--admin", "off", "--datapath", "splice", "--manifests"]);
+    command.args(["agent", "--admin", "off", "--admin-socket", "off", "--datapath", "splice", "--manifests"]);
     command.arg(forwarding.manifests.path()).arg("--pin-dir").arg(forwarding.manifests.beside("pins"));
     command.stdin(Stdio::null()).stdout(writer.try_clone().unwrap()).stderr(writer);
     let mut agent = forwarding.topology.backend2.spawn(&mut command).unwrap();
@@ -267,10 +267,11 @@ fn a_running_agent_is_explained() {
         return;
     }
     let forwarding = Forwarding::start(&[], peer::echo).unwrap();
-    let mut command = Command::new(binary());
-    command.args(["explain", "--admin", forwarder_tests::agent::ADMIN]);
-    let explained = forwarding.topology.node.stdout(&mut command).unwrap();
-    for word in ["9001", "default/a", "10.0.2.2:5000"] {
-        assert!(explained.contains(word), "no {word:?} in: {explained}");
+    for arguments in [&["explain"][..], &["explain", "--admin", forwarder_tests::agent::ADMIN]] {
+        let mut command = forwarding.agent.command(arguments);
+        let explained = forwarding.topology.node.stdout(&mut command).unwrap();
+        for word in ["9001", "default/a", "10.0.2.2:5000"] {
+            assert!(explained.contains(word), "no {word:?} in: {explained}");
+        }
     }
 }

@@ -10,14 +10,14 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use forwarder_tests::agent::{ADMIN, binary};
+use forwarder_tests::agent::binary;
 use forwarder_tests::client::{self, End};
 use forwarder_tests::database::require_program;
 use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
 use forwarder_tests::peer::{self, Server};
 use forwarder_tests::swarm::{Swarm, raise_descriptor_limit};
 use forwarder_tests::{
-    Agent, BackendRef, Forwarding, Manifests, NetNs, Topology, require_root, skip, wait_for, wait_until,
+    Agent, BackendRef, Forwarding, Manifests, NetNs, Topology, http, require_root, skip, wait_for, wait_until,
 };
 use serde_json::Value;
 
@@ -63,7 +63,7 @@ impl Two {
     }
 
     fn conns(&self, arguments: &[&str]) -> Output {
-        forwarder(&self.topology.node, &[&["conns"], arguments].concat())
+        conns(&self.agent, &self.topology.node, arguments)
     }
 
     /// The downstream addresses that are listed.
@@ -94,12 +94,19 @@ fn marked(ends: Sender<(Mark, End)>) -> impl Fn(&TcpStream) -> io::Result<()> + 
     }
 }
 
-/// Runs the binary in a namespace.
+/// Runs `forwarder conns` for an agent in its namespace.
+fn conns(agent: &Agent, netns: &NetNs, arguments: &[&str]) -> Output {
+    run(netns, &mut agent.command(&[&["conns"], arguments].concat()))
+}
+
+/// Runs it without an agent.
 fn forwarder(netns: &NetNs, arguments: &[&str]) -> Output {
-    let mut command = Command::new("timeout");
-    command.arg("60").arg(binary()).args(arguments).env_remove("FORWARDER_ADMIN");
-    let output = netns.output(&mut command).expect("run the binary");
-    assert!(!stderr(&output).contains("panicked"), "{arguments:?}: {}", stderr(&output));
+    run(netns, Command::new("timeout").arg("60").arg(binary()).args(arguments))
+}
+
+fn run(netns: &NetNs, command: &mut Command) -> Output {
+    let output = netns.output(command).expect("run the binary");
+    assert!(!stderr(&output).contains("panicked"), "{command:?}: {}", stderr(&output));
     output
 }
 
@@ -300,7 +307,8 @@ fn a_connection_that_still_connects_is_listed_and_reset_at_once() {
     let listed = wait_for(WAIT, || forwarding.agent.connections("").unwrap().pop()).unwrap();
     assert_eq!(listed["state"], "connecting", "{listed}");
     assert!(listed.get("upstream").is_none(), "{listed}");
-    let output = forwarder(&forwarding.topology.node, &["conns", "reset", "--downstream", "10.0.1.2"]);
+    let reset = ["reset", "--downstream", "10.0.1.2"];
+    let output = conns(&forwarding.agent, &forwarding.topology.node, &reset);
     assert_eq!(stdout(&output), "reset 1 connection\n");
     assert_eq!(client::end(&stream, WAIT).unwrap(), End::Reset);
     wait_until("it is over", WAIT, || forwarding.agent.active().unwrap() == 0);
@@ -329,15 +337,10 @@ fn an_empty_or_bad_selector_is_refused_and_one_that_matches_nothing_says_so() {
         assert_eq!(response.status, 400, "{body}: {}", response.body);
         assert!(response.body.contains(words), "{body}: {}", response.body);
     }
-    // What a page in a browser could send.
-    let mut page = two.topology.node.connect(ADMIN.parse().unwrap()).unwrap();
-    page.set_read_timeout(Some(WAIT)).unwrap();
-    let request =
-        "POST /v1/connections/reset HTTP/1.0\r\nContent-Type: text/plain\r\nContent-Length: 13\r\n\r\n";
-    page.write_all(format!("{request}{{\"all\": true}}").as_bytes()).unwrap();
-    let mut answer = String::new();
-    page.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.0 415 "), "{answer}");
+    let request = "POST /v1/connections/reset HTTP/1.0\r\nContent-Type: text/plain\r\nContent-Length: 13";
+    let request = format!("{request}\r\n\r\n{{\"all\": true}}");
+    let answer = http::by_socket(two.agent.admin_socket(), &request).unwrap();
+    assert_eq!(answer.status, 415, "{}", answer.body);
     // `list` flags before `reset` would otherwise be lost.
     let output = two.conns(&["--listener", "default/gw/a", "reset", "--all"]);
     assert_eq!(output.status.code(), Some(2), "{}", stdout(&output));
@@ -350,22 +353,6 @@ fn an_empty_or_bad_selector_is_refused_and_one_that_matches_nothing_says_so() {
     let response = two.agent.post("/v1/connections/reset", r#"{"all": true}"#).unwrap();
     assert_eq!((response.status, response.body.as_str()), (200, r#"{"reset":1}"#));
     assert_eq!(client::end(&stream, WAIT).unwrap(), End::Reset);
-}
-
-#[test]
-fn without_an_agent_it_says_where_it_asked() {
-    if !require_root() {
-        return;
-    }
-    let netns = NetNs::new().unwrap();
-    for arguments in [&["conns"][..], &["conns", "reset", "--all"]] {
-        // Nor has a dead one left anything there.
-        let output = forwarder(&netns, &[arguments, &["--pin-dir", "/nowhere"]].concat());
-        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
-        let message = format!("no agent answers at {ADMIN}: start it, or name it with --admin");
-        assert!(stderr(&output).contains(&message), "{}", stderr(&output));
-        assert_eq!(stdout(&output), "");
-    }
 }
 
 #[test]
@@ -393,7 +380,7 @@ fn two_thousand_connections_are_listed_and_reset_in_no_time() {
 
     for output in ["table", "json"] {
         let start = Instant::now();
-        let listed = forwarder(&topology.node, &["conns", "--output", output]);
+        let listed = conns(&agent, &topology.node, &["--output", output]);
         let took = start.elapsed();
         println!("{CONNECTIONS} connections as {output} in {took:?}");
         assert!(took < DEADLINE, "{output}: {took:?}");
@@ -414,7 +401,7 @@ fn two_thousand_connections_are_listed_and_reset_in_no_time() {
         }
     }
     let start = Instant::now();
-    let reset = forwarder(&topology.node, &["conns", "reset", "--all"]);
+    let reset = conns(&agent, &topology.node, &["reset", "--all"]);
     println!("and reset in {:?}", start.elapsed());
     assert_eq!(stdout(&reset), format!("reset {CONNECTIONS} connections\n"));
     wait_until("none is left", DEADLINE, || agent.active().unwrap() == 0);

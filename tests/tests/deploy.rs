@@ -170,6 +170,7 @@ fn values_reach_the_agent() {
         "--set-json=settings={\"maxPairs\":1000000,\"halfClosedTimeout\":\"1h 30m\",\"hold\":\"0\",\"workers\":4}",
         "--set=drainTimeoutSeconds=300,admin.address=::1,admin.port=9903,bpf.pinDirectory=second",
         "--set=controllerName=example.com/second,gatewayClass.name=second",
+        "--set-json=admin.hosts=[\"metrics.example.com\",\"node\"]",
         "--set-json=extraArgs=[\"--egress=stack\"]",
         "--set-json=extraEnv=[{\"name\":\"RUST_BACKTRACE\",\"value\":\"1\"}]",
     ];
@@ -183,6 +184,8 @@ fn values_reach_the_agent() {
         ("FORWARDER_WORKERS", "4"),
         ("FORWARDER_DRAIN_TIMEOUT", "300s"),
         ("FORWARDER_ADMIN", "[::1]:9903"),
+        ("FORWARDER_ADMIN_HOSTS", "metrics.example.com,node"),
+        ("FORWARDER_ADMIN_SOCKET", "/run/forwarder/admin.sock"),
         ("FORWARDER_PIN_DIR", "/bpf/second"),
         ("FORWARDER_CONTROLLER_NAME", "example.com/second"),
         ("RUST_BACKTRACE", "1"),
@@ -220,8 +223,11 @@ fn the_agent_knows_every_variable_that_it_is_given() {
     };
     let set: Vec<String> =
         settings.keys().map(|name| format!("--set=settings.{name}={}", value(name))).collect();
-    let arguments: Vec<&str> =
-        set.iter().map(String::as_str).chain(["--set-json=watchNamespaces=[\"a\"]"]).collect();
+    let arguments: Vec<&str> = set
+        .iter()
+        .map(String::as_str)
+        .chain(["--set-json=watchNamespaces=[\"a\"]", "--set-json=admin.hosts=[\"a\"]"])
+        .collect();
     let objects = objects(&render(&helm, &arguments).unwrap()).unwrap();
     let environment = environment(&objects);
     assert!(environment.len() > settings.len());
@@ -244,6 +250,7 @@ fn bad_values_are_refused_by_name() {
         ("--set=controllerName=forwarder", "controllerName"),
         ("--set=admin.port=0", "port"),
         ("--set=admin.address=off", "address"),
+        ("--set-json=admin.hosts=[\"a:9902\"]", "hosts"),
         ("--set=bpf.pinDirectory=a.b", "pinDirectory"),
         ("--set=state.hostPath=var/lib", "hostPath"),
         ("--set-json=capabilities=[\"ALL\"]", "capabilities"),

@@ -119,7 +119,7 @@ fn a_trace_log_beside_the_manifests_does_not_feed_itself() {
     fs::create_dir(&manifests).expect("a writable folder");
     let log = folder.path().join("trace.log");
     let mut agent = Command::new(binary())
-        .args(["agent", "--admin", "off", "--manifests"])
+        .args(["agent", "--admin", "off", "--admin-socket", "off", "--manifests"])
         .arg(&manifests)
         .env("FORWARDER_LOG", "trace")
         .stderr(fs::File::create(&log).expect("a writable folder"))

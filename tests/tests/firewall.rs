@@ -9,7 +9,6 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use forwarder_tests::agent::binary;
 use forwarder_tests::client::{self, End};
 use forwarder_tests::database::require_program;
 use forwarder_tests::kernel::{at_once, is_ready};
@@ -107,9 +106,7 @@ fn is_reset(error: &io::Error) -> bool {
 
 /// Runs `forwarder conns reset` for one connection in the node's namespace; tells when it had ended.
 fn reset(forwarding: &Forwarding, downstream: SocketAddr) -> Instant {
-    let mut command = Command::new(binary());
-    command.args(["conns", "reset", "--downstream", &downstream.to_string()]);
-    command.arg("--pin-dir").arg(forwarding.agent.pin_dir()).env_remove("FORWARDER_ADMIN");
+    let mut command = forwarding.agent.command(&["conns", "reset", "--downstream", &downstream.to_string()]);
     let told = forwarding.topology.node.stdout(&mut command).expect("it is reset");
     assert_eq!(told, "reset 1 connection\n");
     Instant::now()

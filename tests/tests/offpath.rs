@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use forwarder_tests::agent::binary;
 use forwarder_tests::client::{self, End};
 use forwarder_tests::database::require_program;
 use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
@@ -327,9 +326,7 @@ fn a_rule_of_the_firewall_and_a_reset_ban_a_network() {
             assert_eq!(counted("arriving"), 0, "{by:?} {family:?}");
             assert_eq!(counted("passing") >= 50, by == By::Stack, "{by:?} {family:?}");
         }
-        let mut command = Command::new(binary());
-        command.args(["conns", "reset", "--downstream", network]);
-        command.arg("--pin-dir").arg(attacked.forwarding.agent.pin_dir()).env_remove("FORWARDER_ADMIN");
+        let mut command = attacked.forwarding.agent.command(&["conns", "reset", "--downstream", network]);
         assert_eq!(node.stdout(&mut command).expect("it works"), "reset 1 connection\n", "{by:?} {family:?}");
         let end = client::end(&attacked.stream, WAIT).expect("a socket");
         assert_eq!(end, End::Reset, "{by:?} {family:?}");

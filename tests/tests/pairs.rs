@@ -9,7 +9,6 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use forwarder_tests::agent::binary;
 use forwarder_tests::client::{self, End};
 use forwarder_tests::kernel::{AT_ONCE, at_once, is_ready, standing};
 use forwarder_tests::swarm::{Swarm, raise_descriptor_limit};
@@ -63,9 +62,8 @@ fn marked_connections(forwarding: &Forwarding, count: Mark) -> Vec<TcpStream> {
 
 /// Runs `forwarder conns reset` for one connection in the node's namespace.
 fn reset(forwarding: &Forwarding, stream: &TcpStream) -> String {
-    let mut command = Command::new(binary());
-    command.args(["conns", "reset", "--downstream", &stream.local_addr().expect("it works").to_string()]);
-    command.arg("--pin-dir").arg(forwarding.agent.pin_dir()).env_remove("FORWARDER_ADMIN");
+    let downstream = stream.local_addr().expect("it works").to_string();
+    let mut command = forwarding.agent.command(&["conns", "reset", "--downstream", &downstream]);
     forwarding.topology.node.stdout(&mut command).expect("it works")
 }
 
@@ -136,9 +134,8 @@ fn an_operator_resets_just_the_connection_that_is_named() {
 
     forwarding.agent.kill().expect("it works");
     check(&forwarding, 3, &[0, 2, 4]);
-    let mut list = Command::new(binary());
-    list.args(["conns", "--output", "json", "--pin-dir"]).arg(forwarding.agent.pin_dir());
-    let list = forwarding.topology.node.stdout(list.env_remove("FORWARDER_ADMIN")).expect("it works");
+    let mut list = forwarding.agent.command(&["conns", "--output", "json"]);
+    let list = forwarding.topology.node.stdout(&mut list).expect("it works");
     for (mark, stream) in streams.iter().enumerate() {
         let is_listed = list.contains(&format!("\"{}\"", stream.local_addr().expect("it works")));
         assert_eq!(is_listed, [0, 2, 4].contains(&mark), "connection {mark}: {list}");

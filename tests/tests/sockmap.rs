@@ -43,8 +43,7 @@ fn wait_at_tier(agent: &Agent, tier: &str, count: usize) {
 
 /// Runs the command line in the node's namespace.
 fn forwarder(forwarding: &Forwarding, arguments: &[&str]) -> String {
-    let mut command = Command::new(binary());
-    command.args(arguments).env_remove("FORWARDER_ADMIN");
+    let mut command = forwarding.agent.command(arguments);
     forwarding.topology.node.stdout(&mut command).expect("it works")
 }
 
