@@ -19,7 +19,7 @@ const SAMPLES: usize = 30;
 const QUIET: [&str; 2] = ["--keepalive", "0"];
 /// How much sooner than a list of all connections everything else is answered, at the least.
 const SOONER: u32 = 4;
-const WAIT: Duration = Duration::from_secs(60);
+const WAIT: Duration = Duration::from_mins(1);
 
 type Pinned<K, V> = HashMap<MapData, K, V>;
 

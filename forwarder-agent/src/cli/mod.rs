@@ -39,7 +39,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the agent: listen, forward, follow changes
-    Agent(AgentArgs),
+    Agent(Box<AgentArgs>),
     /// Check manifests and report every problem; exit code 1 if anything asked for would not be served
     Validate(validate::ValidateArgs),
     /// Show which listener leads to which endpoints, and why something is not served
@@ -87,7 +87,7 @@ pub fn run() -> ExitCode {
         reader::end_with_it();
     }
     let outcome = match cli.command {
-        Command::Agent(args) => run_agent(args).map(|()| ExitCode::SUCCESS),
+        Command::Agent(args) => run_agent(*args).map(|()| ExitCode::SUCCESS),
         Command::Validate(args) => validate::run(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Conns(args) => conns::run(&args),
