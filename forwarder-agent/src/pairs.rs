@@ -108,7 +108,8 @@ pub struct Pairs {
     routes_changed: AtomicBool,
     /// When pairs looked for their ways anew, last: `CLOCK_MONOTONIC` in nanoseconds.
     rerouted: AtomicU64,
-    leaves: AtomicBool,
+    /// Whether new connections are held back though the agent listens. The map is written while this is locked.
+    leaves: Mutex<bool>,
     stops: AtomicBool,
 }
 
@@ -154,7 +155,7 @@ impl Pairs {
             questions: probes::Limit::default(),
             routes_changed: AtomicBool::new(false),
             rerouted: AtomicU64::new(0),
-            leaves: AtomicBool::new(false),
+            leaves: Mutex::default(),
             stops: AtomicBool::new(false),
         }
     }
@@ -208,6 +209,14 @@ impl Pairs {
         self.count.load(Ordering::Relaxed)
     }
 
+    /// Whether all of them are over, and only kept for what is sent again.
+    pub fn are_over(&self) -> bool {
+        self.table().values().all(|entry| {
+            let [(_, request), _] = &entry.pair.flows;
+            self.flows.pair(entry.pair.number).is_none_or(|state| state.is_over(request))
+        })
+    }
+
     /// Has every pair look for its way anew.
     pub fn routes_changed(&self) {
         self.routes_changed.store(true, Ordering::Relaxed);
@@ -228,10 +237,15 @@ impl Pairs {
         })
     }
 
-    /// Has new connections held back from now on, for the agent's successor.
+    /// Has new connections held back from now on, for the agent's successor: even while the agent's own sockets listen, from which
+    /// nobody would accept them.
     pub fn leave(&self) {
-        self.leaves.store(true, Ordering::Relaxed);
-        self.hold();
+        self.hold(Some(true));
+    }
+
+    /// Has them held back only where nobody listens: the agent's own sockets are closed, and whoever takes a port serves it.
+    pub fn have_left(&self) {
+        self.hold(Some(false));
     }
 
     /// Whether new connections are held back after the agent's end.
@@ -239,9 +253,11 @@ impl Pairs {
         !self.settings.hold.is_zero()
     }
 
-    fn hold(&self) {
+    fn hold(&self, leaves: Option<bool>) {
+        let mut is_leaving = lock(&self.leaves);
+        *is_leaving = leaves.unwrap_or(*is_leaving);
         if self.holds()
-            && let Err(error) = self.flows.hold(self.settings.hold, self.leaves.load(Ordering::Relaxed))
+            && let Err(error) = self.flows.hold(self.settings.hold, *is_leaving)
         {
             tracing::warn!(%error, "new connections may be refused while no agent runs");
         }
@@ -254,7 +270,7 @@ impl Pairs {
 
     /// Looks at every pair once.
     fn sweep(&self, find: &FindListener) {
-        self.hold();
+        self.hold(None);
         self.flows.paths().refresh_filters();
         let reroutes =
             self.routes_changed.swap(false, Ordering::Relaxed) | self.flows.paths().take_changed_mtus();

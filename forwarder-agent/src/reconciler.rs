@@ -401,8 +401,8 @@ impl Reconciler {
         self.workers.promote_all();
     }
 
-    /// Stops accepting, lets connections end, and resets the remainder towards the end of `window`.
-    pub async fn drain(&self, window: Duration) {
+    /// Stops accepting on every listener, once what waits in its backlog has been accepted. Returns when the ports are free.
+    pub async fn stop_listening(&self) {
         {
             let mut in_force = self.lock();
             let bound: Vec<_> = in_force
@@ -417,6 +417,11 @@ impl Reconciler {
                 in_force.with_datapath(|datapath| datapath.set_listener(key, id, ListenerState::Draining));
             }
         }
+        self.workers.stop_listening().await;
+    }
+
+    /// Lets connections end, and resets the remainder towards the end of `window`.
+    pub async fn drain(&self, window: Duration) {
         self.workers.drain(window).await;
     }
 }

@@ -71,6 +71,7 @@ pub struct WorkerSettings {
 enum Command {
     Listen { socket: std::net::TcpListener, listener: Arc<BoundListener> },
     Unlisten { id: ListenerId, done: oneshot::Sender<()> },
+    StopListening { done: oneshot::Sender<()> },
     Adopt { socket: std::net::TcpStream, peer: SocketAddr, listener: Arc<BoundListener> },
     Promote,
     Drain { window: Duration, done: oneshot::Sender<()> },
@@ -157,6 +158,11 @@ impl Workers {
         self.everywhere(|done| Command::Unlisten { id, done }).await;
     }
 
+    /// The same for every listener.
+    pub async fn stop_listening(&self) {
+        self.everywhere(|done| Command::StopListening { done }).await;
+    }
+
     /// Has every connection taken into the kernel that can be.
     pub fn promote_all(&self) {
         for worker in &self.commands {
@@ -164,7 +170,7 @@ impl Workers {
         }
     }
 
-    /// Stops accepting, lets connections end for most of `window`, and resets the remainder spread over its last part.
+    /// Lets connections end for most of `window`, and resets the remainder spread over its last part.
     pub async fn drain(&self, window: Duration) {
         self.everywhere(|done| Command::Drain { window, done }).await;
     }
@@ -338,8 +344,17 @@ async fn command_loop(worker: Rc<Worker>, mut commands: mpsc::UnboundedReceiver<
                 }
             },
             Command::Promote => worker.promote_all(),
+            Command::StopListening { done } => {
+                let closed: Vec<_> = accepting.drain().map(|(_, stop)| closed(stop)).collect();
+                tokio::task::spawn_local(async move {
+                    for closed in closed {
+                        // A listener that could not be watched has been closed before.
+                        let _ = closed.await;
+                    }
+                    let _ = done.send(());
+                });
+            }
             Command::Drain { window, done } => {
-                accepting.clear();
                 tokio::task::spawn_local(drain(Rc::clone(&worker), window, done));
             }
             Command::List { selector, answer } => {
@@ -359,6 +374,13 @@ async fn command_loop(worker: Rc<Worker>, mut commands: mpsc::UnboundedReceiver<
     while !worker.connections.borrow().is_empty() && Instant::now() < deadline {
         tokio::task::yield_now().await;
     }
+}
+
+/// Has a listener's task stop; says when its socket is closed.
+fn closed(stop: oneshot::Sender<oneshot::Sender<()>>) -> oneshot::Receiver<()> {
+    let (done, closed) = oneshot::channel();
+    let _ = stop.send(done);
+    closed
 }
 
 async fn sweep_for_ever(worker: Rc<Worker>) {

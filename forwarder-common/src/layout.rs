@@ -138,7 +138,8 @@ pub struct BackendValue {
 pub struct AgentState {
     /// `CLOCK_MONOTONIC` in nanoseconds; the agent puts it off while it runs. 0 holds nothing back.
     pub hold_until: u64,
-    /// Whether SYNs are held back though there are sockets that listen: 0 or 1. Set while an agent leaves.
+    /// Whether SYNs are held back though there are sockets that listen: 0 or 1. Set from when an agent leaves until it has closed
+    /// its own sockets: whoever listens then is not waited for.
     pub is_leaving: u32,
     /// Zero.
     pub pad: u32,

@@ -15,7 +15,7 @@ use forwarder_common::verdict::Verdict;
 use crate::maps::{AGENT, COUNTERS, FOUND, LISTENERS, LOCAL_ADDRESSES, VERDICTS};
 use crate::redirect::redirect;
 use crate::rewrite;
-use crate::tail::has_socket;
+use crate::tail::is_listened_to;
 use crate::{fragment, icmp};
 
 /// `__sk_buff::pkt_type` of what is addressed to the interface; TCP takes nothing else (`tcp_v4_rcv`).
@@ -131,7 +131,7 @@ fn is_held(context: &TcContext, segment: &Segment) -> bool {
     if hold_until == 0 || unsafe { bpf_ktime_get_ns() } >= hold_until {
         return false;
     }
-    is_leaving != 0 || !has_socket(context, segment)
+    is_leaving != 0 || !is_listened_to(context, segment)
 }
 
 /// The TCP segment in a packet. Kept in a map, for there is no room for it on the stack.

@@ -71,7 +71,7 @@ pub(crate) fn acknowledge(context: &TcContext, segment: &Segment) -> Outcome {
 fn local_numbers(context: &TcContext, segment: &Segment) -> Option<(u32, u32)> {
     // SAFETY: what is found is released below, on every way.
     unsafe {
-        let socket = find_socket(context, segment);
+        let socket = find_socket(context, segment, segment.tuple.source_port);
         if socket.is_null() {
             return None;
         }
@@ -82,12 +82,14 @@ fn local_numbers(context: &TcContext, segment: &Segment) -> Option<(u32, u32)> {
     }
 }
 
-/// Whether the local stack has a socket for the packet, a listening one too.
+/// Whether a local socket listens where the packet goes to, whoever's it is. What else there may be for its tuple does not take
+/// it: of a request whose listening socket has been closed, the stack would tell the client that nobody listens.
 #[inline(always)]
-pub(crate) fn has_socket(context: &TcContext, segment: &Segment) -> bool {
+pub(crate) fn is_listened_to(context: &TcContext, segment: &Segment) -> bool {
     // SAFETY: what is found is released below.
     unsafe {
-        let socket = find_socket(context, segment);
+        // Nothing but a listening socket takes what comes from port 0.
+        let socket = find_socket(context, segment, 0);
         if socket.is_null() {
             return false;
         }
@@ -96,16 +98,16 @@ pub(crate) fn has_socket(context: &TcContext, segment: &Segment) -> bool {
     }
 }
 
-/// The local socket that the packet is for, or null.
+/// The local socket that the packet would be for if it came from `source_port`, or null.
 ///
 /// # Safety
 /// What is not null must be released.
 #[inline(always)]
-unsafe fn find_socket(context: &TcContext, segment: &Segment) -> *mut bpf_sock {
+unsafe fn find_socket(context: &TcContext, segment: &Segment, source_port: u16) -> *mut bpf_sock {
     // SAFETY: a plain old structure, for which zeros are valid.
     let mut tuple: bpf_sock_tuple = unsafe { zeroed() };
     let words = segment.tuple.address_words();
-    let ports = [segment.tuple.source_port.to_be(), segment.tuple.destination_port.to_be()];
+    let ports = [source_port.to_be(), segment.tuple.destination_port.to_be()];
     let size = match segment.version {
         IpVersion::V4 => {
             // SAFETY: the union has only plain members.

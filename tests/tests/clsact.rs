@@ -3,6 +3,8 @@
 
 #[path = "attachments.rs"]
 mod attachments;
+#[path = "leaving.rs"]
+mod leaving;
 #[path = "privileges.rs"]
 mod privileges;
 #[path = "removal.rs"]

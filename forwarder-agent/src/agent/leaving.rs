@@ -5,14 +5,19 @@ use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
+use tokio::time::{Instant, sleep};
 
 use super::Shared;
 use super::sockmap::SockmapTier;
-use crate::pairs::Promoter;
+use crate::pairs::{Pairs, Promoter};
 use crate::reconciler::Reconciler;
 
 /// How long the handshakes that have begun may take when the agent leaves.
 const LAST_HANDSHAKES: Duration = Duration::from_millis(200);
+
+/// How long pairs are waited for that are over, so that nothing has to stay for them, and how often they are looked at.
+const LAST_PAIRS: Duration = Duration::from_secs(5);
+const LAST_PAIRS_PERIOD: Duration = Duration::from_millis(50);
 
 /// The signals that end an agent.
 pub(super) struct Signals {
@@ -51,6 +56,14 @@ pub(super) async fn read_at_hangup(mut hangup: Signal, again: Option<Arc<Notify>
     }
 }
 
+/// Waits until pairs that are over have gone, unless there are others, for which something stays anyway.
+async fn see_out(pairs: &Pairs) {
+    let deadline = Instant::now() + LAST_PAIRS;
+    while pairs.count() > 0 && pairs.are_over() && Instant::now() < deadline {
+        sleep(LAST_PAIRS_PERIOD).await;
+    }
+}
+
 /// How an agent ends.
 pub(super) struct Leaving {
     pub(super) signal: SignalKind,
@@ -74,33 +87,49 @@ impl Leaving {
             hands_over = successor.is_some(),
             "draining: no new connections; a second signal ends at once"
         );
+        let has_listeners = !shared.in_force().table.listeners.is_empty();
+        let holds = successor.is_some_and(|promoter| has_listeners && promoter.pairs.holds());
         if let Some(promoter) = successor {
             promoter.pairs.leave();
             // Handshakes that were on their way are completed and their connections accepted.
-            tokio::time::sleep(LAST_HANDSHAKES).await;
+            sleep(LAST_HANDSHAKES).await;
             reconciler.promote_all();
         }
-        let drained = async { tokio::join!(reconciler.drain(self.window), self.sockmap.drain(self.window)) };
+        let drained = async {
+            reconciler.stop_listening().await;
+            if let Some(promoter) = successor {
+                promoter.pairs.have_left();
+            }
+            tokio::join!(reconciler.drain(self.window), self.sockmap.drain(self.window));
+            if let Some(promoter) = successor.filter(|_| !holds) {
+                see_out(&promoter.pairs).await;
+            }
+        };
         tokio::select! {
             _ = drained => tracing::info!("drained"),
             _ = signals.next() => tracing::warn!("ending at once: open connections are reset"),
         }
         reconciler.into_workers().stop();
         self.sockmap.stop();
+        if let Some(promoter) = successor {
+            // If it has not been said yet: no socket listens now, however the drain ended.
+            promoter.pairs.have_left();
+        }
         // Before the table of listeners is locked: who looks after the pairs locks it while the pairs are.
         let connections = successor.map_or(0, |promoter| promoter.pairs.count());
         if let (Some(promoter), None) = (&self.promoter, successor) {
             promoter.pairs.reset_all();
         }
         let mut in_force = shared.in_force();
-        if let Some(promoter) = successor {
-            let has_listeners = !in_force.table.listeners.is_empty();
-            if connections > 0 || has_listeners && promoter.pairs.holds() {
-                tracing::info!(connections, "left to the kernel");
-                if let Some(datapath) = &mut in_force.datapath {
-                    datapath.leave();
-                }
-            }
+        if (connections > 0 || holds)
+            && let Some(datapath) = &mut in_force.datapath
+        {
+            tracing::info!(
+                connections,
+                new_connections_wait = holds,
+                "left to the kernel, for the next agent with this pin directory; `forwarder cleanup` lists what is left"
+            );
+            datapath.leave();
         }
         // Detaches the programs and removes the pins, unless they were left.
         in_force.datapath = None;

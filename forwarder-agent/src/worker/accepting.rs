@@ -73,7 +73,7 @@ pub(super) async fn accept(
     let Ok(socket) = socket.into_std() else { return };
     accept_rest(&worker, &socket, &listener);
     drop(socket);
-    // On a drain nobody waits.
+    // At the agent's end nobody waits.
     if let Ok(done) = done {
         let _ = done.send(());
     }
