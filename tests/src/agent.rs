@@ -387,6 +387,6 @@ fn mount_bpffs() -> Result<()> {
         return Ok(());
     }
     let mut command = Command::new("mount");
-    command.args(["-t", "bpf", "bpf", BPFFS]);
+    command.args(["-t", "bpf", "-o", "mode=0700", "bpf", BPFFS]);
     crate::process::stdout(&mut command).map(drop)
 }

@@ -272,9 +272,9 @@ fn is_bpffs_mounted(mounts: &str) -> bool {
 
 fn mount_bpffs() -> Result<()> {
     if !process::is_root() {
-        bail!("not root: run `sudo mount -t bpf bpf /sys/fs/bpf`");
+        bail!("not root: run `sudo mount -t bpf -o mode=0700 bpf /sys/fs/bpf`");
     }
-    process::run(Command::new("mount").args(["-t", "bpf", "bpf", "/sys/fs/bpf"]))
+    process::run(Command::new("mount").args(["-t", "bpf", "-o", "mode=0700", "bpf", "/sys/fs/bpf"]))
 }
 
 fn find_programs(programs: &[(&'static str, &str)]) -> Result<String> {

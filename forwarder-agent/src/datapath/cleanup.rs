@@ -18,6 +18,7 @@ use rtnetlink::packet_route::link::LinkAttribute;
 use super::filters::{Filter, Filters};
 use super::hook::pinned_program;
 use super::load_error::{LoadError, with_causes};
+use super::pin_dir;
 use super::pins;
 
 /// Why it cannot be told what is left.
@@ -172,13 +173,13 @@ pub async fn find(pin_dir: &Path) -> Result<Leftovers, CleanupError> {
 
 /// Locks the pin directory, if there is one.
 fn lock(pin_dir: &Path) -> Result<Option<File>, CleanupError> {
-    if !pins::is_on_bpffs(pin_dir).map_err(CleanupError::PinDir)? {
+    if !pin_dir::is_on_bpffs(pin_dir).map_err(CleanupError::PinDir)? {
         return Err(CleanupError::PinDir(LoadError::NotBpffs { path: pin_dir.to_owned() }));
     }
     if !pin_dir.exists() {
         return Ok(None);
     }
-    match pins::lock(pin_dir) {
+    match pin_dir::lock(pin_dir) {
         Ok(lock) => Ok(Some(lock)),
         Err(LoadError::InUse { path }) => Err(CleanupError::InUse { path }),
         Err(error) => Err(CleanupError::PinDir(error)),

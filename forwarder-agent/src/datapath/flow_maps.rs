@@ -122,7 +122,7 @@ pub fn forget<'a>(
     pin_dir: &Path,
     pairs: impl IntoIterator<Item = &'a JoinedPair>,
 ) -> Result<(), DatapathError> {
-    let Ok(_lock) = super::pins::lock(pin_dir) else { return Ok(()) };
+    let Ok(_lock) = super::pin_dir::lock(pin_dir) else { return Ok(()) };
     let mut maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
     pairs.into_iter().for_each(|pair| maps.remove(pair.condemned()));
     Ok(())

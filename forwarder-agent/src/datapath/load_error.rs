@@ -26,7 +26,7 @@ pub enum LoadError {
     NoPrograms,
     /// The pin directory is on another file system.
     #[error(
-        "the pin directory {} is not on a BPF file system: run `mount -t bpf bpf /sys/fs/bpf`, or choose a directory on one",
+        "the pin directory {} is not on a BPF file system: run `mount -t bpf -o mode=0700 bpf /sys/fs/bpf`, or choose a directory on one",
         .path.display()
     )]
     NotBpffs {
@@ -38,6 +38,20 @@ pub enum LoadError {
     InUse {
         /// The pin directory.
         path: PathBuf,
+    },
+    /// The pin directory, or a folder above it, is not the agent's.
+    #[error(
+        "{} belongs to uid {owner}, and this agent is uid {own}: who owns it can exchange what is pinned there; \
+         see who made it, remove it (`rm -r`), or choose another pin directory",
+        .path.display()
+    )]
+    ForeignOwner {
+        /// The folder.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+        /// Whose the agent is.
+        own: u32,
     },
     /// The programs of another version still hang on interfaces, and connections may live in them.
     #[error(

@@ -22,6 +22,7 @@ mod maps;
 mod namespaces;
 mod netlink;
 pub mod paths;
+mod pin_dir;
 mod pins;
 pub mod ports;
 pub mod routes;

@@ -4,26 +4,18 @@
 //! system, in whatever namespaces, and ends with the process, however that ends. What a dead agent left is taken over where
 //! connections may live in it, and removed otherwise.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData};
 use forwarder_common::ABI_VERSION;
 use forwarder_common::flow::{FLOWS, Flow, FlowKey};
-use rustix::fs::{FlockOperation, OFlags, flock, statfs};
-use rustix::io::Errno;
 
 use super::hook;
 use super::load_error::LoadError;
-
-/// What `statfs` says of a BPF file system (`BPF_FS_MAGIC` in `linux/magic.h`).
-const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
-
-/// How often to lock again a directory that its owner removed just before it let go of the lock.
-const ATTEMPTS: usize = 16;
+use super::pin_dir::{check_folders_above, create, is_on_bpffs, lock};
 
 /// Where is pinned what holds the programs on interfaces, in the directory of a version: links, or with clsact the programs.
 pub(super) const LINKS: &str = "links";
@@ -46,12 +38,13 @@ impl Pins {
     /// hang on interfaces, or connections live in it.
     ///
     /// # Errors
-    /// It is not on a BPF file system, another running agent has it, the programs of another version still hang on
+    /// It is not on a BPF file system, it is somebody else's, another running agent has it, the programs of another version still hang on
     /// interfaces or have connections, or the kernel refuses.
     pub(super) fn acquire(parent: &Path) -> Result<Self, LoadError> {
         if !is_on_bpffs(parent)? {
             return Err(LoadError::NotBpffs { path: parent.to_owned() });
         }
+        check_folders_above(parent)?;
         let lock = lock(parent)?;
         let directory = parent.join(format!("v{ABI_VERSION}"));
         refuse_foreign(parent, &directory)?;
@@ -128,7 +121,7 @@ impl Drop for Pins {
         if let Err(error) = self.clear() {
             tracing::warn!(path = %self.directory.display(), %error, "cannot remove the pinned maps");
         }
-        // Neither is an error: the parent may hold what is not ours.
+        // Neither is an error: the parent may hold what is not ours, or be where a container has the node's directory.
         let _ = fs::remove_dir(&self.directory);
         let _ = fs::remove_dir(&self.parent);
     }
@@ -164,63 +157,4 @@ fn refuse_foreign(parent: &Path, own: &Path) -> Result<(), LoadError> {
     let mut others = entries.map(|entry| entry.path()).filter(|path| path != own);
     let foreign = others.find(|path| has_attachments(path) || has_flows(path));
     foreign.map_or(Ok(()), |path| Err(LoadError::ForeignLayout { path }))
-}
-
-/// Whether `path`, or what will be its nearest parent, lies on a BPF file system.
-pub(super) fn is_on_bpffs(path: &Path) -> Result<bool, LoadError> {
-    for ancestor in path.ancestors() {
-        match statfs(ancestor) {
-            // The type of `f_type` differs between architectures.
-            #[expect(clippy::allow_attributes, reason = "the cast is needed on some architectures only")]
-            #[allow(clippy::unnecessary_cast, clippy::cast_lossless, reason = "as above")]
-            Ok(found) => return Ok(found.f_type as i64 & 0xffff_ffff == BPF_FS_MAGIC),
-            Err(Errno::NOENT) => {}
-            Err(error) => {
-                return Err(LoadError::PinDir {
-                    operation: "look at",
-                    path: ancestor.to_owned(),
-                    source: error.into(),
-                });
-            }
-        }
-    }
-    Ok(false)
-}
-
-fn create(path: &Path) -> Result<(), LoadError> {
-    fs::create_dir_all(path).map_err(|source| LoadError::PinDir {
-        operation: "create",
-        path: path.to_owned(),
-        source,
-    })
-}
-
-/// Creates and locks the directory.
-pub(super) fn lock(path: &Path) -> Result<File, LoadError> {
-    let failed = |source| LoadError::PinDir { operation: "lock", path: path.to_owned(), source };
-    for _ in 0..ATTEMPTS {
-        create(path)?;
-        let flags = OFlags::DIRECTORY.bits().cast_signed();
-        let directory = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
-            Ok(directory) => directory,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(failed(error)),
-        };
-        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => {
-                return Err(LoadError::InUse { path: path.to_owned() });
-            }
-            Err(error) => return Err(failed(error.into())),
-        }
-        // A stopping agent removes the directory while it holds the lock: then this is a lock on nothing.
-        let locked = directory.metadata().map_err(failed)?;
-        match fs::metadata(path) {
-            Ok(found) if (found.dev(), found.ino()) == (locked.dev(), locked.ino()) => return Ok(directory),
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
-        }
-    }
-    Err(LoadError::InUse { path: path.to_owned() })
 }

@@ -73,7 +73,7 @@ mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=none "$tag" "$ou
 mount --bind "$modules" /lib/modules
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
-mount -t bpf bpf /sys/fs/bpf
+mount -t bpf -o mode=0700 bpf /sys/fs/bpf
 mount -t tracefs tracefs /sys/kernel/tracing
 ip link set lo up
 modprobe -aq $wanted

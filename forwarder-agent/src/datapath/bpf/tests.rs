@@ -512,7 +512,7 @@ fn another_file_system_is_refused() {
     let options = BpfOptions { pin_dir: directory.path().join("forwarder"), trace: false, most_pairs: None };
     match Bpf::load(&options) {
         Err(error @ LoadError::NotBpffs { .. }) => {
-            assert!(error.to_string().contains("mount -t bpf bpf /sys/fs/bpf"), "{error}");
+            assert!(error.to_string().contains("mount -t bpf -o mode=0700 bpf /sys/fs/bpf"), "{error}");
         }
         Err(error) => panic!("{error}"),
         Ok(_) => panic!("pinned to another file system"),

@@ -1,0 +1,129 @@
+//! Whose the pin directory is.
+
+use std::ffi::OsStr;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use forwarder_tests::agent::binary;
+use forwarder_tests::kernel::{AT_ONCE, entries, is_ready};
+use forwarder_tests::{AgentCommand, Forwarding, NetNs, client, peer, require_root};
+
+const WAIT: Duration = Duration::from_secs(10);
+/// A user without rights.
+const NOBODY: u32 = 65_534;
+
+/// Runs a command without any rights.
+fn as_nobody(words: &[&str], path: &Path) -> Output {
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"]).args(words).arg(path);
+    command.output().expect("setpriv")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).expect("it is there").mode() & 0o7777
+}
+
+/// Runs `forwarder cleanup` in a namespace.
+fn cleanup(netns: &NetNs, arguments: &[&str]) -> Output {
+    let mut command = Command::new(binary());
+    netns.output(command.arg("cleanup").args(arguments).env_remove("FORWARDER_PIN_DIR")).expect("cleanup")
+}
+
+/// What a command printed; fails if it failed.
+#[track_caller]
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// The directory of the maps' version in a pin directory.
+fn version(pin_dir: &Path) -> PathBuf {
+    let mut entries = fs::read_dir(pin_dir).expect("a folder").flatten();
+    entries.next().expect("a folder of a version").path()
+}
+
+#[test]
+fn nobody_else_has_the_lock_of_the_pin_directory_or_sees_what_is_in_it() {
+    if !is_ready() {
+        return;
+    }
+    let forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
+    let pin_dir = forwarding.agent.pin_dir().to_owned();
+    assert_eq!(mode(&pin_dir), 0o700);
+    let version = version(&pin_dir);
+    for script in ["ls $0", "flock --nonblock $0 true", "mkdir $0/v0", "mv $0/$1 $0/gone"] {
+        let script = script.replace("$1", version.file_name().and_then(OsStr::to_str).expect("a name"));
+        let output = as_nobody(&["sh", "-c", &script], &pin_dir);
+        // flock says nothing where somebody else has the lock.
+        assert!(stderr(&output).contains("Permission denied"), "{script}: {output:?}");
+    }
+    assert!(version.exists());
+    // Those who may see it do as before.
+    assert_eq!(entries(&pin_dir, "listeners").expect("bpftool"), 1);
+}
+
+#[test]
+fn a_pin_directory_that_others_could_open_is_narrowed_to_its_owner() {
+    if !require_root() {
+        return;
+    }
+    let mut forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
+    let pin_dir = forwarding.agent.pin_dir().to_owned();
+    let _promoted = forwarding.connect_promoted(1);
+    forwarding.agent.kill().expect("it runs");
+    // As agents of former releases made it, and as the kubelet does.
+    fs::set_permissions(&pin_dir, Permissions::from_mode(0o755)).expect("it works");
+    forwarding.succeed(&AT_ONCE).expect("it works");
+    assert_eq!(mode(&pin_dir), 0o700);
+    assert_eq!(forwarding.agent.metric("forwarder_pairs_inherited_total"), 1, "{}", forwarding.agent.log());
+}
+
+#[test]
+fn a_file_system_on_which_everybody_may_make_the_pin_directory_is_told() {
+    if !require_root() {
+        return;
+    }
+    for (options, is_told) in [("rw", true), ("mode=0700", false)] {
+        let mount = format!("mount -t bpf -o {options} bpf /sys/fs/bpf && exec \"$0\" \"$@\"");
+        let command = AgentCommand::new(&AT_ONCE).wrapped(&["unshare", "--mount", "sh", "-c", &mount]);
+        let forwarding = Forwarding::start_with(&command, peer::echo).expect("it works");
+        let log = forwarding.agent.log();
+        assert!(log.contains("classifier loaded"), "{log}");
+        assert_eq!(
+            log.matches("run `chmod 0700 /sys/fs/bpf`").count(),
+            usize::from(is_told),
+            "{options}: {log}"
+        );
+    }
+}
+
+#[test]
+fn a_pin_directory_of_somebody_else_is_refused_and_traffic_goes_on() {
+    if !require_root() {
+        return;
+    }
+    let mut forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
+    let pin_dir = forwarding.agent.pin_dir().to_owned();
+    forwarding.agent.interrupt().expect("it runs");
+    assert!(forwarding.agent.wait(WAIT).is_some(), "{}", forwarding.agent.log());
+    assert!(!pin_dir.exists());
+    fs::create_dir(&pin_dir).expect("it works");
+    chown(&pin_dir, Some(NOBODY), Some(NOBODY)).expect("it works");
+
+    forwarding.succeed(&AT_ONCE).expect("it forwards without the kernel");
+    client::ping(&forwarding.connect().expect("it listens"), b"x").expect("it forwards");
+    let reason = format!("{} belongs to uid {NOBODY}, and this agent is uid 0", pin_dir.display());
+    let log = forwarding.agent.log();
+    assert!(log.contains(&reason) && log.contains("rm -r"), "{log}");
+    assert_eq!(fs::read_dir(&pin_dir).expect("it is there").count(), 0, "something was pinned there");
+    let output = cleanup(&forwarding.topology.node, &["--yes", "--pin-dir", pin_dir.to_str().expect("text")]);
+    assert!(!output.status.success() && stderr(&output).contains("belongs to uid"), "{output:?}");
+    assert!(pin_dir.exists());
+}
