@@ -1,8 +1,9 @@
-//! Whose the pin directory is.
+//! Whose the pin directory is, and how what stands in it is found again.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, Permissions};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -126,4 +127,86 @@ fn a_pin_directory_of_somebody_else_is_refused_and_traffic_goes_on() {
     let output = cleanup(&forwarding.topology.node, &["--yes", "--pin-dir", pin_dir.to_str().expect("text")]);
     assert!(!output.status.success() && stderr(&output).contains("belongs to uid"), "{output:?}");
     assert!(pin_dir.exists());
+}
+
+/// Runs `forwarder cleanup` in a namespace, where folders of the BPF file system are mounted at other places, and nothing else of
+/// it: agents of other tests are not to be found.
+fn cleanup_at(netns: &NetNs, mounts: &[(&Path, &Path)], arguments: &[&str]) -> Output {
+    let mut script = "while umount -l /sys/fs/bpf 2>/dev/null; do :; done".to_owned();
+    // All are bound before the file system they are on has gone.
+    for (folder, place) in mounts {
+        fs::create_dir_all(place).expect("a folder");
+        script = format!("mount --bind {} {} && {{ {script}; }}", folder.display(), place.display());
+    }
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &format!("{script} && exec \"$0\" cleanup \"$@\"")]);
+    command.arg(binary()).args(arguments).env_remove("FORWARDER_PIN_DIR");
+    netns.output(&mut command).expect("unshare")
+}
+
+/// Whoever removes an installation need not know what its pin directory was called.
+#[test]
+fn what_dead_agents_left_is_found_wherever_it_is_pinned() {
+    if !is_ready() {
+        return;
+    }
+    let mut killed = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
+    let running = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
+    let node = killed.topology.node.clone();
+    let pin_dir = killed.agent.pin_dir().to_owned();
+    killed.agent.kill().expect("it runs");
+    // Under a name that no agent uses, in a folder that none made; a link to it leads nowhere new.
+    fs::rename(version(&pin_dir), pin_dir.join("gone")).expect("it works");
+    let inner = pin_dir.join("deep/inner");
+    fs::create_dir_all(&inner).expect("it works");
+    fs::rename(pin_dir.join("gone"), inner.join("gone")).expect("it works");
+    symlink(&inner, pin_dir.join("link")).expect("it works");
+
+    let places = ["dead", "running"].map(|name| killed.manifests.beside(name));
+    let [dead, alive] = &places;
+    let mounts = [(&*pin_dir, &**dead), (running.agent.pin_dir(), &**alive)];
+    let skipped = format!("skipped {}: an agent is running", alive.display());
+    let text = stdout(&cleanup_at(&node, &mounts, &[]));
+    for pin in ["listeners", "flows", "links"] {
+        let path = dead.join("deep/inner/gone").join(pin);
+        let is_told =
+            |line: &str| line.starts_with("would remove ") && line.ends_with(path.to_str().expect("text"));
+        assert!(text.lines().any(is_told), "no {pin}: {text}");
+    }
+    assert!(!text.contains("dead/link") && text.contains(&skipped), "{text}");
+    assert!(inner.join("gone/listeners").exists(), "it was only to be listed");
+    // The same where the directory is named.
+    let named = cleanup(&node, &["--pin-dir", inner.to_str().expect("text")]);
+    assert!(stdout(&named).contains("/gone/listeners"), "{named:?}");
+
+    let text = stdout(&cleanup_at(&node, &mounts, &["--yes"]));
+    assert!(text.contains("removed pin") && text.contains(&skipped), "{text}");
+    assert!(!inner.exists() && pin_dir.join("link").is_symlink(), "{text}");
+    let text = stdout(&cleanup_at(&node, &mounts, &["--yes"]));
+    assert!(text.contains("nothing is left behind") && text.contains(&skipped), "{text}");
+    client::ping(&running.connect().expect("it listens"), b"x").expect("it was left alone");
+}
+
+/// What a program is called does not say whose it is.
+#[test]
+fn programs_whose_pins_are_nowhere_are_told_and_never_removed() {
+    if !is_ready() {
+        return;
+    }
+    let forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
+    let (node, pin_dir) = (&forwarding.topology.node, forwarding.agent.pin_dir());
+    let place = forwarding.manifests.beside("mounted");
+    let told = |text: &str| {
+        let strays = text.lines().filter(|line| line.starts_with("not removed: program fwd_"));
+        let of_client = strays.filter(|line| line.contains("of interface veth1"));
+        of_client.map(|line| line.contains("egress")).collect::<BTreeSet<bool>>()
+    };
+    let text = stdout(&cleanup_at(node, &[(pin_dir, &place)], &["--yes"]));
+    assert_eq!(told(&text), BTreeSet::new(), "those of an agent that runs have pins: {text}");
+    // Nothing of its BPF file system is to be seen.
+    let text = stdout(&cleanup_at(node, &[], &["--yes"]));
+    assert_eq!(told(&text), BTreeSet::from([false, true]), "{text}");
+    // They are still there, and their agent's.
+    drop(forwarding.connect_promoted(1));
+    assert_eq!(forwarding.agent.metric("forwarder_attachments_restored_total"), 0);
 }

@@ -10,7 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::maps::MapInfo;
-use aya::programs::{Link, ProgramError, TcAttachType, loaded_programs};
+use aya::programs::{Link, ProgramError, ProgramInfo, TcAttachType, loaded_programs};
 use futures_util::TryStreamExt;
 use rtnetlink::new_connection;
 use rtnetlink::packet_route::link::LinkAttribute;
@@ -18,8 +18,13 @@ use rtnetlink::packet_route::link::LinkAttribute;
 use super::filters::{Filter, Filters};
 use super::hook::pinned_program;
 use super::load_error::{LoadError, with_causes};
-use super::pin_dir;
+use super::pin_dir::{self, is_on_bpffs};
 use super::pins;
+
+mod search;
+mod strays;
+
+pub use self::strays::Stray;
 
 /// Why it cannot be told what is left.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +46,15 @@ pub enum CleanupError {
         /// What the kernel said.
         #[source]
         source: io::Error,
+    },
+    /// The kernel does not list its programs.
+    #[error(
+        "cannot list the programs of the kernel, and so not say whether some hang on interfaces that nothing is pinned of: \
+         {reason}; run as root, with CAP_SYS_ADMIN"
+    )]
+    Programs {
+        /// What the kernel said.
+        reason: String,
     },
     /// The socket to the kernel cannot be opened.
     #[error("cannot open a netlink socket: {0}")]
@@ -152,28 +166,66 @@ impl Leftovers {
     }
 }
 
+/// What [`search`] found.
+#[derive(Debug)]
+pub struct Search {
+    /// Where BPF file systems are mounted.
+    pub mounts: Vec<PathBuf>,
+    /// The pin directories on them, and what is left in each, or why nothing is removed there.
+    pub pin_dirs: Vec<(PathBuf, Result<Leftovers, CleanupError>)>,
+    /// The folders that cannot be looked into.
+    pub closed: Vec<CleanupError>,
+    /// Programs on interfaces whose pins are not on these file systems; or why they cannot be looked for.
+    pub strays: Result<Vec<Stray>, CleanupError>,
+}
+
+/// Looks for pin directories of agents on all BPF file systems that are mounted, and for what is left in each. Needs a tokio
+/// runtime.
+///
+/// # Errors
+/// The kernel does not say what is mounted.
+pub async fn search() -> Result<Search, CleanupError> {
+    let search::Places { mounts, pin_dirs: places, closed } = search::pin_dirs()?;
+    let mut pinned = Vec::new();
+    let mut pin_dirs = Vec::new();
+    for pin_dir in places {
+        // Of running agents too: what they have pinned is no stray's.
+        pinned.extend(pins_in(&pin_dir).unwrap_or_default());
+        let found = find(&pin_dir).await;
+        pin_dirs.push((pin_dir, found));
+    }
+    let strays = strays::find(&maps_of(&pinned)).await;
+    Ok(Search { mounts, pin_dirs, closed, strays })
+}
+
 /// Finds what agents of any version left in `pin_dir`, and their filters on all interfaces. Needs a tokio runtime.
 ///
 /// # Errors
 /// An agent is running with this pin directory, it is not on a BPF file system, or the kernel refuses.
 pub async fn find(pin_dir: &Path) -> Result<Leftovers, CleanupError> {
     let lock = lock(pin_dir)?;
-    let mut pins = Vec::new();
-    if lock.is_some() {
-        for (path, _) in list(pin_dir)?.into_iter().filter(|(path, is_folder)| *is_folder && is_version(path))
-        {
-            find_pins(path, &mut pins)?;
-        }
-    }
+    let pins = if lock.is_some() { pins_in(pin_dir)? } else { Vec::new() };
     // The filters first: what they are known by is pinned.
     let mut leftovers = filters(&programs_of(&pins)).await?;
     leftovers.extend(pins);
     Ok(Leftovers { leftovers, pin_dir: pin_dir.to_owned(), _lock: lock })
 }
 
+/// What agents of any version have pinned in `pin_dir`.
+fn pins_in(pin_dir: &Path) -> Result<Vec<Leftover>, CleanupError> {
+    let mut pins = Vec::new();
+    for (path, is_folder) in list(pin_dir)? {
+        // Somebody may have renamed it: then its maps tell.
+        if is_folder && (is_version(&path) || search::holds_maps(&path)) {
+            find_pins(path, &mut pins)?;
+        }
+    }
+    Ok(pins)
+}
+
 /// Locks the pin directory, if there is one.
 fn lock(pin_dir: &Path) -> Result<Option<File>, CleanupError> {
-    if !pin_dir::is_on_bpffs(pin_dir).map_err(CleanupError::PinDir)? {
+    if !is_on_bpffs(pin_dir).map_err(CleanupError::PinDir)? {
         return Err(CleanupError::PinDir(LoadError::NotBpffs { path: pin_dir.to_owned() }));
     }
     if !pin_dir.exists() {
@@ -218,25 +270,39 @@ fn find_pins(folder: PathBuf, found: &mut Vec<Leftover>) -> Result<(), CleanupEr
 
 /// The ids of the programs that are pinned, and of those that use a map that is.
 fn programs_of(pins: &[Leftover]) -> BTreeSet<u32> {
-    let (mut programs, mut maps) = (BTreeSet::new(), BTreeSet::new());
-    for pin in pins {
-        match pin {
-            // The kernel does not say what kind of object is pinned: the folder does.
-            Leftover::Pin(path) if path.parent().is_some_and(|folder| folder.ends_with(pins::LINKS)) => {
-                programs.extend(pinned_program(path));
-            }
-            Leftover::Pin(path) => maps.extend(MapInfo::from_pin(path).map(|info| info.id())),
-            Leftover::Folder(_) | Leftover::Filter(_) => {}
-        }
-    }
-    let uses_them = |ids: &[u32]| ids.iter().any(|id| maps.contains(id));
+    let maps = maps_of(pins);
+    let mut programs: BTreeSet<u32> =
+        attachments_in(pins, true).filter_map(|path| pinned_program(path)).collect();
     // The kernel lists all programs for CAP_SYS_ADMIN alone. Without it the pinned ones are known.
     for program in loaded_programs().filter_map(Result::ok) {
-        if program.map_ids().is_ok_and(|ids| ids.is_some_and(|ids| uses_them(&ids))) {
+        if uses(&program, &maps) {
             programs.insert(program.id());
         }
     }
     programs
+}
+
+/// The ids of the maps that are pinned.
+fn maps_of(pins: &[Leftover]) -> BTreeSet<u32> {
+    attachments_in(pins, false).flat_map(|path| MapInfo::from_pin(path).map(|info| info.id())).collect()
+}
+
+/// The pins of what holds programs on interfaces, or all others. The kernel does not say what kind of object is pinned: the
+/// folder does.
+fn attachments_in(pins: &[Leftover], are_wanted: bool) -> impl Iterator<Item = &PathBuf> {
+    pins.iter().filter_map(move |pin| match pin {
+        Leftover::Pin(path) => {
+            let is_one = path.parent().is_some_and(|folder| folder.ends_with(pins::LINKS));
+            (is_one == are_wanted).then_some(path)
+        }
+        Leftover::Folder(_) | Leftover::Filter(_) => None,
+    })
+}
+
+/// Whether a program uses one of these maps.
+fn uses(program: &ProgramInfo, maps: &BTreeSet<u32>) -> bool {
+    let uses_one = |ids: Vec<u32>| ids.iter().any(|id| maps.contains(id));
+    program.map_ids().is_ok_and(|ids| ids.is_some_and(uses_one))
 }
 
 /// The filters that have one of these programs, on every interface.
@@ -244,21 +310,11 @@ async fn filters(programs: &BTreeSet<u32>) -> Result<Vec<Leftover>, CleanupError
     if programs.is_empty() {
         return Ok(Vec::new());
     }
-    let (connection, handle, _) = new_connection().map_err(CleanupError::Socket)?;
-    // It ends when the handle is dropped.
-    tokio::spawn(connection);
-    let links: Vec<_> =
-        handle.link().get().execute().try_collect().await.map_err(CleanupError::Interfaces)?;
     let mut listed = Filters::open().map_err(CleanupError::Socket)?;
     let mut found = Vec::new();
-    for link in links {
-        let name = link.attributes.iter().find_map(|attribute| match attribute {
-            LinkAttribute::IfName(name) => Some(name),
-            _ => None,
-        });
-        let Some(interface) = name else { continue };
+    for (index, interface) in interfaces().await? {
         for side in Side::ALL {
-            let filters = listed.list(link.header.index, side.attach_type()).map_err(CleanupError::Socket)?;
+            let filters = listed.list(index, side.attach_type()).map_err(CleanupError::Socket)?;
             let ours = filters.into_iter().filter(|filter| programs.contains(&filter.program));
             found.extend(
                 ours.map(|filter| {
@@ -268,6 +324,23 @@ async fn filters(programs: &BTreeSet<u32>) -> Result<Vec<Leftover>, CleanupError
         }
     }
     Ok(found)
+}
+
+/// The indices and names of all interfaces.
+async fn interfaces() -> Result<Vec<(u32, String)>, CleanupError> {
+    let (connection, handle, _) = new_connection().map_err(CleanupError::Socket)?;
+    // It ends when the handle is dropped.
+    tokio::spawn(connection);
+    let links: Vec<_> =
+        handle.link().get().execute().try_collect().await.map_err(CleanupError::Interfaces)?;
+    let named = links.into_iter().filter_map(|link| {
+        let name = link.attributes.into_iter().find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name),
+            _ => None,
+        });
+        Some((link.header.index, name?))
+    });
+    Ok(named.collect())
 }
 
 #[cfg(test)]
