@@ -161,10 +161,11 @@ impl Paths {
     /// It does not; what stands in the way is told once. Where it was to be tried only because what is redirected does not
     /// arrive, that remains the reason.
     pub fn check_stack(&self, arrival: u32, family: Family) -> Result<(), Refusal> {
+        let name = self.known().links.get(&arrival).map(|link| link.name.clone());
+        let Some(name) = name else { return Err(Refusal::StackClosed) };
+        // Not while what is known is locked, for all workers ask: several files are read.
+        let Err(obstacle) = stack::check(&name, family) else { return Ok(()) };
         let mut known = self.known();
-        let Some(Link { name, .. }) = known.links.get(&arrival) else { return Err(Refusal::StackClosed) };
-        let Err(obstacle) = stack::check(name, family) else { return Ok(()) };
-        let name = name.clone();
         let is_news = known.closed.insert(arrival);
         let refusal = if known.egress == Egress::Stack { Refusal::StackClosed } else { Refusal::PathBroken };
         drop(known);
