@@ -35,6 +35,12 @@ fn permissions(objects: &[Value]) -> BTreeMap<(String, String), BTreeSet<String>
         for rule in role["rules"].as_array().expect("a list") {
             assert!(rule["nonResourceURLs"].is_null());
             for resource in strings(&rule["resources"]) {
+                // Whole objects that are not the agent's own are written by name alone.
+                let is_class = resource == "gatewayclasses";
+                assert!(
+                    !is_class
+                        || strings(&rule["verbs"]).contains(&"patch") == rule["resourceNames"].is_array()
+                );
                 let verbs = strings(&rule["verbs"]).into_iter().map(str::to_owned);
                 found.entry((namespace.to_owned(), resource.to_owned())).or_default().extend(verbs);
             }
@@ -85,6 +91,16 @@ fn check(objects: &[Value]) {
     }
 }
 
+/// The names of the classes that the agent may write as a whole.
+fn classes_written(objects: &[Value]) -> Value {
+    let roles = objects.iter().filter(|object| object["kind"] == "ClusterRole");
+    let mut rules = roles.flat_map(|role| role["rules"].as_array().expect("a list"));
+    let rule = rules.find(|rule| {
+        rule["resources"] == json!(["gatewayclasses"]) && strings(&rule["verbs"]).contains(&"patch")
+    });
+    rule.expect("a rule")["resourceNames"].clone()
+}
+
 fn environment(objects: &[Value]) -> BTreeMap<&str, &Value> {
     let variables = container(objects)["env"].as_array().expect("a list");
     variables.iter().map(|variable| (variable["name"].as_str().expect("a text"), variable)).collect()
@@ -118,6 +134,7 @@ fn the_agent_gets_the_least_that_it_needs() {
     for kind in ["gatewayclasses", "gateways", "listenersets", "tcproutes"] {
         assert_eq!(verbs("*", &format!("{kind}/status")).as_deref(), Some("patch"), "{kind}");
     }
+    assert_eq!(classes_written(&objects), json!(["forwarder"]));
     assert_eq!(verbs("*", "events").as_deref(), Some("create patch"));
     assert_eq!(verbs("forwarder-system", "pods").as_deref(), Some("get list watch"));
     let of_leases = "create delete get list patch update watch";
@@ -169,7 +186,7 @@ fn values_reach_the_agent() {
     let values = [
         "--set-json=settings={\"maxPairs\":1000000,\"halfClosedTimeout\":\"1h 30m\",\"hold\":\"0\",\"workers\":4}",
         "--set=drainTimeoutSeconds=300,admin.address=::1,admin.port=9903,bpf.pinDirectory=second",
-        "--set=controllerName=example.com/second,gatewayClass.name=second",
+        "--set=controllerName=example.com/second,gatewayClass.name=second,gatewayClass.otherNames={third}",
         "--set-json=admin.hosts=[\"metrics.example.com\",\"node\"]",
         "--set-json=extraArgs=[\"--egress=stack\"]",
         "--set-json=extraEnv=[{\"name\":\"RUST_BACKTRACE\",\"value\":\"1\"}]",
@@ -196,6 +213,7 @@ fn values_reach_the_agent() {
     assert_eq!(container(&objects)["args"], json!(["agent", "--egress=stack"]));
     assert_eq!(container(&objects)["livenessProbe"]["httpGet"]["host"], "::1");
     assert_eq!(only(&objects, "GatewayClass")["spec"]["controllerName"], "example.com/second");
+    assert_eq!(classes_written(&objects), json!(["second", "third"]));
     let pod = &only(&objects, "DaemonSet")["spec"]["template"]["spec"];
     assert_eq!(pod["terminationGracePeriodSeconds"], 310);
 }
@@ -318,6 +336,20 @@ fn the_manifests_for_kustomize_are_the_charts_defaults() {
     let (of_base, of_overlay) = (environment(&base), environment(&overlay));
     assert!(of_base.iter().all(|(name, variable)| of_overlay.get(name) == Some(variable)));
     assert_eq!(of_overlay["FORWARDER_HOLD"]["value"], "60s");
+
+    // Of the node's BPF file system the agent has its own directory alone, which the kubelet makes.
+    for objects in [&base, &overlay] {
+        let of_pins = |list: &Value| {
+            let all = list.as_array().expect("a list").iter();
+            all.filter(|one| one["name"] == "pins").cloned().collect::<Vec<_>>()
+        };
+        let volume = json!({ "path": "/sys/fs/bpf/forwarder", "type": "DirectoryOrCreate" });
+        let pod = &only(objects, "DaemonSet")["spec"]["template"]["spec"];
+        assert_eq!(of_pins(&pod["volumes"]), [json!({ "name": "pins", "hostPath": volume })]);
+        let mounts = of_pins(&container(objects)["volumeMounts"]);
+        let place = &environment(objects)["FORWARDER_PIN_DIR"]["value"];
+        assert_eq!(mounts, [json!({ "name": "pins", "mountPath": place })]);
+    }
 
     // Cleaning up concerns the pins of the very installation.
     let cleanup = build("cleanup");

@@ -61,10 +61,10 @@ app.kubernetes.io/name={{ include "forwarder.name" . }},app.kubernetes.io/instan
 {{- if eq $address "0.0.0.0" }}127.0.0.1{{ else if eq $address "::" }}::1{{ else }}{{ $address }}{{ end }}
 {{- end }}
 
-{{/* The directory that the node's BPF file system has in the container. AppArmor's profile of container runtimes forbids to
-     write, lock or link anything below /sys/fs/bpf, so it is another one. */}}
-{{- define "forwarder.bpffs" -}}
-/bpf
+{{/* Where the container has the pin directory of the node. AppArmor's profile of container runtimes forbids to write, lock or link
+     anything below /sys/fs/bpf, so it is another place. */}}
+{{- define "forwarder.pinDirectory" -}}
+/bpf/{{ .Values.bpf.pinDirectory }}
 {{- end }}
 
 {{/* What the agent reads and writes in each namespace that it serves. */}}
