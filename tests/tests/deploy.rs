@@ -93,8 +93,8 @@ fn check(objects: &[Value]) {
 
 /// The names of the classes that the agent may write as a whole.
 fn classes_written(objects: &[Value]) -> Value {
-    let roles = objects.iter().filter(|object| object["kind"] == "ClusterRole");
-    let mut rules = roles.flat_map(|role| role["rules"].as_array().expect("a list"));
+    let of_cluster = objects.iter().filter(|object| object["kind"] == "ClusterRole");
+    let mut rules = of_cluster.flat_map(|role| role["rules"].as_array().expect("a list"));
     let rule = rules.find(|rule| {
         rule["resources"] == json!(["gatewayclasses"]) && strings(&rule["verbs"]).contains(&"patch")
     });

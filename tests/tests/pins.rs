@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use forwarder_tests::agent::binary;
-use forwarder_tests::kernel::{AT_ONCE, entries, is_ready};
+use forwarder_tests::kernel::{AT_ONCE, at_once, entries, is_ready};
 use forwarder_tests::{AgentCommand, Forwarding, NetNs, client, peer, require_root};
 
 const WAIT: Duration = Duration::from_secs(10);
@@ -84,6 +84,32 @@ fn a_pin_directory_that_others_could_open_is_narrowed_to_its_owner() {
     forwarding.succeed(&AT_ONCE).expect("it works");
     assert_eq!(mode(&pin_dir), 0o700);
     assert_eq!(forwarding.agent.metric("forwarder_pairs_inherited_total"), 1, "{}", forwarding.agent.log());
+}
+
+/// As in a cluster: the kubelet makes the directory, and it is a mount point for an agent with few capabilities.
+#[test]
+fn a_directory_that_was_made_and_mounted_for_the_agent_is_narrowed_and_left_empty() {
+    if !require_root() {
+        return;
+    }
+    // CAP_SYS_RESOURCE is for kernels that count maps as locked memory (before 5.11).
+    let mount = "for word; do [ \"$last\" = --pin-dir ] && dir=$word; last=$word; done; \
+                 mkdir -m 0755 $dir && mount --bind $dir $dir && \
+                 exec setpriv --bounding-set=-all,+net_bind_service,+net_admin,+net_raw,+bpf,+perfmon,+sys_resource --inh-caps=-all \"$0\" \"$@\"";
+    let arguments = at_once(&["--hold", "0"]);
+    let command = AgentCommand::new(&arguments).wrapped(&["unshare", "--mount", "sh", "-c", mount]);
+    let mut forwarding = Forwarding::start_with(&command, peer::echo).expect("it works");
+    let pin_dir = forwarding.agent.pin_dir().to_owned();
+    assert_eq!(mode(&pin_dir), 0o700);
+    drop(forwarding.connect_promoted(1));
+    forwarding.agent.terminate().expect("it runs");
+    assert!(forwarding.agent.wait(WAIT).is_some(), "{}", forwarding.agent.log());
+    assert_eq!(fs::read_dir(&pin_dir).expect("it cannot be removed").count(), 0);
+    let log = forwarding.agent.log();
+    assert!(!log.contains("WARN"), "{log}");
+    // The next one finds it so.
+    forwarding.succeed(&arguments).expect("it starts");
+    drop(forwarding.connect_promoted(1));
 }
 
 #[test]

@@ -106,7 +106,7 @@ impl Leaving {
             }
         };
         tokio::select! {
-            _ = drained => tracing::info!("drained"),
+            () = drained => tracing::info!("drained"),
             _ = signals.next() => tracing::warn!("ending at once: open connections are reset"),
         }
         reconciler.into_workers().stop();

@@ -190,8 +190,9 @@ pub async fn search() -> Result<Search, CleanupError> {
     let mut pin_dirs = Vec::new();
     for pin_dir in places {
         // Of running agents too: what they have pinned is no stray's.
-        pinned.extend(pins_in(&pin_dir).unwrap_or_default());
-        let found = find(&pin_dir).await;
+        pinned.extend(pins_in(&pin_dir, search::holds_maps).unwrap_or_default());
+        // What is only called as a version's folder may be somebody else's where nobody has said that this is a pin directory.
+        let found = find_by(&pin_dir, search::holds_maps).await;
         pin_dirs.push((pin_dir, found));
     }
     let strays = strays::find(&maps_of(&pinned)).await;
@@ -203,20 +204,24 @@ pub async fn search() -> Result<Search, CleanupError> {
 /// # Errors
 /// An agent is running with this pin directory, it is not on a BPF file system, or the kernel refuses.
 pub async fn find(pin_dir: &Path) -> Result<Leftovers, CleanupError> {
+    // Somebody may have renamed it: then its maps tell.
+    find_by(pin_dir, |folder| is_version(folder) || search::holds_maps(folder)).await
+}
+
+async fn find_by(pin_dir: &Path, is_ours: impl Fn(&Path) -> bool) -> Result<Leftovers, CleanupError> {
     let lock = lock(pin_dir)?;
-    let pins = if lock.is_some() { pins_in(pin_dir)? } else { Vec::new() };
+    let pins = if lock.is_some() { pins_in(pin_dir, is_ours)? } else { Vec::new() };
     // The filters first: what they are known by is pinned.
     let mut leftovers = filters(&programs_of(&pins)).await?;
     leftovers.extend(pins);
     Ok(Leftovers { leftovers, pin_dir: pin_dir.to_owned(), _lock: lock })
 }
 
-/// What agents of any version have pinned in `pin_dir`.
-fn pins_in(pin_dir: &Path) -> Result<Vec<Leftover>, CleanupError> {
+/// What is pinned in the folders of `pin_dir` that are an agent's, of whatever version.
+fn pins_in(pin_dir: &Path, is_ours: impl Fn(&Path) -> bool) -> Result<Vec<Leftover>, CleanupError> {
     let mut pins = Vec::new();
     for (path, is_folder) in list(pin_dir)? {
-        // Somebody may have renamed it: then its maps tell.
-        if is_folder && (is_version(&path) || search::holds_maps(&path)) {
+        if is_folder && is_ours(&path) {
             find_pins(path, &mut pins)?;
         }
     }

@@ -64,8 +64,24 @@ pub(super) fn create(path: &Path) -> Result<(), LoadError> {
     })
 }
 
-/// Creates and locks the directory.
+/// Creates and locks the directory for an agent: nobody else may open it from now on.
+pub(super) fn take(path: &Path) -> Result<File, LoadError> {
+    lock_as(path, |directory, permissions| {
+        // Before the lock, which whoever may open it can have.
+        if permissions & OF_OTHERS != 0 {
+            directory.set_permissions(Permissions::from_mode(MODE))?;
+            tracing::info!(path = %path.display(), "the pin directory is the agent's alone now: its mode is 0700");
+        }
+        Ok(())
+    })
+}
+
+/// Locks the directory, as it is, against agents.
 pub(super) fn lock(path: &Path) -> Result<File, LoadError> {
+    lock_as(path, |_, _| Ok(()))
+}
+
+fn lock_as(path: &Path, prepare: impl Fn(&File, u32) -> io::Result<()>) -> Result<File, LoadError> {
     let failed = |operation, source| LoadError::PinDir { operation, path: path.to_owned(), source };
     for _ in 0..ATTEMPTS {
         create(path)?;
@@ -78,12 +94,8 @@ pub(super) fn lock(path: &Path) -> Result<File, LoadError> {
         };
         let opened = directory.metadata().map_err(|error| failed("look at", error))?;
         check_owner(path, &opened)?;
-        // Before the lock, which whoever may open it can have.
-        if opened.mode() & OF_OTHERS != 0 {
-            let narrow = directory.set_permissions(Permissions::from_mode(MODE));
-            narrow.map_err(|error| failed("take the permissions of others from", error))?;
-            tracing::info!(path = %path.display(), "the pin directory is the agent's alone now: its mode is 0700");
-        }
+        prepare(&directory, opened.mode())
+            .map_err(|error| failed("take the permissions of others from", error))?;
         match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {

@@ -15,7 +15,7 @@ use forwarder_common::flow::{FLOWS, Flow, FlowKey};
 
 use super::hook;
 use super::load_error::LoadError;
-use super::pin_dir::{check_folders_above, create, is_on_bpffs, lock};
+use super::pin_dir::{check_folders_above, create, is_on_bpffs, take};
 
 /// Where is pinned what holds the programs on interfaces, in the directory of a version: links, or with clsact the programs.
 pub(super) const LINKS: &str = "links";
@@ -44,8 +44,9 @@ impl Pins {
         if !is_on_bpffs(parent)? {
             return Err(LoadError::NotBpffs { path: parent.to_owned() });
         }
+        let lock = take(parent)?;
+        // Once they are there: what is missing others could make.
         check_folders_above(parent)?;
-        let lock = lock(parent)?;
         let directory = parent.join(format!("v{ABI_VERSION}"));
         refuse_foreign(parent, &directory)?;
         create(&directory)?;

@@ -81,7 +81,7 @@ fn walk(folder: &Path, depth: usize, seen: &mut HashSet<(u64, u64)>, places: &mu
     }
 }
 
-/// Where file systems of type `bpf` are mounted, by `/proc/PID/mountinfo` (proc_pid_mountinfo(5)).
+/// Where file systems of type `bpf` are mounted, by `/proc/PID/mountinfo` (`proc_pid_mountinfo(5)`).
 fn bpf_mounts(mountinfo: &[u8]) -> Vec<PathBuf> {
     let lines = mountinfo.split(|byte| *byte == b'\n');
     lines
