@@ -37,9 +37,10 @@ pub struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "there is one in a process")]
 enum Command {
     /// Run the agent: listen, forward, follow changes
-    Agent(Box<AgentArgs>),
+    Agent(AgentArgs),
     /// Check manifests and report every problem; exit code 1 if anything asked for would not be served
     Validate(validate::ValidateArgs),
     /// Show which listener leads to which endpoints, and why something is not served
@@ -87,7 +88,7 @@ pub fn run() -> ExitCode {
         reader::end_with_it();
     }
     let outcome = match cli.command {
-        Command::Agent(args) => run_agent(*args).map(|()| ExitCode::SUCCESS),
+        Command::Agent(args) => run_agent(args).map(|()| ExitCode::SUCCESS),
         Command::Validate(args) => validate::run(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Conns(args) => conns::run(&args),
