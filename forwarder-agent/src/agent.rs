@@ -202,7 +202,7 @@ impl Resolver {
     fn new(settings: &Settings) -> Self {
         let (defaults, cidrs) = (settings.listener_defaults.clone(), settings.endpoint_cidrs.clone());
         let (base, endpoint_addresses) = match settings.source {
-            SourceSettings::Files(_) => {
+            SourceSettings::Files { .. } => {
                 (ResolveSettings::for_files(defaults), AllowedAddresses::for_files(cidrs))
             }
             SourceSettings::Kube(_) => {

@@ -28,6 +28,11 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_MANIFESTS", value_name = "PATH")]
     pub manifests: Option<PathBuf>,
 
+    /// Folder in which the agent keeps what is in force for the next one: the last good version of each object, for a manifest that
+    /// has an error when that one starts, or an API server that is away [default: none]
+    #[arg(long, env = "FORWARDER_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+
     /// Settings for a Kubernetes API as the source.
     #[command(flatten)]
     pub kube: KubeOptions,
@@ -292,7 +297,12 @@ pub struct Settings {
 #[derive(Clone, Debug)]
 pub enum SourceSettings {
     /// A file or folder.
-    Files(PathBuf),
+    Files {
+        /// Its path.
+        path: PathBuf,
+        /// The folder in which the last good version of each object is kept for the next agent.
+        state_dir: Option<PathBuf>,
+    },
     /// A Kubernetes API.
     Kube(KubeSettings),
 }
@@ -361,6 +371,7 @@ impl Options {
     pub fn or(self, other: Self) -> Self {
         Self {
             manifests: self.manifests.or(other.manifests),
+            state_dir: self.state_dir.or(other.state_dir),
             kube: self.kube.or(other.kube),
             admin: self.admin.or(other.admin),
             admin_hosts: or_others(self.admin_hosts, other.admin_hosts),
@@ -437,8 +448,9 @@ impl Options {
                 remedy: "set a domain and a path, such as forwarder.dev/tcp",
             });
         }
-        let source = match (self.manifests, self.kube.validate()?) {
-            (Some(path), None) => SourceSettings::Files(path),
+        let state_dir = self.state_dir.or(self.kube.state_dir.clone());
+        let source = match (self.manifests, self.kube.validate(state_dir.clone())?) {
+            (Some(path), None) => SourceSettings::Files { state_dir: outside(state_dir, &path)?, path },
             (None, Some(kube)) => SourceSettings::Kube(kube),
             (Some(path), Some(_)) => return Err(SettingsError::TwoSources { path }),
             (None, None) => return Err(SettingsError::NoSource),
@@ -486,6 +498,19 @@ pub const PORT_WAIT: Duration = Duration::from_secs(10);
 
 /// Where maps are pinned by default.
 pub const PIN_DIR: &str = "/sys/fs/bpf/forwarder";
+
+/// The folder of the state, which must not be read as a manifest itself.
+fn outside(state_dir: Option<PathBuf>, manifests: &Path) -> Result<Option<PathBuf>, SettingsError> {
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    match state_dir {
+        Some(folder) if absolute(&folder).starts_with(absolute(manifests)) => Err(SettingsError::Value {
+            setting: "state-dir",
+            value: folder.display().to_string(),
+            remedy: "it is in the folder of the manifests, and would be read as one of them; set another folder",
+        }),
+        other => Ok(other),
+    }
+}
 
 fn or_default(value: Option<DurationText>, default: Duration) -> Duration {
     value.map_or(default, |text| text.0)
@@ -574,6 +599,22 @@ mod tests {
         assert_eq!(after("1MiB, 2s"), Ok((Some(1 << 20), Some(Duration::from_secs(2)))));
         for bad in ["", "soon", "1KiB,2KiB", "1s,2s", "-1", "99999999999GiB"] {
             assert!(after(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_folder_of_the_state_is_a_general_setting_and_may_still_stand_below_kube() {
+        for text in ["manifests: /m\nstateDir: /s\n", "manifests: /m\nkube: {stateDir: /s}\n"] {
+            let settings = from_text(text).unwrap().validate().unwrap();
+            let SourceSettings::Files { state_dir, .. } = settings.source else { panic!("no files") };
+            assert_eq!(state_dir.as_deref(), Some(Path::new("/s")), "{text}");
+        }
+        let settings = from_text("kube: {enabled: true}\nstateDir: /s\n").unwrap().validate().unwrap();
+        let SourceSettings::Kube(kube) = settings.source else { panic!("no API") };
+        assert_eq!(kube.state_dir.as_deref(), Some(Path::new("/s")));
+        for text in ["manifests: /m\nstateDir: /m\n", "manifests: /m/\nstateDir: /m/.state\n"] {
+            let error = from_text(text).unwrap().validate().unwrap_err().to_string();
+            assert!(error.contains("state-dir"), "{error}");
         }
     }
 

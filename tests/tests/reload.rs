@@ -322,3 +322,55 @@ fn a_crashed_agent_is_followed_by_one_that_serves() {
     pair.session(9001, "one");
     pair.session(9002, "two");
 }
+
+#[test]
+fn a_typo_is_no_outage_at_the_next_restart() {
+    if !require_root() {
+        return;
+    }
+    let mut pair = Pair::start();
+    let state = pair.manifests.beside("state");
+    let kept = state.join("last-good.yaml");
+    let command = AgentCommand::new(&["--state-dir", state.to_str().expect("a text")]);
+    let holds = |port: &str| std::fs::read_to_string(&kept).is_ok_and(|text| text.contains(port));
+    pair.agent.kill().unwrap();
+    pair.agent = command.start(&pair.topology.node, &pair.manifests.path()).unwrap();
+    wait_until("the state is kept", DEADLINE, || holds("9002"));
+
+    // What is written is what was in force, not what is refused.
+    let typo = "apiVersion: gateway.networking.k8s.io/v1
+kind: TCPRoute
+metadata: {name: b}
+spec: {parentRefs: [{name: gw, sectionname: b}]}
+";
+    pair.manifests.write("route-b", typo).unwrap();
+    pair.manifests.write("gateway-gw", "kind: [\n").unwrap();
+    wait_until("the typo is told", DEADLINE, || pair.agent.log().contains("the document is not YAML"));
+    pair.agent.kill().unwrap();
+    pair.agent = command.start(&pair.topology.node, &pair.manifests.path()).unwrap();
+    pair.session(9001, "one");
+    pair.session(9002, "two");
+    let log = pair.agent.log();
+    assert!(log.contains("holding the last good version of each object"), "{log}");
+    assert!(log.contains("the version before stays in force"), "{log}");
+
+    // The folder is gone, as before its volume is mounted.
+    pair.agent.kill().unwrap();
+    let elsewhere = pair.manifests.beside("elsewhere");
+    std::fs::rename(pair.manifests.path(), &elsewhere).unwrap();
+    pair.agent = command.start(&pair.topology.node, &pair.manifests.path()).unwrap();
+    pair.session(9001, "one");
+    std::fs::create_dir(pair.manifests.path()).unwrap();
+    wait_until("the empty folder is told", DEADLINE, || {
+        pair.agent.log().contains("to remove everything, leave")
+    });
+    pair.session(9002, "two");
+
+    // It is not for other manifests.
+    pair.agent.kill().unwrap();
+    pair.agent = command.spawn(&pair.topology.node, &elsewhere.join("class.yaml")).unwrap();
+    wait_until("the state is refused", DEADLINE, || {
+        pair.agent.log().contains("is the state of other manifests")
+    });
+    wait_until("it is replaced", DEADLINE, || kept.exists() && !holds("9002"));
+}

@@ -8,7 +8,7 @@ use super::Resolver;
 use crate::publish::{self, Identity, Outcome, PublishHealth};
 use crate::settings::{Settings, SourceSettings};
 use crate::source::kube::{ConnectError, KubeHealth};
-use crate::source::{self, FileSource, Loaded};
+use crate::source::{self, Loaded};
 
 /// The source, opened.
 pub(super) struct Input {
@@ -46,10 +46,10 @@ pub struct ClusterHealth {
 pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
     let resolver = Resolver::new(settings);
     match &settings.source {
-        SourceSettings::Files(path) => {
+        SourceSettings::Files { path, state_dir } => {
             let (updates, loaded) = watch::channel(Arc::default());
             let again = Arc::<Notify>::default();
-            tokio::spawn(source::watch(FileSource::new(path), updates, Arc::clone(&again)));
+            tokio::spawn(source::watch(path.clone(), state_dir.clone(), updates, Arc::clone(&again)));
             tracing::info!(manifests = %path.display(), "following files");
             Ok(Input { loaded, resolver, outcome: None, health: None, again: Some(again) })
         }

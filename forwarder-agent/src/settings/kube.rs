@@ -31,8 +31,8 @@ pub struct KubeOptions {
     #[arg(long, env = "FORWARDER_WATCH_NAMESPACES", value_name = "NAMESPACE", value_delimiter = ',')]
     pub watch_namespaces: Vec<String>,
 
-    /// Folder in which the last known state is kept, for a restart while the API server is away [default: none]
-    #[arg(long, env = "FORWARDER_STATE_DIR", value_name = "DIR")]
+    /// As [`super::Options::state_dir`], which was below this key before it was for files too.
+    #[arg(skip)]
     pub state_dir: Option<PathBuf>,
 
     /// Name of this node, as statuses name it [default: the host's name]
@@ -99,7 +99,7 @@ impl KubeOptions {
     ///
     /// # Errors
     /// A namespace that can be none.
-    pub fn validate(self) -> Result<Option<KubeSettings>, SettingsError> {
+    pub fn validate(self, state_dir: Option<PathBuf>) -> Result<Option<KubeSettings>, SettingsError> {
         if !self.enabled.unwrap_or_default() {
             return Ok(None);
         }
@@ -120,7 +120,7 @@ impl KubeOptions {
         Ok(Some(KubeSettings {
             kubeconfig: self.kubeconfig,
             watch_namespaces,
-            state_dir: self.state_dir,
+            state_dir,
             node_name: set(self.node_name).unwrap_or_else(host),
             pod_name: set(self.pod_name),
             pod_namespace: set(self.pod_namespace),

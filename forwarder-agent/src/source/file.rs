@@ -74,9 +74,23 @@ impl FileSource {
         }
     }
 
+    /// A source for `path` that holds what was read from it before, as if it had read that itself.
+    pub(super) fn resume(path: impl Into<PathBuf>, before: Loaded) -> Self {
+        let held = before.manifests.each().filter_map(|(id, manifest)| {
+            let place = Arc::clone(before.locations.place(&id)?);
+            Some((id, Held { manifest, place }))
+        });
+        Self { held: held.collect(), loaded: before, ..Self::new(path) }
+    }
+
     /// The file or folder.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// How many objects are in force.
+    pub(super) fn count(&self) -> usize {
+        self.held.len()
     }
 
     /// Reads everything again. What cannot be read or used becomes a problem.
@@ -87,6 +101,11 @@ impl FileSource {
     /// Reads what a scan has found.
     pub(super) fn load_scanned(&mut self, scan: Result<Scan, Box<Problem>>) -> Loaded {
         let problems = match scan {
+            Ok(scan) if scan.is_empty() && !self.held.is_empty() => {
+                let problem = scan::emptied(&self.path, &kept(self.held.len()));
+                self.scanned = Some(scan);
+                vec![problem]
+            }
             Ok(scan) => {
                 let problems = self.load_files(&scan);
                 self.scanned = Some(scan);

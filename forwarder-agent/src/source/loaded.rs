@@ -18,3 +18,10 @@ pub struct Loaded {
     /// The lines of the objects' fields.
     pub locations: Locations,
 }
+
+impl Loaded {
+    /// Whether the objects in force are the same, at the same places, whatever is wrong.
+    pub(super) fn has_same_objects(&self, other: &Self) -> bool {
+        self.manifests == other.manifests && self.locations == other.locations
+    }
+}

@@ -46,6 +46,11 @@ impl Locations {
         Some(Location { file: Arc::clone(&place.file), line: place.lines.find(field) })
     }
 
+    /// The place of an object.
+    pub(super) fn place(&self, object: &ObjectRef) -> Option<&Arc<Place>> {
+        self.objects.get(object)
+    }
+
     /// Gives a problem without a location that of its object and field.
     pub fn locate(&self, problem: &mut Problem) {
         if problem.location.is_none()
@@ -72,6 +77,11 @@ impl Place {
 }
 
 impl Lines {
+    /// An object at `line`, of whose fields nothing is known.
+    pub(super) fn at(line: u32) -> Self {
+        Self { line, children: Children::None }
+    }
+
     /// The lines of an object that starts at `line`, down to `depth` steps into it.
     pub(super) fn of(node: &Node<'_>, line: u32, depth: usize) -> Self {
         let Some(depth) = depth.checked_sub(1) else {

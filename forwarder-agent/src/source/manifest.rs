@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::manifests::{
-    EndpointSlice, Gateway, GatewayClass, ListenerSet, Manifests, Namespace, NamespacedName, ObjectRef,
+    EndpointSlice, Gateway, GatewayClass, Kind, ListenerSet, Manifests, Namespace, NamespacedName, ObjectRef,
     ReferenceGrant, Service, TcpRoute,
 };
 
@@ -21,6 +21,40 @@ pub(super) enum Manifest {
 }
 
 impl Manifests {
+    /// Each object and its name.
+    pub(super) fn each(&self) -> impl Iterator<Item = (ObjectRef, Manifest)> {
+        let of = |kind, name: &NamespacedName, manifest| (ObjectRef::new(kind, name), manifest);
+        let classes = self.gateway_classes.iter().map(|(name, object)| {
+            (ObjectRef::cluster(Kind::GatewayClass, name), Manifest::GatewayClass(Arc::clone(object)))
+        });
+        let gateways = self.gateways.iter();
+        let gateways =
+            gateways.map(move |(name, it)| of(Kind::Gateway, name, Manifest::Gateway(Arc::clone(it))));
+        let sets = self.listener_sets.iter();
+        let sets =
+            sets.map(move |(name, it)| of(Kind::ListenerSet, name, Manifest::ListenerSet(Arc::clone(it))));
+        let routes = self.tcp_routes.iter();
+        let routes =
+            routes.map(move |(name, it)| of(Kind::TcpRoute, name, Manifest::TcpRoute(Arc::clone(it))));
+        let grants = self
+            .reference_grants
+            .iter()
+            .map(move |(name, it)| of(Kind::ReferenceGrant, name, Manifest::ReferenceGrant(Arc::clone(it))));
+        let namespaces = self.namespaces.iter().map(|(name, object)| {
+            (ObjectRef::cluster(Kind::Namespace, name), Manifest::Namespace(Arc::clone(object)))
+        });
+        let services = self.services.iter();
+        let services =
+            services.map(move |(name, it)| of(Kind::Service, name, Manifest::Service(Arc::clone(it))));
+        let slices = self.endpoint_slices.iter().flat_map(|(service, slices)| {
+            slices.iter().map(|(name, it)| (NamespacedName::new(&service.namespace, name), it))
+        });
+        let slices = slices
+            .map(move |(name, it)| of(Kind::EndpointSlice, &name, Manifest::EndpointSlice(Arc::clone(it))));
+        let gateway_api = classes.chain(gateways).chain(sets).chain(routes).chain(grants);
+        gateway_api.chain(namespaces).chain(services).chain(slices)
+    }
+
     /// Adds an object, or replaces the one of its name.
     pub(super) fn put(&mut self, id: &ObjectRef, manifest: &Manifest) {
         match manifest {

@@ -10,6 +10,7 @@ mod locations;
 mod manifest;
 mod node;
 mod scan;
+mod state;
 mod watch;
 mod yaml;
 

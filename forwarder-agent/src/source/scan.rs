@@ -70,7 +70,7 @@ pub(super) fn scan(path: &Path) -> Result<Scan, Box<Problem>> {
     if metadata.is_dir() {
         scan.folder(path, &metadata, &mut Vec::new())
             .map_err(|error| Box::new(unreadable(path, cannot("list the folder", &error))))?;
-        if scan.files.is_empty() && scan.unknown.is_empty() {
+        if scan.is_empty() {
             let message =
                 "the folder holds no *.yaml, *.yml or *.json file: there is nothing to serve".to_owned();
             scan.problem(Severity::Warning, path, message);
@@ -82,7 +82,23 @@ pub(super) fn scan(path: &Path) -> Result<Scan, Box<Problem>> {
     Ok(scan)
 }
 
+/// What is said of a folder that had manifests, and has none any more; `kept` says what stays in force.
+///
+/// So is a folder while it is filled by a tool that empties it before.
+pub(super) fn emptied(path: &Path, kept: &str) -> Problem {
+    let message = format!(
+        "the folder holds no *.yaml, *.yml or *.json file any more{kept}; to remove everything, leave one such file that holds nothing but a \
+         comment"
+    );
+    unreadable(path, message)
+}
+
 impl Scan {
+    /// Whether there is nothing to read.
+    pub(super) fn is_empty(&self) -> bool {
+        self.files.is_empty() && self.unknown.is_empty()
+    }
+
     /// Whether nothing that was read, or would be now, depends on what stands at `path`, which is below the path that was
     /// scanned. Not for the files and folders that were found.
     pub(super) fn is_unaffected_by(&self, root: &Path, path: &Path) -> bool {

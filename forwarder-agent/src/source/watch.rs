@@ -15,6 +15,7 @@ use self::notices::{Notices, Told};
 use super::file::FileSource;
 use super::loaded::Loaded;
 use super::scan;
+use super::state::{self, StateFile};
 use crate::{failpoint, panics};
 
 /// When a change is acted upon.
@@ -53,11 +54,57 @@ enum Changed {
 /// any more. Files are read on the runtime's threads for blocking work.
 ///
 /// Everything is read again, too, whenever `again` is notified.
-pub async fn watch(source: FileSource, updates: watch::Sender<Arc<Loaded>>, again: Arc<Notify>) {
-    watch_at(PACE, source, updates, &again).await;
+///
+/// With `state_dir`, the last good version of each object is kept there, and what a former agent has kept is held from the start.
+pub async fn watch(
+    path: PathBuf,
+    state_dir: Option<PathBuf>,
+    updates: watch::Sender<Arc<Loaded>>,
+    again: Arc<Notify>,
+) {
+    let (kept, to_keep) = watch::channel(None);
+    let source = match state_dir {
+        None => FileSource::new(path),
+        Some(folder) => {
+            let file = StateFile::OfFiles { folder, manifests: path.clone() };
+            let source = resume(path, &file).await;
+            tokio::spawn(state::keep(file, to_keep));
+            source
+        }
+    };
+    watch_at(PACE, source, updates, &again, kept).await;
 }
 
-async fn watch_at(pace: Pace, mut source: FileSource, updates: watch::Sender<Arc<Loaded>>, again: &Notify) {
+/// A source that holds what a former agent has kept.
+async fn resume(path: PathBuf, file: &StateFile) -> FileSource {
+    match file.read().await {
+        Ok(Some(before)) => {
+            let source = FileSource::resume(path, before);
+            tracing::info!(
+                state = %file.path().display(),
+                objects = source.count(),
+                "holding the last good version of each object until the manifests say otherwise"
+            );
+            source
+        }
+        Ok(None) => FileSource::new(path),
+        Err(error) => {
+            tracing::warn!(
+                %error,
+                "the kept state cannot be used: objects whose manifests have errors are not served"
+            );
+            FileSource::new(path)
+        }
+    }
+}
+
+async fn watch_at(
+    pace: Pace,
+    mut source: FileSource,
+    updates: watch::Sender<Arc<Loaded>>,
+    again: &Notify,
+    kept: watch::Sender<Option<Arc<Loaded>>>,
+) {
     let notices = Arc::new(Notices::default());
     let mut watcher = None;
     let mut what = Changed::Everything;
@@ -77,13 +124,15 @@ async fn watch_at(pace: Pace, mut source: FileSource, updates: watch::Sender<Arc
                 }
                 is_new
             });
+            // A file that is spoilt from now on must not take away what it said.
+            kept.send_replace(Some(Arc::clone(&updates.borrow())));
         } else {
             tracing::error!(
                 manifests = %path.display(),
                 "BUG: the agent cannot read the manifests: what was in force stays so; they are tried again; please report it with \
                  the manifests"
             );
-            (source, watcher) = (FileSource::new(&path), None);
+            (source, watcher) = (FileSource::resume(&path, Loaded::clone(&updates.borrow())), None);
         }
         what = tokio::select! {
             what = changed(pace, &source, &notices) => what,

@@ -33,7 +33,7 @@ impl Leader {
             kube: KubeOptions { enabled: Some(true), ..KubeOptions::default() },
             ..Options::default()
         };
-        let settings = options.clone().kube.validate().unwrap().unwrap();
+        let settings = options.clone().kube.validate(None).unwrap().unwrap();
         let resolve_settings = ResolveSettings::for_cluster(options.listener_defaults().unwrap());
         let identity = Identity::new(&settings, &resolve_settings.controller_name, &client);
         let source = source::watch(client.clone(), &settings);

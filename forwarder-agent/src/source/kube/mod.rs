@@ -13,11 +13,9 @@ mod kinds;
 mod object;
 mod records;
 mod reflector;
-mod state;
 mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -35,6 +33,7 @@ use self::asks::{Asking, Asks, answer_of, ask};
 use self::reflector::{Message, News, Scope};
 use self::store::Store;
 use super::Loaded;
+use super::state::{self, StateFile};
 use crate::lock::lock;
 use crate::manifests::{GATEWAY_GROUP, Kind};
 use crate::settings::KubeSettings;
@@ -110,7 +109,7 @@ pub fn watch(client: Client, settings: &KubeSettings) -> KubeSource {
     let follower = Follower {
         client,
         namespaces: settings.watch_namespaces.clone(),
-        state_dir: settings.state_dir.clone(),
+        state: settings.state_dir.clone().map(StateFile::OfCluster),
         store: Store::default(),
         watches: BTreeMap::new(),
         served: None,
@@ -124,8 +123,8 @@ pub fn watch(client: Client, settings: &KubeSettings) -> KubeSource {
         gives_up: false,
         is_published: false,
     };
-    if let Some(directory) = &settings.state_dir {
-        tokio::spawn(state::keep(directory.clone(), to_keep));
+    if let Some(file) = &follower.state {
+        tokio::spawn(state::keep(file.clone(), to_keep));
     }
     tokio::spawn(follower.run());
     KubeSource { loaded, records, health }
@@ -135,7 +134,7 @@ pub fn watch(client: Client, settings: &KubeSettings) -> KubeSource {
 struct Follower {
     client: Client,
     namespaces: Vec<String>,
-    state_dir: Option<PathBuf>,
+    state: Option<StateFile>,
     store: Store,
     /// The watch of each scope, and what it reads.
     watches: BTreeMap<Scope, (ApiResource, AbortHandle)>,
@@ -299,14 +298,14 @@ impl Follower {
 
     /// Publishes what a former agent has kept, while the API server does not answer.
     async fn publish_kept_state(&self) {
-        let Some(directory) = &self.state_dir else { return };
+        let Some(file) = &self.state else { return };
         if self.is_published {
             return;
         }
-        match state::read(directory).await {
+        match file.read().await {
             Ok(Some(loaded)) => {
                 tracing::warn!(
-                    path = %directory.display(),
+                    path = %file.path().display(),
                     "the Kubernetes API has not been read yet: the last known state is put into force"
                 );
                 self.health.is_stale.store(true, Ordering::Relaxed);

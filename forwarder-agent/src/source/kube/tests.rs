@@ -20,7 +20,7 @@ const LONG: Duration = Duration::from_mins(10);
 
 fn settings() -> KubeSettings {
     let kube = KubeOptions { enabled: Some(true), ..KubeOptions::default() };
-    Options { kube, ..Options::default() }.kube.validate().unwrap().unwrap()
+    Options { kube, ..Options::default() }.kube.validate(None).unwrap().unwrap()
 }
 
 fn service(name: &str) -> Value {

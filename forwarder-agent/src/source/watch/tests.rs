@@ -15,7 +15,7 @@ fn namespace(name: &str) -> String {
 fn start(pace: Pace, path: &Path) -> watch::Receiver<Arc<Loaded>> {
     let (sender, receiver) = watch::channel(Arc::default());
     let source = FileSource::new(path);
-    tokio::spawn(async move { watch_at(pace, source, sender, &Notify::new()).await });
+    tokio::spawn(async move { watch_at(pace, source, sender, &Notify::new(), watch::channel(None).0).await });
     receiver
 }
 
@@ -150,7 +150,7 @@ async fn nothing_new_is_not_published() {
 async fn it_ends_when_nobody_listens() {
     let folder = TempDir::new().unwrap();
     let (sender, receiver) = watch::channel(Arc::default());
-    let task = tokio::spawn(watch(FileSource::new(folder.path()), sender, Arc::default()));
+    let task = tokio::spawn(watch(folder.path().to_owned(), None, sender, Arc::default()));
     drop(receiver);
     timeout(DEADLINE, task).await.expect("in time").expect("no panic");
 }
