@@ -39,6 +39,7 @@ pub mod segment_size;
 pub mod settings;
 pub mod sockmap;
 pub mod source;
+mod spelling;
 pub mod status;
 pub mod switches;
 pub mod telemetry;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::manifests::ObjectRef;
+use crate::manifests::{ObjectRef, Plain};
 
 /// How much a [`Problem`] takes away.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
@@ -43,6 +43,8 @@ pub enum Reason {
     Invalid,
     /// The same object stands in two places: the first one counts.
     DuplicateObject,
+    /// Something that follows from an error at another place, which the message names: mend that.
+    Refused,
     /// A kind or API version that the forwarder does not read.
     UnsupportedKind,
     /// A field that no release of the object's kind has.
@@ -101,6 +103,7 @@ impl Reason {
             Self::Malformed => "Malformed",
             Self::Invalid => "Invalid",
             Self::DuplicateObject => "DuplicateObject",
+            Self::Refused => "Refused",
             Self::UnsupportedKind => "UnsupportedKind",
             Self::UnknownField => "UnknownField",
             Self::UnsupportedValue => "UnsupportedValue",
@@ -146,9 +149,10 @@ pub struct Location {
 
 impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let file = self.file.to_string_lossy();
         match self.line {
-            0 => write!(f, "{}", self.file.display()),
-            line => write!(f, "{}:{line}", self.file.display()),
+            0 => write!(f, "{}", Plain(&file)),
+            line => write!(f, "{}:{line}", Plain(&file)),
         }
     }
 }
@@ -211,8 +215,8 @@ impl fmt::Display for Problem {
             write!(f, "{object}: ")?;
         }
         if !self.field.is_empty() {
-            write!(f, "{}: ", self.field)?;
+            write!(f, "{}: ", Plain(&self.field))?;
         }
-        write!(f, "{} ({})", self.message, self.reason)
+        write!(f, "{} ({})", Plain(&self.message), self.reason)
     }
 }

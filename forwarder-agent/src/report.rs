@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 
-use crate::problem::{Problem, Severity};
+use crate::problem::{Problem, Reason, Severity};
 use crate::resolve;
 use crate::source::{Loaded, Locations};
 use crate::status::Statuses;
@@ -96,12 +96,16 @@ impl InputProblems {
         Self { of_source: Arc::clone(&loaded.problems), of_resolver, locations: loaded.locations.clone() }
     }
 
-    /// All problems with their places, in the order of these; at the same place those of the source come first.
+    /// All problems with their places, in the order of these; at the same place those of the source come first. What only follows from
+    /// others comes last.
     pub fn list(&self) -> Vec<Problem> {
         let of_resolver = self.of_resolver.list().into_iter().map(|problem| self.locate(problem));
         let mut problems: Vec<Problem> = self.of_source.iter().cloned().chain(of_resolver).collect();
-        problems
-            .sort_by(|a, b| (&a.location, a.severity, &a.field).cmp(&(&b.location, b.severity, &b.field)));
+        let key = |it: &Problem| (matches!(it.reason, Reason::Refused | Reason::NoRoute), it.severity);
+        problems.sort_by(|a, b| {
+            let (a_key, b_key) = (key(a), key(b));
+            (a_key.0, &a.location, a_key.1, &a.field).cmp(&(b_key.0, &b.location, b_key.1, &b.field))
+        });
         problems
     }
 

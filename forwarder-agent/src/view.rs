@@ -8,6 +8,7 @@ mod tiers;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::manifests::Plain;
 use crate::model::{Listener, ListenerKey, RouteTable, Target};
 use crate::problem::Problem;
 use crate::status::Statuses;
@@ -138,8 +139,8 @@ impl From<&Problem> for ProblemView {
             reason: problem.reason.as_str().to_owned(),
             location: problem.location.as_ref().map(ToString::to_string),
             object: problem.object.as_ref().map(ToString::to_string),
-            field: problem.field.clone(),
-            message: problem.message.clone(),
+            field: Plain(&problem.field).to_string(),
+            message: Plain(&problem.message).to_string(),
         }
     }
 }

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::GATEWAY_GROUP;
 use super::listener_set::AllowedListeners;
 use super::object::Object;
+use crate::problem::Location;
 
 /// A GatewayClass.
 pub type GatewayClass = Object<GatewayClassSpec>;
@@ -45,6 +46,7 @@ pub struct GatewaySpec {
     /// The addresses to listen on; none means all of the node.
     pub addresses: Vec<GatewayAddress>,
     /// The listeners.
+    #[serde(serialize_with = "without_refused")]
     pub listeners: Vec<Listener>,
     /// Which ListenerSets may add listeners; absent means none.
     pub allowed_listeners: Option<AllowedListeners>,
@@ -94,6 +96,15 @@ pub struct Listener {
     pub tls: Option<serde_json::Value>,
     /// Which routes may attach.
     pub allowed_routes: Option<AllowedRoutes>,
+    /// Where its file has an error: then it is not served, and nothing else of it counts. It stands among the others so that they
+    /// keep their places. An API server refuses the whole object.
+    #[serde(skip)]
+    pub refused: Option<Location>,
+}
+
+/// Writes the listeners that are not refused.
+pub(super) fn without_refused<S: Serializer>(listeners: &[Listener], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(listeners.iter().filter(|listener| listener.refused.is_none()))
 }
 
 /// Which routes may attach to a listener.

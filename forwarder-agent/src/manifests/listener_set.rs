@@ -15,6 +15,7 @@ pub struct ListenerSetSpec {
     /// The Gateway that the listeners are added to.
     pub parent_ref: GatewayRef,
     /// The listeners.
+    #[serde(serialize_with = "super::gateway::without_refused")]
     pub listeners: Vec<Listener>,
 }
 

@@ -16,6 +16,8 @@ use std::sync::Arc;
 use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
 
+use crate::problem::Location;
+
 pub use self::core::{
     Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Namespace, SERVICE_NAME_LABEL, Service,
     ServicePort, ServiceSpec,
@@ -29,6 +31,7 @@ pub use self::gateway::{
 pub use self::listener_set::{
     AllowedListeners, GatewayRef, ListenerNamespaces, ListenerSet, ListenerSetSpec,
 };
+pub(crate) use self::object::Plain;
 pub use self::object::{Kind, Metadata, NamespacedName, Object, ObjectRef};
 
 /// The group of the Gateway API.
@@ -60,8 +63,22 @@ pub struct Manifests {
     /// EndpointSlices by the Service that they belong to (label `kubernetes.io/service-name`), then by their own name.
     /// There is no entry for a Service without any.
     pub endpoint_slices: OrdMap<NamespacedName, EndpointSlices>,
+    /// The objects that are asked for and not in force in any version, for their files have errors: what refers to them need not be told
+    /// that they are missing. Empty in a cluster.
+    pub refused: OrdMap<ObjectRef, Refused>,
+    /// Where documents and files are of which nothing can be read: what seems to be missing may stand there. Empty in a cluster.
+    pub unread: Arc<[Location]>,
     /// The release of the Gateway API that the objects were validated by.
     pub api_release: ApiRelease,
+}
+
+/// An object that is refused.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Refused {
+    /// Where its first error is.
+    pub location: Location,
+    /// What it refers to, as far as that can be read: the parents of a TCPRoute, the Service of an EndpointSlice.
+    pub refers_to: Vec<ObjectRef>,
 }
 
 /// Which release of the Gateway API's CRDs a cluster has.
@@ -78,6 +95,27 @@ pub enum ApiRelease {
 }
 
 impl Manifests {
+    /// Why an object that is referred to is missing, if an error that is told elsewhere may be the cause.
+    pub(crate) fn why_missing(&self, object: &ObjectRef) -> Option<String> {
+        match (self.refused.get(object), self.unread.first()) {
+            (Some(Refused { location, .. }), _) => Some(format!("{object} is refused ({location})")),
+            (None, Some(location)) => {
+                Some(format!("there is no {object}, unless it stands in what cannot be read ({location})"))
+            }
+            (None, None) => None,
+        }
+    }
+
+    /// The refused objects of a kind that refer to an object.
+    pub(crate) fn refused_that_refer_to(
+        &self,
+        kind: Kind,
+        object: &ObjectRef,
+    ) -> impl Iterator<Item = (&ObjectRef, &Refused)> {
+        let refused = self.refused.iter();
+        refused.filter(move |(id, refused)| id.kind == kind.as_str() && refused.refers_to.contains(object))
+    }
+
     /// What differs in `new`.
     pub fn change_to(&self, new: &Self) -> Change {
         let Self {
@@ -89,6 +127,8 @@ impl Manifests {
             namespaces,
             services,
             endpoint_slices,
+            refused,
+            unread,
             api_release,
         } = self;
         let is_same_otherwise = *gateway_classes == new.gateway_classes
@@ -98,6 +138,8 @@ impl Manifests {
             && *reference_grants == new.reference_grants
             && *namespaces == new.namespaces
             && *services == new.services
+            && *refused == new.refused
+            && *unread == new.unread
             && *api_release == new.api_release;
         if !is_same_otherwise {
             return Change::Any;

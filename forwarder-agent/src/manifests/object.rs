@@ -93,7 +93,7 @@ impl NamespacedName {
 
 impl fmt::Display for NamespacedName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
+        write!(f, "{}/{}", Plain(&self.namespace), Plain(&self.name))
     }
 }
 
@@ -123,10 +123,26 @@ impl ObjectRef {
 
 impl fmt::Display for ObjectRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (kind, name) = (Plain(&self.kind), Plain(&self.name));
         match self.namespace.as_str() {
-            "" => write!(f, "{} {}", self.kind, self.name),
-            namespace => write!(f, "{} {namespace}/{}", self.kind, self.name),
+            "" => write!(f, "{kind} {name}"),
+            namespace => write!(f, "{kind} {}/{name}", Plain(namespace)),
         }
+    }
+}
+
+/// A text whose control characters are escaped: whatever stands in a file, a terminal only shows it.
+pub(crate) struct Plain<'a>(pub(crate) &'a str);
+
+impl fmt::Display for Plain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut rest = self.0;
+        while let Some((index, control)) = rest.char_indices().find(|(_, letter)| letter.is_control()) {
+            let (before, from) = rest.split_at(index);
+            write!(f, "{before}{}", control.escape_default())?;
+            rest = from.get(control.len_utf8()..).unwrap_or_default();
+        }
+        f.write_str(rest)
     }
 }
 

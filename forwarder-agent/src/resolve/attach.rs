@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use crate::manifests::{GATEWAY_GROUP, Kind, Manifests, NamespacedName, ObjectRef, ParentRef, TcpRoute};
 use crate::model::ListenerParent;
-use crate::problem::{Problem, Reason};
+use crate::problem::{Location, Problem, Reason};
 use crate::status::list;
 
 use super::ResolveSettings;
@@ -120,10 +120,19 @@ impl<'a> Attacher<'a, '_> {
             }
         };
         if !exists {
-            let message =
-                format!("there is no {parent}: the route is not served there; create it, or name another");
+            let (reason, message) = match self.manifests.why_missing(&parent.object()) {
+                Some(why) => {
+                    (Reason::Refused, format!("{why}: the route is not served until that is corrected"))
+                }
+                None => (
+                    Reason::NoMatchingParent,
+                    format!(
+                        "there is no {parent}: the route is not served there; create it, or name another"
+                    ),
+                ),
+            };
             let field = format!("spec.parentRefs[{index}].name");
-            self.problems.push(Problem::error(Reason::NoMatchingParent, object(), field, message));
+            self.problems.push(Problem::error(reason, object(), field, message));
         }
         self.place_of.get(&parent).copied()
     }
@@ -139,6 +148,8 @@ impl<'a> Attacher<'a, '_> {
             let object = ObjectRef::new(Kind::TcpRoute, route);
             let field = format!("spec.parentRefs[{index}]{field}");
             problems.push(Problem::error(reason, object, field, message.as_str()));
+            // Gateway API has no reason for what follows from an error elsewhere.
+            let reason = if reason == Reason::Refused { Reason::NoMatchingParent } else { reason };
             Err(Refusal { reason, message })
         };
         let gateway = self.gateways.get(place.gateway);
@@ -147,23 +158,39 @@ impl<'a> Attacher<'a, '_> {
         };
         let matching = matching_listeners(listeners, parent_ref);
         if matching.is_empty() {
-            let (field, message) = no_match(listeners, parent_ref);
-            return refuse(self.problems, Reason::NoMatchingParent, field, message);
+            let (reason, field, message) = no_match(listeners, parent_ref);
+            return refuse(self.problems, reason, field, message);
         }
         let mut allowing = Vec::new();
         let mut refusing = Vec::new();
-        for listener_index in matching {
+        let mut refused = Vec::new();
+        for &listener_index in &matching {
             let Some(listener) = listeners.all.get(listener_index) else {
                 continue;
             };
+            if let Some(location) = &listener.spec.refused {
+                refused.push((listener_index, location));
+                continue;
+            }
             match self.refusal(listener, route) {
                 None => allowing.push(listener_index),
                 Some(why) => refusing.push(format!("{} ({why})", listener.spec.name)),
             }
         }
+        // Of several with one name, one that is served will do.
+        refused.retain(|(index, _)| !allowing.iter().any(|other| listeners.have_same_name(*index, *other)));
+        if !refused.is_empty() {
+            let message = refused_listeners(listeners, &refused);
+            if allowing.is_empty() && refusing.is_empty() {
+                return refuse(self.problems, Reason::Refused, "", message);
+            }
+            let _ = refuse(self.problems, Reason::Refused, "", message);
+        }
         if allowing.is_empty() {
+            let is_tcp = |index: &usize| listeners.all.get(*index).is_some_and(JudgedListener::is_tcp);
+            let what = if matching.iter().any(is_tcp) { "allowedRoutes" } else { "the protocol" };
             let message = format!(
-                "no listener of {} takes the route: {}; change allowedRoutes there, or refer to another",
+                "no listener of {} takes the route: {}; change {what} there, or refer to another",
                 listeners.parent,
                 list(&refusing)
             );
@@ -276,8 +303,25 @@ fn matching_listeners(listeners: &Listeners<'_>, parent_ref: &ParentRef) -> Vec<
     }
 }
 
-/// The field and the message where a parentRef means no listener.
-fn no_match(listeners: &Listeners<'_>, parent_ref: &ParentRef) -> (&'static str, String) {
+/// The message where a parentRef means listeners whose file has an error, each with its place.
+fn refused_listeners(listeners: &Listeners<'_>, refused: &[(usize, &Location)]) -> String {
+    let name = |index: usize| match listeners.all.get(index).map(|listener| listener.spec.name.as_str()) {
+        None | Some("") => "without a name",
+        Some(name) => name,
+    };
+    let parent = &listeners.parent;
+    let what = match refused {
+        [(index, location)] => format!("listener {} of {parent} is refused ({location})", name(*index)),
+        more => {
+            let shown = more.iter().map(|(index, location)| format!("{} ({location})", name(*index)));
+            format!("listeners {} of {parent} are refused", list(&shown.collect::<Vec<_>>()))
+        }
+    };
+    format!("{what}: the route is not served there until that is corrected")
+}
+
+/// What is said, and of which field, where a parentRef means no listener.
+fn no_match(listeners: &Listeners<'_>, parent_ref: &ParentRef) -> (Reason, &'static str, String) {
     let (field, wanted) = match (parent_ref.section_name.as_deref(), parent_ref.port) {
         (None, None) => ("", "no listener".to_owned()),
 
@@ -287,12 +331,21 @@ fn no_match(listeners: &Listeners<'_>, parent_ref: &ParentRef) -> (&'static str,
         }
         (Some(section), _) => (".sectionName", format!("no listener {section:?}")),
     };
-    let there: Vec<String> =
-        listeners.all.iter().map(|l| format!("{} (port {})", l.spec.name, l.spec.port)).collect();
+    let parent = &listeners.parent;
+    // Its name may be what is wrong.
+    if let Some(location) = listeners.doubtful() {
+        let message = format!(
+            "{parent} has {wanted}, and one that may be meant is refused ({location}): the route is not served there until that is \
+             corrected"
+        );
+        return (Reason::Refused, field, message);
+    }
+    let shown = |l: &JudgedListener<'_>| match &l.spec.refused {
+        None => format!("{} (port {})", l.spec.name, l.spec.port),
+        Some(location) => format!("{}, which is refused ({location})", l.spec.name),
+    };
+    let there: Vec<String> = listeners.all.iter().map(shown).collect();
     let there = if there.is_empty() { "none".to_owned() } else { list(&there) };
-    let message = format!(
-        "{} has {wanted}: the route is not served there; its listeners are: {there}",
-        listeners.parent
-    );
-    (field, message)
+    let message = format!("{parent} has {wanted}: the route is not served there; its listeners are: {there}");
+    (Reason::NoMatchingParent, field, message)
 }

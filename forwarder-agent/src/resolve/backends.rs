@@ -6,7 +6,7 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use crate::manifests::{
-    Endpoint, EndpointSlice, Kind, Manifests, NamespacedName, ObjectRef, Service, ServicePort,
+    Endpoint, EndpointSlice, Kind, Manifests, NamespacedName, ObjectRef, Refused, Service, ServicePort,
 };
 use crate::model::{BackendKey, Endpoints};
 use crate::problem::{Problem, Reason};
@@ -56,14 +56,26 @@ pub fn endpoints(
     endpoints.sort_unstable();
     endpoints.dedup();
     if endpoints.is_empty() {
-        let message = format!(
-            "port {} has nowhere to connect to: {}; connections to it are reset",
-            backend.port,
-            found.why_empty(backend, port_name)
-        );
         let object = ObjectRef::new(Kind::Service, &backend.service);
+        let refused = manifests.refused_that_refer_to(Kind::EndpointSlice, &object);
+        let refused: Vec<String> =
+            refused.map(|(slice, Refused { location, .. })| format!("{} ({location})", slice.name)).collect();
+        let (reason, why) = match (refused.as_slice(), manifests.unread.first()) {
+            ([], Some(location)) if found.slices == 0 => {
+                let why = found.why_empty(backend, port_name);
+                (Reason::Refused, format!("{why}, unless it stands in what cannot be read ({location})"))
+            }
+            ([], _) => (Reason::NoEndpoints, found.why_empty(backend, port_name)),
+            ([one], _) => (Reason::Refused, format!("its EndpointSlice {one} is refused")),
+            (more, _) => (Reason::Refused, format!("its EndpointSlices {} are refused", list(more))),
+        };
+        let until = if reason == Reason::Refused { " until that is corrected" } else { "" };
+        let message = format!(
+            "port {} has nowhere to connect to: {why}; connections to it are reset{until}",
+            backend.port
+        );
         let field = format!("spec.ports[{index}]");
-        found.problems.push(Problem::warning(Reason::NoEndpoints, object, field, message));
+        found.problems.push(Problem::warning(reason, object, field, message));
     }
     (endpoints.into(), found.problems)
 }
@@ -173,8 +185,10 @@ impl<'a> Found<'a> {
         if self.slices == 0 {
             return format!("no EndpointSlice in namespace {namespace} has the label {SERVICE_LABEL}={name}");
         }
-        if self.endpoints > 0 {
-            return format!("none of its {} endpoints takes connections", self.endpoints);
+        match self.endpoints {
+            0 => {}
+            1 => return "its only endpoint takes no connections".to_owned(),
+            count => return format!("none of its {count} endpoints takes connections"),
         }
         if self.with_port > 0 {
             return "its EndpointSlices have no endpoint".to_owned();

@@ -19,7 +19,10 @@ use super::listeners::{JudgedListener, Listeners};
 pub(super) fn within_gateway(listeners: &mut Listeners<'_>, problems: &mut Vec<Problem>) {
     let Listeners { parent, all: listeners, by_port, .. } = listeners;
     for indices in by_port.values().filter(|indices| indices.len() > 1) {
-        let on_tcp = |index: &&usize| listeners.get(**index).is_some_and(|l| uses_tcp(&l.spec.protocol));
+        // One whose file has an error may not be meant to have this port.
+        let on_tcp = |index: &&usize| {
+            listeners.get(**index).is_some_and(|l| uses_tcp(&l.spec.protocol) && l.spec.refused.is_none())
+        };
         let rivals: Vec<usize> = indices.iter().filter(on_tcp).copied().collect();
         let any_tcp = rivals.iter().any(|index| listeners.get(*index).is_some_and(JudgedListener::is_tcp));
         if rivals.len() < 2 || !any_tcp {

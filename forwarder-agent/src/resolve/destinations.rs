@@ -89,6 +89,8 @@ impl Resolver<'_> {
                     let object = self.object();
                     let problem = Problem::error(reason, object, format!("{field}{below}"), message.as_str());
                     self.problems.push(Problem { severity, ..problem });
+                    // Gateway API has no reason for what follows from an error elsewhere.
+                    let reason = if reason == Reason::Refused { Reason::BackendNotFound } else { reason };
                     refusal.get_or_insert_with(|| Refusal { reason, message: message.clone() });
                     Target::Invalid { reference: self.reference(backend_ref), reason, message }
                 }
@@ -151,6 +153,10 @@ impl Resolver<'_> {
             return Err(Fault { field: ".namespace", reason: Reason::RefNotPermitted, message });
         }
         let Some(object) = self.manifests.services.get(&service) else {
+            if let Some(why) = self.manifests.why_missing(&ObjectRef::new(Kind::Service, &service)) {
+                let message = format!("{why}: {consequence} until that is corrected");
+                return Err(Fault { field: ".name", reason: Reason::Refused, message });
+            }
             let message =
                 format!("there is no Service {service}: {consequence}; create it, or correct the reference");
             return Err(Fault { field: ".name", reason: Reason::BackendNotFound, message });

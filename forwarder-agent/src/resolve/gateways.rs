@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::manifests::{Gateway, Kind, Manifests, NamespacedName, ObjectRef};
+use crate::manifests::{Gateway, Kind, Manifests, NamespacedName, ObjectRef, Refused};
 use crate::model::ListenerParent;
 use crate::problem::{Problem, Reason};
+use crate::status::list;
 
 use super::ResolveSettings;
 use super::addresses::{self, Addresses};
@@ -97,15 +98,32 @@ impl<'a> JudgedGateway<'a> {
     }
 
     /// The listeners that are to be bound and that no route has attached to.
-    pub(super) fn without_route(&self) -> impl Iterator<Item = Problem> {
+    pub(super) fn without_route(&self, manifests: &Manifests) -> impl Iterator<Item = Problem> {
         let all = self.parts().flat_map(|set| self.served_listeners(set));
         all.filter(|(_, listener)| listener.routes.is_empty()).map(|(index, listener)| {
-            let message = format!(
-                "listener {} has no route: its connections are reset; name it in the parentRefs of a TCPRoute",
-                listener.name.section
-            );
-            let object = listener.name.parent.object();
-            Problem::warning(Reason::NoRoute, object, format!("spec.listeners[{index}]"), message)
+            let (name, object) = (&listener.name.section, listener.name.parent.object());
+            let refused = manifests.refused_that_refer_to(Kind::TcpRoute, &object);
+            let refused: Vec<String> =
+                refused.map(|(route, Refused { location, .. })| format!("{route} ({location})")).collect();
+            let what = format!("listener {name} has no route");
+            let reset = "its connections are reset";
+            let (reason, message) = match (refused.as_slice(), manifests.unread.first()) {
+                ([], None) => {
+                    (Reason::NoRoute, format!("{what}: {reset}; name it in the parentRefs of a TCPRoute"))
+                }
+                ([], Some(location)) => (
+                    Reason::Refused,
+                    format!("{what}, unless it stands in what cannot be read ({location}): {reset} until that is corrected"),
+                ),
+                ([one], _) => {
+                    (Reason::Refused, format!("{what}, and {one} is refused: {reset} until that is corrected"))
+                }
+                (more, _) => (
+                    Reason::Refused,
+                    format!("{what}, and {} are refused: {reset} until that is corrected", list(more)),
+                ),
+            };
+            Problem::warning(reason, object, format!("spec.listeners[{index}]"), message)
         })
     }
 }
@@ -126,7 +144,7 @@ pub(super) fn judge<'a>(
             }
             // Those of a refused class are told by the class's own problem.
             Some(Class::Refused { .. } | Class::Foreign(_)) => {}
-            None => problems.push(class_not_found(name, gateway, settings)),
+            None => problems.push(class_not_found(manifests, name, gateway, settings)),
         }
     }
     gateways.sort_by_cached_key(|g| g.gateway.metadata.age_key());
@@ -147,13 +165,25 @@ fn of_another_controller(
     Problem::warning(Reason::GatewayClassNotFound, object, "spec.gatewayClassName", message)
 }
 
-fn class_not_found(name: &NamespacedName, gateway: &Gateway, settings: &ResolveSettings) -> Problem {
-    let message = format!(
-        "there is no GatewayClass {:?}: the Gateway is not served; create it with controllerName {}, or name another",
-        gateway.spec.gateway_class_name, settings.controller_name
-    );
+fn class_not_found(
+    manifests: &Manifests,
+    name: &NamespacedName,
+    gateway: &Gateway,
+    settings: &ResolveSettings,
+) -> Problem {
+    let class = &gateway.spec.gateway_class_name;
+    let (reason, message) = match manifests.why_missing(&ObjectRef::cluster(Kind::GatewayClass, class)) {
+        Some(why) => (Reason::Refused, format!("{why}: the Gateway is not served until that is corrected")),
+        None => (
+            Reason::GatewayClassNotFound,
+            format!(
+                "there is no GatewayClass {class:?}: the Gateway is not served; create it with controllerName {}, or name another",
+                settings.controller_name
+            ),
+        ),
+    };
     let object = ObjectRef::new(Kind::Gateway, name);
-    Problem::error(Reason::GatewayClassNotFound, object, "spec.gatewayClassName", message)
+    Problem::error(reason, object, "spec.gatewayClassName", message)
 }
 
 fn judge_gateway<'a>(

@@ -61,10 +61,18 @@ fn gateway(
         return None;
     };
     if !manifests.gateways.contains_key(&gateway) {
-        let message = format!(
-            "there is no Gateway {gateway}: the ListenerSet is not served; create it, or name another"
-        );
-        problems.push(Problem::error(Reason::NoMatchingParent, object(), "spec.parentRef.name", message));
+        let (reason, message) = match manifests.why_missing(&ObjectRef::new(Kind::Gateway, &gateway)) {
+            Some(why) => {
+                (Reason::Refused, format!("{why}: the ListenerSet is not served until that is corrected"))
+            }
+            None => (
+                Reason::NoMatchingParent,
+                format!(
+                    "there is no Gateway {gateway}: the ListenerSet is not served; create it, or name another"
+                ),
+            ),
+        };
+        problems.push(Problem::error(reason, object(), "spec.parentRef.name", message));
     }
     Some(gateway)
 }

@@ -6,7 +6,7 @@ use std::num::NonZeroU16;
 use crate::allowed::AllowedPorts;
 use crate::manifests::{GATEWAY_GROUP, Kind, Listener, ObjectRef, RouteGroupKind};
 use crate::model::{ListenerName, ListenerParent, ListenerSettings};
-use crate::problem::{Problem, Reason};
+use crate::problem::{Location, Problem, Reason};
 
 use super::gateways::Refusal;
 use super::namespaces::AllowedNamespaces;
@@ -45,6 +45,21 @@ pub(super) struct RouteKinds {
     pub(super) tcp_route: bool,
     /// Kinds that were named and cannot be served, as a sentence.
     pub(super) invalid: Option<String>,
+}
+
+impl Listeners<'_> {
+    /// Where the first listener is refused whose name cannot be told, or is that of another one.
+    pub(super) fn doubtful(&self) -> Option<&Location> {
+        let is_alone = |name: &str| self.by_section.get(name).is_some_and(|all| all.len() == 1);
+        let mut doubtful = self.all.iter().filter(|it| it.spec.name.is_empty() || !is_alone(&it.spec.name));
+        doubtful.find_map(|it| it.spec.refused.as_ref())
+    }
+
+    /// Whether two listeners have one name.
+    pub(super) fn have_same_name(&self, one: usize, other: usize) -> bool {
+        let name = |index| self.all.get(index).map(|listener: &JudgedListener<'_>| &listener.spec.name);
+        name(one) == name(other)
+    }
 }
 
 impl JudgedListener<'_> {
@@ -108,6 +123,9 @@ fn judge_listener<'a>(
     ports: &AllowedPorts,
     problems: &mut Vec<Problem>,
 ) -> JudgedListener<'a> {
+    if let Some(location) = &spec.refused {
+        return refused(parent, spec, settings, location);
+    }
     let mut refusals = Vec::new();
     if spec.protocol != "TCP" {
         refusals.push((Reason::UnsupportedProtocol, "protocol".to_owned(), unsupported_protocol(spec)));
@@ -161,8 +179,30 @@ fn judge_listener<'a>(
     }
 }
 
+/// One whose file has an error, which is told already.
+fn refused<'a>(
+    parent: &ListenerParent,
+    spec: &'a Listener,
+    settings: ListenerSettings,
+    location: &Location,
+) -> JudgedListener<'a> {
+    let message = format!("the listener is refused ({location})");
+    JudgedListener {
+        spec,
+        name: ListenerName { parent: parent.clone(), section: spec.name.clone() },
+        port: None,
+        refusal: Some(Refusal { reason: Reason::Invalid, message }),
+        conflict: None,
+        kinds: RouteKinds { tcp_route: false, invalid: None },
+        namespaces: AllowedNamespaces::None,
+        settings,
+        routes: Vec::new(),
+    }
+}
+
 fn unsupported_protocol(spec: &Listener) -> String {
     let advice = match spec.protocol.as_str() {
+        other if other.eq_ignore_ascii_case("TCP") => "; write TCP",
         "HTTP" | "HTTPS" | "TLS" => "; use TCP to forward its bytes as they are",
         _ => "",
     };

@@ -123,7 +123,7 @@ pub fn resolve(manifests: &Manifests, settings: &ResolveSettings) -> Resolved {
     let routes = attach::attach(manifests, settings, &mut gateways, &mut problems);
     if settings.tells_unserved {
         for gateway in &gateways {
-            problems.extend(gateway.without_route());
+            problems.extend(gateway.without_route(manifests));
         }
     }
     let grants = grants::Grants::new(manifests);

@@ -9,12 +9,11 @@ use super::fields;
 use super::locations::{Lines, Place};
 use super::manifest::Manifest;
 use super::node::{Node, excerpt};
-use super::yaml;
-use crate::manifests::{EndpointSlice, GATEWAY_GROUP, Kind, Metadata, Namespace, Object, ObjectRef, check};
+use super::{refused, yaml};
+use crate::manifests::{
+    EndpointSlice, GATEWAY_GROUP, Kind, Metadata, Namespace, Object, ObjectRef, Refused, check,
+};
 use crate::problem::{Location, Problem, Reason, Severity};
-
-/// The namespace of a namespaced object that names none.
-const DEFAULT_NAMESPACE: &str = "default";
 
 /// After so many fields of a wrong type the rest of an object is not looked at.
 const MOST_TYPE_ERRORS: usize = 32;
@@ -26,6 +25,8 @@ pub(super) struct Contents {
     pub(super) objects: Vec<Entry>,
     /// What is wrong with the rest.
     pub(super) problems: Vec<Problem>,
+    /// Those whose kind is misspelt: what they are likely meant to be, and where they stand.
+    pub(super) misspelt: Vec<(ObjectRef, Refused)>,
     /// Whether some document has no name, because it is broken: then an object that is missing may be that one.
     pub(super) is_broken: bool,
 }
@@ -35,8 +36,10 @@ pub(super) struct Contents {
 pub(super) struct Entry {
     pub(super) id: ObjectRef,
     pub(super) place: Arc<Place>,
-    /// The object, unless a problem of severity error refuses it.
+    /// The object, unless a problem of severity error refuses it. One in a listener refuses that listener only.
     pub(super) manifest: Option<Manifest>,
+    /// What the object refers to, if it is refused.
+    pub(super) refers_to: Vec<ObjectRef>,
     pub(super) problems: Vec<Problem>,
 }
 
@@ -124,7 +127,7 @@ impl Reader<'_> {
         let mut id =
             ObjectRef { kind: excerpt(kind).into_owned(), namespace: text("namespace"), name: text("name") };
         let Some((kind, versions)) = known(group, kind) else {
-            return self.unknown_kind(line, group, kind, id);
+            return self.unknown_kind(&node, line, group, kind, id);
         };
         if id.name.is_empty() {
             let lines = Lines::of(&node, line, usize::MAX);
@@ -137,9 +140,9 @@ impl Reader<'_> {
             return self.malformed(lines.find("metadata.name"), "metadata.name", message);
         }
         match (kind.is_cluster_scoped(), id.namespace.as_str()) {
-            (false, "") => DEFAULT_NAMESPACE.clone_into(&mut id.namespace),
+            (false, "") => refused::DEFAULT_NAMESPACE.clone_into(&mut id.namespace),
             // An API server forgives this one as well.
-            (true, DEFAULT_NAMESPACE) => id.namespace.clear(),
+            (true, refused::DEFAULT_NAMESPACE) => id.namespace.clear(),
             (true | false, _) => {}
         }
         if !versions.contains(&version) {
@@ -150,20 +153,27 @@ impl Reader<'_> {
             );
             let lines = Lines::of(&node, line, usize::MAX);
             let problem = Problem::error(Reason::UnsupportedKind, id.clone(), "apiVersion", message);
-            return self.entry(id, lines, None, vec![problem]);
+            let refers_to = refused::refers_to(&node, kind, &id.namespace);
+            return self.entry(id, lines, None, refers_to, vec![problem]);
         }
         self.known_object(node, line, version, kind, id);
     }
 
     /// Tells of a document of a kind that is not read. `kind` is as it is written there.
-    fn unknown_kind(&mut self, line: u32, group: &str, kind: &str, id: ObjectRef) {
+    fn unknown_kind(&mut self, node: &Node<'_>, line: u32, group: &str, kind: &str, id: ObjectRef) {
         let of_group = excerpt(if group.is_empty() { "core" } else { group });
         let written = excerpt(kind);
         let kinds = Kind::ALL.iter().map(|one| one.as_str()).filter(|one| known(group, one).is_some());
+        let location = self.at(line);
         let is_gateway_api = group == GATEWAY_GROUP;
         let (severity, message) = if is_gateway_api && fields::is_gateway_kind(kind) {
             (Severity::Warning, format!("{written} is not supported and is ignored: routes are TCPRoutes"))
         } else if let Some(meant) = fields::meant(kind, kinds) {
+            if let Some((kind, _)) = known(group, meant) {
+                let meant = refused::named(kind, &id.namespace, &id.name);
+                let refers_to = refused::refers_to(node, kind, &meant.namespace);
+                self.contents.misspelt.push((meant, Refused { location: location.clone(), refers_to }));
+            }
             (Severity::Error, format!("unknown kind {written} of {of_group} (did you mean {meant}?)"))
         } else if is_gateway_api {
             (Severity::Error, format!("unknown kind {written}: no release of {of_group} has it"))
@@ -175,7 +185,7 @@ impl Reader<'_> {
         self.contents.problems.push(Problem {
             severity,
             reason: Reason::UnsupportedKind,
-            location: Some(self.at(line)),
+            location: Some(location),
             object: Some(id).filter(|id| !id.name.is_empty()),
             field: "kind".to_owned(),
             message,
@@ -202,23 +212,45 @@ impl Reader<'_> {
         };
         let unknown = fields::unknown(&node, kind, &id);
         if !unknown.is_empty() {
-            manifest = None;
+            // Those that are not told may be anywhere.
+            manifest = manifest.filter(|_| unknown.len() < fields::MOST);
             // That it is missing only follows.
             problems.retain(|problem| !unknown.iter().any(|it| it.meant.as_ref() == Some(&problem.field)));
             problems.extend(unknown.into_iter().map(|it| it.problem));
         }
+        problems.extend(fields::idle(&node, kind, &id));
+        let in_listeners = refused::listeners(&problems);
+        let mut manifest = manifest.filter(|manifest| refused::leaves(in_listeners.as_ref(), manifest));
+        let refers_to = match &manifest {
+            None => refused::refers_to(&node, kind, &id.namespace),
+            Some(_) => Vec::new(),
+        };
         // The lines of each endpoint's fields would take more memory than the endpoints.
         let depth = if kind == Kind::EndpointSlice && problems.is_empty() { 3 } else { usize::MAX };
         let lines = Lines::of(&node, line, depth);
-        self.entry(id, lines, manifest, problems);
+        for (index, field) in in_listeners.unwrap_or_default() {
+            let location = self.at(lines.find(&field));
+            let listeners = manifest.as_mut().and_then(Manifest::listeners_mut);
+            if let Some(listener) = listeners.and_then(|listeners| listeners.get_mut(index)) {
+                listener.refused = Some(location);
+            }
+        }
+        self.entry(id, lines, manifest, refers_to, problems);
     }
 
-    fn entry(&mut self, id: ObjectRef, lines: Lines, manifest: Option<Manifest>, mut problems: Vec<Problem>) {
+    fn entry(
+        &mut self,
+        id: ObjectRef,
+        lines: Lines,
+        manifest: Option<Manifest>,
+        refers_to: Vec<ObjectRef>,
+        mut problems: Vec<Problem>,
+    ) {
         for problem in &mut problems {
             problem.location = Some(self.at(lines.find(&problem.field)));
         }
         let place = Arc::new(Place { file: Arc::clone(self.file), lines });
-        self.contents.objects.push(Entry { id, place, manifest, problems });
+        self.contents.objects.push(Entry { id, place, manifest, refers_to, problems });
     }
 
     fn malformed(&mut self, line: u32, field: &str, message: String) {
@@ -257,7 +289,7 @@ fn join(group: &str, version: &str) -> String {
     if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") }
 }
 
-/// Decodes and checks an object. One field of a wrong type does not hide the problems of the others.
+/// Decodes and checks an object. One field of a wrong type does not hide the problems of the others: the object comes without it.
 fn build<T: DeserializeOwned + HasMetadata>(
     node: &Node<'_>,
     id: &ObjectRef,
@@ -275,8 +307,7 @@ fn build<T: DeserializeOwned + HasMetadata>(
                 let found =
                     check(&object).into_iter().filter(|it| !concerns_any(it, &problems)).collect::<Vec<_>>();
                 problems.extend(found);
-                let is_refused = problems.iter().any(|problem| problem.severity == Severity::Error);
-                return ((!is_refused).then(|| wrap(Arc::new(object))), problems);
+                return (Some(wrap(Arc::new(object))), problems);
             }
             Err(error) => {
                 let field = error.field();

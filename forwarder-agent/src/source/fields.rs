@@ -3,6 +3,8 @@
 //! An API server takes them away, or refuses them where `kubectl` asks for that. In a file nobody would say so, and a field that is
 //! missing often means "all": a `sectionname` leads every port of a Gateway to one backend.
 
+mod idle;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::LazyLock;
@@ -11,10 +13,13 @@ use super::node::{Node, excerpt};
 use crate::manifests::{Kind, ObjectRef};
 use crate::problem::{Problem, Reason};
 
+pub(super) use self::idle::idle;
+pub(super) use crate::spelling::meant;
+
 /// A kind and a path on each line: the head of the file says how.
 const TABLE: &str = include_str!("fields.txt");
 /// So many unknown fields of an object are told.
-const MOST: usize = 32;
+pub(super) const MOST: usize = 32;
 /// The names of fields are shorter than so many bytes.
 const LONGEST: usize = 64;
 /// So many fields are named where none is like the unknown one.
@@ -95,19 +100,6 @@ pub(super) fn is_gateway_kind(kind: &str) -> bool {
 
 /// The kinds of the table that are not of Gateway API.
 const CORE: [&str; 3] = ["EndpointSlice", "Namespace", "Service"];
-
-/// The one of `names` that was likely meant.
-pub(super) fn meant<'n>(text: &str, names: impl Iterator<Item = &'n str>) -> Option<&'n str> {
-    let most = (text.chars().count() / 3).clamp(1, 2);
-    names
-        .map(|name| {
-            let is_other_case = name.eq_ignore_ascii_case(text);
-            (if is_other_case { 0 } else { strsim::damerau_levenshtein(text, name) }, name)
-        })
-        .filter(|(distance, _)| *distance <= most)
-        .min()
-        .map(|(_, name)| name)
-}
 
 fn look(node: &Node<'_>, known: &Fields, path: &mut String, tell: &mut impl FnMut(&str, &Fields, &str)) {
     let length = path.len();

@@ -14,8 +14,9 @@ use super::document::{self, Contents, Entry};
 use super::loaded::Loaded;
 use super::locations::Place;
 use super::manifest::Manifest;
+use super::refused;
 use super::scan::{self, Scan};
-use crate::manifests::ObjectRef;
+use crate::manifests::{ObjectRef, Refused};
 use crate::problem::{Location, Problem, Reason, Severity};
 
 /// Reads manifests from a file or folder, and remembers the last good version of each object.
@@ -56,6 +57,10 @@ struct Merge {
     named: BTreeMap<ObjectRef, Location>,
     /// The objects that were named again.
     repeated: BTreeSet<ObjectRef>,
+    /// Those that are named and in force in no version.
+    refused: BTreeMap<ObjectRef, Refused>,
+    /// Where nothing can be read.
+    unread: Vec<Location>,
     problems: Vec<Problem>,
 }
 
@@ -136,6 +141,7 @@ impl FileSource {
         for path in paths {
             if scan.unknown.contains(path) {
                 let count = self.keep(&mut merge, path);
+                merge.unread.push(Location { file: Arc::new(path.clone()), line: 0 });
                 let is_about = |it: &&mut Problem| it.location.as_ref().is_some_and(|it| *it.file == *path);
                 merge.problems.iter_mut().filter(is_about).for_each(|it| it.message.push_str(&kept(count)));
                 continue;
@@ -148,12 +154,25 @@ impl FileSource {
                 }
                 Err(mut problem) => {
                     let count = self.keep(&mut merge, path);
+                    merge.unread.extend(problem.location.clone());
                     problem.message.push_str(&kept(count));
                     merge.problems.push(*problem);
                 }
             }
         }
         self.repeated = merge.repeated;
+        merge.refused.retain(|id, _| !merge.held.contains_key(id));
+        let refused = merge.refused.into_iter().collect();
+        if self.loaded.manifests.refused != refused {
+            self.loaded.manifests.refused = refused;
+        }
+        if *self.loaded.manifests.unread != *merge.unread {
+            self.loaded.manifests.unread = merge.unread.into();
+        }
+        // An empty folder says so itself.
+        if merge.named.is_empty() && merge.problems.is_empty() {
+            merge.problems.push(scan::no_object(&self.path));
+        }
         self.hold(merge.held);
         merge.problems.sort_by(|a, b| a.location.cmp(&b.location));
         merge.problems
@@ -162,6 +181,7 @@ impl FileSource {
     /// Adds the objects of a file that could be parsed.
     fn merge(&self, merge: &mut Merge, parsed: &Parsed) {
         merge.problems.extend(parsed.contents.problems.iter().cloned());
+        merge.refused.extend(parsed.contents.misspelt.iter().cloned());
         for entry in &parsed.contents.objects {
             let place = &entry.place;
             if let Some(first) = merge.named.get(&entry.id) {
@@ -177,10 +197,14 @@ impl FileSource {
                 continue;
             }
             merge.named.insert(entry.id.clone(), place.start());
-            if let Some(held) = self.judge(entry, &mut merge.problems) {
-                merge.held.insert(entry.id.clone(), held);
+            match self.judge(entry, &mut merge.problems) {
+                Some(held) => drop(merge.held.insert(entry.id.clone(), held)),
+                None => drop(merge.refused.insert(entry.id.clone(), entry.refused())),
             }
         }
+        let is_unread = |problem: &&Problem| problem.reason == Reason::Malformed;
+        let unread = parsed.contents.problems.iter().filter(is_unread);
+        merge.unread.extend(unread.filter_map(|problem| problem.location.clone()));
         if parsed.contents.is_broken {
             let count = self.keep(merge, &parsed.file);
             if count > 0 {
@@ -203,18 +227,21 @@ impl FileSource {
     /// What is in force once an entry has been read, and what is wrong with it.
     fn judge(&self, entry: &Entry, problems: &mut Vec<Problem>) -> Option<Held> {
         let last_good = self.held.get(&entry.id);
-        let consequence = match last_good {
-            Some(_) => "; the version before stays in force",
-            None => "; the object is refused",
-        };
+        let now =
+            entry.manifest.as_ref().map(|now| refused::merge(now, last_good.map(|last| &last.manifest)));
         problems.extend(entry.problems.iter().cloned().map(|mut problem| {
             if problem.severity == Severity::Error {
-                problem.message.push_str(consequence);
+                problem.message.push_str(&match (&now, last_good) {
+                    (Some(merged), _) => merged.consequence(&problem.field),
+                    (None, Some(_)) => "; the version before stays in force".to_owned(),
+                    (None, None) => "; the object is refused".to_owned(),
+                });
             }
             problem
         }));
+        let now = now.map(|merged| merged.manifest);
         // What is unchanged stays the same allocation. The lines are those that the file has now in any case.
-        let manifest = match (&entry.manifest, last_good.map(|last| &last.manifest)) {
+        let manifest = match (&now, last_good.map(|last| &last.manifest)) {
             (Some(manifest), Some(last)) if last != manifest => Some(manifest),
             (_, Some(last)) => Some(last),
             (manifest, None) => manifest.as_ref(),

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::manifests::{
-    EndpointSlice, Gateway, GatewayClass, Kind, ListenerSet, Manifests, Namespace, NamespacedName, ObjectRef,
-    ReferenceGrant, Service, TcpRoute,
+    EndpointSlice, Gateway, GatewayClass, Kind, Listener, ListenerSet, Manifests, Namespace, NamespacedName,
+    ObjectRef, ReferenceGrant, Service, TcpRoute,
 };
 
 /// An object of any kind that is read.
@@ -18,6 +18,36 @@ pub(super) enum Manifest {
     Namespace(Arc<Namespace>),
     Service(Arc<Service>),
     EndpointSlice(Arc<EndpointSlice>),
+}
+
+impl Manifest {
+    /// The listeners of a Gateway or ListenerSet.
+    pub(super) fn listeners(&self) -> Option<&Vec<Listener>> {
+        match self {
+            Self::Gateway(object) => Some(&object.spec.listeners),
+            Self::ListenerSet(object) => Some(&object.spec.listeners),
+            Self::GatewayClass(_)
+            | Self::TcpRoute(_)
+            | Self::ReferenceGrant(_)
+            | Self::Namespace(_)
+            | Self::Service(_)
+            | Self::EndpointSlice(_) => None,
+        }
+    }
+
+    /// As [`Self::listeners`], of a copy where somebody else has the object too.
+    pub(super) fn listeners_mut(&mut self) -> Option<&mut Vec<Listener>> {
+        match self {
+            Self::Gateway(object) => Some(&mut Arc::make_mut(object).spec.listeners),
+            Self::ListenerSet(object) => Some(&mut Arc::make_mut(object).spec.listeners),
+            Self::GatewayClass(_)
+            | Self::TcpRoute(_)
+            | Self::ReferenceGrant(_)
+            | Self::Namespace(_)
+            | Self::Service(_)
+            | Self::EndpointSlice(_) => None,
+        }
+    }
 }
 
 impl Manifests {

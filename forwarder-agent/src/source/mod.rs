@@ -9,6 +9,7 @@ mod loaded;
 mod locations;
 mod manifest;
 mod node;
+mod refused;
 mod scan;
 mod state;
 mod watch;

@@ -93,6 +93,12 @@ pub(super) fn emptied(path: &Path, kept: &str) -> Problem {
     unreadable(path, message)
 }
 
+/// What is said of manifests in which there is none.
+pub(super) fn no_object(path: &Path) -> Problem {
+    let message = "holds no object: there is nothing to serve".to_owned();
+    Problem { severity: Severity::Warning, ..unreadable(path, message) }
+}
+
 impl Scan {
     /// Whether there is nothing to read.
     pub(super) fn is_empty(&self) -> bool {

@@ -116,14 +116,21 @@ impl Name {
 
 /// Writes the state down whenever its objects have changed, until nobody sets it any more. A disk that hangs holds up
 /// nothing else.
-pub(super) async fn keep(file: StateFile, mut state: watch::Receiver<Option<Arc<Loaded>>>) {
+///
+/// With `spares_former`, a state without objects is not written in place of one that was refused: it may be this agent that is wrong.
+pub(super) async fn keep(
+    file: StateFile,
+    spares_former: bool,
+    mut state: watch::Receiver<Option<Arc<Loaded>>>,
+) {
     let (delay, interval) = file.pace();
     let mut has_failed = false;
     let mut written: Option<Arc<Loaded>> = None;
     while state.changed().await.is_ok() {
         sleep(delay).await;
         let Some(loaded) = state.borrow_and_update().clone() else { continue };
-        if written.as_ref().is_some_and(|written| written.has_same_objects(&loaded)) {
+        let is_spared = spares_former && written.is_none() && loaded.manifests.each().next().is_none();
+        if is_spared || written.as_ref().is_some_and(|written| written.has_same_objects(&loaded)) {
             continue;
         }
         let (to, objects, started) = (file.clone(), Arc::clone(&loaded), Instant::now());

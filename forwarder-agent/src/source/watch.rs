@@ -67,16 +67,16 @@ pub async fn watch(
         None => FileSource::new(path),
         Some(folder) => {
             let file = StateFile::OfFiles { folder, manifests: path.clone() };
-            let source = resume(path, &file).await;
-            tokio::spawn(state::keep(file, to_keep));
+            let (source, is_refused) = resume(path, &file).await;
+            tokio::spawn(state::keep(file, is_refused, to_keep));
             source
         }
     };
     watch_at(PACE, source, updates, &again, kept).await;
 }
 
-/// A source that holds what a former agent has kept.
-async fn resume(path: PathBuf, file: &StateFile) -> FileSource {
+/// A source that holds what a former agent has kept, and whether that was refused.
+async fn resume(path: PathBuf, file: &StateFile) -> (FileSource, bool) {
     match file.read().await {
         Ok(Some(before)) => {
             let source = FileSource::resume(path, before);
@@ -85,15 +85,15 @@ async fn resume(path: PathBuf, file: &StateFile) -> FileSource {
                 objects = source.count(),
                 "holding the last good version of each object until the manifests say otherwise"
             );
-            source
+            (source, false)
         }
-        Ok(None) => FileSource::new(path),
+        Ok(None) => (FileSource::new(path), false),
         Err(error) => {
             tracing::warn!(
                 %error,
                 "the kept state cannot be used: objects whose manifests have errors are not served"
             );
-            FileSource::new(path)
+            (FileSource::new(path), true)
         }
     }
 }

@@ -16,6 +16,10 @@ impl FileSource {
     /// Work is proportional to the contents of these files, apart from a change of what is wrong with them.
     pub(in crate::source) fn reload(&mut self, paths: &BTreeSet<PathBuf>) -> Option<Loaded> {
         let scanned = self.scanned.as_ref()?;
+        // That there is nothing is said of all files together.
+        if self.held.is_empty() {
+            return None;
+        }
         let mut read = Vec::new();
         for path in paths {
             if scanned.is_unaffected_by(&self.path, path) {

@@ -381,7 +381,12 @@ fn text_that_is_not_utf_8() {
         Error a.yaml:1: the file is UTF-16: save it as UTF-8 (Malformed)
     "#]],
     );
-    check(b"", expect![[""]]);
+    check(
+        b"",
+        expect![[r#"
+        Warning FOLDER: holds no object: there is nothing to serve (Unreadable)
+    "#]],
+    );
     check(
         "\u{feff}apiVersion: v1\r\nkind: Namespace\r\nmetadata:\r\n  name: A\r\n",
         expect![[r#"
@@ -506,7 +511,9 @@ fn an_invalid_document_keeps_the_last_good_version() {
     "#]]);
     assert_eq!(fixture.source.load().manifests.services[&name].spec.ports[0].port, 2);
     fixture.write("a.yaml", "");
-    fixture.check(expect![[""]]);
+    fixture.check(expect![[r#"
+        Warning FOLDER: holds no object: there is nothing to serve (Unreadable)
+    "#]]);
 }
 
 #[test]
@@ -544,7 +551,9 @@ fn a_broken_file_takes_nothing_away() {
     "#]]);
     fs::remove_file(fixture.path("a.yaml")).unwrap();
     fixture.write("b.yaml", "# nothing");
-    fixture.check(expect![[""]]);
+    fixture.check(expect![[r#"
+        Warning FOLDER: holds no object: there is nothing to serve (Unreadable)
+    "#]]);
 }
 
 #[test]

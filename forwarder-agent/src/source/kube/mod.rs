@@ -124,7 +124,7 @@ pub fn watch(client: Client, settings: &KubeSettings) -> KubeSource {
         is_published: false,
     };
     if let Some(file) = &follower.state {
-        tokio::spawn(state::keep(file.clone(), to_keep));
+        tokio::spawn(state::keep(file.clone(), false, to_keep));
     }
     tokio::spawn(follower.run());
     KubeSource { loaded, records, health }

@@ -34,6 +34,21 @@ fn a_state_of_files_says_where_each_object_stands() {
 }
 
 #[test]
+fn a_refused_listener_is_not_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let manifests = folder.path().join("gw.yaml");
+    let text = "{apiVersion: gateway.networking.k8s.io/v1, kind: Gateway, metadata: {name: g}, spec: {gatewayClassName: c, listeners: \
+                [{name: a, port: x, protocol: TCP}, {name: b, port: 2, protocol: TCP}]}}";
+    fs::write(&manifests, text).unwrap();
+    let file = StateFile::OfFiles { folder: folder.path().join("state"), manifests: manifests.clone() };
+    file.write(&FileSource::new(&manifests).load()).unwrap();
+    let read = file.read_now().unwrap().unwrap().manifests;
+    let gateway = read.gateways.values().next().unwrap();
+    let names: Vec<&str> = gateway.spec.listeners.iter().map(|listener| listener.name.as_str()).collect();
+    assert_eq!(names, ["b"]);
+}
+
+#[test]
 fn only_the_owner_may_read_it_and_nothing_is_left_beside_it() {
     use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().unwrap();

@@ -41,6 +41,8 @@ fn anew(source: &FileSource) -> Loaded {
     for (id, held) in &source.held {
         loaded.set(id, None, held);
     }
+    loaded.manifests.refused = source.loaded.manifests.refused.clone();
+    loaded.manifests.unread = Arc::clone(&source.loaded.manifests.unread);
     loaded
 }
 
