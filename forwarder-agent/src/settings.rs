@@ -1,6 +1,7 @@
 //! Settings of the agent: from flags, the environment and one YAML file, in this order of precedence.
 
 mod admin;
+mod file;
 mod kube;
 
 use std::net::IpAddr;
@@ -14,6 +15,7 @@ use serde::Deserialize;
 
 use crate::allowed::{Ports, Rule};
 use crate::model::{Datapath, Egress, ListenerSettings, OnRemoval};
+use crate::problem::Location;
 use crate::resolve::CONTROLLER_NAME;
 
 pub use self::admin::{ADMIN, ADMIN_SOCKET, AdminAddress, AdminSettings, AdminSocketPath, GroupName};
@@ -320,11 +322,11 @@ pub enum SettingsError {
         source: std::io::Error,
     },
     /// The settings file is not YAML, or has a wrong or unknown key.
-    #[error("settings file {path} is not valid: {message}")]
+    #[error("{place}: {message}")]
     Parse {
-        /// The file.
-        path: PathBuf,
-        /// Which line, key and value, and what was expected.
+        /// The file and the line.
+        place: Location,
+        /// Which key or value, and what was expected.
         message: String,
     },
     /// A setting has a value that cannot be used.
@@ -362,8 +364,7 @@ impl Options {
         if text.trim().is_empty() {
             return Ok(Self::default());
         }
-        serde_saphyr::from_str(&text)
-            .map_err(|error| SettingsError::Parse { path: path.to_owned(), message: error.to_string() })
+        serde_saphyr::from_str(&text).map_err(|error| SettingsError::parse(path, &error))
     }
 
     /// What `self` sets, and what `other` sets where `self` does not.
@@ -565,8 +566,18 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_refused_by_name() {
-        let message = from_text("wrokers: 7\n").unwrap_err();
-        assert!(message.contains("wrokers"), "{message}");
+        let message = from_text("manifests: m\nidleTimout: 5m\n").unwrap_err();
+        assert!(message.ends_with(":2: unknown key idleTimout; did you mean idleTimeout?"), "{message}");
+        let message = from_text("kube:\n  enabeld: true\n").unwrap_err();
+        assert!(message.ends_with(":2: unknown key enabeld; did you mean enabled?"), "{message}");
+        let message = from_text("colour: red\n").unwrap_err();
+        assert!(message.contains(":1: unknown key colour; there are manifests, "), "{message}");
+        for (text, end) in
+            [("workers: many\n", ":1: "), ("manifests: m\nadmin: 9902\n", ":2: "), ("manifests: [\n", ": ")]
+        {
+            let message = from_text(text).unwrap_err();
+            assert!(message.contains(end) && !message.contains('\n'), "{message}");
+        }
     }
 
     #[test]

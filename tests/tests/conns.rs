@@ -321,7 +321,6 @@ fn an_empty_or_bad_selector_is_refused_and_one_that_matches_nothing_says_so() {
     }
     let two = Two::start(&[]).unwrap();
     let stream = two.connect(LISTENER_PORT, 1);
-
     let output = two.conns(&["reset"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("--all"), "{}", stderr(&output));
@@ -344,10 +343,13 @@ fn an_empty_or_bad_selector_is_refused_and_one_that_matches_nothing_says_so() {
     // `list` flags before `reset` would otherwise be lost.
     let output = two.conns(&["--listener", "default/gw/a", "reset", "--all"]);
     assert_eq!(output.status.code(), Some(2), "{}", stdout(&output));
-
-    let output = two.conns(&["reset", "--listener", "default/gw/none"]);
-    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    assert_eq!(stdout(&output), "reset 0 connections: none matches listener=default/gw/none\n");
+    for arguments in [&["--listener", "default/gw/none"][..], &["reset", "--listener", "default/gw/none"]] {
+        let output = two.conns(arguments);
+        let there = "no such listener, default/gw/none: there are default/gw/a, default/gw/b";
+        assert!(output.status.code() == Some(1) && stderr(&output).contains(there), "{}", stderr(&output));
+    }
+    let output = two.conns(&["reset", "--listener", "default/gw/b"]);
+    assert_eq!(stdout(&output), "reset 0 connections: none matches listener=default/gw/b\n");
     assert_eq!(two.listed(), sorted(&[&stream]));
 
     let response = two.agent.post("/v1/connections/reset", r#"{"all": true}"#).unwrap();

@@ -14,7 +14,8 @@ use super::admin::{self, AgentArgs, AskError};
 use super::{print_json, table};
 use crate::pairs;
 use crate::settings::PIN_DIR;
-use crate::view::{ConnectionList, ConnectionTotals, ConnectionView, ResetReport, Selector};
+use crate::spelling;
+use crate::view::{ConnectionList, ConnectionTotals, ConnectionView, ResetReport, Selector, State};
 
 #[derive(Args, Debug)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -108,6 +109,12 @@ fn list(agent: &AgentArgs, args: &ListArgs) -> anyhow::Result<ExitCode> {
         },
         Err(error) => return Err(error.into()),
     };
+    if list.connections.is_empty()
+        && let Some(error) = no_such_listener(&args.agent, &args.selector)
+    {
+        eprintln!("error: {error}");
+        return Ok(ExitCode::FAILURE);
+    }
     match args.output {
         ListOutput::Json => print_json(&list)?,
         ListOutput::Table => print(&list, &COLUMNS),
@@ -134,6 +141,12 @@ fn reset(agent: &AgentArgs, args: &ResetArgs) -> anyhow::Result<ExitCode> {
         }
         Err(error) => return Err(error.into()),
     };
+    if report.reset == 0
+        && let Some(error) = no_such_listener(&args.agent, &args.selector)
+    {
+        eprintln!("error: {error}");
+        return Ok(ExitCode::FAILURE);
+    }
     match report.reset {
         0 => println!("reset 0 connections: none matches {}", describe(&args.selector)?),
         1 => println!("reset 1 connection"),
@@ -143,14 +156,40 @@ fn reset(agent: &AgentArgs, args: &ResetArgs) -> anyhow::Result<ExitCode> {
     Ok(code(report.unanswered))
 }
 
+/// So many listeners are named.
+const MOST_NAMED: usize = 16;
+
+/// Why no connection can match, where the selector names a listener that the agent has not. One that was removed may have some yet.
+fn no_such_listener(agent: &AgentAddress, selector: &Selector) -> Option<String> {
+    let wanted = selector.listener.as_ref()?;
+    // An agent that does not tell, or none, has been told of already.
+    let state: State = admin::get(agent.admin, "/v1/state").ok()?;
+    let names: Vec<&str> = state.listeners.iter().map(|listener| listener.listener.as_str()).collect();
+    if names.contains(&wanted.as_str()) {
+        return None;
+    }
+    let shown = names.iter().copied().take(MOST_NAMED).collect::<Vec<_>>().join(", ");
+    let there = match (names.len(), spelling::meant(wanted, names.iter().copied())) {
+        (_, Some(name)) => format!("did you mean {name}?"),
+        (0, None) => "there is none".to_owned(),
+        (1..=MOST_NAMED, None) => format!("there are {shown}"),
+        (count, None) => format!("there are {count}, such as {shown}"),
+    };
+    Some(format!("no such listener, {wanted}: {there}"))
+}
+
 /// Success only if the answer is whole.
 fn code(unanswered: usize) -> ExitCode {
     ExitCode::from(u8::from(unanswered > 0))
 }
 
 fn warn_unanswered(unanswered: usize) {
-    if unanswered > 0 {
-        eprintln!("warning: {unanswered} workers did not answer in time; their connections are not counted");
+    match unanswered {
+        0 => {}
+        1 => eprintln!("warning: 1 worker did not answer in time; its connections are not counted"),
+        count => {
+            eprintln!("warning: {count} workers did not answer in time; their connections are not counted");
+        }
     }
 }
 

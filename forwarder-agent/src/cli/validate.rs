@@ -21,7 +21,7 @@ pub(crate) struct ValidateArgs {
     #[arg(long, short, value_enum, default_value = "table")]
     output: Output,
 
-    /// Exit with code 1 on warnings too
+    /// Exit with code 1 on warnings too, such as a Service without endpoints: for CI
     #[arg(long)]
     strict: bool,
 

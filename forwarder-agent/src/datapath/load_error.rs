@@ -63,7 +63,7 @@ pub enum LoadError {
         path: PathBuf,
     },
     /// The pin directory cannot be worked with.
-    #[error("cannot {operation} {}: {source} (names on a BPF file system may not contain dots)", .path.display())]
+    #[error("cannot {operation} {}: {source}{}", .path.display(), hint(source))]
     PinDir {
         /// What was attempted.
         operation: &'static str,
@@ -238,6 +238,15 @@ fn tail(text: &str, limit: usize) -> String {
     }
     kept.reverse();
     kept.join("\n")
+}
+
+/// What may be wrong with a pin directory, where the kernel only says that it may not be.
+fn hint(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => ": mount it so that it can be written",
+        io::ErrorKind::PermissionDenied => " (names on a BPF file system may not contain dots)",
+        _ => "",
+    }
 }
 
 #[cfg(test)]
