@@ -110,7 +110,7 @@ fn list(agent: &AgentArgs, args: &ListArgs) -> anyhow::Result<ExitCode> {
         Err(error) => return Err(error.into()),
     };
     if list.connections.is_empty()
-        && let Some(error) = no_such_listener(&args.agent, &args.selector)
+        && let Some(error) = no_such_listener(agent, &args.selector)
     {
         eprintln!("error: {error}");
         return Ok(ExitCode::FAILURE);
@@ -142,7 +142,7 @@ fn reset(agent: &AgentArgs, args: &ResetArgs) -> anyhow::Result<ExitCode> {
         Err(error) => return Err(error.into()),
     };
     if report.reset == 0
-        && let Some(error) = no_such_listener(&args.agent, &args.selector)
+        && let Some(error) = no_such_listener(agent, &args.selector)
     {
         eprintln!("error: {error}");
         return Ok(ExitCode::FAILURE);
@@ -160,10 +160,10 @@ fn reset(agent: &AgentArgs, args: &ResetArgs) -> anyhow::Result<ExitCode> {
 const MOST_NAMED: usize = 16;
 
 /// Why no connection can match, where the selector names a listener that the agent has not. One that was removed may have some yet.
-fn no_such_listener(agent: &AgentAddress, selector: &Selector) -> Option<String> {
+fn no_such_listener(agent: &AgentArgs, selector: &Selector) -> Option<String> {
     let wanted = selector.listener.as_ref()?;
     // An agent that does not tell, or none, has been told of already.
-    let state: State = admin::get(agent.admin, "/v1/state").ok()?;
+    let state: State = admin::get(agent, "/v1/state").ok()?;
     let names: Vec<&str> = state.listeners.iter().map(|listener| listener.listener.as_str()).collect();
     if names.contains(&wanted.as_str()) {
         return None;

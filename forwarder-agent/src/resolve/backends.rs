@@ -119,7 +119,7 @@ impl<'a> Found<'a> {
             return;
         }
         self.with_port += 1;
-        let mut refused: BTreeMap<Reason, Refused> = BTreeMap::new();
+        let mut ignored: BTreeMap<Reason, Ignored> = BTreeMap::new();
         for (index, endpoint) in slice.endpoints.iter().enumerate() {
             self.endpoints += 1;
             let Some(takes) = takes_connections(endpoint) else {
@@ -137,7 +137,7 @@ impl<'a> Found<'a> {
                             list.push(endpoint);
                             continue;
                         };
-                        refused.entry(reason).or_insert(Refused { index, message, count: 0 }).count += 1;
+                        ignored.entry(reason).or_insert(Ignored { index, message, count: 0 }).count += 1;
                     }
                 }
                 Err(message) => {
@@ -146,8 +146,8 @@ impl<'a> Found<'a> {
                 }
             }
         }
-        let told = |(reason, refused): (Reason, Refused)| refused.problem(reason, object.clone());
-        self.problems.extend(refused.into_iter().map(told));
+        let told = |(reason, ignored): (Reason, Ignored)| ignored.problem(reason, object.clone());
+        self.problems.extend(ignored.into_iter().map(told));
     }
 
     /// The target ports in the slice of the Service's port of a name: one, where the slice is well-formed.
@@ -200,13 +200,13 @@ impl<'a> Found<'a> {
 }
 
 /// The endpoints of a slice that are not connected for one reason. A slice has up to 1,000: the first is told of.
-struct Refused {
+struct Ignored {
     index: usize,
     message: String,
     count: usize,
 }
 
-impl Refused {
+impl Ignored {
     fn problem(self, reason: Reason, object: ObjectRef) -> Problem {
         let Self { index, message, count } = self;
         let ignored = match count {
