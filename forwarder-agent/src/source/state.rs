@@ -136,7 +136,9 @@ pub(super) async fn keep(
         let (to, objects, started) = (file.clone(), Arc::clone(&loaded), Instant::now());
         match panics::survived(move || to.write(&objects)).await {
             Ok(Ok(())) => {
-                has_failed = false;
+                if std::mem::take(&mut has_failed) {
+                    tracing::info!(state = %file.path().display(), "the state is kept again");
+                }
                 written = Some(loaded);
             }
             Ok(Err(error)) => {
