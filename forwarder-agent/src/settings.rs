@@ -3,6 +3,7 @@
 mod admin;
 mod file;
 mod kube;
+mod values;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ use crate::resolve::CONTROLLER_NAME;
 
 pub use self::admin::{ADMIN, ADMIN_SOCKET, AdminAddress, AdminSettings, AdminSocketPath, GroupName};
 pub use self::kube::{KubeOptions, KubeSettings, POD_SELECTOR};
+pub use self::values::{BytesText, DurationText, PromoteAfter};
 
 /// Where settings come from; everything is optional, and what nobody sets has the default that its description names.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
@@ -160,98 +162,6 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_SOURCE_ADDRESSES", value_name = "ADDR", value_delimiter = ',')]
     #[serde(default)]
     pub source_addresses: Vec<IpAddr>,
-}
-
-/// When a connection is taken into the kernel: whichever comes first.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct PromoteAfter {
-    /// After it has moved so many bytes.
-    pub bytes: Option<u64>,
-    /// After it has lasted so long.
-    pub age: Option<Duration>,
-}
-
-impl std::str::FromStr for PromoteAfter {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let mut after = Self { bytes: None, age: None };
-        for part in text.split(',').map(str::trim) {
-            let is_new = match (bytes(part), humantime::parse_duration(part)) {
-                (Some(bytes), _) => after.bytes.replace(bytes).is_none(),
-                (None, Ok(age)) => after.age.replace(age).is_none(),
-                (None, Err(_)) => {
-                    return Err(format!(
-                        "`{part}` is neither a number of bytes, such as 64KiB, nor a duration, such as 500ms"
-                    ));
-                }
-            };
-            if !is_new {
-                return Err(format!("`{text}` says twice after how many bytes or how long"));
-            }
-        }
-        Ok(after)
-    }
-}
-
-/// Bytes as people write them: `0`, `512B`, `64KiB`, `1MiB`.
-fn bytes(text: &str) -> Option<u64> {
-    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-    let unit = match text.get(digits.len()..)? {
-        "" | "B" => 1,
-        "KiB" => 1 << 10,
-        "MiB" => 1 << 20,
-        "GiB" => 1 << 30,
-        _ => return None,
-    };
-    digits.trim_end().parse::<u64>().ok()?.checked_mul(unit)
-}
-
-impl<'de> Deserialize<'de> for PromoteAfter {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-/// A number of bytes as people write it: `512KiB`, `256MiB`, `1GiB`.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct BytesText(pub u64);
-
-impl std::str::FromStr for BytesText {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        bytes(text).map(Self).ok_or_else(|| format!("`{text}` is not a number of bytes such as `256MiB`"))
-    }
-}
-
-impl<'de> Deserialize<'de> for BytesText {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-/// A duration as people write it: `90s`, `1h 30m`, or `0`.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct DurationText(pub Duration);
-
-impl std::str::FromStr for DurationText {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "0" {
-            return Ok(Self(Duration::ZERO));
-        }
-        humantime::parse_duration(text)
-            .map(Self)
-            .map_err(|error| format!("`{text}` is not a duration such as `90s`, `1h 30m` or `0`: {error}"))
-    }
-}
-
-impl<'de> Deserialize<'de> for DurationText {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
 }
 
 /// The settings of an agent, complete and valid.
@@ -599,18 +509,6 @@ mod tests {
             assert_eq!(defaults.removal_window(), window, "{text}");
         }
         assert!(from_text("onRemoval: kill\n").is_err());
-    }
-
-    #[test]
-    fn promotion_is_due_after_bytes_or_a_time() {
-        let after = |text: &str| text.parse::<PromoteAfter>().map(|after| (after.bytes, after.age));
-        assert_eq!(after("64KiB"), Ok((Some(65_536), None)));
-        assert_eq!(after("0"), Ok((Some(0), None)));
-        assert_eq!(after("500ms"), Ok((None, Some(Duration::from_millis(500)))));
-        assert_eq!(after("1MiB, 2s"), Ok((Some(1 << 20), Some(Duration::from_secs(2)))));
-        for bad in ["", "soon", "1KiB,2KiB", "1s,2s", "-1", "99999999999GiB"] {
-            assert!(after(bad).is_err(), "{bad}");
-        }
     }
 
     #[test]

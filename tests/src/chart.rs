@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
+use crate::netns::skip;
 use crate::process::stdout;
 
 /// The release and the namespace that the manifests for kustomize are made with.
@@ -45,7 +46,7 @@ pub fn tool(name: &str) -> Option<PathBuf> {
     let found = folders.map(|folder| folder.join(name)).find(|file| file.is_file());
     if found.is_none() {
         assert!(assets.is_none(), "there is no {name} in {assets:?}");
-        println!("skipped: {name} is not installed");
+        skip(&format!("{name} is not installed"));
     }
     found
 }

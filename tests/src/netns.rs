@@ -1,5 +1,6 @@
 //! Network namespaces, and the small network that most tests use.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -142,23 +143,28 @@ impl NetNs {
 
     /// The inodes of the sockets that listen on `port`, by `/proc/net/tcp` and `tcp6`: the identity of a bound socket.
     pub fn listening_inodes(&self, port: u16) -> Vec<u64> {
+        self.all_listening_inodes().remove(&port).unwrap_or_default()
+    }
+
+    /// The same of every port.
+    pub fn all_listening_inodes(&self) -> BTreeMap<u16, Vec<u64>> {
         const LISTEN: &str = "0A";
         let tables = self.run(|| {
             ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"]
                 .map(|path| fs::read_to_string(path).unwrap_or_default())
         });
-        let mut inodes: Vec<u64> = tables
-            .iter()
-            .flat_map(|table| table.lines().skip(1))
-            .filter_map(|line| {
-                let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-                let (_, local_port) = fields.get(1)?.rsplit_once(':')?;
-                let listens = fields.get(3) == Some(&LISTEN);
-                let matches = listens && u16::from_str_radix(local_port, 16).ok() == Some(port);
-                matches.then(|| fields.get(9)?.parse().ok()).flatten()
-            })
-            .collect();
-        inodes.sort_unstable();
+        let mut inodes: BTreeMap<u16, Vec<u64>> = BTreeMap::new();
+        for line in tables.iter().flat_map(|table| table.lines().skip(1)) {
+            let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+            let [_, local, _, LISTEN, _, _, _, _, _, inode, ..] = fields[..] else { continue };
+            let port = local.rsplit_once(':').and_then(|(_, port)| u16::from_str_radix(port, 16).ok());
+            if let (Some(port), Ok(inode)) = (port, inode.parse()) {
+                inodes.entry(port).or_default().push(inode);
+            }
+        }
+        for inodes in inodes.values_mut() {
+            inodes.sort_unstable();
+        }
         inodes
     }
 }

@@ -219,6 +219,17 @@ fn values_reach_the_agent() {
 }
 
 #[test]
+fn nodes_without_a_bpf_file_system_have_nothing_of_it_mounted() {
+    let Some(helm) = tool("helm") else { return };
+    let objects = objects(&render(&helm, &["--set=bpf.enabled=false"]).unwrap()).unwrap();
+    let volumes = &only(&objects, "DaemonSet")["spec"]["template"]["spec"]["volumes"];
+    for list in [volumes, &container(&objects)["volumeMounts"]] {
+        let names: Vec<_> = list.as_array().unwrap().iter().map(|entry| &entry["name"]).collect();
+        assert_eq!(names, ["state", "run"]);
+    }
+}
+
+#[test]
 fn the_agent_knows_every_variable_that_it_is_given() {
     let Some(helm) = tool("helm") else { return };
     let usage = process::stdout(Command::new(binary()).args(["agent", "--help"])).unwrap();

@@ -174,7 +174,12 @@ fn one_endpoint_among_many_is_changed_alone() {
         stream
     };
     let sessions = [session(changed_port), session(other_port)];
-    let inodes = || ports.clone().map(|port| topology.node.listening_inodes(port)).collect::<Vec<_>>();
+    let inodes = || {
+        let mut all = topology.node.all_listening_inodes();
+        all.retain(|port, _| ports.contains(port));
+        assert_eq!(all.len(), ports.len());
+        all
+    };
     let updates = |kind| {
         let metrics = agent.metrics().unwrap();
         metrics.sum("forwarder_configuration_updates_total", &[("kind", kind)])

@@ -31,11 +31,12 @@ impl ListeningSocket {
     /// agent may not look.
     pub fn process(&self) -> Option<String> {
         let socket = format!("socket:[{}]", self.inode);
+        let is_process = |folder: &fs::DirEntry| folder.file_name().to_string_lossy().parse::<u32>().is_ok();
         let has_it = |folder: &fs::DirEntry| {
             let files = fs::read_dir(folder.path().join("fd")).into_iter().flatten().flatten();
             files.filter_map(|file| fs::read_link(file.path()).ok()).any(|link| link.as_os_str() == &*socket)
         };
-        let folder = fs::read_dir("/proc").ok()?.flatten().find(has_it)?;
+        let folder = fs::read_dir("/proc").ok()?.flatten().filter(is_process).find(has_it)?;
         let name = fs::read_to_string(folder.path().join("comm")).ok()?;
         Some(format!("{} ({})", name.trim_end(), folder.file_name().display()))
     }
