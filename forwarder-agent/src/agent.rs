@@ -25,7 +25,6 @@ use crate::descriptors::Descriptors;
 use crate::listener::ListenSettings;
 use crate::live::LiveConnections;
 use crate::manifests::NamespacedName;
-use crate::model::ListenerSettings;
 use crate::plan::Op;
 use crate::problem::Severity;
 use crate::reconciler::{InForce, Reconciler, SocketState};
@@ -193,13 +192,13 @@ pub struct Resolution {
 }
 
 impl Resolver {
-    /// A resolver for manifests from files.
-    pub fn for_files(controller_name: String, listener_defaults: ListenerSettings) -> Self {
-        Self(ResolveSettings { controller_name, ..ResolveSettings::for_files(listener_defaults) })
+    /// A resolver without an agent.
+    pub fn new(settings: ResolveSettings) -> Self {
+        Self(settings)
     }
 
     /// A resolver for what the agent follows.
-    fn new(settings: &Settings) -> Self {
+    fn of_agent(settings: &Settings) -> Self {
         let (defaults, cidrs) = (settings.listener_defaults.clone(), settings.endpoint_cidrs.clone());
         let (base, endpoint_addresses) = match settings.source {
             SourceSettings::Files { .. } => {

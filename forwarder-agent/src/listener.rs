@@ -47,7 +47,7 @@ pub struct BoundListener {
 #[derive(Debug)]
 pub struct Serving {
     /// The listener and its route.
-    pub listener: Listener,
+    pub listener: Arc<Listener>,
     /// The choice among the route's backends.
     pub balancer: Balancer,
     /// For each backend of the route: where it leads, or `None` where it is invalid.

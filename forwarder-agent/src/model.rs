@@ -365,11 +365,14 @@ impl fmt::Display for BackendKey {
 /// The endpoints of a backend that take new connections: sorted and without duplicates.
 pub type Endpoints = Arc<[SocketAddr]>;
 
+/// Listeners by where they are bound.
+pub type Listeners = BTreeMap<ListenerKey, Arc<Listener>>;
+
 /// Everything that is to be forwarded.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct RouteTable {
-    /// The listeners.
-    pub listeners: BTreeMap<ListenerKey, Listener>,
+    /// The listeners: shared by the tables, the plan between them, and who accepts.
+    pub listeners: Listeners,
     /// The endpoints of every Service port that a listener's route refers to; an entry may be empty.
     pub backends: BTreeMap<BackendKey, Endpoints>,
 }

@@ -1,6 +1,7 @@
 //! The plan: the operations, in order, that lead from the table in force to the wanted one. Pure, and never failing.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::model::{BackendKey, Endpoints, Listener, ListenerKey, RouteTable};
 
@@ -21,14 +22,14 @@ pub enum Op {
         /// The address and port.
         key: ListenerKey,
         /// The listener.
-        listener: Listener,
+        listener: Arc<Listener>,
     },
     /// Change the route, settings or name of a listener, which stays bound.
     UpdateListener {
         /// The address and port.
         key: ListenerKey,
         /// The listener as it is to be.
-        listener: Listener,
+        listener: Arc<Listener>,
     },
     /// Forget a backend that no listener refers to any more.
     RemoveBackend(BackendKey),
@@ -146,22 +147,24 @@ mod tests {
         proptest::option::of(route)
     }
 
-    fn listeners() -> impl Strategy<Value = Listener> {
-        (0..2_u8, 0..2_u64, routes()).prop_map(|(section, idle, route)| Listener {
-            name: ListenerName {
-                parent: ListenerParent::Gateway(NamespacedName::new("db", "gateway")),
-                section: format!("section-{section}"),
-            },
-            settings: ListenerSettings {
-                datapath: Datapath::Auto,
-                idle_timeout: (idle > 0).then(|| Duration::from_secs(idle)),
-                half_closed_timeout: None,
-                connect_timeout: Duration::from_secs(5),
-                on_removal: OnRemoval::Keep,
-                removal_drain: Duration::from_secs(30),
-            },
-            route,
-        })
+    fn listeners() -> impl Strategy<Value = Arc<Listener>> {
+        (0..2_u8, 0..2_u64, routes())
+            .prop_map(|(section, idle, route)| Listener {
+                name: ListenerName {
+                    parent: ListenerParent::Gateway(NamespacedName::new("db", "gateway")),
+                    section: format!("section-{section}"),
+                },
+                settings: ListenerSettings {
+                    datapath: Datapath::Auto,
+                    idle_timeout: (idle > 0).then(|| Duration::from_secs(idle)),
+                    half_closed_timeout: None,
+                    connect_timeout: Duration::from_secs(5),
+                    on_removal: OnRemoval::Keep,
+                    removal_drain: Duration::from_secs(30),
+                },
+                route,
+            })
+            .prop_map(Arc::new)
     }
 
     /// Tables as `resolve` makes them: with an entry for each backend that a listener refers to, and no other.

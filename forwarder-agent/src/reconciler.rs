@@ -80,10 +80,10 @@ impl InForce {
             .collect()
     }
 
-    fn serving(&self, listener: &Listener) -> Serving {
+    fn serving(&self, listener: &Arc<Listener>) -> Serving {
         let backends = listener.route.iter().flat_map(|route| &route.backends);
         Serving {
-            listener: listener.clone(),
+            listener: Arc::clone(listener),
             balancer: Balancer::new(backends.clone().map(|backend| backend.weight)),
             upstreams: backends
                 .map(|backend| match &backend.target {
@@ -142,7 +142,7 @@ impl InForce {
                 users.filter_map(|key| of(key, removed())).collect()
             }
             Op::UpdateListener { key, listener } => {
-                let before = self.table.listeners.get(key).into_iter().flat_map(backend_keys);
+                let before = self.table.listeners.get(key).into_iter().flat_map(|it| backend_keys(it));
                 let gone = before.filter(|before| !backend_keys(listener).any(|after| after == *before));
                 let gone: Vec<_> = gone.cloned().collect();
                 let removed = (!gone.is_empty()).then_some(Removed::Backends(gone));
@@ -189,7 +189,7 @@ fn log_route(before: Option<&Listener>, after: &Listener) {
     let listener = &after.name;
     match (before.and_then(route), route(after)) {
         (Some(route), None) => {
-            tracing::warn!(%listener, %route, "a listener has lost its route: its connections are reset");
+            tracing::warn!(%listener, former = %route, "no TCPRoute serves the listener any more: new connections are reset; see the conditions of the route, if it is still there");
         }
         (None, Some(route)) => tracing::info!(%listener, %route, "a listener has got a route"),
         (Some(former), Some(route)) if former != route => {
@@ -287,8 +287,8 @@ impl Reconciler {
             }
             Op::UpdateListener { key, listener } => {
                 let old = in_force.table.listeners.get(key).cloned();
-                log_route(old.as_ref(), listener);
-                in_force.set_users(*key, old.as_ref(), Some(listener));
+                log_route(old.as_deref(), listener);
+                in_force.set_users(*key, old.as_deref(), Some(listener));
                 let serving = in_force.serving(listener);
                 if let Some(SocketState::Bound(bound)) = in_force.sockets.get(key) {
                     bound.serving.store(Arc::new(serving));
@@ -301,7 +301,7 @@ impl Reconciler {
         }
     }
 
-    fn bind(&self, in_force: &mut InForce, key: ListenerKey, listener: &Listener) {
+    fn bind(&self, in_force: &mut InForce, key: ListenerKey, listener: &Arc<Listener>) {
         // A port that cannot be had is tried for ever: it costs no number, and nothing is written for it.
         let id = ListenerId(in_force.next_id);
         let (count, descriptors) = (self.workers.count(), &self.settings.descriptors);
@@ -352,7 +352,7 @@ impl Reconciler {
         let removed = {
             let mut in_force = self.lock();
             let old = in_force.table.listeners.get(&key).cloned();
-            in_force.set_users(key, old.as_ref(), None);
+            in_force.set_users(key, old.as_deref(), None);
             in_force.sockets.remove(&key)
         };
         if let Some(SocketState::Bound(bound)) = removed {
@@ -478,7 +478,7 @@ mod tests {
                 backends: vec![Backend { weight: 1, target: Target::Service(backend(name)) }],
             }),
         };
-        table.listeners.insert(key(port), listener);
+        table.listeners.insert(key(port), Arc::new(listener));
         table.backends.insert(backend(name), endpoints.into());
     }
 

@@ -75,7 +75,7 @@ impl Upstream {
                 %endpoint,
                 reason = failure.as_str(),
                 %error,
-                "no endpoint of the backend can be connected: its clients are reset until one can"
+                "no endpoint of the backend takes a connection: its clients are reset until one does"
             );
         }
     }

@@ -245,6 +245,11 @@ fn load(yaml: &str) -> Manifests {
 fn add(manifests: &mut Manifests, kind: &str, document: Value) {
     let metadata: Metadata = parse(document["metadata"].clone());
     let (name, namespaced) = (metadata.name.clone(), metadata.namespaced_name());
+    let addresses = document["status"]["addresses"].as_array().into_iter().flatten();
+    let addresses: Arc<[_]> = addresses.filter_map(|it| it["value"].as_str()?.parse().ok()).collect();
+    if !addresses.is_empty() {
+        manifests.gateway_addresses.insert(namespaced.clone(), addresses);
+    }
     let is_new = match kind {
         "GatewayClass" => manifests.gateway_classes.insert(name, parse(document)).is_none(),
         "Namespace" => manifests.namespaces.insert(name, parse(document)).is_none(),
@@ -274,7 +279,7 @@ fn endpoints_of_one_backend_are_those_of_the_table() {
     let manifests = load(include_str!("resolve/dual-stack-endpoints.in.yaml"));
     let settings = settings();
     let table = resolve(&manifests, &settings).table;
-    let rules = EndpointRules::new(&settings, &table);
+    let rules = EndpointRules::new(&settings, &manifests, &table.listeners);
     assert!(!table.backends.is_empty());
     for (backend, endpoints) in &table.backends {
         let (alone, problems) = resolve::backends::endpoints(&manifests, &rules, backend);

@@ -96,8 +96,8 @@ pub(super) async fn serve(listener: impl Accept, limit: usize, service: Service)
                         tracing::warn!(
                             by = service.by.as_str(),
                             limit,
-                            "the admin endpoint has as many connections as it may: the oldest is closed for each new one; \
-                             look with `ss -xtnp` who holds them"
+                            "the admin endpoint has as many connections as it may: the oldest is closed for each new one, and no \
+                             forwarded connection is concerned; look with `ss -xtnp` who holds them"
                         );
                     });
                 }

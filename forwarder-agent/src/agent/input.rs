@@ -44,7 +44,7 @@ pub struct ClusterHealth {
 /// # Errors
 /// There is no configuration of the Kubernetes API, or none that can be used.
 pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
-    let resolver = Resolver::new(settings);
+    let resolver = Resolver::of_agent(settings);
     match &settings.source {
         SourceSettings::Files { path, state_dir } => {
             let (updates, loaded) = watch::channel(Arc::default());

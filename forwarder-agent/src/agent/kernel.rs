@@ -80,7 +80,7 @@ impl Kernel {
 
     fn without(error: &dyn std::error::Error) -> Self {
         let error = error.to_string();
-        tracing::warn!(reason = %error, "no classifier: forwarding works, the kernel's counters and maps are missing");
+        tracing::warn!(reason = %error, "no classifier: every connection is forwarded in userspace; the kernel's counters and maps are missing");
         Self {
             promoter: None,
             routes: None,

@@ -127,7 +127,8 @@ impl Leaving {
             tracing::info!(
                 connections,
                 new_connections_wait = holds,
-                "left to the kernel, for the next agent with this pin directory; `forwarder cleanup` lists what is left"
+                "the agent ends: its connections go on in the kernel, and the next agent with this pin directory takes them over; \
+                 `forwarder cleanup` lists them and ends them"
             );
             datapath.leave();
         }

@@ -47,7 +47,7 @@ impl SockmapTier {
                 (Ok(pairs), None)
             }
             Err(error) => {
-                tracing::warn!(reason = %error, "tier sockmap is off: connections stay at tier splice");
+                tracing::warn!(reason = %error, "tier sockmap is off: connections that ask for it work as well in userspace, at tier splice");
                 let refusal = match error {
                     SockmapPairsError::SelfTest(_) => Refusal::SelfTest,
                     SockmapPairsError::Sockmap(SockmapError::UnsafeKernel { .. }) => Refusal::UnsafeKernel,

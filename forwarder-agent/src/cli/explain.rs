@@ -7,9 +7,8 @@ use anyhow::anyhow;
 use clap::Args;
 
 use super::admin::{AgentArgs, AskError};
-use super::validate::{load, print_problems};
+use super::validate::{ServedArgs, load, print_problems};
 use super::{Output, print_json, table};
-use crate::resolve::CONTROLLER_NAME;
 use crate::view::{ListenerView, State};
 
 #[derive(Args, Debug)]
@@ -21,9 +20,8 @@ pub(crate) struct ExplainArgs {
     #[command(flatten)]
     agent: AgentArgs,
 
-    /// Controller whose GatewayClasses are served
-    #[arg(long, env = "FORWARDER_CONTROLLER_NAME", default_value = CONTROLLER_NAME)]
-    controller_name: String,
+    #[command(flatten)]
+    served: ServedArgs,
 
     /// How to print the answer
     #[arg(long, short, value_enum, default_value = "table")]
@@ -32,7 +30,7 @@ pub(crate) struct ExplainArgs {
 
 pub(crate) fn run(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
     let state = match &args.path {
-        Some(path) => load(path, &args.controller_name)?,
+        Some(path) => load(path, &args.served)?,
         None => ask(&args.agent)?,
     };
     match args.output {

@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use ipnet::IpNet;
 
 use super::{Output, print_json};
 use crate::agent::Resolver;
-use crate::resolve::CONTROLLER_NAME;
+use crate::allowed::{AllowedAddresses, AllowedPorts, Ports, Rule};
+use crate::resolve::{CONTROLLER_NAME, ResolveSettings};
 use crate::settings::Options;
 use crate::source::FileSource;
 use crate::view::{ProblemView, State};
@@ -25,13 +27,28 @@ pub(crate) struct ValidateArgs {
     #[arg(long)]
     strict: bool,
 
+    #[command(flatten)]
+    served: ServedArgs,
+}
+
+/// What the agent is told that decides what of its manifests it serves: as its own flags.
+#[derive(Args, Debug)]
+pub(crate) struct ServedArgs {
     /// Controller whose GatewayClasses are served
-    #[arg(long, env = "FORWARDER_CONTROLLER_NAME", default_value = CONTROLLER_NAME)]
+    #[arg(long, env = "FORWARDER_CONTROLLER_NAME", value_name = "NAME", default_value = CONTROLLER_NAME)]
     controller_name: String,
+
+    /// Ports that the agent lets listeners take: what it is told itself [default: all]
+    #[arg(long, env = "FORWARDER_LISTENER_PORTS", value_name = "PORTS", value_delimiter = ',')]
+    listener_ports: Vec<Rule<Ports>>,
+
+    /// Networks that the agent lets endpoints lie in: what it is told itself [default: all]
+    #[arg(long, env = "FORWARDER_ENDPOINT_CIDRS", value_name = "CIDR", value_delimiter = ',')]
+    endpoint_cidrs: Vec<Rule<IpNet>>,
 }
 
 pub(crate) fn run(args: &ValidateArgs) -> anyhow::Result<ExitCode> {
-    let state = load(&args.path, &args.controller_name)?;
+    let state = load(&args.path, &args.served)?;
     let errors = state.problems.iter().filter(|problem| problem.severity == "error").count();
     let serves_nothing = state.listeners.is_empty();
     match args.output {
@@ -48,6 +65,9 @@ pub(crate) fn run(args: &ValidateArgs) -> anyhow::Result<ExitCode> {
                 count(errors, "error"),
                 count(state.problems.len() - errors, "warning")
             );
+            if errors > 0 {
+                println!("a running agent keeps the last good version of each object that is refused");
+            }
         }
     }
     let failed = errors > 0 || serves_nothing || (args.strict && !state.problems.is_empty());
@@ -60,9 +80,14 @@ fn count(number: usize, thing: &str) -> String {
 }
 
 /// The state that an agent would have with these manifests.
-pub(crate) fn load(path: &Path, controller_name: &str) -> anyhow::Result<State> {
+pub(crate) fn load(path: &Path, served: &ServedArgs) -> anyhow::Result<State> {
     let loaded = FileSource::new(path).load();
-    let resolver = Resolver::for_files(controller_name.to_owned(), Options::default().listener_defaults()?);
+    let resolver = Resolver::new(ResolveSettings {
+        controller_name: served.controller_name.clone(),
+        listener_ports: AllowedPorts::new(served.listener_ports.clone()),
+        endpoint_addresses: AllowedAddresses::for_files(served.endpoint_cidrs.clone()),
+        ..ResolveSettings::for_files(Options::default().listener_defaults()?)
+    });
     Ok(resolver.resolve(&loaded).state())
 }
 

@@ -307,7 +307,13 @@ fn goes_otherwise(promoter: &Promoter, pair: &mut JoinedPair, exit: Exit, connec
         );
     }
     promoter.flows.change_ways(pair).unwrap_or_else(|error| {
-        tracing::warn!(%error, "a connection keeps its way, on which nothing arrives");
+        tracing::warn!(
+            listener = %connection.serving.listener.name,
+            downstream.addr = %connection.downstream,
+            %error,
+            "packets of a connection do not arrive, and it cannot be sent another way: it may hang; `forwarder conns reset` \
+             ends it"
+        );
         false
     })
 }

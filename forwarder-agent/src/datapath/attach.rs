@@ -209,7 +209,7 @@ impl Attachments {
                 tracing::warn!(
                     interface = interface.name,
                     kind = self.kind.as_str(),
-                    "somebody had removed the programs from this interface: attached again"
+                    "another program had removed the forwarder's BPF programs from this interface: attached again"
                 );
             } else {
                 tracing::info!(interface = interface.name, kind = self.kind.as_str(), "attached");

@@ -317,7 +317,8 @@ fn warn_closed(interface: &str, obstacle: &Obstacle) {
     tracing::warn!(
         interface,
         %obstacle,
-        "the stack would not send on what arrives by this interface: connections stay in userspace"
+        "this node does not forward packets that arrive by the interface: its connections are served in userspace, as they would be \
+         without the kernel's help"
     );
 }
 

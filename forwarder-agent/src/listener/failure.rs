@@ -64,7 +64,7 @@ impl Failure {
         match self.errno() {
             Some(Errno::ADDRINUSE) => {
                 format!(
-                    "port {port} is held by another process (EADDRINUSE): stop it, or choose another port"
+                    "port {port} is held by another process (EADDRINUSE): choose another port, or stop that process"
                 )
             }
             Some(Errno::ADDRNOTAVAIL) => {

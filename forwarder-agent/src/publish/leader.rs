@@ -30,7 +30,8 @@ pub(super) fn elect(client: Client, identity: Arc<Identity>) -> watch::Receiver<
                     if !std::mem::replace(&mut has_failed, true) {
                         tracing::warn!(
                             error = failure,
-                            "cannot take part in the election of the agent that writes statuses; trying again"
+                            "cannot take part in the election of the agent that writes statuses, which may be out of date meanwhile; traffic is not \
+                             affected; trying again"
                         );
                     }
                     tokio::time::sleep(RETRY).await;

@@ -289,7 +289,7 @@ impl Writer {
                     tracing::warn!(
                         selector = self.identity.pod_selector,
                         pod = self.identity.pod,
-                        "the selector does not match this agent's own Pod: statuses count the Pods that it matches"
+                        "--pod-selector does not match the labels of this agent's own Pod: statuses leave this node out; traffic is not affected"
                     );
                 }
             }

@@ -174,7 +174,7 @@ impl<'a> Attacher<'a, '_> {
             }
             match self.refusal(listener, route) {
                 None => allowing.push(listener_index),
-                Some(why) => refusing.push(format!("{} ({why})", listener.spec.name)),
+                Some(why) => refusing.push(format!("listener {} ({why})", listener.spec.name)),
             }
         }
         // Of several with one name, one that is served will do.
@@ -190,7 +190,7 @@ impl<'a> Attacher<'a, '_> {
             let is_tcp = |index: &usize| listeners.all.get(*index).is_some_and(JudgedListener::is_tcp);
             let what = if matching.iter().any(is_tcp) { "allowedRoutes" } else { "the protocol" };
             let message = format!(
-                "no listener of {} takes the route: {}; change {what} there, or refer to another",
+                "no listener of {} takes the route: {}; change {what} of the listener, or name another one in the route",
                 listeners.parent,
                 list(&refusing)
             );
@@ -255,8 +255,7 @@ impl<'a> Attacher<'a, '_> {
             return;
         }
         let message = format!(
-            "{}: the oldest route, or the first by name, gets every connection; remove one of them, or give this one \
-             a listener of its own",
+            "{}; remove one of the routes, or give this one a listener of its own",
             superseded(&outcome.newly_superseded)
         );
         let object = ObjectRef::new(Kind::TcpRoute, route);
@@ -285,7 +284,10 @@ impl Outcome {
 fn superseded(listeners: &[(String, NamespacedName)]) -> String {
     let shown: Vec<String> =
         listeners.iter().map(|(section, winner)| format!("on {section} by {winner}")).collect();
-    format!("superseded {}", list(&shown))
+    format!(
+        "superseded {}: the older route, or the first by name, gets every connection and this one none",
+        list(&shown)
+    )
 }
 
 /// The listeners that a parentRef means: all, or those with its sectionName, its port, or both.
@@ -335,8 +337,8 @@ fn no_match(listeners: &Listeners<'_>, parent_ref: &ParentRef) -> (Reason, &'sta
     // Its name may be what is wrong.
     if let Some(location) = listeners.doubtful() {
         let message = format!(
-            "{parent} has {wanted}, and one that may be meant is refused ({location}): the route is not served there until that is \
-             corrected"
+            "{parent} has {wanted}; it has a listener that is refused ({location}), which may be the one: correct that first; until then \
+             the route is not served there"
         );
         return (Reason::Refused, field, message);
     }

@@ -214,8 +214,10 @@ impl Ignored {
             count => format!("it and {} more of this slice are ignored", count - 1),
         };
         let remedy = match reason {
-            Reason::Loop => "name the addresses and ports at which the service itself listens",
-            _ => "name others, or allow it there",
+            Reason::Loop => {
+                "name the addresses and ports at which the server itself (the database, say) listens"
+            }
+            _ => "name addresses that are allowed, or have the agent's --endpoint-cidrs allow these",
         };
         let message = format!("{message}: {ignored}; {remedy}");
         Problem::error(reason, object, format!("endpoints[{index}].addresses"), message)

@@ -48,8 +48,8 @@ fn judge_class<'a>(
         return Class::Accepted(class);
     };
     let message = format!(
-        "the class refers to {} {}, but the forwarder has no such configuration: no Gateway of the class is served; \
-         remove parametersRef and use annotations of the Gateways",
+        "the forwarder takes no parameters, and the class refers to {} {}: no Gateway of the class is served; remove parametersRef, \
+         and set what there is to set by annotations forwarder.dev/... of each Gateway",
         parameters.kind, parameters.name
     );
     let object = ObjectRef::cluster(Kind::GatewayClass, name);

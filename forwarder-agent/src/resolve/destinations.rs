@@ -163,8 +163,8 @@ impl Resolver<'_> {
         };
         if object.spec.type_.as_deref() == Some("ExternalName") {
             let message = format!(
-                "Service {service} is of type ExternalName, which would reach names outside without their consent: \
-                 {consequence}; refer to a Service without selector and with EndpointSlices"
+                "Service {service} is of type ExternalName, which the Gateway API advises against and the forwarder does not resolve: \
+                 {consequence}; refer to a Service without selector, and write an EndpointSlice with the addresses"
             );
             return Err(Fault { field: ".name", reason: Reason::InvalidKind, message });
         }
@@ -173,8 +173,8 @@ impl Resolver<'_> {
     }
 
     fn report_dropped(&mut self, index: usize) {
-        let message = "TCP has nothing to tell rules apart: rule 0 takes every connection and this rule none; move \
-                       its backendRefs to rule 0, or to a route of another listener";
+        let message = "every connection goes by rule 0 and none by this rule, because TCP has nothing to choose a rule by; give this \
+                       rule a route and a listener of its own, or move its backendRefs to rule 0 to share the connections";
         let field = format!("spec.rules[{index}]");
         self.problems.push(Problem::warning(Reason::DroppedRule, self.object(), field, message));
     }

@@ -2,8 +2,10 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
+use std::sync::Arc;
 
-use crate::model::{BindAddress, Listener, ListenerKey, RouteTable};
+use crate::manifests::Manifests;
+use crate::model::{BindAddress, Listener, ListenerKey, ListenerParent, Listeners};
 use crate::problem::Reason;
 
 use super::{OwnSockets, ResolveSettings};
@@ -11,13 +13,14 @@ use super::{OwnSockets, ResolveSettings};
 /// What endpoints are held against.
 pub struct EndpointRules<'a> {
     settings: &'a ResolveSettings,
-    table: &'a RouteTable,
+    manifests: &'a Manifests,
+    listeners: &'a Listeners,
 }
 
 impl<'a> EndpointRules<'a> {
-    /// The rules where the listeners of `table` are in force.
-    pub fn new(settings: &'a ResolveSettings, table: &'a RouteTable) -> Self {
-        Self { settings, table }
+    /// The rules where these listeners are in force, made of `manifests`.
+    pub fn new(settings: &'a ResolveSettings, manifests: &'a Manifests, listeners: &'a Listeners) -> Self {
+        Self { settings, manifests, listeners }
     }
 
     /// Why an endpoint is not connected, if it is not: a reason, and the first half of a sentence.
@@ -28,6 +31,13 @@ impl<'a> EndpointRules<'a> {
         let OwnSockets { admin, .. } = &self.settings.own;
         if let Some(listener) = self.listener_at(endpoint) {
             let message = format!("{endpoint} leads back to listener {} of this forwarder", listener.name);
+            return Some((Reason::Loop, message));
+        }
+        if let Some(listener) = self.listener_elsewhere_at(endpoint) {
+            let message = format!(
+                "{endpoint} leads back to listener {} of this forwarder, on another node",
+                listener.name
+            );
             return Some((Reason::Loop, message));
         }
         let is_admin = |admin: &SocketAddr| {
@@ -43,11 +53,39 @@ impl<'a> EndpointRules<'a> {
 
     /// The listener that connections to `endpoint` would reach.
     fn listener_at(&self, endpoint: SocketAddr) -> Option<&'a Listener> {
-        let (ip, port) = (endpoint.ip().to_canonical(), NonZeroU16::new(endpoint.port())?);
-        let at = |address| self.table.listeners.get(&ListenerKey { address, port });
+        let ip = endpoint.ip().to_canonical();
+        self.listener(BindAddress::Ip(ip), endpoint)
+            .or_else(|| self.listener_of_any_address(endpoint).filter(|_| self.is_own(ip)))
+    }
+
+    /// The listener that they would reach at another node of this installation: its agents listen as this one does, and a Gateway's
+    /// status tells at which addresses.
+    fn listener_elsewhere_at(&self, endpoint: SocketAddr) -> Option<&'a Listener> {
+        let ip = endpoint.ip().to_canonical();
+        let is_there = |listener: &&Listener| {
+            let gateway = match &listener.name.parent {
+                ListenerParent::Gateway(name) => Some(name.clone()),
+                ListenerParent::ListenerSet(name) => {
+                    let set = self.manifests.listener_sets.get(name);
+                    set.and_then(|set| set.spec.parent_ref.gateway(&name.namespace))
+                }
+            };
+            let addresses = gateway.and_then(|gateway| self.manifests.gateway_addresses.get(&gateway));
+            addresses.is_some_and(|addresses| addresses.contains(&ip))
+        };
+        self.listener_of_any_address(endpoint).filter(is_there)
+    }
+
+    /// The listener at the endpoint's port that is bound to every address.
+    fn listener_of_any_address(&self, endpoint: SocketAddr) -> Option<&'a Listener> {
         let unspecified = [IpAddr::from([0; 4]), IpAddr::from([0; 16])].map(BindAddress::Ip);
-        let any = || unspecified.into_iter().chain([BindAddress::Any]).find_map(at);
-        at(BindAddress::Ip(ip)).or_else(|| any().filter(|_| self.is_own(ip)))
+        unspecified.into_iter().chain([BindAddress::Any]).find_map(|address| self.listener(address, endpoint))
+    }
+
+    /// The listener at the endpoint's port that is bound to `address`.
+    fn listener(&self, address: BindAddress, endpoint: SocketAddr) -> Option<&'a Listener> {
+        let port = NonZeroU16::new(endpoint.port())?;
+        self.listeners.get(&ListenerKey { address, port }).map(Arc::as_ref)
     }
 
     /// Whether a socket that is bound to `bound` takes connections to `ip`.

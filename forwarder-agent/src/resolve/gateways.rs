@@ -158,7 +158,8 @@ fn of_another_controller(
     settings: &ResolveSettings,
 ) -> Problem {
     let message = format!(
-        "GatewayClass {} is of controller {controller}, and this one is {} (--controller-name): the Gateway is not served here",
+        "the controllerName of GatewayClass {} is {controller}, and this forwarder serves {} only (--controller-name): the Gateway is \
+         not served; correct the controllerName if it is meant for this forwarder",
         gateway.spec.gateway_class_name, settings.controller_name
     );
     let object = ObjectRef::new(Kind::Gateway, name);
@@ -233,8 +234,8 @@ fn refusal(
     let parameters = gateway.spec.infrastructure.as_ref().and_then(|i| i.parameters_ref.as_ref());
     if let Some(parameters) = parameters {
         let message = format!(
-            "the Gateway refers to {} {}, but the forwarder has no such configuration: the Gateway is not served; \
-             remove parametersRef and use annotations",
+            "the forwarder takes no parameters, and the Gateway refers to {} {}: the Gateway is not served; remove parametersRef, and \
+             set what there is to set by annotations forwarder.dev/... of the Gateway",
             parameters.kind, parameters.name
         );
         let field = "spec.infrastructure.parametersRef";

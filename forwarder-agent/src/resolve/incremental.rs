@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::num::NonZeroU16;
 
 use crate::manifests::{Manifests, NamespacedName};
-use crate::model::BackendKey;
+use crate::model::{BackendKey, RouteTable};
 use crate::plan::Op;
 
 use super::endpoint_rules::EndpointRules;
@@ -23,15 +23,14 @@ pub fn update_endpoints(
     services: &BTreeSet<NamespacedName>,
 ) -> Vec<Op> {
     let mut ops = Vec::new();
-    // Sharing its listeners takes no time.
-    let table = resolved.table.clone();
-    let rules = EndpointRules::new(settings, &table);
+    let RouteTable { listeners, backends: in_force } = &mut resolved.table;
+    let rules = EndpointRules::new(settings, manifests, listeners);
     for service in services {
         let ports_of_service = BackendKey { service: service.clone(), port: NonZeroU16::MIN }..=BackendKey {
             service: service.clone(),
             port: NonZeroU16::MAX,
         };
-        for (backend, before) in resolved.table.backends.range_mut(ports_of_service) {
+        for (backend, before) in in_force.range_mut(ports_of_service) {
             let (endpoints, problems) = backends::endpoints(manifests, &rules, backend);
             if *before != endpoints {
                 before.clone_from(&endpoints);

@@ -87,8 +87,8 @@ fn judge_set<'a>(
     let own = &gateway.name.namespace;
     let refusal = gateway.allowed_listeners.refusal(own, &name.namespace, manifests, settings).map(|why| {
         let message = format!(
-            "Gateway {} does not take the ListenerSet ({why}): none of its listeners is served; change \
-             allowedListeners there, or refer to another Gateway",
+            "Gateway {} does not take the ListenerSet ({why}): no listener of the set is served; \
+             change spec.allowedListeners.namespaces of the Gateway, or refer to another Gateway",
             gateway.name
         );
         let object = ObjectRef::new(Kind::ListenerSet, name);

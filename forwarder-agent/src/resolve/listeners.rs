@@ -138,7 +138,7 @@ fn judge_listener<'a>(
     if let Some((port, refused)) = port.and_then(|port| Some((port, ports.refusing(port.get())?))) {
         let message = format!(
             "port {port} is refused by --listener-ports (!{refused}): the listener is not served; choose another port, \
-             or allow it there"
+             or have the agent's --listener-ports allow this one"
         );
         refusals.push((Reason::PortUnavailable, "port".to_owned(), message));
     }
@@ -150,8 +150,8 @@ fn judge_listener<'a>(
         refusals.push((Reason::Invalid, "name".to_owned(), message));
     }
     if spec.protocol == "TCP" && spec.tls.is_some() {
-        let message = "TLS is asked for on a TCP listener: it is not served, for connections would pass without \
-                       being decrypted; remove tls to forward the bytes as they are";
+        let message = "a TCP listener does not end TLS: it is not served, because clients would expect that it does; remove tls, and \
+                       bytes are forwarded as they are, encrypted where client and endpoint encrypt them";
         refusals.push((Reason::UnsupportedValue, "tls".to_owned(), message.to_owned()));
     }
     let namespaces = allowed_namespaces(spec).unwrap_or_else(|(field, message)| {

@@ -50,11 +50,12 @@ impl<'a> AllowedNamespaces<'a> {
         match self {
             Self::All => None,
             Self::Same if namespace == own => None,
-            Self::Same => Some(format!("only from namespace {own}")),
-            Self::None => Some("from no namespace".to_owned()),
+            Self::Same => Some(format!("it takes those of namespace {own} only")),
+            Self::None => Some("it takes none from any namespace".to_owned()),
             Self::Selector(selector) => {
                 let selected = selector::selects(selector, namespace, manifests, settings);
-                (!selected).then(|| format!("its selector does not match namespace {namespace}"))
+                (!selected)
+                    .then(|| format!("its selector does not match the labels of namespace {namespace}"))
             }
         }
     }

@@ -34,12 +34,12 @@ pub(super) fn build(
                     settings: listener.settings.clone(),
                     route: serving_route(listener, routes, destinations),
                 };
-                table.listeners.insert(ListenerKey { address, port }, entry);
+                table.listeners.insert(ListenerKey { address, port }, Arc::new(entry));
             }
         }
     }
     let mut problems = OrdMap::new();
-    let rules = EndpointRules::new(settings, &table);
+    let rules = EndpointRules::new(settings, manifests, &table.listeners);
     let with_endpoints = |key: &BackendKey| {
         let (endpoints, found) = backends::endpoints(manifests, &rules, key);
         if !found.is_empty() {

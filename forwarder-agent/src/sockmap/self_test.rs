@@ -21,8 +21,8 @@ use crate::datapath::segments::{Bare, BareKind, SegmentError, SegmentSocket};
 use crate::datapath::sockmap::Sockmap;
 use crate::promote::Leg;
 
-/// How long each part may take.
-const DEADLINE: Duration = Duration::from_secs(2);
+/// How long each part may take: it is over in some milliseconds, but a node that starts is busy, and a tier would be lost for that.
+const DEADLINE: Duration = Duration::from_secs(8);
 /// How often what no event tells of is looked for.
 const STEP: Duration = Duration::from_micros(200);
 /// How much goes to the slow reader, more than all buffers hold, and how much of it at once.

@@ -189,7 +189,9 @@ impl FileSource {
                     Reason::DuplicateObject,
                     entry.id.clone(),
                     "",
-                    format!("the object stands at {first} already, which counts: remove one"),
+                    format!(
+                        "there is an object of this name already at {first}: this one is ignored; remove it, or give it another name"
+                    ),
                 );
                 problem.location = Some(place.start());
                 merge.problems.push(problem);

@@ -91,7 +91,7 @@ async fn resume(path: PathBuf, file: &StateFile) -> (FileSource, bool) {
         Err(error) => {
             tracing::warn!(
                 %error,
-                "the kept state cannot be used: objects whose manifests have errors are not served"
+                "the kept state cannot be used: an object whose manifest has an error now is not served in its last good version"
             );
             (FileSource::new(path), true)
         }

@@ -58,7 +58,8 @@ pub(super) async fn accept(
                     tracing::warn!(
                         listener = %listener.key,
                         reason = %error,
-                        "accepting pauses: new connections wait in the backlog; raise the limit on open files"
+                        "no new connection can be accepted for a moment: clients wait; raise the forwarder's limit on open files (LimitNOFILE, \
+                         ulimit -n)"
                     );
                 }
                 tokio::select! {

@@ -470,8 +470,8 @@ fn the_first_of_two_counts() {
     fixture.write("b/a.yaml", service("s", "3"));
     fixture.check(expect![[r#"
         Service default/s at a.yaml:2
-        Error a.yaml:10: Service default/s: the object stands at a.yaml:2 already, which counts: remove one (DuplicateObject)
-        Error b/a.yaml:2: Service default/s: the object stands at a.yaml:2 already, which counts: remove one (DuplicateObject)
+        Error a.yaml:10: Service default/s: there is an object of this name already at a.yaml:2: this one is ignored; remove it, or give it another name (DuplicateObject)
+        Error b/a.yaml:2: Service default/s: there is an object of this name already at a.yaml:2: this one is ignored; remove it, or give it another name (DuplicateObject)
     "#]]);
     // The one that was in force stays so even if its file breaks, rather than the other taking over.
     fixture.write("a.yaml", "a: [");
@@ -479,7 +479,7 @@ fn the_first_of_two_counts() {
         Service default/s at a.yaml:2
         Warning a.yaml: a document is not recognised, so that nothing is taken away; the object read from it before stays in force (Malformed)
         Error a.yaml:1: the document is not YAML: unclosed bracket '[' (Malformed)
-        Error b/a.yaml:2: Service default/s: the object stands at a.yaml:2 already, which counts: remove one (DuplicateObject)
+        Error b/a.yaml:2: Service default/s: there is an object of this name already at a.yaml:2: this one is ignored; remove it, or give it another name (DuplicateObject)
     "#]]);
     let service = &fixture.source.load().manifests.services[&NamespacedName::new("default", "s")];
     assert_eq!(service.spec.ports[0].port, 1);

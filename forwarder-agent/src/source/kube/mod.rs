@@ -312,7 +312,10 @@ impl Follower {
                 self.loaded.send_replace(Arc::new(loaded));
             }
             Ok(None) => tracing::warn!("the Kubernetes API has not been read yet, and no state was kept"),
-            Err(error) => tracing::error!(%error, "the kept state cannot be used"),
+            Err(error) => tracing::error!(
+                %error,
+                "the kept state cannot be used: nothing is served until the Kubernetes API answers"
+            ),
         }
     }
 
@@ -417,7 +420,7 @@ impl Follower {
             // What was remembered is too old, which happens in every cluster: everything is listed again.
             Some(410) => tracing::debug!(%kind, error = failure.message, "a watch starts over"),
             _ => {
-                tracing::warn!(%kind, error = failure.message, "a watch of the Kubernetes API failed; trying again");
+                tracing::warn!(%kind, error = failure.message, "a watch of the Kubernetes API failed: what was read before stays in force; trying again");
             }
         }
     }

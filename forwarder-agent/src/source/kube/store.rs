@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::kinds::{GATEWAY_KINDS, Served, kind_of_crd, plural};
 use super::records::{Records, has_status};
 use super::reflector::{Item, Message, News, Scope, WatchFailure};
-use crate::manifests::{ApiRelease, Kind, ObjectRef};
+use crate::manifests::{ApiRelease, Kind, NamespacedName, ObjectRef};
 use crate::problem::{Problem, Reason, Severity};
 use crate::source::loaded::Loaded;
 use crate::source::manifest::Manifest;
@@ -173,6 +173,15 @@ impl Store {
 
     fn put(&mut self, kind: Kind, item: Item) {
         let Item { id, manifest, record } = item;
+        if kind == Kind::Gateway {
+            let name = NamespacedName::new(&*id.namespace, &*id.name);
+            let addresses = &mut self.loaded.manifests.gateway_addresses;
+            if record.addresses.is_empty() {
+                addresses.remove(&name);
+            } else if addresses.get(&name) != Some(&record.addresses) {
+                addresses.insert(name, Arc::clone(&record.addresses));
+            }
+        }
         if has_status(kind) {
             self.records.objects.insert(id.clone(), Arc::new(record));
         }
@@ -195,6 +204,10 @@ impl Store {
     }
 
     fn remove(&mut self, id: &ObjectRef) {
+        if id.kind == Kind::Gateway.as_str() {
+            let name = NamespacedName::new(&*id.namespace, &*id.name);
+            self.loaded.manifests.gateway_addresses.remove(&name);
+        }
         self.records.objects.remove(id);
         self.unreadable.remove(id);
         if let Some(manifest) = self.held.remove(id) {
