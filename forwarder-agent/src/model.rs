@@ -378,6 +378,12 @@ pub struct RouteTable {
 }
 
 impl RouteTable {
+    /// Takes from `other` what is equal there, so that both hold it once.
+    pub fn share(&mut self, other: &Self) {
+        share(&mut self.listeners, &other.listeners);
+        share(&mut self.backends, &other.backends);
+    }
+
     /// The backends that the listeners' routes refer to.
     pub fn needed_backends(&self) -> BTreeSet<&BackendKey> {
         let routes = self.listeners.values().filter_map(|listener| listener.route.as_ref());
@@ -386,9 +392,32 @@ impl RouteTable {
     }
 }
 
+fn share<K: Ord, V: Clone + PartialEq>(ours: &mut BTreeMap<K, V>, theirs: &BTreeMap<K, V>) {
+    for (key, value) in ours {
+        if let Some(same) = theirs.get(key).filter(|other| *other == value) {
+            value.clone_from(same);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn equal_entries_of_two_tables_are_held_once() {
+        let backend = |name| BackendKey { service: NamespacedName::new("db", name), port: NonZeroU16::MIN };
+        let table = |last: u16| {
+            let endpoints = |port| Arc::from([SocketAddr::from(([192, 0, 2, 1], port))]);
+            let backends = [(backend("same"), endpoints(1)), (backend("other"), endpoints(last))];
+            RouteTable { backends: backends.into(), ..RouteTable::default() }
+        };
+        let (before, mut after) = (table(2), table(3));
+        after.share(&before);
+        assert_eq!(after, table(3));
+        let is_shared = |name| Arc::ptr_eq(&before.backends[&backend(name)], &after.backends[&backend(name)]);
+        assert!(is_shared("same") && !is_shared("other"));
+    }
 
     #[test]
     fn names_tell_listeners_of_gateways_and_listener_sets_apart() {

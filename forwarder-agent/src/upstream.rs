@@ -35,7 +35,7 @@ pub struct Upstream {
     /// Which Service port.
     pub key: BackendKey,
     /// The endpoints that take new connections.
-    pub endpoints: ArcSwap<Vec<SocketAddr>>,
+    pub endpoints: ArcSwap<Endpoints>,
     /// What was counted.
     pub counters: PerWorker<BackendCounters>,
     turn: AtomicUsize,
@@ -48,7 +48,7 @@ impl Upstream {
     pub fn new(key: BackendKey, endpoints: &Endpoints, workers: usize) -> Self {
         Self {
             key,
-            endpoints: ArcSwap::from_pointee(endpoints.to_vec()),
+            endpoints: ArcSwap::from_pointee(Arc::clone(endpoints)),
             counters: PerWorker::new(workers),
             turn: AtomicUsize::new(0),
             is_down: AtomicBool::new(false),
@@ -57,7 +57,7 @@ impl Upstream {
 
     /// Replaces the endpoints; what becomes of connections to former ones, their listeners decide.
     pub fn set_endpoints(&self, endpoints: &Endpoints) {
-        self.endpoints.store(Arc::new(endpoints.to_vec()));
+        self.endpoints.store(Arc::new(Arc::clone(endpoints)));
     }
 
     /// Notes that an endpoint was connected; logs it where none could be before.

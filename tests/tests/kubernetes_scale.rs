@@ -26,7 +26,7 @@ const ARGUMENTS: [&str; 2] = ["--workers", "1"];
 const SERVICES: &str = "/api/v1/namespaces/default/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
 /// No agent of this size may need more, in KiB.
-const LIMIT: u64 = 300 << 10;
+const LIMIT: u64 = 200 << 10;
 
 /// How large the cluster is.
 #[derive(Clone, Copy)]

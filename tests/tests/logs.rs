@@ -82,7 +82,7 @@ fn what_changes_is_told() {
         1,
     );
     manifests.remove("route-a").expect("it is there");
-    fixture.wait_lines(&["WARN", "has lost its route", "default/gw/a", "default/a"], 1);
+    fixture.wait_lines(&["WARN", "no TCPRoute serves the listener any more", "default/gw/a", "default/a"], 1);
     fixture.wait_lines(&["WARN", "NoRoute"], 1);
     manifests.route("a", &[BackendRef { service: "a", weight: 1 }]).expect("a route");
     fixture.wait_lines(&["INFO", "has got a route", "default/gw/a"], 1);

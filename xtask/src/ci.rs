@@ -44,7 +44,7 @@ const STEPS: [Step; 10] = [
         perform: || cargo(&["doc", "--workspace", "--exclude", "forwarder-ebpf", "--no-deps"]),
     },
     Step { name: "test", repeat: "cargo xtask test", perform: || test::test(None, &[]) },
-    Step { name: "vm", repeat: "cargo xtask vm -- probe", perform: vm::short },
+    Step { name: "vm", repeat: "cargo xtask vm", perform: vm::short },
 ];
 
 /// Performs every step until one fails.

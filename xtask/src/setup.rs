@@ -66,12 +66,18 @@ struct Part {
     install: fn() -> Result<()>,
 }
 
-static FOR_RUN: [Part; 2] = [
+static FOR_RUN: [Part; 3] = [
     Part {
         name: "eBPF toolchain",
         weight: Weight::Required,
         find: find_toolchain,
         install: install_toolchain,
+    },
+    Part {
+        name: "programs to build with",
+        weight: Weight::Required,
+        find: || find_programs(&BUILD_PROGRAMS),
+        install: || install_programs(&BUILD_PROGRAMS),
     },
     Part { name: "bpffs", weight: Weight::Advised, find: find_bpffs, install: mount_bpffs },
 ];
@@ -159,6 +165,9 @@ const TEST_PROGRAMS: [(&str, &str); 15] = [
     ("socat", "socat"),
     ("tcpdump", "tcpdump"),
 ];
+
+/// What the build scripts of the agent's libraries run.
+const BUILD_PROGRAMS: [(&str, &str); 2] = [("cc", "gcc"), ("make", "make")];
 
 /// The same for the benchmarks.
 const BENCH_PROGRAMS: [(&str, &str); 7] = [

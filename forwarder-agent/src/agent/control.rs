@@ -152,7 +152,12 @@ impl Control {
         let (resolver, input) = (self.resolver.clone(), Arc::clone(&loaded));
         // Thousands of routes take a while: health checks are answered meanwhile.
         match panics::survived(move || resolver.resolve(&input)).await {
-            Ok(resolution) => self.in_force = Some((loaded, resolution)),
+            Ok(mut resolution) => {
+                if let Some((_, before)) = &self.in_force {
+                    resolution.resolved.table.share(&before.resolved.table);
+                }
+                self.in_force = Some((loaded, resolution));
+            }
             Err(error) => {
                 tracing::error!(
                     %error,

@@ -216,6 +216,7 @@ impl Maps {
             absent(layout::BACKENDS, removed, || describe(slot))?;
             known.pop();
         }
+        known.reserve_exact(backends.len() - known.len());
         for (index, backend) in backends.into_iter().enumerate() {
             if known.get(index) == Some(&backend) {
                 continue;

@@ -367,12 +367,23 @@ impl Writer {
         let delay = RETRY.0.saturating_mul(1 << progress.failures.min(6)).min(RETRY.1);
         progress.failures += 1;
         progress.not_before = Some(Instant::now() + delay);
-        tracing::warn!(
-            object = %id,
-            error = one_line(&error),
-            delay = %humantime::format_duration(delay),
-            "cannot write the status; trying again"
-        );
+        let (error, delay_text) = (one_line(&error), humantime::format_duration(delay));
+        if is_status {
+            tracing::warn!(
+                object = %id,
+                error,
+                delay = %delay_text,
+                "cannot write the status, which may be out of date meanwhile; traffic is not affected; trying again"
+            );
+        } else {
+            tracing::warn!(
+                object = %id,
+                error,
+                delay = %delay_text,
+                "cannot write the finalizer that keeps the class while Gateways use it; statuses and traffic are not affected; agents \
+                 need to patch the class (`gatewayClass.otherNames` of the chart); trying again"
+            );
+        }
         progress.not_before
     }
 }

@@ -10,8 +10,15 @@ use crate::workspace;
 
 /// The word for `forwarder probe`, which loads every eBPF program into the kernel.
 const PROBE: &str = "probe";
-/// What runs unless something is named: programs load, bytes arrive, and each tier's hard cases.
-const SHORT: [&str; 5] = [PROBE, "shapes::conversations_of_every_shape", "survival", "removal", "mtu"];
+/// What runs unless something is named, in some four minutes for each kernel: programs load, bytes arrive, an agent that was killed has a
+/// successor, pairs end with what they relied on, and large packets are answered.
+const SHORT: [&str; 5] = [
+    PROBE,
+    "shapes::conversations_of_every_shape",
+    "survival::a_new_agent_takes_over",
+    "removal::pairs_of_a_former_agent",
+    "mtu::what_a_router_says",
+];
 
 /// One thing to run in the guest.
 #[derive(Clone, Debug, Eq, PartialEq)]

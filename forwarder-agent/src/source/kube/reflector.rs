@@ -18,7 +18,7 @@ use super::kinds;
 use super::object::Received;
 use super::records::Record;
 use crate::error::one_line;
-use crate::manifests::{Kind, Metadata, Namespace, ObjectRef};
+use crate::manifests::{Kind, Metadata, Namespace, ObjectRef, SERVICE_NAME_LABEL};
 use crate::source::manifest::Manifest;
 
 /// How many objects one answer holds. A page is held as a whole while it is decoded, and a slice has up to 1,000
@@ -291,10 +291,7 @@ fn slim(mut manifest: Manifest) -> Manifest {
         Manifest::TcpRoute(object) => Arc::get_mut(object).map(|object| &mut object.metadata),
         Manifest::ReferenceGrant(object) => Arc::get_mut(object).map(|object| &mut object.metadata),
         Manifest::Service(object) => Arc::get_mut(object).map(|object| &mut object.metadata),
-        Manifest::EndpointSlice(object) => Arc::get_mut(object).map(|object| {
-            object.metadata.labels.retain(|key, _| key == crate::manifests::SERVICE_NAME_LABEL);
-            &mut object.metadata
-        }),
+        Manifest::EndpointSlice(object) => Arc::get_mut(object).map(|object| &mut object.metadata),
         Manifest::GatewayClass(_)
         | Manifest::Gateway(_)
         | Manifest::ListenerSet(_)
@@ -302,6 +299,7 @@ fn slim(mut manifest: Manifest) -> Manifest {
     };
     if let Some(metadata) = metadata {
         metadata.annotations.clear();
+        metadata.labels.retain(|key, _| key == SERVICE_NAME_LABEL);
     }
     manifest
 }
