@@ -49,8 +49,6 @@ pub(crate) struct Connection {
     listener: Arc<BoundListener>,
     serving: Arc<Serving>,
     downstream: SocketAddr,
-    /// The node's address towards the endpoint; short connections are spared the system call.
-    upstream_local: Cell<Option<SocketAddr>>,
     /// Bytes passed on from the client, and from the endpoint.
     received: Cell<u64>,
     sent: Cell<u64>,
@@ -96,6 +94,11 @@ impl Connection {
             serving: Arc::clone(&serving),
             downstream,
             upstream: None,
+            upstream_local: None,
+            tier: match serving.listener.settings.datapath {
+                Datapath::Auto | Datapath::Splice | Datapath::Tc | Datapath::Sockmap => Tier::Splice,
+                Datapath::Copy => Tier::Copy,
+            },
             stray: None,
             standing: Standing::default(),
             slot: worker,
@@ -109,7 +112,6 @@ impl Connection {
             listener,
             serving,
             downstream,
-            upstream_local: Cell::new(None),
             received: Cell::new(0),
             sent: Cell::new(0),
             active: Cell::new(sweep),
@@ -286,6 +288,10 @@ async fn forward(
     connection.keepalive_from.set(Some(worker.sweep().wrapping_add(KEEPALIVE_AFTER_SWEEPS)));
     if let Some(record) = connection.record.borrow_mut().as_mut() {
         record.upstream = Some((backend, endpoint));
+        // Short connections are spared the system call where nobody reads of it.
+        if tracing::enabled!(target: "access", tracing::Level::DEBUG) {
+            record.upstream_local = upstream.local_addr().ok();
+        }
     }
     let end = carry(worker, downstream, &upstream, settings.datapath, connection).await;
     if end == Some(End::Finished) {

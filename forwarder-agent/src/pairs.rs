@@ -19,6 +19,7 @@ use crate::datapath::segments::SegmentSocket;
 use crate::listener::BoundListener;
 use crate::lock::lock;
 use crate::record::Record;
+use crate::relay::Tier;
 use crate::removal::{self, Standing};
 
 mod ending;
@@ -393,7 +394,7 @@ impl Pairs {
     fn inherit(&self, pair: &JoinedPair, state: &Pair, listener: Arc<BoundListener>) -> Record {
         let (client, _) = pair.downstream();
         let serving = listener.serving.load_full();
-        let (endpoint, _) = pair.upstream();
+        let (endpoint, local) = pair.upstream();
         let leads_there =
             |upstream: &&Arc<crate::upstream::Upstream>| upstream.endpoints.load().contains(&endpoint);
         let upstream = serving.upstreams.iter().flatten().find(leads_there).cloned();
@@ -414,6 +415,8 @@ impl Pairs {
             serving,
             downstream: client,
             upstream: upstream.map(|upstream| (upstream, endpoint)),
+            upstream_local: Some(local),
+            tier: Tier::Tc,
             slot: self.settings.slot,
             opened: Instant::now().checked_sub(age).unwrap_or_else(Instant::now),
             received: state.request.bytes,

@@ -23,6 +23,10 @@ pub(crate) struct Record {
     pub(crate) downstream: SocketAddr,
     /// The backend and the endpoint, once connected.
     pub(crate) upstream: Option<(Arc<Upstream>, SocketAddr)>,
+    /// The node's address towards the endpoint, by which the endpoint knows the connection; `None` while nobody has asked for it.
+    pub(crate) upstream_local: Option<SocketAddr>,
+    /// The tier that it has come to.
+    pub(crate) tier: Tier,
     /// The endpoint of a pair of a former agent that no backend leads to.
     pub(crate) stray: Option<SocketAddr>,
     /// How it stands with what was removed of its listener.
@@ -97,8 +101,8 @@ impl Record {
             backend: upstream.map(|(upstream, _)| upstream.key.to_string()),
             downstream: canonical(self.downstream),
             upstream: upstream.map(|(_, endpoint)| *endpoint),
-            upstream_local: None,
-            tier: Tier::Splice,
+            upstream_local: self.upstream_local.map(canonical),
+            tier: self.tier,
             state: ConnectionState::Open,
             received_bytes: self.received,
             sent_bytes: self.sent,
@@ -133,7 +137,10 @@ impl Drop for Record {
             route = self.serving.listener.route.as_ref().map(|route| tracing::field::display(&route.name)),
             backend = upstream.map(|(upstream, _)| tracing::field::display(&upstream.key)),
             endpoint = upstream.map(|(_, endpoint)| tracing::field::display(endpoint)),
-            downstream.addr = %self.downstream,
+            // By which the endpoint knows the connection.
+            upstream.local = self.upstream_local.map(canonical).map(tracing::field::display),
+            downstream.addr = %canonical(self.downstream),
+            tier = self.tier.as_str(),
             bytes_rx = self.received,
             bytes_tx = self.sent,
             duration_ms = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX),

@@ -32,8 +32,8 @@ pub fn init(filter: &str, format: LogFormat) -> Result<(), FilterError> {
     let parse = |text: &str| {
         EnvFilter::builder().parse(text).map_err(|source| FilterError { filter: filter.to_owned(), source })
     };
-    // The file watcher traces every event in the watched folder and its parent: a log file there would feed itself.
-    let filter = parse(&format!("notify=warn,{filter}"))?;
+    parse(filter)?;
+    let filter = parse(&of_the_agent(filter))?;
     // Where standard error is a pipe that nobody reads any more, to complain there would panic.
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -44,4 +44,35 @@ pub fn init(filter: &str, format: LogFormat) -> Result<(), FilterError> {
         LogFormat::Json => builder.json().flatten_event(true).init(),
     }
     Ok(())
+}
+
+/// The filter with a level alone, such as `debug`, read as that of the agent: libraries say below `info` what only their authors
+/// understand, hundreds of lines at each start, unless they are named. The file watcher traces every event in the watched folder and its
+/// parent: a log file there would feed itself.
+fn of_the_agent(filter: &str) -> String {
+    let read = |directive: &str| match directive.trim() {
+        level if ["debug", "trace"].iter().any(|it| level.eq_ignore_ascii_case(it)) => {
+            // The agent, and the programs' own log.
+            format!("info,forwarder={level},access={level}")
+        }
+        directive => directive.to_owned(),
+    };
+    let directives: Vec<String> = filter.split(',').map(read).collect();
+    format!("notify=warn,{}", directives.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_alone_is_the_agents() {
+        assert_eq!(of_the_agent("debug"), "notify=warn,info,forwarder=debug,access=debug");
+        assert_eq!(of_the_agent("info,access=debug"), "notify=warn,info,access=debug");
+        assert_eq!(
+            of_the_agent("TRACE,aya_obj=debug"),
+            "notify=warn,info,forwarder=TRACE,access=TRACE,aya_obj=debug"
+        );
+        assert!(EnvFilter::builder().parse(of_the_agent("TRACE,aya_obj=debug")).is_ok());
+    }
 }

@@ -65,6 +65,17 @@ impl Cluster {
         Ok(Self { server, api, topology, kubeconfig, states: TempDir::with_prefix("forwarder-states-")? })
     }
 
+    /// Lets agents keep a class of this name while Gateways use it, as `gatewayClass.otherNames` of the chart does.
+    pub fn permit_class(&self, name: &str) -> Result<()> {
+        let rules = json!([{
+            "apiGroups": ["gateway.networking.k8s.io"],
+            "resources": ["gatewayclasses"],
+            "resourceNames": [name],
+            "verbs": ["patch"],
+        }]);
+        self.api.grant(&format!("system:serviceaccount:{NAMESPACE}:forwarder"), &rules)
+    }
+
     /// The first node, `a`: the one that clients reach at [`Topology::node_address`].
     pub fn node(&self) -> Node {
         self.node_at("a", &self.topology.node, self.topology.node_address(0).ip())

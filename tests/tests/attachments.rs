@@ -178,7 +178,8 @@ fn remove(forwarding: &Forwarding, interface: &str, sides: &[&str]) {
 fn wait_restored(agent: &Agent, count: i64) {
     wait_until("the programs hang there again", LONG, || agent.metric(RESTORED) == count);
     let log = agent.log();
-    let told = log.lines().filter(|line| line.contains("WARN") && line.contains("somebody had removed"));
+    let told =
+        log.lines().filter(|line| line.contains("WARN") && line.contains("another program had removed"));
     assert_eq!(i64::try_from(told.count()).ok(), Some(count), "{log}");
 }
 

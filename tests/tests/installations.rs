@@ -24,6 +24,7 @@ impl Two {
         cluster.create_basics("apps").expect("a class and a namespace");
         let other = json!({ "controllerName": OTHER });
         cluster.create_object(&class("other"), &other).expect("a class");
+        cluster.permit_class("other").expect("a permission");
         let [a, b, _] = cluster.nodes();
         let ours = cluster.start_agent(&a, &[]);
         let theirs = cluster.start_agent(&b.of_instance("other"), &["--controller-name", OTHER]);

@@ -1,5 +1,7 @@
 //! What an operator reads at night: the log says what changed, once, and when it is well again; readiness says what is not served.
 
+use std::io::Write;
+use std::net::TcpStream;
 use std::time::Duration;
 
 use forwarder_tests::client::{self, End};
@@ -8,6 +10,8 @@ use forwarder_tests::peer::{self, Server};
 use forwarder_tests::{Agent, AgentCommand, BackendRef, Manifests, Topology, require_root, wait_until};
 
 const WAIT: Duration = Duration::from_secs(10);
+/// A level alone.
+const LOG: &str = "debug";
 
 /// An agent, what it reads, and its network.
 struct Fixture {
@@ -22,8 +26,8 @@ impl Fixture {
         let topology = Topology::new().expect("a network");
         let endpoint = topology.backend1_address(ENDPOINT_PORT);
         let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).expect("manifests");
-        let agent =
-            Agent::start(&topology.node, &manifests.path(), &["--datapath", "splice"]).expect("an agent");
+        let agent = Agent::start(&topology.node, &manifests.path(), &["--datapath", "splice", "--log", LOG])
+            .expect("an agent");
         Self { agent, manifests, topology }
     }
 
@@ -132,4 +136,24 @@ fn an_agent_that_serves_nothing_of_what_it_should_is_not_ready() {
     drop(agent);
     let agent = command.spawn(&topology.node, &manifests.beside("nothing-here")).expect("an agent");
     unready(&agent, "nothing is served: ");
+}
+
+/// What an endpoint knows of a connection leads to its client, and what libraries say to their authors hides nothing.
+#[test]
+fn the_address_that_an_endpoint_sees_leads_to_the_client() {
+    if !require_root() {
+        return;
+    }
+    let fixture = Fixture::start();
+    let Fixture { agent, topology, .. } = &fixture;
+    let tell_peer = |mut stream: &TcpStream| {
+        writeln!(stream, "{}", stream.peer_addr()?)?;
+        peer::echo(stream)
+    };
+    let endpoint = topology.backend1_address(ENDPOINT_PORT);
+    let _server = Server::start(&topology.backend1, endpoint, tell_peer).expect("a server");
+    let seen = client::identity(&topology.client, topology.node_address(LISTENER_PORT)).expect("an answer");
+    let (seen, client) = (format!("upstream.local={seen}"), "downstream.addr=10.");
+    fixture.wait_lines(&["connection ended", &seen, client, "tier=\"splice\"", "end=\"finished\""], 1);
+    assert!(!agent.log().contains(" aya_obj::"), "{}", agent.log());
 }

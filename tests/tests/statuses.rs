@@ -19,8 +19,6 @@ use serde_json::{Value, json};
 const RESTORED: Duration = Duration::from_secs(8);
 /// How long others write as fast as they can.
 const STORM: Duration = Duration::from_secs(5);
-/// The agent's name in the cluster.
-const AGENT: &str = "system:serviceaccount:forwarder-system:forwarder";
 /// A time that was long ago.
 const LONG_AGO: &str = "2020-01-01T00:00:00Z";
 
@@ -267,14 +265,7 @@ fn statuses_follow_the_spec(one: &One) {
 fn a_class_goes_after_its_last_gateway(one: &One) {
     const FINALIZER: &str = "gateway-exists-finalizer.gateway.networking.k8s.io";
     let of_class = class("brief");
-    // As `gatewayClass.otherNames` of the chart does.
-    let rule = json!([{
-        "apiGroups": ["gateway.networking.k8s.io"],
-        "resources": ["gatewayclasses"],
-        "resourceNames": ["brief"],
-        "verbs": ["patch"],
-    }]);
-    one.cluster.api.grant(AGENT, &rule).expect("a permission");
+    one.cluster.permit_class("brief").expect("a permission");
     one.create(&of_class, &json!({ "controllerName": CONTROLLER }));
     one.wait(&of_class, is_current);
     let paths = ["first", "last"].map(|name| gateway("apps", name));

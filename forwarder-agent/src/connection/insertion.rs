@@ -12,6 +12,7 @@ use super::promotion::Attempt;
 use super::relaying::{Relay, set_keepalive};
 use crate::failpoint;
 use crate::promote::Refusal;
+use crate::relay::Tier;
 use crate::sockmap::SockmapPairs;
 use crate::worker::Worker;
 
@@ -63,8 +64,10 @@ pub(super) async fn attempt(
         downstream.addr = %connection.downstream,
         "joined by a sockmap"
     );
-    if let Some(record) = connection.hand_over() {
-        pairs.add(pair, record, upstream.local_addr().ok());
+    if let Some(mut record) = connection.hand_over() {
+        record.upstream_local = upstream.local_addr().ok();
+        record.tier = Tier::Sockmap;
+        pairs.add(pair, record);
     }
     failpoint::reached("insert.handed_over").await;
     Attempt::HandedOver

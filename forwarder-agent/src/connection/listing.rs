@@ -7,9 +7,7 @@ use std::time::Duration;
 
 use super::Connection;
 use crate::counters::End;
-use crate::model::Datapath;
 use crate::record::Record;
-use crate::relay::Tier;
 use crate::view::{ConnectionState, ConnectionView};
 
 impl Connection {
@@ -19,11 +17,6 @@ impl Connection {
         let record = record.as_ref()?;
         let idle = period * sweep.wrapping_sub(self.active.get());
         Some(ConnectionView {
-            upstream_local: self.upstream_local.get().map(canonical),
-            tier: match self.serving.listener.settings.datapath {
-                Datapath::Auto | Datapath::Splice | Datapath::Tc | Datapath::Sockmap => Tier::Splice,
-                Datapath::Copy => Tier::Copy,
-            },
             state: self.state(record),
             idle_ms: milliseconds(idle.min(record.opened.elapsed())),
             reason: self.refusal.get().map(|refusal| refusal.as_str().to_owned()),

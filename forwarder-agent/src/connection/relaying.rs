@@ -83,7 +83,9 @@ impl Relay {
             return Poll::Ready(End::UpstreamReset);
         }
         if orders.keep_alive {
-            connection.upstream_local.set(upstream.local_addr().ok());
+            if let Some(record) = connection.record.borrow_mut().as_mut() {
+                record.upstream_local = upstream.local_addr().ok();
+            }
             set_keepalive(upstream, worker);
         }
         if orders.promote {

@@ -21,7 +21,7 @@ use crate::failpoint;
 use crate::pairs::{Asked, Promoter};
 use crate::promote::clock::Clock;
 use crate::promote::{Leg, Refusal, leg};
-use crate::relay::Direction;
+use crate::relay::{Direction, Tier};
 use crate::worker::Worker;
 
 /// How often it is looked whether the sockets of a joined pair have delivered what they had: at first, and after a while.
@@ -287,7 +287,8 @@ async fn deliver_tail(worker: &Worker, mut joined: Joined<'_>, relay: &mut Relay
             tail_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
             "promoted"
         );
-        if let (Some(pair), Some(record)) = (joined.pair.take(), connection.hand_over()) {
+        if let (Some(pair), Some(mut record)) = (joined.pair.take(), connection.hand_over()) {
+            record.tier = Tier::Tc;
             promoter.pairs.add(&pair, Some(record));
         }
         failpoint::reached("splice.handed_over").await;

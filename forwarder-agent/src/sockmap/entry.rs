@@ -1,6 +1,5 @@
 //! A pair as the thread sees it that looks after it: its record, its time-outs, and whether its bytes arrive.
 
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
@@ -30,7 +29,6 @@ const LOOKS: u32 = 16;
 pub(super) struct Entry {
     pub(super) pair: SockPair,
     pub(super) record: Record,
-    pub(super) upstream_local: Option<SocketAddr>,
     /// What each socket is watched for.
     pub(super) watched: [EventFlags; 2],
     /// How many redirected bytes of each direction have been counted.
@@ -61,12 +59,11 @@ struct Asked {
 
 impl Entry {
     /// A pair that has just been joined.
-    pub(super) fn new(pair: SockPair, record: Record, upstream_local: Option<SocketAddr>) -> Self {
+    pub(super) fn new(pair: SockPair, record: Record) -> Self {
         let now = Instant::now();
         Self {
             pair,
             record,
-            upstream_local,
             watched: [EventFlags::empty(); 2],
             counted: [0; 2],
             active: now,

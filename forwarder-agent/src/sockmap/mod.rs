@@ -13,7 +13,6 @@ mod view;
 
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -161,10 +160,10 @@ impl SockmapPairs {
     }
 
     /// Looks after a joined pair from now on.
-    pub(crate) fn add(&self, pair: SockPair, mut record: Record, upstream_local: Option<SocketAddr>) {
+    pub(crate) fn add(&self, pair: SockPair, mut record: Record) {
         // Only one thread may add to one counter.
         record.slot = self.settings.slot;
-        let entry = Entry::new(pair, record, upstream_local);
+        let entry = Entry::new(pair, record);
         self.count.fetch_add(1, Ordering::Relaxed);
         lock(&self.incoming).push(entry);
         self.wake();

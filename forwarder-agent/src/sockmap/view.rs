@@ -3,7 +3,6 @@
 use super::{Entry, SockmapPairs};
 use crate::connection::listing::milliseconds;
 use crate::counters::End;
-use crate::relay::Tier;
 use crate::view::{ConnectionState, ConnectionView, Selector};
 
 impl SockmapPairs {
@@ -43,8 +42,6 @@ fn view(entry: &Entry) -> ConnectionView {
         [0, 1].map(|side| redirected[side].saturating_sub(entry.counted[side]));
     let view = entry.record.view();
     ConnectionView {
-        upstream_local: entry.upstream_local,
-        tier: Tier::Sockmap,
         state: if entry.pair.is_half_closed() {
             ConnectionState::HalfClosed
         } else {

@@ -16,8 +16,8 @@ use anyhow::{Context, Result, bail};
 use super::programs::Program;
 use crate::workspace;
 
-/// The tests that load every processor, the longest first.
-const HEAVY: [&str; 10] = [
+/// The tests that load every processor, the longest first, and those that measure beside another forwarder.
+const HEAVY: [&str; 11] = [
     "shapes",
     "steps",
     "kubernetes_scale",
@@ -27,6 +27,7 @@ const HEAVY: [&str; 10] = [
     "unread",
     "scale",
     "crowd",
+    "peers",
     "pairs",
 ];
 
