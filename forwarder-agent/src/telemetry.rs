@@ -32,7 +32,6 @@ pub fn init(filter: &str, format: LogFormat) -> Result<(), FilterError> {
     let parse = |text: &str| {
         EnvFilter::builder().parse(text).map_err(|source| FilterError { filter: filter.to_owned(), source })
     };
-    parse(filter)?;
     let filter = parse(&of_the_agent(filter))?;
     // Where standard error is a pipe that nobody reads any more, to complain there would panic.
     let builder = tracing_subscriber::fmt()

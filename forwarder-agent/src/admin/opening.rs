@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, UnixListener};
 use super::By;
 use super::socket::{self, SocketError, SocketFile};
 use crate::error::one_line;
+use crate::lock::lock;
 use crate::settings::{AdminSettings, GroupName};
 
 /// How long to wait between two attempts.
@@ -48,12 +49,12 @@ impl AdminHealth {
 
     /// Each way that is wanted, and whether it is open.
     pub fn ways(&self) -> impl Iterator<Item = (By, bool)> {
-        let ways = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let ways = *lock(&self.0);
         [By::Tcp, By::Socket].into_iter().zip(ways).filter_map(|(by, is_up)| Some((by, is_up?)))
     }
 
     fn set_up(&self, by: By) {
-        let mut ways = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ways = lock(&self.0);
         if let Some(way) = ways.get_mut(by as usize) {
             *way = Some(true);
         }

@@ -115,6 +115,11 @@ impl ObjectRef {
         Self { kind: kind.as_str().to_owned(), namespace: name.namespace.clone(), name: name.name.clone() }
     }
 
+    /// The name of a namespaced object.
+    pub fn namespaced_name(&self) -> NamespacedName {
+        NamespacedName::new(&self.namespace, &self.name)
+    }
+
     /// A reference to a cluster-scoped object.
     pub fn cluster(kind: Kind, name: impl Into<String>) -> Self {
         Self { kind: kind.as_str().to_owned(), namespace: String::new(), name: name.into() }

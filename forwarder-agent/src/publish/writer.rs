@@ -24,7 +24,7 @@ use super::events::Events;
 use super::patch::{KINDS, Parent, Wanted, Warning, finalizer_patch, patch};
 use super::{FIELD_MANAGER, Identity, Outcome, PublishHealth, WriteResult, reports};
 use crate::error::one_line;
-use crate::manifests::{ApiRelease, Kind, Manifests, NamespacedName, ObjectRef};
+use crate::manifests::{ApiRelease, Kind, Manifests, ObjectRef};
 use crate::source::kube::{Record, Records, Served};
 use crate::status::nodes::{Node, apply_nodes};
 use crate::status::{Condition, Statuses};
@@ -367,23 +367,18 @@ impl Writer {
         let delay = RETRY.0.saturating_mul(1 << progress.failures.min(6)).min(RETRY.1);
         progress.failures += 1;
         progress.not_before = Some(Instant::now() + delay);
-        let (error, delay_text) = (one_line(&error), humantime::format_duration(delay));
-        if is_status {
-            tracing::warn!(
-                object = %id,
-                error,
-                delay = %delay_text,
-                "cannot write the status, which may be out of date meanwhile; traffic is not affected; trying again"
-            );
+        let consequence = if is_status {
+            "cannot write the status, which may be out of date meanwhile; traffic is not affected"
         } else {
-            tracing::warn!(
-                object = %id,
-                error,
-                delay = %delay_text,
-                "cannot write the finalizer that keeps the class while Gateways use it; statuses and traffic are not affected; agents \
-                 need to patch the class (`gatewayClass.otherNames` of the chart); trying again"
-            );
-        }
+            "cannot write the finalizer that keeps the class while Gateways use it; statuses and traffic are not affected; agents need \
+             to patch the class (`gatewayClass.otherNames` of the chart)"
+        };
+        tracing::warn!(
+            object = %id,
+            error = one_line(&error),
+            delay = %humantime::format_duration(delay),
+            "{consequence}; trying again"
+        );
         progress.not_before
     }
 }
@@ -406,7 +401,7 @@ fn wanted<'a>(
     manifests: &'a Manifests,
     parents: &'a mut Vec<Parent<'a>>,
 ) -> Option<Wanted<'a>> {
-    let name = NamespacedName::new(&id.namespace, &id.name);
+    let name = id.namespaced_name();
     let is_current = |conditions: &[Condition]| {
         conditions.iter().all(|condition| condition.observed_generation == record.generation)
     };

@@ -92,22 +92,22 @@ impl Manifests {
                 self.gateway_classes.insert(id.name.clone(), Arc::clone(object));
             }
             Manifest::Gateway(object) => {
-                self.gateways.insert(name(id), Arc::clone(object));
+                self.gateways.insert(id.namespaced_name(), Arc::clone(object));
             }
             Manifest::ListenerSet(object) => {
-                self.listener_sets.insert(name(id), Arc::clone(object));
+                self.listener_sets.insert(id.namespaced_name(), Arc::clone(object));
             }
             Manifest::TcpRoute(object) => {
-                self.tcp_routes.insert(name(id), Arc::clone(object));
+                self.tcp_routes.insert(id.namespaced_name(), Arc::clone(object));
             }
             Manifest::ReferenceGrant(object) => {
-                self.reference_grants.insert(name(id), Arc::clone(object));
+                self.reference_grants.insert(id.namespaced_name(), Arc::clone(object));
             }
             Manifest::Namespace(object) => {
                 self.namespaces.insert(id.name.clone(), Arc::clone(object));
             }
             Manifest::Service(object) => {
-                self.services.insert(name(id), Arc::clone(object));
+                self.services.insert(id.namespaced_name(), Arc::clone(object));
             }
             Manifest::EndpointSlice(object) => {
                 // One without the label has a warning that says that it is ignored.
@@ -123,12 +123,12 @@ impl Manifests {
     pub(super) fn take(&mut self, id: &ObjectRef, manifest: &Manifest) {
         match manifest {
             Manifest::GatewayClass(_) => drop(self.gateway_classes.remove(&id.name)),
-            Manifest::Gateway(_) => drop(self.gateways.remove(&name(id))),
-            Manifest::ListenerSet(_) => drop(self.listener_sets.remove(&name(id))),
-            Manifest::TcpRoute(_) => drop(self.tcp_routes.remove(&name(id))),
-            Manifest::ReferenceGrant(_) => drop(self.reference_grants.remove(&name(id))),
+            Manifest::Gateway(_) => drop(self.gateways.remove(&id.namespaced_name())),
+            Manifest::ListenerSet(_) => drop(self.listener_sets.remove(&id.namespaced_name())),
+            Manifest::TcpRoute(_) => drop(self.tcp_routes.remove(&id.namespaced_name())),
+            Manifest::ReferenceGrant(_) => drop(self.reference_grants.remove(&id.namespaced_name())),
             Manifest::Namespace(_) => drop(self.namespaces.remove(&id.name)),
-            Manifest::Service(_) => drop(self.services.remove(&name(id))),
+            Manifest::Service(_) => drop(self.services.remove(&id.namespaced_name())),
             Manifest::EndpointSlice(object) => {
                 let Some(service) = service(id, object) else { return };
                 let Some(slices) = self.endpoint_slices.get_mut(&service) else { return };
@@ -139,10 +139,6 @@ impl Manifests {
             }
         }
     }
-}
-
-fn name(id: &ObjectRef) -> NamespacedName {
-    NamespacedName::new(&id.namespace, &id.name)
 }
 
 fn service(id: &ObjectRef, slice: &EndpointSlice) -> Option<NamespacedName> {

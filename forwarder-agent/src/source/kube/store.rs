@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::kinds::{GATEWAY_KINDS, Served, kind_of_crd, plural};
 use super::records::{Records, has_status};
 use super::reflector::{Item, Message, News, Scope, WatchFailure};
-use crate::manifests::{ApiRelease, Kind, NamespacedName, ObjectRef};
+use crate::manifests::{ApiRelease, Kind, ObjectRef};
 use crate::problem::{Problem, Reason, Severity};
 use crate::source::loaded::Loaded;
 use crate::source::manifest::Manifest;
@@ -174,7 +174,7 @@ impl Store {
     fn put(&mut self, kind: Kind, item: Item) {
         let Item { id, manifest, record } = item;
         if kind == Kind::Gateway {
-            let name = NamespacedName::new(&*id.namespace, &*id.name);
+            let name = id.namespaced_name();
             let addresses = &mut self.loaded.manifests.gateway_addresses;
             if record.addresses.is_empty() {
                 addresses.remove(&name);
@@ -205,8 +205,7 @@ impl Store {
 
     fn remove(&mut self, id: &ObjectRef) {
         if id.kind == Kind::Gateway.as_str() {
-            let name = NamespacedName::new(&*id.namespace, &*id.name);
-            self.loaded.manifests.gateway_addresses.remove(&name);
+            self.loaded.manifests.gateway_addresses.remove(&id.namespaced_name());
         }
         self.records.objects.remove(id);
         self.unreadable.remove(id);

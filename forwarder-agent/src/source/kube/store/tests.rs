@@ -1,6 +1,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::manifests::NamespacedName;
 use crate::source::kube::kinds::resource;
 use crate::source::kube::records::Record;
 
