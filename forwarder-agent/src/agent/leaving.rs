@@ -127,8 +127,8 @@ impl Leaving {
             tracing::info!(
                 connections,
                 new_connections_wait = holds,
-                "the agent ends: its connections go on in the kernel, and the next agent with this pin directory takes them over; \
-                 `forwarder cleanup` lists them and ends them"
+                "the agent ends: what it has in the kernel stays there for the next agent with this pin directory; `forwarder \
+                 cleanup` lists it and ends it"
             );
             datapath.leave();
         }
