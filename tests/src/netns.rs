@@ -130,9 +130,12 @@ impl NetNs {
         self.run(|| fs::write(&path, value)).with_context(|| format!("write {value} to {}", path.display()))
     }
 
-    /// A counter of the namespace, such as `TCPToZeroWindowAdv`, by `/proc/net/netstat`.
+    /// A counter of the namespace, such as `TCPToZeroWindowAdv` or `InSegs`, by `/proc/net/netstat` and `snmp`.
     pub fn counter(&self, name: &str) -> Result<u64> {
-        let table = self.run(|| fs::read_to_string("/proc/thread-self/net/netstat"))?;
+        let table = self.run(|| {
+            let tables = ["/proc/thread-self/net/netstat", "/proc/thread-self/net/snmp"];
+            tables.into_iter().map(fs::read_to_string).collect::<Result<String, _>>()
+        })?;
         let lines: Vec<&str> = table.lines().collect();
         let value = lines.iter().zip(lines.iter().skip(1)).find_map(|(names, values)| {
             let index = names.split(' ').position(|field| field == name)?;
