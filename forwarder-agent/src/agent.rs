@@ -361,6 +361,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
     drop(control.outcome.take());
     let leaving = Leaving {
         signal: signal.unwrap_or(SignalKind::terminate()),
+        daemon_set: input.daemon_set,
         promoter: kernel.promoter,
         sockmap,
         window: settings.drain_timeout,

@@ -245,11 +245,6 @@ fn load(yaml: &str) -> Manifests {
 fn add(manifests: &mut Manifests, kind: &str, document: Value) {
     let metadata: Metadata = parse(document["metadata"].clone());
     let (name, namespaced) = (metadata.name.clone(), metadata.namespaced_name());
-    let addresses = document["status"]["addresses"].as_array().into_iter().flatten();
-    let addresses: Arc<[_]> = addresses.filter_map(|it| it["value"].as_str()?.parse().ok()).collect();
-    if !addresses.is_empty() {
-        manifests.gateway_addresses.insert(namespaced.clone(), addresses);
-    }
     let is_new = match kind {
         "GatewayClass" => manifests.gateway_classes.insert(name, parse(document)).is_none(),
         "Namespace" => manifests.namespaces.insert(name, parse(document)).is_none(),
@@ -263,6 +258,11 @@ fn add(manifests: &mut Manifests, kind: &str, document: Value) {
             let service = &slice.metadata.labels["kubernetes.io/service-name"];
             let service = NamespacedName::new(&slice.metadata.namespace, service);
             manifests.endpoint_slices.entry(service).or_default().insert(name, slice).is_none()
+        }
+        "Lease" => {
+            let addresses = metadata.annotations["forwarder.dev/node-addresses"].split(' ');
+            let addresses = addresses.map(|address| address.parse().unwrap()).collect();
+            std::mem::replace(&mut manifests.node_addresses, Arc::new(addresses)).is_empty()
         }
         other => panic!("kind {other}"),
     };

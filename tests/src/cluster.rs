@@ -20,8 +20,13 @@ pub const DEADLINE: Duration = Duration::from_secs(30);
 pub const GATEWAY_API: &str = "/apis/gateway.networking.k8s.io";
 /// The controller that agents are by default.
 pub const CONTROLLER: &str = "forwarder.dev/tcp";
+/// Where the `DaemonSet` of an installation is.
+pub fn daemon_set(instance: &str) -> String {
+    format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{instance}")
+}
+
 /// The installation of `deploy/kustomize/base`.
-const INSTANCE: &str = "forwarder";
+pub const INSTANCE: &str = "forwarder";
 
 /// An API server with the RBAC of `deploy/kustomize/base`, in the namespace of the network's node.
 #[derive(Debug)]
@@ -98,16 +103,22 @@ impl Cluster {
 
     /// Makes the Pod of a node's agent, as the `DaemonSet` would.
     pub fn create_pod(&self, node: &Node) -> Result<()> {
+        self.create_pod_at(node, &node.pod(), node.name, node.address)
+    }
+
+    /// Makes another Pod of the same installation as that of a node's agent, on a node of this name and address.
+    pub fn create_pod_at(&self, like: &Node, pod: &str, node: &str, address: IpAddr) -> Result<()> {
         let pod = Pod {
-            name: node.pod(),
-            labels: [("name", "forwarder"), ("instance", node.instance)]
+            name: pod.to_owned(),
+            labels: [("name", "forwarder"), ("instance", like.instance)]
                 .map(|(key, value)| (format!("app.kubernetes.io/{key}"), value.to_owned()))
                 .to_vec(),
-            node: node.name.to_owned(),
+            node: node.to_owned(),
             phase: "Running".to_owned(),
             ready: true,
-            host_ip: Some(node.address),
-            pod_ip: Some(node.address),
+            host_ip: Some(address),
+            pod_ip: Some(address),
+            daemon_set: self.api.find(&daemon_set(like.instance))?,
         };
         self.api.create_pod(NAMESPACE, &pod).map(drop)
     }

@@ -132,6 +132,7 @@ fn what_controllers_would_make_is_made() {
         node: "node1".to_owned(),
         phase: "Running".to_owned(),
         ready: true,
+        daemon_set: None,
         host_ip: Some([10, 0, 1, 1].into()),
         pod_ip: Some([10, 0, 2, 2].into()),
     };

@@ -35,12 +35,13 @@ fn permissions(objects: &[Value]) -> BTreeMap<(String, String), BTreeSet<String>
         for rule in role["rules"].as_array().expect("a list") {
             assert!(rule["nonResourceURLs"].is_null());
             for resource in strings(&rule["resources"]) {
-                // Whole objects that are not the agent's own are written by name alone.
-                let is_class = resource == "gatewayclasses";
-                assert!(
-                    !is_class
-                        || strings(&rule["verbs"]).contains(&"patch") == rule["resourceNames"].is_array()
-                );
+                // Whole objects that are not the agent's own are written by name alone, and of DaemonSets it sees its own.
+                let is_named = rule["resourceNames"].is_array();
+                match resource {
+                    "gatewayclasses" => assert_eq!(strings(&rule["verbs"]).contains(&"patch"), is_named),
+                    "daemonsets" => assert!(is_named),
+                    _ => {}
+                }
                 let verbs = strings(&rule["verbs"]).into_iter().map(str::to_owned);
                 found.entry((namespace.to_owned(), resource.to_owned())).or_default().extend(verbs);
             }
@@ -139,7 +140,8 @@ fn the_agent_gets_the_least_that_it_needs() {
     assert_eq!(verbs("forwarder-system", "pods").as_deref(), Some("get list watch"));
     let of_leases = "create delete get list patch update watch";
     assert_eq!(verbs("forwarder-system", "leases").as_deref(), Some(of_leases));
-    assert_eq!(permissions.len(), 16, "{permissions:?}");
+    assert_eq!(verbs("forwarder-system", "daemonsets").as_deref(), Some("get"));
+    assert_eq!(permissions.len(), 17, "{permissions:?}");
 }
 
 #[test]
@@ -150,7 +152,7 @@ fn namespaces_that_are_not_served_are_not_seen() {
     check(&objects);
     assert_eq!(environment(&objects)["FORWARDER_WATCH_NAMESPACES"]["value"], "one,two");
     let of_cluster = ["customresourcedefinitions", "gatewayclasses", "gatewayclasses/status", "namespaces"];
-    let of_release = ["leases", "pods"];
+    let of_release = ["daemonsets", "leases", "pods"];
     let of_namespace = [
         "endpointslices",
         "events",

@@ -291,3 +291,28 @@ fn an_address_is_usable_where_one_node_has_it(trio: &Trio) {
     let told = trio.wait(&unknown, |it| is_programmed(it, "True/Programmed"));
     assert_eq!(addresses(&told), ["10.9.9.9"]);
 }
+
+/// More nodes than a Gateway's status has room for; those that are not `a`, `b` or `c` have a Pod and nothing else.
+#[test]
+fn an_endpoint_at_the_listener_of_any_node_is_refused_on_all() {
+    if !require_root() || !require_kubernetes() {
+        return;
+    }
+    let trio = Trio::start();
+    for number in 10..40 {
+        let name = format!("other-{number}");
+        let address = [10, 8, 0, number].into();
+        trio.cluster.create_pod_at(&trio.nodes[0], &name, &name, address).expect("a Pod");
+    }
+    trio.create(&gateway("apps", "gw"), &gateway_spec(&[("a", 5000)]));
+    let loops = ["10.0.3.2:5000", "10.8.0.39:5000"].map(|text| text.parse().unwrap());
+    trio.cluster.create_backend("apps", "db", &loops).expect("a backend");
+    trio.create(&route("apps", "db"), &route_spec(&json!([{ "name": "gw" }]), "db"));
+    for agent in &trio.agents {
+        wait_until("both endpoints are refused", DEADLINE, || {
+            let problems = agent.state().map(|state| state["problems"].to_string()).unwrap_or_default();
+            problems.contains("10.0.3.2:5000 leads back to listener apps/gw/a")
+                && problems.contains("none of its 2 endpoints takes connections")
+        });
+    }
+}

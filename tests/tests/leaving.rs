@@ -10,11 +10,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use forwarder_tests::apiserver::require_kubernetes;
 use forwarder_tests::attach::is_by_clsact;
+use forwarder_tests::client::End;
+use forwarder_tests::cluster::{INSTANCE, daemon_set};
 use forwarder_tests::database::require_program;
 use forwarder_tests::fixture::LISTENER_PORT;
 use forwarder_tests::kernel::{at_once, dump, is_ready};
 use forwarder_tests::peer::Server;
+use forwarder_tests::served::Served;
 use forwarder_tests::shape::stage::Family;
 use forwarder_tests::{
     AgentCommand, Forwarding, NetNs, Topology, client, patient, peer, process, require_root, wait_for,
@@ -332,4 +336,30 @@ fn what_is_left_for_new_connections_only_counts_once_they_have_waited_long_enoug
     assert_served_at_once(&forwarding, "after the hold");
     assert!(verdict(&forwarding, COUNTED) > counted, "nothing is counted");
     assert_eq!(verdict(&forwarding, HELD), held, "somebody had to wait");
+}
+
+/// An upgrade deletes a Pod as well; its `DaemonSet` stays.
+#[test]
+fn after_the_removal_of_its_daemon_set_an_agent_leaves_nothing_in_the_kernel() {
+    if !is_ready() || !require_kubernetes() {
+        return;
+    }
+    for is_removed in [false, true] {
+        let mut served = Served::start(&at_once(&["--drain-timeout", "1s"])).expect("an agent");
+        wait_until("it knows its DaemonSet", WAIT, || {
+            served.agent.log().contains("once this DaemonSet is removed")
+        });
+        let session = served.session().expect("a connection");
+        served.agent.promote(std::slice::from_ref(&session));
+        if is_removed {
+            served.cluster.api.delete(&daemon_set(INSTANCE)).expect("it works");
+        }
+        served.agent.terminate().expect("it works");
+        let status = served.agent.wait(WAIT).expect("nothing holds the agent");
+        assert_eq!(status.code(), Some(0), "{status}\n{}", served.agent.log());
+        let is_left = served.agent.pin_dir().exists();
+        assert_eq!(is_left, !is_removed, "{}", served.agent.log());
+        let end = client::end(&session, Duration::from_secs(2)).expect("a socket");
+        assert_eq!(end, if is_removed { End::Reset } else { End::Open }, "{}", served.agent.log());
+    }
 }

@@ -1,12 +1,13 @@
 //! Where the manifests come from, and where their statuses go.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use tokio::sync::{Notify, watch};
 
 use super::Resolver;
 use crate::publish::{self, Identity, Outcome, PublishHealth};
 use crate::settings::{Settings, SourceSettings};
+use crate::source::kube::daemon_set::{self, OwnDaemonSet};
 use crate::source::kube::{ConnectError, KubeHealth};
 use crate::source::{self, Loaded};
 
@@ -20,6 +21,8 @@ pub(super) struct Input {
     pub(super) outcome: Option<OutcomeSender>,
     /// How the reading and the telling go.
     pub(super) health: Option<ClusterHealth>,
+    /// The `DaemonSet` of the agent's Pod, once it is found.
+    pub(super) daemon_set: Arc<OnceLock<OwnDaemonSet>>,
     /// Has everything read again; nobody listens where an API server tells every change.
     pub(super) again: Option<Arc<Notify>>,
 }
@@ -51,7 +54,14 @@ pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
             let again = Arc::<Notify>::default();
             tokio::spawn(source::watch(path.clone(), state_dir.clone(), updates, Arc::clone(&again)));
             tracing::info!(manifests = %path.display(), "following files");
-            Ok(Input { loaded, resolver, outcome: None, health: None, again: Some(again) })
+            Ok(Input {
+                loaded,
+                resolver,
+                outcome: None,
+                health: None,
+                daemon_set: Arc::default(),
+                again: Some(again),
+            })
         }
         SourceSettings::Kube(kube) => {
             let client = source::kube::connect(kube.kubeconfig.as_deref()).await?;
@@ -62,7 +72,11 @@ pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
                 namespaces = ?kube.watch_namespaces,
                 "following the Kubernetes API"
             );
-            let source = source::kube::watch(client.clone(), kube);
+            let source = source::kube::watch(client.clone(), kube, identity.nodes_lease());
+            let daemon_set = match &kube.pod_name {
+                Some(pod) => daemon_set::find(client.clone(), identity.namespace.clone(), pod.clone()),
+                None => Arc::default(),
+            };
             let (sender, outcome) = watch::channel(Arc::default());
             let publish = publish::start(client, identity, outcome, source.records);
             Ok(Input {
@@ -70,6 +84,7 @@ pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
                 resolver,
                 outcome: Some(OutcomeSender { node: kube.node_name.clone(), sender }),
                 health: Some(ClusterHealth { source: source.health, publish }),
+                daemon_set,
                 again: None,
             })
         }

@@ -1,6 +1,6 @@
 //! The end of an agent.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -11,6 +11,7 @@ use super::Shared;
 use super::sockmap::SockmapTier;
 use crate::pairs::{Pairs, Promoter};
 use crate::reconciler::Reconciler;
+use crate::source::kube::daemon_set::OwnDaemonSet;
 
 /// How long the handshakes that have begun may take when the agent leaves.
 const LAST_HANDSHAKES: Duration = Duration::from_millis(200);
@@ -67,20 +68,32 @@ async fn see_out(pairs: &Pairs) {
 /// How an agent ends.
 pub(super) struct Leaving {
     pub(super) signal: SignalKind,
+    pub(super) daemon_set: Arc<OnceLock<OwnDaemonSet>>,
     pub(super) promoter: Option<Arc<Promoter>>,
     pub(super) sockmap: Arc<SockmapTier>,
     pub(super) window: Duration,
 }
 
 impl Leaving {
+    async fn is_removed(&self) -> bool {
+        let Some(daemon_set) = self.daemon_set.get() else { return false };
+        let is_removed = daemon_set.is_removed().await;
+        if is_removed {
+            tracing::info!(
+                "the DaemonSet of this agent is removed: no other comes, and nothing is left in the kernel"
+            );
+        }
+        is_removed
+    }
+
     /// Drains the workers, or ends them at once at the next signal.
     ///
     /// At SIGTERM a successor is expected: connections that can be are taken into the kernel, where they live on, and new
-    /// ones are held back for it. At SIGINT nothing is left behind.
+    /// ones are held back for it. At SIGINT nothing is left behind, nor after the removal of the agent's `DaemonSet`.
     pub(super) async fn end(self, signals: &mut Signals, reconciler: Reconciler, shared: &Shared) {
         shared.report().draining = true;
         self.sockmap.leave();
-        let is_handing_over = self.signal == SignalKind::terminate();
+        let is_handing_over = self.signal == SignalKind::terminate() && !self.is_removed().await;
         let successor = self.promoter.as_ref().filter(|_| is_handing_over);
         tracing::info!(
             window = %humantime::format_duration(self.window),

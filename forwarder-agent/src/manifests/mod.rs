@@ -67,8 +67,8 @@ pub struct Manifests {
     /// The objects that are asked for and not in force in any version, for their files have errors: what refers to them need not be told
     /// that they are missing. Empty in a cluster.
     pub refused: OrdMap<ObjectRef, Refused>,
-    /// At which addresses each Gateway is reached, as its status tells: none where there is no cluster.
-    pub gateway_addresses: OrdMap<NamespacedName, Arc<[IpAddr]>>,
+    /// At which addresses the agents of this installation listen; none where there is no cluster.
+    pub node_addresses: Arc<BTreeSet<IpAddr>>,
     /// Where documents and files are of which nothing can be read: what seems to be missing may stand there. Empty in a cluster.
     pub unread: Arc<[Location]>,
     /// The release of the Gateway API that the objects were validated by.
@@ -131,7 +131,7 @@ impl Manifests {
             services,
             endpoint_slices,
             refused,
-            gateway_addresses,
+            node_addresses,
             unread,
             api_release,
         } = self;
@@ -143,7 +143,7 @@ impl Manifests {
             && *namespaces == new.namespaces
             && *services == new.services
             && *refused == new.refused
-            && *gateway_addresses == new.gateway_addresses
+            && *node_addresses == new.node_addresses
             && *unread == new.unread
             && *api_release == new.api_release;
         if !is_same_otherwise {

@@ -2,11 +2,13 @@
 //!
 //! Every agent reports in a Lease of its own what it has bound (`reports`). One of them, which holds another Lease
 //! (`leader`), puts these reports together with what the manifests resolve to, and writes the statuses
-//! (`writer`): what has to be written is computed by `patch`. All agents resolve the same manifests to the same
+//! (`writer`): what has to be written is computed by `patch`. It also tells all agents at which addresses the others
+//! listen (`node_addresses`). All agents resolve the same manifests to the same
 //! statuses, so that it does not matter which one it is, nor whether for a moment it is two.
 
 mod events;
 mod leader;
+mod node_addresses;
 mod patch;
 mod reports;
 mod writer;
@@ -14,6 +16,7 @@ mod writer;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use kube::Client;
 use tokio::sync::watch;
@@ -21,12 +24,16 @@ use tokio::sync::watch;
 use crate::manifests::Kind;
 use crate::settings::KubeSettings;
 use crate::source::Loaded;
-use crate::source::kube::Records;
+use crate::source::kube::{NodesLease, Records};
 use crate::status::Statuses;
 use crate::status::nodes::NodeReport;
 
 /// The field manager of everything that is written.
 const FIELD_MANAGER: &str = "forwarder";
+/// How long after the last change a Lease is written again: somebody may have deleted it. To write the same is no change.
+const AGAIN: Duration = Duration::from_mins(5);
+/// How long to wait after a Lease could not be written.
+const RETRY: Duration = Duration::from_secs(2);
 
 /// What an agent makes of the manifests.
 #[derive(Debug, Default)]
@@ -76,6 +83,13 @@ impl Identity {
         };
         let name: String = self.controller.chars().map(fit).take(50).collect();
         name.trim_matches('-').to_owned()
+    }
+
+    /// The Lease with the addresses of the nodes; outside a Pod there is no other node.
+    pub(crate) fn nodes_lease(&self) -> Option<NodesLease> {
+        self.pod.as_ref()?;
+        let name = format!("forwarder-{}-nodes", self.installation());
+        Some(NodesLease { namespace: self.namespace.clone(), name })
     }
 
     /// The name by which the agent holds the Lease of who writes.

@@ -18,7 +18,8 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use super::{FIELD_MANAGER, Identity, Outcome};
+use super::node_addresses::NodeAddresses;
+use super::{AGAIN, FIELD_MANAGER, Identity, Outcome, RETRY};
 use crate::error::one_line;
 use crate::source::kube::{WATCH_SECONDS, events};
 use crate::status::nodes::{Node, NodeReport};
@@ -29,10 +30,6 @@ const LABEL: &str = "forwarder.dev/report-of";
 const ANNOTATION: &str = "forwarder.dev/report";
 /// How long changes are gathered before they are reported.
 const DEBOUNCE: Duration = Duration::from_millis(100);
-/// How long after the last change it is reported again.
-const AGAIN: Duration = Duration::from_mins(5);
-/// How long to wait after a failure.
-const RETRY: Duration = Duration::from_secs(2);
 
 /// Reports what this agent has bound whenever it changes.
 pub(super) async fn write_own(
@@ -97,8 +94,11 @@ fn lease(identity: &Identity, pod: &str, owner: Option<&str>, report: &NodeRepor
     })
 }
 
-/// The nodes on which an agent runs or should, with their reports: what the one that writes statuses follows.
+/// The nodes on which an agent runs or should, with their reports: what the one that writes statuses follows. It writes down for the
+/// others at which addresses these agents listen.
 pub(super) async fn follow(client: Client, identity: Arc<Identity>, nodes: watch::Sender<Option<Vec<Node>>>) {
+    let Some(lease) = identity.nodes_lease() else { return };
+    let mut addresses = NodeAddresses::new(client.clone(), lease);
     let selector = watcher::Config::default().timeout(WATCH_SECONDS).labels(&identity.pod_selector);
     let pods = Api::<Pod>::namespaced(client.clone(), &identity.namespace);
     let mut pods = events("Pods of agents", move || watcher(pods.clone(), selector.clone()));
@@ -112,11 +112,16 @@ pub(super) async fn follow(client: Client, identity: Arc<Identity>, nodes: watch
         tokio::select! {
             Some(event) = pods.recv() => agents.take_in(event),
             Some(event) = leases.recv() => reports.take_in(event),
+            () = addresses.due() => {
+                addresses.write().await;
+                continue;
+            }
             () = nodes.closed() => return,
         }
         if !(agents.is_complete && reports.is_complete) {
             continue;
         }
+        addresses.set(agents.known.values().flat_map(|agent| agent.pod_addresses.iter().copied()).collect());
         let of_agent = |(pod, agent): (&String, &Agent)| Node {
             name: agent.node.clone(),
             addresses: agent.addresses.clone(),
@@ -135,7 +140,10 @@ pub(super) async fn follow(client: Client, identity: Arc<Identity>, nodes: watch
 /// A Pod in which an agent runs or is about to.
 struct Agent {
     node: String,
+    /// The node's own.
     addresses: Vec<IpAddr>,
+    /// Where the agent listens: the node's own as well, in the host's network.
+    pod_addresses: Vec<IpAddr>,
 }
 
 fn agent(pod: &Pod) -> Option<Agent> {
@@ -151,7 +159,9 @@ fn agent(pod: &Pod) -> Option<Agent> {
     let mut addresses: Vec<IpAddr> = several.chain(one).filter_map(|text| text.parse().ok()).collect();
     addresses.sort_unstable();
     addresses.dedup();
-    Some(Agent { node, addresses })
+    let of_pod = status.and_then(|it| it.pod_ips.as_ref()).into_iter().flatten();
+    let pod_addresses = of_pod.filter_map(|it| it.ip.parse().ok()).collect();
+    Some(Agent { node, addresses, pod_addresses })
 }
 
 fn report(lease: &PartialObjectMeta<Lease>) -> Option<NodeReport> {

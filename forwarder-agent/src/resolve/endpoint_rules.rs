@@ -5,7 +5,7 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use crate::manifests::Manifests;
-use crate::model::{BindAddress, Listener, ListenerKey, ListenerParent, Listeners};
+use crate::model::{BindAddress, Listener, ListenerKey, Listeners};
 use crate::problem::Reason;
 
 use super::{OwnSockets, ResolveSettings};
@@ -58,22 +58,10 @@ impl<'a> EndpointRules<'a> {
             .or_else(|| self.listener_of_any_address(endpoint).filter(|_| self.is_own(ip)))
     }
 
-    /// The listener that they would reach at another node of this installation: its agents listen as this one does, and a Gateway's
-    /// status tells at which addresses.
+    /// The listener that they would reach at another node of this installation: its agents listen as this one does.
     fn listener_elsewhere_at(&self, endpoint: SocketAddr) -> Option<&'a Listener> {
-        let ip = endpoint.ip().to_canonical();
-        let is_there = |listener: &&Listener| {
-            let gateway = match &listener.name.parent {
-                ListenerParent::Gateway(name) => Some(name.clone()),
-                ListenerParent::ListenerSet(name) => {
-                    let set = self.manifests.listener_sets.get(name);
-                    set.and_then(|set| set.spec.parent_ref.gateway(&name.namespace))
-                }
-            };
-            let addresses = gateway.and_then(|gateway| self.manifests.gateway_addresses.get(&gateway));
-            addresses.is_some_and(|addresses| addresses.contains(&ip))
-        };
-        self.listener_of_any_address(endpoint).filter(is_there)
+        let is_there = self.manifests.node_addresses.contains(&endpoint.ip().to_canonical());
+        self.listener_of_any_address(endpoint).filter(|_| is_there)
     }
 
     /// The listener at the endpoint's port that is bound to every address.

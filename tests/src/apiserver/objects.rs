@@ -24,6 +24,8 @@ pub struct Pod {
     pub host_ip: Option<IpAddr>,
     /// The address of the pod.
     pub pod_ip: Option<IpAddr>,
+    /// The `DaemonSet` that it belongs to.
+    pub daemon_set: Option<Value>,
 }
 
 /// An endpoint of a slice.
@@ -83,7 +85,12 @@ impl Api {
         let labels: Value = pod.labels.iter().cloned().collect();
         let path = format!("/api/v1/namespaces/{namespace}/pods");
         let spec = json!({"nodeName": pod.node, "containers": [{"name": "main", "image": "none"}]});
-        self.create(&path, &json!({"metadata": {"name": pod.name, "labels": labels}, "spec": spec}))?;
+        let owner = pod.daemon_set.as_ref().map(|owner| {
+            let metadata = &owner["metadata"];
+            json!([{"apiVersion": "apps/v1", "kind": "DaemonSet", "name": metadata["name"], "uid": metadata["uid"]}])
+        });
+        let metadata = json!({"name": pod.name, "labels": labels, "ownerReferences": owner});
+        self.create(&path, &json!({"metadata": metadata, "spec": spec}))?;
         self.report_pod(namespace, pod)
     }
 

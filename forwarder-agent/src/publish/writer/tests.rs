@@ -36,7 +36,7 @@ impl Leader {
         let settings = options.clone().kube.validate(None).unwrap().unwrap();
         let resolve_settings = ResolveSettings::for_cluster(options.listener_defaults().unwrap());
         let identity = Identity::new(&settings, &resolve_settings.controller_name, &client);
-        let source = source::watch(client.clone(), &settings);
+        let source = source::watch(client.clone(), &settings, None);
         let (sender, outcome) = watch::channel(Arc::default());
         let mut loaded = source.loaded;
         let node = identity.node.clone();

@@ -3,13 +3,15 @@
 //! Which version of each kind of the Gateway API is read follows from what the API server serves, asked again whenever a
 //! CRD changes or a watch finds its resource gone; a kind that is not served is said so, and waited for without holding
 //! up the others. The flow: a `reflector` for each kind tells of its objects, the `store` makes one set of manifests of
-//! them, and [`watch()`] publishes that once it is quiet, at first when every kind has been read.
+//! them, and `watch` publishes that once it is quiet, at first when every kind has been read.
 
 mod asks;
 mod connect;
+pub(crate) mod daemon_set;
 #[cfg(test)]
 pub(crate) mod fake;
 mod kinds;
+mod nodes;
 mod object;
 mod records;
 mod reflector;
@@ -21,6 +23,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use k8s_openapi::api::coordination::v1::Lease;
 use kube::Client;
 use kube::core::{DynamicObject, PartialObjectMeta, Resource};
 use kube::discovery::ApiResource;
@@ -40,6 +43,7 @@ use crate::settings::KubeSettings;
 
 pub use self::connect::{ConnectError, connect};
 pub use self::kinds::{CORE_KINDS, GATEWAY_KINDS, Served, discover, resource};
+pub(crate) use self::nodes::NodesLease;
 pub use self::records::{Record, Records};
 pub(crate) use self::reflector::{WATCH_SECONDS, events};
 
@@ -100,13 +104,14 @@ pub struct KubeSource {
     pub health: Arc<KubeHealth>,
 }
 
-/// Follows the objects of an API server.
-pub fn watch(client: Client, settings: &KubeSettings) -> KubeSource {
+/// Follows the objects of an API server, and the Lease that tells of the installation's nodes, if there are any but this one.
+pub(crate) fn watch(client: Client, settings: &KubeSettings, nodes: Option<NodesLease>) -> KubeSource {
     let (loaded_sender, loaded) = watch::channel(Arc::default());
     let (records_sender, records) = watch::channel(Records::default());
     let (kept, to_keep) = watch::channel(None);
     let health = Arc::new(KubeHealth::new());
     let follower = Follower {
+        nodes: nodes.map(|lease| lease.follow(client.clone())),
         client,
         namespaces: settings.watch_namespaces.clone(),
         state: settings.state_dir.clone().map(StateFile::OfCluster),
@@ -133,6 +138,8 @@ pub fn watch(client: Client, settings: &KubeSettings) -> KubeSource {
 /// The state of [`watch()`].
 struct Follower {
     client: Client,
+    /// What happens to the Lease with the addresses of the nodes.
+    nodes: Option<mpsc::Receiver<Event<PartialObjectMeta<Lease>>>>,
     namespaces: Vec<String>,
     state: Option<StateFile>,
     store: Store,
@@ -199,6 +206,13 @@ impl Follower {
                 Some(event) = crds.recv() => {
                     if self.crd_changed(event, &mut named) {
                         asks.soon();
+                        due = Some(Due::after_change(due));
+                    }
+                }
+                event = next(&mut self.nodes) => {
+                    if let Some(addresses) = nodes::addresses(&event)
+                        && self.store.set_node_addresses(addresses)
+                    {
                         due = Some(Due::after_change(due));
                     }
                 }
@@ -438,6 +452,16 @@ async fn at(time: Option<Instant>) {
         Some(time) => sleep_until(time).await,
         None => std::future::pending().await,
     }
+}
+
+/// The next event; waits for ever if nothing is followed.
+async fn next<T>(events: &mut Option<mpsc::Receiver<T>>) -> T {
+    if let Some(events) = events
+        && let Some(event) = events.recv().await
+    {
+        return event;
+    }
+    std::future::pending().await
 }
 
 fn served_versions(served: Option<&Served>) -> String {

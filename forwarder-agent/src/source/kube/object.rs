@@ -1,8 +1,6 @@
 //! An object as the API server sends it: decoded leniently, so that one that cannot be read never hides the others.
 
 use std::borrow::Cow;
-use std::net::IpAddr;
-use std::sync::Arc;
 
 use kube::core::{DynamicResourceScope, ObjectMeta, Resource};
 use kube::discovery::ApiResource;
@@ -18,8 +16,6 @@ pub(super) struct Received<T> {
     metadata: ObjectMeta,
     /// The object, or why it cannot be read.
     pub(super) content: Result<T, String>,
-    /// The addresses of its status.
-    addresses: Arc<[IpAddr]>,
     /// The status as it stands there: JSON.
     status: Option<Box<str>>,
 }
@@ -34,7 +30,6 @@ impl<T> Received<T> {
             generation: metadata.generation.unwrap_or_default(),
             finalizers: metadata.finalizers.clone().unwrap_or_default(),
             is_terminating: metadata.deletion_timestamp.is_some(),
-            addresses: Arc::clone(&self.addresses),
             status: self.status.clone(),
         }
     }
@@ -53,18 +48,11 @@ impl<'de, T: DeserializeOwned> Deserialize<'de> for Received<T> {
             .as_object_mut()
             .and_then(|object| object.remove("status"))
             .filter(|status| !status.is_null());
-        let addresses = status.as_ref().map(addresses_of).unwrap_or_default();
         let status = status.map(|status| status.to_string().into_boxed_str());
         without_nulls(&mut value);
         let content = T::deserialize(value).map_err(|error| error.to_string());
-        Ok(Self { metadata, content, addresses, status })
+        Ok(Self { metadata, content, status })
     }
-}
-
-/// The IP addresses of a Gateway's status.
-fn addresses_of(status: &Value) -> Arc<[IpAddr]> {
-    let addresses = status.get("addresses").and_then(Value::as_array).into_iter().flatten();
-    addresses.filter_map(|it| it.get("value")?.as_str()?.parse().ok()).collect()
 }
 
 /// An API server writes an empty list of Go's as `null`, and a field that is `null` counts as absent.

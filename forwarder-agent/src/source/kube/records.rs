@@ -1,6 +1,5 @@
 //! What the API server holds of the objects that carry a status of ours: for who writes it.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use imbl::OrdMap;
@@ -21,8 +20,6 @@ pub struct Record {
     pub finalizers: Vec<String>,
     /// Whether it is being deleted.
     pub is_terminating: bool,
-    /// Where its listeners are reached, as its status tells; only Gateways do.
-    pub addresses: Arc<[IpAddr]>,
     /// Its status, as JSON: kept as text, for thousands of them are rarely looked at.
     pub status: Option<Box<str>>,
 }

@@ -5,6 +5,7 @@
 //! flaps meanwhile. What an API server does not tell any more, because it is away, stays in force.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -118,6 +119,16 @@ impl Store {
         self.releases.retain(|crd, _| named.contains(crd));
     }
 
+    /// Writes down at which addresses the agents of this installation listen. Yields whether they are others than before.
+    pub(super) fn set_node_addresses(&mut self, addresses: BTreeSet<IpAddr>) -> bool {
+        let known = &mut self.loaded.manifests.node_addresses;
+        let is_new = **known != addresses;
+        if is_new {
+            *known = Arc::new(addresses);
+        }
+        is_new
+    }
+
     /// Whether the CRD of a kind is there.
     pub(super) fn has_crd(&self, kind: Kind) -> bool {
         self.releases.keys().any(|crd| kind_of_crd(crd) == Some(kind))
@@ -173,15 +184,6 @@ impl Store {
 
     fn put(&mut self, kind: Kind, item: Item) {
         let Item { id, manifest, record } = item;
-        if kind == Kind::Gateway {
-            let name = id.namespaced_name();
-            let addresses = &mut self.loaded.manifests.gateway_addresses;
-            if record.addresses.is_empty() {
-                addresses.remove(&name);
-            } else if addresses.get(&name) != Some(&record.addresses) {
-                addresses.insert(name, Arc::clone(&record.addresses));
-            }
-        }
         if has_status(kind) {
             self.records.objects.insert(id.clone(), Arc::new(record));
         }
@@ -204,9 +206,6 @@ impl Store {
     }
 
     fn remove(&mut self, id: &ObjectRef) {
-        if id.kind == Kind::Gateway.as_str() {
-            self.loaded.manifests.gateway_addresses.remove(&id.namespaced_name());
-        }
         self.records.objects.remove(id);
         self.unreadable.remove(id);
         if let Some(manifest) = self.held.remove(id) {

@@ -52,7 +52,7 @@ async fn a_watch_that_is_too_old_starts_over_and_misses_nothing() {
     let api = FakeApi::new(&ALL);
     api.put("services", service("a"));
     api.put("services", service("b"));
-    let mut source = watch(api.client(), &settings());
+    let mut source = watch(api.client(), &settings(), None);
     source.until("both", |loaded| services(loaded) == ["a", "b"]).await;
     // What stays is never missing while everything is listed again.
     let mut loaded = source.loaded.clone();
@@ -79,7 +79,7 @@ async fn a_watch_that_is_too_old_starts_over_and_misses_nothing() {
 async fn a_watch_that_is_refused_for_its_age_starts_over() {
     let api = FakeApi::new(&ALL);
     api.put("services", service("a"));
-    let mut source = watch(api.client(), &settings());
+    let mut source = watch(api.client(), &settings(), None);
     source.until("the service", |loaded| services(loaded) == ["a"]).await;
     for name in ["b", "c"] {
         api.put("services", service(name));
@@ -98,7 +98,7 @@ async fn a_version_that_is_not_served_any_more_is_left_for_one_that_is() {
         .collect();
     let api = FakeApi::new(&old);
     api.put("tcproutes", route("a"));
-    let mut source = watch(api.client(), &settings());
+    let mut source = watch(api.client(), &settings(), None);
     source.until("the route", |loaded| loaded.manifests.tcp_routes.len() == 1).await;
     let version = |source: &KubeSource| {
         source.health.served().find_map(|(kind, version)| version.filter(|_| kind == Kind::TcpRoute))
@@ -116,7 +116,7 @@ async fn a_version_that_is_not_served_any_more_is_left_for_one_that_is() {
 #[tokio::test(start_paused = true)]
 async fn a_kind_that_comes_later_is_read_then() {
     let api = FakeApi::new(&ALL[..2]);
-    let mut source = watch(api.client(), &settings());
+    let mut source = watch(api.client(), &settings(), None);
     source.until("the others", |loaded| has_problem(loaded, "does not serve tcproutes")).await;
     api.serve(&ALL);
     api.put("tcproutes", route("a"));
@@ -129,7 +129,7 @@ async fn a_kind_that_is_refused_is_said_so_and_does_not_hold_up_the_others() {
     let api = FakeApi::new(&ALL);
     api.put("services", service("a"));
     api.refuse("GET /apis/gateway.networking.k8s.io/v1/referencegrants", 403, 30);
-    let mut source = watch(api.client(), &settings());
+    let mut source = watch(api.client(), &settings(), None);
     source.until("the service", |loaded| services(loaded) == ["a"]).await;
     assert!(has_problem(&source.loaded.borrow(), "cannot follow referencegrants"));
     source.until("the grants", |loaded| loaded.problems.is_empty()).await;
@@ -143,7 +143,7 @@ async fn nothing_is_in_force_before_everything_has_been_read() {
     api.put("services", service("a"));
     api.put("tcproutes", route("a"));
     api.refuse("GET /apis/gateway.networking.k8s.io/v1/tcproutes", 500, 3);
-    let source = watch(api.client(), &settings());
+    let source = watch(api.client(), &settings(), None);
     let mut loaded = source.loaded.clone();
     timeout(LONG, loaded.changed()).await.unwrap().unwrap();
     assert_eq!(loaded.borrow().manifests.tcp_routes.len(), 1);
@@ -156,7 +156,7 @@ async fn the_kept_state_is_in_force_while_the_api_does_not_answer() {
     api.put("services", service("a"));
     let state = tempfile::tempdir().unwrap();
     let settings = KubeSettings { state_dir: Some(state.path().to_owned()), ..settings() };
-    let mut source = watch(api.client(), &settings);
+    let mut source = watch(api.client(), &settings, None);
     source.until("the service", |loaded| services(loaded) == ["a"]).await;
     let written = async {
         while !state.path().join("last-known.yaml").exists() {
@@ -167,7 +167,7 @@ async fn the_kept_state_is_in_force_while_the_api_does_not_answer() {
     drop(source);
 
     api.refuse("GET ", 503, 200);
-    let mut source = watch(api.client(), &settings);
+    let mut source = watch(api.client(), &settings, None);
     source.until("the kept service", |loaded| services(loaded) == ["a"]).await;
     assert!(source.health.is_stale());
     api.put("services", service("b"));
@@ -182,7 +182,7 @@ async fn an_api_that_answers_in_part_does_not_take_the_kept_state_away() {
     let state = tempfile::tempdir().unwrap();
     let file = state.path().join("last-known.yaml");
     let settings = KubeSettings { state_dir: Some(state.path().to_owned()), ..settings() };
-    let mut source = watch(api.client(), &settings);
+    let mut source = watch(api.client(), &settings, None);
     source.until("the service", |loaded| services(loaded) == ["a"]).await;
     let written = async {
         while !file.exists() {
@@ -196,7 +196,7 @@ async fn an_api_that_answers_in_part_does_not_take_the_kept_state_away() {
     // It says what it serves, as one whose storage is away does, and lists nothing.
     api.refuse("GET /api/v1/services", 500, 40);
     api.put("services", service("b"));
-    let mut source = watch(api.client(), &settings);
+    let mut source = watch(api.client(), &settings, None);
     source.until("the kept service", |loaded| services(loaded) == ["a"]).await;
     let others = tokio::time::sleep(Duration::from_mins(2));
     tokio::pin!(others);
@@ -222,7 +222,7 @@ async fn a_kind_whose_crd_is_there_is_waited_for_until_it_is_served() {
     api.put("tcproutes", route("a"));
     // As for a moment after the start of an API server.
     api.serve(&ALL[..2]);
-    let mut source = watch(api.client(), &settings());
+    let mut source = watch(api.client(), &settings(), None);
     let first = source.loaded.changed();
     assert!(timeout(Duration::from_secs(5), first).await.is_err(), "something was in force");
     api.serve(&ALL);

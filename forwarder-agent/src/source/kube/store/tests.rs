@@ -1,7 +1,6 @@
 use serde_json::json;
 
 use super::*;
-use crate::manifests::NamespacedName;
 use crate::source::kube::kinds::resource;
 use crate::source::kube::records::Record;
 
@@ -242,33 +241,4 @@ fn a_watch_that_is_too_old_is_no_problem() {
     let before = store.problems();
     assert_eq!(store.tell(Kind::Service, [refused(Some(410))]), [false]);
     assert_eq!(store.problems(), before);
-}
-
-#[test]
-fn the_addresses_of_a_gateway_follow_its_status() {
-    let mut store = Fixture::new(&[Kind::Gateway]);
-    let gateway = |addresses: &[&str]| {
-        let object = json!({ "metadata": { "namespace": "db", "name": "gw" }, "spec": {} });
-        let addresses = addresses.iter().map(|it| it.parse().unwrap()).collect();
-        News::Put(Box::new(Item {
-            id: id(Kind::Gateway, "db", "gw"),
-            manifest: Ok(Manifest::Gateway(
-                serde_json::from_value::<crate::manifests::Gateway>(object).unwrap().into(),
-            )),
-            record: Record { addresses, ..Record::default() },
-        }))
-    };
-    let name = NamespacedName::new("db", "gw");
-    let addresses = |store: &mut Fixture| {
-        let loaded = store.0.loaded();
-        loaded.manifests.gateway_addresses.get(&name).map(|addresses| format!("{addresses:?}"))
-    };
-    store.tell(Kind::Gateway, [gateway(&[])]);
-    assert_eq!(addresses(&mut store), None);
-    store.tell(Kind::Gateway, [gateway(&["192.0.2.9", "2001:db8::9"])]);
-    assert_eq!(addresses(&mut store).as_deref(), Some("[192.0.2.9, 2001:db8::9]"));
-    store.tell(Kind::Gateway, [gateway(&["192.0.2.10"])]);
-    assert_eq!(addresses(&mut store).as_deref(), Some("[192.0.2.10]"));
-    store.tell(Kind::Gateway, [News::Gone(id(Kind::Gateway, "db", "gw"))]);
-    assert_eq!(addresses(&mut store), None);
 }
