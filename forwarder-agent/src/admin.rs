@@ -8,7 +8,7 @@
 //! | `GET /v1/state` | listeners, routes, endpoints and problems, as [`crate::view::State`] |
 //! | `GET /v1/connections` | open connections, as [`ConnectionList`](crate::view::ConnectionList); see below |
 //! | `GET /v1/datapath` | which of the kernel's tiers take new connections, as [`DatapathTiers`] |
-//! | `POST /v1/datapath` | switches tiers, as JSON says, such as `{"sockmap": false}` ([`TierSwitches`]); answers as above |
+//! | `POST /v1/datapath` | switches tiers, as JSON says, such as `{"sockmap": false}` ([`TierToggleRequest`]); answers as above |
 //! | `POST /v1/connections/reset` | resets connections: `{"reset": 3}`; see below |
 //!
 //! There are two ways in. By a socket in the file system, which root alone may open, or a group as well, everything is answered. By
@@ -39,12 +39,10 @@ use tokio::task::JoinSet;
 
 use self::rules::Rules;
 use self::serve::{Service, serve};
-use crate::agent::Shared;
 use crate::metrics;
 use crate::settings::AdminSettings;
-use crate::view::{DatapathTiers, ResetReport, Selector, TierSwitches};
-
-pub use self::opening::AdminHealth;
+use crate::state::{AgentState, By};
+use crate::view::{DatapathTiers, ResetReport, Selector, TierToggleRequest};
 
 /// How many connections each way may have at once, where the process may open many files.
 const MAX_CONNECTIONS: u64 = 64;
@@ -53,27 +51,8 @@ const MIN_CONNECTIONS: u64 = 4;
 /// Each way gets one file descriptor in so many: the others are for forwarding.
 const FILES_FOR_ONE: u64 = 32;
 
-/// A way into the endpoint.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum By {
-    /// A TCP port.
-    Tcp,
-    /// A socket in the file system.
-    Socket,
-}
-
-impl By {
-    /// Its name, as it stands in metrics and the log.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::Socket => "socket",
-        }
-    }
-}
-
 struct Context {
-    shared: Arc<Shared>,
+    shared: Arc<AgentState>,
     registry: Registry,
 }
 
@@ -89,7 +68,7 @@ impl Admin {
 }
 
 /// Serves the endpoint as soon as it can be opened. `files` is how many files this process may have open.
-pub fn start(settings: &AdminSettings, files: u64, shared: &Arc<Shared>) -> Admin {
+pub fn start(settings: &AdminSettings, files: u64, shared: &Arc<AgentState>) -> Admin {
     let limit = max_connections(files);
     let router = router(Arc::clone(shared));
     let mut ways = JoinSet::new();
@@ -116,7 +95,7 @@ fn max_connections(files: u64) -> usize {
     usize::try_from(limit).unwrap_or(usize::MAX)
 }
 
-fn router(shared: Arc<Shared>) -> Router {
+fn router(shared: Arc<AgentState>) -> Router {
     let registry = metrics::registry(Arc::clone(&shared));
     Router::new()
         .route("/healthz", get(async || "ok\n"))
@@ -159,11 +138,11 @@ async fn datapath(Extract(context): Extract<Arc<Context>>) -> axum::Json<Datapat
 
 async fn switch(
     Extract(context): Extract<Arc<Context>>,
-    switches: Result<axum::Json<TierSwitches>, JsonRejection>,
-) -> Result<axum::Json<DatapathTiers>, Refusal> {
-    let axum::Json(switches) = switches.map_err(|rejection| Refusal::json("switch", rejection))?;
-    for (tier, is_on) in switches.named() {
-        if context.shared.switches.set(tier, is_on) {
+    toggles: Result<axum::Json<TierToggleRequest>, JsonRejection>,
+) -> Result<axum::Json<DatapathTiers>, ApiError> {
+    let axum::Json(toggles) = toggles.map_err(|rejection| ApiError::json("switch", rejection))?;
+    for (tier, is_on) in toggles.named() {
+        if context.shared.toggles.set(tier, is_on) {
             tracing::info!(tier = tier.as_str(), is_on, "a tier was switched, as an operator asked");
         }
     }
@@ -173,9 +152,9 @@ async fn switch(
 async fn connections(
     Extract(context): Extract<Arc<Context>>,
     RawQuery(query): RawQuery,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ApiError> {
     let (selector, limit) = parse_query(query.as_deref().unwrap_or_default())
-        .map_err(|reason| Refusal::bad("selector", reason))?;
+        .map_err(|reason| ApiError::bad("selector", reason))?;
     let list = context.shared.connections.list(selector, limit).await;
     // Hundreds of thousands are many megabytes.
     let json = tokio::task::spawn_blocking(move || serde_json::to_vec(&list));
@@ -186,10 +165,10 @@ async fn connections(
 async fn reset_connections(
     Extract(context): Extract<Arc<Context>>,
     selector: Result<axum::Json<Selector>, JsonRejection>,
-) -> Result<axum::Json<ResetReport>, Refusal> {
-    let axum::Json(selector) = selector.map_err(|rejection| Refusal::json("selector", rejection))?;
+) -> Result<axum::Json<ResetReport>, ApiError> {
+    let axum::Json(selector) = selector.map_err(|rejection| ApiError::json("selector", rejection))?;
     if selector.is_empty() {
-        return Err(Refusal::bad("selector", "it is empty: name what to reset, or set `all`"));
+        return Err(ApiError::bad("selector", "it is empty: name what to reset, or set `all`"));
     }
     let report = context.shared.connections.reset(selector.clone()).await;
     tracing::info!(
@@ -202,9 +181,9 @@ async fn reset_connections(
 
 /// A request that is not carried out: its status, and a sentence.
 #[derive(Debug, Eq, PartialEq)]
-struct Refusal(StatusCode, String);
+struct ApiError(StatusCode, String);
 
-impl Refusal {
+impl ApiError {
     fn bad(what: &str, reason: impl std::fmt::Display) -> Self {
         Self(StatusCode::BAD_REQUEST, format!("the {what} cannot be used: {reason}"))
     }
@@ -221,7 +200,7 @@ impl Refusal {
     }
 }
 
-impl IntoResponse for Refusal {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         (self.0, self.1 + "\n").into_response()
     }

@@ -1,12 +1,13 @@
-//! One accepted connection: chosen a backend, connected, relayed, promoted where that is possible, recorded.
+//! One accepted connection: chosen a backend, connected, relayed, offloaded where that is possible, recorded.
 
+mod attempt;
 mod clocks;
+mod handover;
 mod insertion;
 pub(crate) mod listing;
+mod offload;
 mod orders;
-mod promotion;
 mod relaying;
-mod tail;
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -21,16 +22,16 @@ use tokio::net::TcpStream;
 
 use crate::counters::{ConnectFailure, End};
 use crate::datapath::monotonic;
-use crate::listener::{BoundListener, Serving};
+use crate::datapath::tcp_info::Silence;
+use crate::datapath::timestamp_clock::Clock;
+use crate::fallback_reason::FallbackReason;
+use crate::listener::{BoundListener, RouteSnapshot};
 use crate::model::Datapath;
-use crate::promote::Refusal;
-use crate::promote::clock::Clock;
-use crate::promote::tcp_info::Silence;
 use crate::record::Record;
 use crate::relay::{Moved, Tier, deliver_on_close};
 use crate::removal::Standing;
 use crate::upstream::{self, Upstream};
-use crate::worker::Worker;
+use crate::worker_context::WorkerContext;
 
 pub(crate) use self::orders::Order;
 use self::orders::Orders;
@@ -47,7 +48,7 @@ pub(crate) struct Connection {
     /// Its counters and its end; `None` once it is the kernel's.
     record: RefCell<Option<Record>>,
     listener: Arc<BoundListener>,
-    serving: Arc<Serving>,
+    serving: Arc<RouteSnapshot>,
     downstream: SocketAddr,
     /// Bytes passed on from the client, and from the endpoint.
     received: Cell<u64>,
@@ -59,22 +60,22 @@ pub(crate) struct Connection {
     blind: Cell<bool>,
     /// The sweep from which on the upstream side wants keepalive; `None` once it has it.
     keepalive_from: Cell<Option<u32>>,
-    /// How many bytes must have moved before it is promoted; `None` where it never is.
-    promote_at: Cell<Option<u64>>,
+    /// How many bytes must have moved before it is offloaded; `None` where it never is.
+    offload_at: Cell<Option<u64>>,
     /// The numbers of the first bytes that were sent to the client and to the endpoint, once they were read.
     first_sent: [Cell<Option<u32>>; 2],
     /// The timestamp clocks of both sockets.
     clocks: [Cell<Clock>; 2],
-    /// How often it was not promoted for a reason that may pass.
+    /// How often it was not offloaded for a reason that may pass.
     refused: Cell<u32>,
     /// Since when each peer does not answer.
     silences: [Cell<Silence>; 2],
-    /// The sweep from which on it is promoted whatever has moved.
-    promote_from: Cell<Option<u32>>,
+    /// The sweep from which on it is offloaded whatever has moved.
+    offload_from: Cell<Option<u32>>,
     /// The kernel forwards what arrives; what had arrived before is still delivered here.
-    is_in_tail: Cell<bool>,
-    /// Why it was not promoted when it was due.
-    refusal: Cell<Option<Refusal>>,
+    is_in_handover: Cell<bool>,
+    /// Why it was not offloaded when it was due.
+    fallback_reason: Cell<Option<FallbackReason>>,
     /// What it has been told and has not done yet.
     orders: Cell<Orders>,
     waker: RefCell<Option<Waker>>,
@@ -99,7 +100,7 @@ impl Connection {
                 Datapath::Auto | Datapath::Splice | Datapath::Tc | Datapath::Sockmap => Tier::Splice,
                 Datapath::Copy => Tier::Copy,
             },
-            stray: None,
+            orphan: None,
             standing: Standing::default(),
             slot: worker,
             opened: Instant::now(),
@@ -118,14 +119,14 @@ impl Connection {
             half_closed: Cell::new(false),
             blind: Cell::new(false),
             keepalive_from: Cell::new(None),
-            promote_at: Cell::new(None),
-            promote_from: Cell::new(None),
+            offload_at: Cell::new(None),
+            offload_from: Cell::new(None),
             first_sent: [const { Cell::new(None) }; 2],
             clocks: <[Cell<Clock>; 2]>::default(),
             refused: Cell::new(0),
             silences: <[Cell<Silence>; 2]>::default(),
-            is_in_tail: Cell::new(false),
-            refusal: Cell::new(None),
+            is_in_handover: Cell::new(false),
+            fallback_reason: Cell::new(None),
             orders: Cell::default(),
             waker: RefCell::new(None),
         }
@@ -157,9 +158,9 @@ impl Connection {
             self.keepalive_from.set(None);
             return Some(Order::KeepAlive);
         }
-        if self.promote_from.get().is_some_and(|from| sweep.wrapping_sub(from) < u32::MAX / 2) {
-            self.promote_from.set(None);
-            return Some(Order::Promote);
+        if self.offload_from.get().is_some_and(|from| sweep.wrapping_sub(from) < u32::MAX / 2) {
+            self.offload_from.set(None);
+            return Some(Order::Offload);
         }
         (self.blind.get() || patience.is_some_and(|patience| self.is_looked_at(sweep, period, patience)))
             .then_some(Order::Look)
@@ -173,10 +174,10 @@ impl Connection {
         sweep.wrapping_add(self.downstream.port().into()).is_multiple_of(turns)
     }
 
-    /// Has the connection promoted as soon as it can be, if it ever is.
-    pub(crate) fn promote_now(&self) {
-        if self.promote_at.get().is_some() {
-            self.order(Order::Promote);
+    /// Has the connection offloaded as soon as it can be, if it ever is.
+    pub(crate) fn offload_now(&self) {
+        if self.offload_at.get().is_some() {
+            self.order(Order::Offload);
         }
     }
 
@@ -200,11 +201,11 @@ impl Connection {
     }
 
     /// Counts bytes as they move, for the listener, the backend and the connection.
-    fn count(&self, received: Moved, sent: Moved, worker: &Worker) {
+    fn count(&self, received: Moved, sent: Moved, context: &WorkerContext) {
         let up: u64 = received.bytes.iter().sum();
         let down: u64 = sent.bytes.iter().sum();
         for fallback in [received.fallback, sent.fallback].into_iter().flatten() {
-            worker.counters().fallbacks[fallback as usize].add(1);
+            context.counters().fallbacks[fallback as usize].add(1);
             tracing::debug!(
                 listener = %self.serving.listener.name,
                 reason = fallback.as_str(),
@@ -214,7 +215,7 @@ impl Connection {
         if up + down == 0 {
             return;
         }
-        self.active.set(worker.sweep());
+        self.active.set(context.sweep());
         if let Some(record) = self.record.borrow_mut().as_mut() {
             record.count(received, sent);
             self.received.set(record.received);
@@ -237,9 +238,9 @@ impl Connection {
 
 /// Serves one accepted connection to its end, or until the kernel has taken it over. Its sockets close with a reset unless both
 /// directions have ended: see [`reset_on_close`](crate::relay::reset_on_close).
-pub(crate) async fn serve(worker: Rc<Worker>, downstream: TcpStream, connection: Rc<Connection>) {
+pub(crate) async fn serve(context: &WorkerContext, downstream: TcpStream, connection: Rc<Connection>) {
     let end = match choose(&connection) {
-        Ok(upstream) => forward(&worker, &downstream, upstream, &connection).await,
+        Ok(upstream) => forward(context, &downstream, upstream, &connection).await,
         Err(end) => Some(end),
     };
     let Some(end) = end else { return };
@@ -262,14 +263,14 @@ fn choose(connection: &Connection) -> Result<Arc<Upstream>, End> {
 
 /// Connects an endpoint and moves bytes until both directions have ended; `None` once the kernel does.
 async fn forward(
-    worker: &Worker,
+    context: &WorkerContext,
     downstream: &TcpStream,
     backend: Arc<Upstream>,
     connection: &Connection,
 ) -> Option<End> {
     let settings = &connection.serving.listener.settings;
     let connected =
-        upstream::connect(&backend, &worker.settings().connect, settings.connect_timeout, worker.index());
+        upstream::connect(&backend, &context.settings().connect, settings.connect_timeout, context.index());
     let connected = tokio::select! {
         biased;
         end = connection.ordered_end() => return Some(end),
@@ -283,9 +284,9 @@ async fn forward(
             return Some(End::ConnectFailed);
         }
     };
-    backend.counters.of(worker.index()).connected.add(1);
-    connection.active.set(worker.sweep());
-    connection.keepalive_from.set(Some(worker.sweep().wrapping_add(KEEPALIVE_AFTER_SWEEPS)));
+    backend.counters.of(context.index()).connected.add(1);
+    connection.active.set(context.sweep());
+    connection.keepalive_from.set(Some(context.sweep().wrapping_add(KEEPALIVE_AFTER_SWEEPS)));
     if let Some(record) = connection.record.borrow_mut().as_mut() {
         record.upstream = Some((backend, endpoint));
         // Short connections are spared the system call where nobody reads of it.
@@ -293,7 +294,7 @@ async fn forward(
             record.upstream_local = upstream.local_addr().ok();
         }
     }
-    let end = carry(worker, downstream, &upstream, settings.datapath, connection).await;
+    let end = carry(context, downstream, &upstream, settings.datapath, connection).await;
     if end == Some(End::Finished) {
         deliver_on_close(&upstream);
     }
@@ -303,7 +304,7 @@ async fn forward(
 /// Moves the bytes of a pair until its end, or until the kernel does, by the tier that is wanted or the next one that
 /// works.
 async fn carry(
-    worker: &Worker,
+    context: &WorkerContext,
     downstream: &TcpStream,
     upstream: &TcpStream,
     datapath: Datapath,
@@ -316,10 +317,10 @@ async fn carry(
     let mut relay = Relay::new(tier);
     match datapath {
         Datapath::Auto | Datapath::Tc | Datapath::Sockmap => {
-            promotion::carry(worker, relay, downstream, upstream, connection).await
+            offload::carry(context, relay, downstream, upstream, connection).await
         }
         Datapath::Splice | Datapath::Copy => {
-            Some(poll_fn(|cx| relay.poll(cx, worker, downstream, upstream, connection)).await)
+            Some(poll_fn(|cx| relay.poll(cx, context, downstream, upstream, connection)).await)
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_utils::CachePadded;
 
-use crate::promote::Refusal;
+use crate::fallback_reason::FallbackReason;
 use crate::relay::{Fallback, Tier};
 
 /// A number that one worker raises and others read.
@@ -41,6 +41,15 @@ impl<T: Default> PerWorker<T> {
     /// The sum over all workers.
     pub fn sum(&self, field: impl Fn(&T) -> u64) -> u64 {
         self.0.iter().map(|own| field(own)).fold(0, u64::wrapping_add)
+    }
+}
+
+impl PerWorker<ListenerCounters> {
+    /// How many of a listener's connections are open.
+    pub fn active(&self) -> u64 {
+        // Ends are read first: one that comes in between makes the difference too large, never negative.
+        let ended = self.sum(ListenerCounters::all_ended);
+        self.sum(|own| own.accepted.get()).saturating_sub(ended)
     }
 }
 
@@ -197,11 +206,11 @@ pub struct WorkerCounters {
     /// Connections handed to a less busy worker.
     pub handed_over: Counter,
     /// Connections joined in the kernel.
-    pub promoted: Counter,
+    pub offloaded: Counter,
     /// Connections taken back, since what was redirected did not arrive.
     pub taken_back: Counter,
-    /// Promotions that were not possible, indexed as [`Refusal::ALL`].
-    pub refusals: [Counter; Refusal::ALL.len()],
+    /// Times that a connection was not offloaded, indexed as [`FallbackReason::ALL`].
+    pub fallback_reasons: [Counter; FallbackReason::ALL.len()],
     /// Pairs taken over from a former agent.
     pub inherited: Counter,
 }

@@ -34,7 +34,7 @@ pub struct BoundListener {
     /// Where it is bound.
     pub key: ListenerKey,
     /// What serves new connections; replaced when the route changes.
-    pub serving: ArcSwap<Serving>,
+    pub serving: ArcSwap<RouteSnapshot>,
     /// What its connections may have relied on, and is gone.
     pub removals: Removals,
     /// What was counted.
@@ -45,7 +45,7 @@ pub struct BoundListener {
 
 /// What serves the new connections of a listener.
 #[derive(Debug)]
-pub struct Serving {
+pub struct RouteSnapshot {
     /// The listener and its route.
     pub listener: Arc<Listener>,
     /// The choice among the route's backends.
@@ -54,7 +54,7 @@ pub struct Serving {
     pub upstreams: Vec<Option<Arc<Upstream>>>,
 }
 
-impl Serving {
+impl RouteSnapshot {
     /// Whether new connections may go to an endpoint: by `backend`, or by any where that is not known.
     pub(crate) fn leads_to(&self, backend: Option<&BackendKey>, endpoint: SocketAddr) -> bool {
         let upstreams = self.upstreams.iter().flatten();

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::agent::SockmapCell;
 use crate::pairs::Pairs;
+use crate::sockmap::SockmapCell;
 use crate::sockmap::SockmapPairs;
 use crate::view::{ConnectionList, ResetReport, Selector};
 use crate::worker::WorkerConnections;

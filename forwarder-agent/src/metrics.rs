@@ -10,23 +10,22 @@ use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use crate::admin::AdminHealth;
-use crate::agent::Shared;
 use crate::counters::{
     BackendCounters, ConnectFailure, Counter, End, ListenerCounters, PerWorker, WorkerCounters,
 };
-use crate::promote::Refusal;
+use crate::fallback_reason::FallbackReason;
 use crate::reconciler::{InForce, SocketState};
 use crate::relay::{Fallback, Tier};
+use crate::state::{AdminHealth, AgentState};
 
 /// A registry that yields all metrics of an agent.
-pub fn registry(shared: Arc<Shared>) -> Registry {
+pub fn registry(shared: Arc<AgentState>) -> Registry {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(AgentCollector(shared)));
     registry
 }
 
-struct AgentCollector(Arc<Shared>);
+struct AgentCollector(Arc<AgentState>);
 
 impl fmt::Debug for AgentCollector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -143,7 +142,7 @@ impl<'a> Listeners<'a> {
             MetricType::Gauge,
         )?;
         for (labels, counters) in self.bound() {
-            gauge(&mut active, labels, active_connections(counters))?;
+            gauge(&mut active, labels, counters.active())?;
         }
         let mut ended = encoder.encode_descriptor(
             "forwarder_connections_ended",
@@ -188,7 +187,7 @@ impl<'a> Listeners<'a> {
         Ok(())
     }
 
-    /// What the classifier counted.
+    /// What the ingress programs counted.
     fn encode_kernel(&self, encoder: &mut DescriptorEncoder<'_>, in_force: &InForce) -> fmt::Result {
         let Some(datapath) = &in_force.datapath else { return Ok(()) };
         let counted: Vec<_> = self
@@ -235,13 +234,6 @@ impl<'a> Listeners<'a> {
         counter(&mut restored, [], datapath.restored())?;
         Ok(())
     }
-}
-
-/// How many connections of a listener are open.
-pub fn active_connections(counters: &PerWorker<ListenerCounters>) -> u64 {
-    // Ends are read first: one that comes in between makes the difference too large, never negative.
-    let ended = counters.sum(ListenerCounters::all_ended);
-    counters.sum(|own| own.accepted.get()).saturating_sub(ended)
 }
 
 fn encode_backends(encoder: &mut DescriptorEncoder<'_>, in_force: &InForce) -> fmt::Result {
@@ -300,7 +292,7 @@ fn encode_backends(encoder: &mut DescriptorEncoder<'_>, in_force: &InForce) -> f
     Ok(())
 }
 
-fn encode_workers(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::Result {
+fn encode_workers(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> fmt::Result {
     let counters = &shared.worker_counters;
     let mut fallbacks = encoder.encode_descriptor(
         "forwarder_tier_fallbacks",
@@ -312,11 +304,11 @@ fn encode_workers(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::
         let value = counters.sum(|own| own.fallbacks[fallback as usize].get());
         counter(&mut fallbacks, [("reason", fallback.as_str())], value)?;
     }
-    for refusal in Refusal::ALL {
-        let value = counters.sum(|own| own.refusals[refusal as usize].get());
-        counter(&mut fallbacks, [("reason", refusal.as_str())], value)?;
+    for fallback_reason in FallbackReason::ALL {
+        let value = counters.sum(|own| own.fallback_reasons[fallback_reason as usize].get());
+        counter(&mut fallbacks, [("reason", fallback_reason.as_str())], value)?;
     }
-    encode_promotions(encoder, shared)?;
+    encode_offloads(encoder, shared)?;
     let mut pauses = encoder.encode_descriptor(
         "forwarder_accept_pauses",
         "Times that accepting paused for lack of file descriptors or memory",
@@ -333,16 +325,16 @@ fn encode_workers(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::
     counter(&mut handed_over, [], counters.sum(|own| own.handed_over.get()))
 }
 
-fn encode_promotions(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::Result {
+fn encode_offloads(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> fmt::Result {
     let counters = &shared.worker_counters;
     for (name, help, field) in [
         (
-            "forwarder_promotions",
+            "forwarder_offloads",
             "Connections joined in the kernel",
-            (|own| own.promoted.get()) as fn(&WorkerCounters) -> u64,
+            (|own| own.offloaded.get()) as fn(&WorkerCounters) -> u64,
         ),
         (
-            "forwarder_promotions_taken_back",
+            "forwarder_offloads_taken_back",
             "Connections taken back from the kernel, since what was redirected did not arrive",
             |own| own.taken_back.get(),
         ),
@@ -372,7 +364,7 @@ fn encode_promotions(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fm
     encode_sockmap(encoder, shared)
 }
 
-fn encode_sockmap(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::Result {
+fn encode_sockmap(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> fmt::Result {
     let mut up = encoder.encode_descriptor(
         "forwarder_tier_on",
         "Whether a tier takes new connections, as far as it was not switched off",
@@ -380,7 +372,7 @@ fn encode_sockmap(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::
         MetricType::Gauge,
     )?;
     for tier in [Tier::Tc, Tier::Sockmap] {
-        gauge(&mut up, [("tier", tier.as_str())], u64::from(shared.switches.is_on(tier)))?;
+        gauge(&mut up, [("tier", tier.as_str())], u64::from(shared.toggles.is_on(tier)))?;
     }
     let Some(pairs) = shared.connections.sockmap() else { return Ok(()) };
     for (name, help, value) in [
@@ -426,7 +418,7 @@ fn encode_admin(encoder: &mut DescriptorEncoder<'_>, admin: &AdminHealth) -> fmt
     Ok(())
 }
 
-fn encode_control(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::Result {
+fn encode_control(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> fmt::Result {
     let report = shared.report.lock().unwrap_or_else(PoisonError::into_inner);
     let mut problems = encoder.encode_descriptor(
         "forwarder_problems",
@@ -450,11 +442,11 @@ fn encode_control(encoder: &mut DescriptorEncoder<'_>, shared: &Shared) -> fmt::
     for (kind, count) in [("full", report.updates.full), ("endpoints", report.updates.endpoints)] {
         counter(&mut updates, [("kind", kind)], count)?;
     }
-    let mut classifier = encoder.encode_descriptor(
-        "forwarder_classifier_up",
-        "Whether the BPF classifier is loaded",
+    let mut programs = encoder.encode_descriptor(
+        "forwarder_programs_up",
+        "Whether the eBPF programs are loaded",
         None,
         MetricType::Gauge,
     )?;
-    gauge(&mut classifier, [], u64::from(report.datapath.classifier))
+    gauge(&mut programs, [], u64::from(report.datapath.programs))
 }

@@ -1,4 +1,4 @@
-//! Promoted pairs, which the kernel forwards by itself: counted, timed out, ended, and taken over from a former agent.
+//! Offloaded pairs, which the kernel forwards by itself: counted, timed out, ended, and taken over from a former agent.
 //!
 //! A pair has no socket and no task. What is known of it stands in the maps, and is looked at a few times a second.
 
@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use forwarder_common::flow::{Flow, HALF_RESET, Pair};
 
 use crate::counters::End;
-use crate::datapath::flows::{FlowTable, JoinedPair};
+use crate::datapath::flows::FlowTable;
 use crate::datapath::grace::Grace;
+use crate::datapath::joined_pair::JoinedPair;
 use crate::datapath::monotonic;
 use crate::datapath::segments::SegmentSocket;
 use crate::listener::BoundListener;
@@ -44,9 +45,10 @@ const LINGER: Duration = Duration::from_secs(2);
 const RESET_STANDS: Duration = Duration::from_millis(200);
 /// How many probes may go without an answer before an end is taken for dead.
 const PROBES: u32 = 6;
-/// When a connection is promoted: whichever comes first.
+
+/// When a connection is offloaded: whichever comes first.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct PromoteAfter {
+pub struct OffloadAfter {
     /// After it has moved so many bytes.
     pub bytes: Option<u64>,
     /// After it has lived through so many sweeps of its worker.
@@ -54,7 +56,7 @@ pub struct PromoteAfter {
 }
 
 /// What takes connections into the kernel. Shared by the workers.
-pub struct Promoter {
+pub struct Offloader {
     /// The flows.
     pub flows: Arc<FlowTable>,
     /// Tells when packets have landed.
@@ -63,7 +65,7 @@ pub struct Promoter {
     pub pairs: Arc<Pairs>,
 }
 
-/// Settings of promoted pairs.
+/// Settings of offloaded pairs.
 #[derive(Clone, Copy, Debug)]
 pub struct PairSettings {
     /// For how long an end may be silent before it is probed; `None` is off.
@@ -94,7 +96,7 @@ pub enum Found {
     Gone,
 }
 
-/// The promoted pairs.
+/// The offloaded pairs.
 pub struct Pairs {
     flows: Arc<FlowTable>,
     socket: SegmentSocket,
@@ -264,7 +266,7 @@ impl Pairs {
         }
     }
 
-    /// Has the thread end soon; what is promoted lives on.
+    /// Has the thread end soon; what is offloaded lives on.
     pub fn stop(&self) {
         self.stops.store(true, Ordering::Relaxed);
     }
@@ -390,7 +392,7 @@ impl Pairs {
         Fate::Stays
     }
 
-    /// The record of a pair that a former agent has promoted, once its listener is there.
+    /// The record of a pair that a former agent has offloaded, once its listener is there.
     fn inherit(&self, pair: &JoinedPair, state: &Pair, listener: Arc<BoundListener>) -> Record {
         let (client, _) = pair.downstream();
         let serving = listener.serving.load_full();
@@ -409,7 +411,7 @@ impl Pairs {
         };
         let age = Duration::from_nanos(monotonic().saturating_sub(state.opened));
         Record {
-            stray: upstream.is_none().then_some(endpoint),
+            orphan: upstream.is_none().then_some(endpoint),
             standing,
             listener,
             serving,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::manifests::{ObjectRef, Plain};
+use crate::object::{ObjectRef, Plain};
 
 /// How much a [`Problem`] takes away.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]

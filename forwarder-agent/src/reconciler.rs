@@ -16,7 +16,7 @@ use crate::counters::PerWorker;
 use crate::datapath::{BackendEntry, Datapath, ListenerId, ListenerState};
 use crate::listener::failure::{Failure, Occasion};
 use crate::listener::occupied::{ListeningSocket, listening_sockets};
-use crate::listener::{self, BoundListener, ListenSettings, Serving};
+use crate::listener::{self, BoundListener, ListenSettings, RouteSnapshot};
 use crate::model::{BackendKey, Listener, ListenerKey, ListenerName, RouteTable, Target};
 use crate::plan::{self, Op};
 use crate::removal::{Removals, Removed};
@@ -25,7 +25,7 @@ use crate::upstream::Upstream;
 use crate::worker::Workers;
 
 /// What is in force, readable at any time by the admin endpoint.
-pub type Shared = Arc<Mutex<InForce>>;
+pub type SharedInForce = Arc<Mutex<InForce>>;
 
 /// What is in force.
 pub struct InForce {
@@ -80,9 +80,9 @@ impl InForce {
             .collect()
     }
 
-    fn serving(&self, listener: &Arc<Listener>) -> Serving {
+    fn serving(&self, listener: &Arc<Listener>) -> RouteSnapshot {
         let backends = listener.route.iter().flat_map(|route| &route.backends);
-        Serving {
+        RouteSnapshot {
             listener: Arc::clone(listener),
             balancer: Balancer::new(backends.clone().map(|backend| backend.weight)),
             upstreams: backends
@@ -220,12 +220,12 @@ fn log_failure(key: ListenerKey, listener: &ListenerName, failure: &Failure) {
 pub struct Reconciler {
     workers: Workers,
     settings: ListenSettings,
-    in_force: Shared,
+    in_force: SharedInForce,
 }
 
 impl Reconciler {
     /// A reconciler with nothing in force.
-    pub fn new(workers: Workers, settings: ListenSettings, in_force: Shared) -> Self {
+    pub fn new(workers: Workers, settings: ListenSettings, in_force: SharedInForce) -> Self {
         Self { workers, settings, in_force }
     }
 
@@ -397,8 +397,8 @@ impl Reconciler {
     }
 
     /// Has every connection taken into the kernel that can be.
-    pub fn promote_all(&self) {
-        self.workers.promote_all();
+    pub fn offload_all(&self) {
+        self.workers.offload_all();
     }
 
     /// Stops accepting on every listener, once what waits in its backlog has been accepted. Returns when the ports are free.
@@ -438,7 +438,7 @@ mod tests {
     use crate::model::{
         Backend, BindAddress, Datapath, ListenerName, ListenerParent, ListenerSettings, OnRemoval, Route,
     };
-    use crate::worker::WorkerSettings;
+    use crate::worker_context::WorkerSettings;
 
     fn port(number: u16) -> NonZeroU16 {
         NonZeroU16::new(number).unwrap()

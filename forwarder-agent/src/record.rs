@@ -1,16 +1,16 @@
-//! What is recorded of a connection, wherever it lives: in a worker, or, once promoted, in the kernel.
+//! What is recorded of a connection, wherever it lives: in a worker, or, once offloaded, in the kernel.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::connection::listing::{canonical, milliseconds};
 use crate::counters::{Counter, End};
-use crate::listener::{BoundListener, Serving};
+use crate::listener::{BoundListener, RouteSnapshot};
 use crate::relay::{Moved, Tier};
 use crate::removal::Standing;
 use crate::upstream::Upstream;
 use crate::view::{ConnectionState, ConnectionView};
+use crate::view::{canonical, milliseconds};
 
 /// A connection's place in counters and logs. When it is dropped, the connection's end is counted and logged: exactly once.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ pub(crate) struct Record {
     /// The listener that accepted it.
     pub(crate) listener: Arc<BoundListener>,
     /// What served the listener's new connections when it was accepted.
-    pub(crate) serving: Arc<Serving>,
+    pub(crate) serving: Arc<RouteSnapshot>,
     /// The client.
     pub(crate) downstream: SocketAddr,
     /// The backend and the endpoint, once connected.
@@ -28,7 +28,7 @@ pub(crate) struct Record {
     /// The tier that it has come to.
     pub(crate) tier: Tier,
     /// The endpoint of a pair of a former agent that no backend leads to.
-    pub(crate) stray: Option<SocketAddr>,
+    pub(crate) orphan: Option<SocketAddr>,
     /// How it stands with what was removed of its listener.
     pub(crate) standing: Standing,
     /// Whose counters it is counted in.
@@ -75,7 +75,7 @@ impl Record {
         let latest = removals.latest();
         let (backend, endpoint) = match &self.upstream {
             Some((upstream, endpoint)) => (Some(&upstream.key), Some(*endpoint)),
-            None => (None, self.stray),
+            None => (None, self.orphan),
         };
         let serving = listener.serving.load();
         if !removals.is_gone() {

@@ -21,7 +21,7 @@ use crate::resolve::CONTROLLER_NAME;
 
 pub use self::admin::{ADMIN, ADMIN_SOCKET, AdminAddress, AdminSettings, AdminSocketPath, GroupName};
 pub use self::kube::{KubeOptions, KubeSettings, POD_SELECTOR};
-pub use self::values::{BytesText, DurationText, PromoteAfter};
+pub use self::values::{BytesText, DurationText, OffloadAfter};
 
 /// Where settings come from; everything is optional, and what nobody sets has the default that its description names.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
@@ -69,8 +69,8 @@ pub struct Options {
 
     /// When a connection is taken into the kernel: after it has moved so many bytes (`64KiB`) or lasted so long (`500ms`),
     /// or whichever comes first (`64KiB,500ms`) [default: 64KiB,500ms]
-    #[arg(long, env = "FORWARDER_PROMOTE_AFTER", value_name = "BYTES,DURATION")]
-    pub promote_after: Option<PromoteAfter>,
+    #[arg(long, env = "FORWARDER_OFFLOAD_AFTER", value_name = "BYTES,DURATION")]
+    pub offload_after: Option<OffloadAfter>,
 
     /// How packets of connections in the kernel leave the node [default: auto]
     #[arg(long, env = "FORWARDER_EGRESS", value_enum)]
@@ -178,7 +178,7 @@ pub struct Settings {
     /// How many workers.
     pub workers: usize,
     /// When connections are taken into the kernel.
-    pub promote_after: PromoteAfter,
+    pub offload_after: OffloadAfter,
     /// How their packets leave the node.
     pub egress: Egress,
     /// How many of them the kernel may forward at once.
@@ -290,7 +290,7 @@ impl Options {
             admin_socket_group: self.admin_socket_group.or(other.admin_socket_group),
             controller_name: self.controller_name.or(other.controller_name),
             datapath: self.datapath.or(other.datapath),
-            promote_after: self.promote_after.or(other.promote_after),
+            offload_after: self.offload_after.or(other.offload_after),
             egress: self.egress.or(other.egress),
             max_pairs: self.max_pairs.or(other.max_pairs),
             sockmap_memory: self.sockmap_memory.or(other.sockmap_memory),
@@ -377,7 +377,7 @@ impl Options {
             controller_name,
             pin_dir: self.pin_dir.unwrap_or_else(|| PathBuf::from(PIN_DIR)),
             workers,
-            promote_after: self.promote_after.unwrap_or(PROMOTE_AFTER),
+            offload_after: self.offload_after.unwrap_or(OFFLOAD_AFTER),
             egress: self.egress.unwrap_or_default(),
             max_pairs: self.max_pairs.unwrap_or(PAIRS_CAPACITY).max(1),
             sockmap_memory: self.sockmap_memory.map_or(SOCKMAP_MEMORY, |text| text.0),
@@ -395,8 +395,8 @@ impl Options {
 }
 
 /// When connections are taken into the kernel by default.
-pub const PROMOTE_AFTER: PromoteAfter =
-    PromoteAfter { bytes: Some(64 << 10), age: Some(Duration::from_millis(500)) };
+pub const OFFLOAD_AFTER: OffloadAfter =
+    OffloadAfter { bytes: Some(64 << 10), age: Some(Duration::from_millis(500)) };
 
 /// How long connections may go on by default after what they relied on was removed, where they are drained.
 pub const REMOVAL_DRAIN: Duration = Duration::from_secs(30);

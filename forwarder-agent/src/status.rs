@@ -204,7 +204,7 @@ pub(crate) mod names {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct GatewayVerdict {
     /// Why the Gateway as a whole is not accepted: reason and message.
-    pub(crate) refusal: Option<(&'static str, String)>,
+    pub(crate) rejection: Option<(&'static str, String)>,
     /// Which of its addresses cannot be used, as a sentence.
     pub(crate) unusable_addresses: Option<String>,
 }
@@ -217,7 +217,7 @@ pub(crate) fn gateway_conditions(
 ) -> Vec<Condition> {
     use names::{ACCEPTED, INVALID, LISTENERS_NOT_VALID, PENDING, PROGRAMMED};
     let invalid: Vec<&str> = listeners.iter().filter(|l| !l.is_valid()).map(|l| l.name.as_str()).collect();
-    let accepted = if let Some((reason, message)) = verdict.refusal {
+    let accepted = if let Some((reason, message)) = verdict.rejection {
         Condition::fails(ACCEPTED, reason, message, generation)
     } else if listeners.is_empty() {
         Condition::fails(ACCEPTED, LISTENERS_NOT_VALID, "the Gateway has no listener", generation)

@@ -84,7 +84,7 @@ impl Upstream {
 /// How endpoints are connected: settings of the agent.
 #[derive(Clone, Default)]
 pub struct ConnectSettings {
-    /// The flows of promoted pairs: no connection may have the addresses and ports of one.
+    /// The flows of offloaded pairs: no connection may have the addresses and ports of one.
     pub flows: Option<Arc<FlowTable>>,
     /// The segment size that sockets announce.
     pub segment_size: Arc<SegmentSize>,

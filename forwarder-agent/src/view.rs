@@ -8,14 +8,15 @@ mod tiers;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::manifests::Plain;
 use crate::model::{Listener, ListenerKey, RouteTable, Target};
+use crate::object::Plain;
 use crate::problem::Problem;
 use crate::status::Statuses;
 
 pub use self::connection::{ConnectionList, ConnectionState, ConnectionTotals, ConnectionView, ResetReport};
+pub(crate) use self::connection::{canonical, milliseconds};
 pub use self::selector::{Peer, Selector};
-pub use self::tiers::{DatapathTiers, TierState, TierSwitches, TierView};
+pub use self::tiers::{DatapathTiers, TierState, TierToggleRequest, TierView};
 
 /// The state of an agent, or what the state would be for a folder of manifests.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -110,8 +111,8 @@ pub struct ProblemView {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct DatapathView {
-    /// Whether the classifier is loaded.
-    pub classifier: bool,
+    /// Whether the programs are loaded.
+    pub programs: bool,
     /// Why not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -122,7 +123,7 @@ pub struct DatapathView {
     pub interfaces: Vec<InterfaceView>,
 }
 
-/// An interface that the classifier is attached to.
+/// An interface that an ingress program is attached to.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct InterfaceView {

@@ -6,7 +6,7 @@
 mod accepting;
 mod connections;
 
-use std::cell::{Cell, RefCell, RefMut};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
@@ -22,49 +22,22 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep};
 
-use crate::agent::SockmapCell;
 use crate::connection::{self, Connection, Order};
 use crate::counters::{End, PerWorker, WorkerCounters};
 use crate::datapath::ListenerId;
-use crate::descriptors::Descriptors;
+use crate::drain::{DRAIN_SWEEP_PERIOD, SWEEP_PERIOD, left_of_drain};
 use crate::listener::BoundListener;
-use crate::pairs::{PromoteAfter, Promoter};
-use crate::relay::Shared;
-use crate::switches::Switches;
-use crate::upstream::{self, ConnectSettings};
+use crate::upstream;
 use crate::view::{ConnectionView, Selector};
+use crate::worker_context::{WorkerContext, WorkerSettings};
 
 pub use self::connections::{Answers, WorkerConnections};
 
-/// How often a worker looks for connections that have timed out.
-pub const SWEEP_PERIOD: Duration = Duration::from_millis(250);
-/// How often while it drains, so that closings are spread finely.
-pub(crate) const DRAIN_SWEEP_PERIOD: Duration = Duration::from_millis(20);
-/// Which part of the drain window is left for closing what has not ended by itself.
-const DRAIN_CLOSING_SHARE: f64 = 0.25;
-
 /// The threads beside the workers that write counters: the one of pairs at TC, and the one of tier `sockmap`.
-const KEEPERS: usize = 2;
+const OFFLOAD_THREADS: usize = 2;
 /// For how long a worker lets its connections carry out their last order. Those that do not are reset by their sockets' close, but what
 /// is joined in the kernel knows numbers that its sockets do not.
 const LAST_ORDER: Duration = Duration::from_secs(2);
-
-/// Settings that all workers share.
-#[derive(Clone, Default)]
-pub struct WorkerSettings {
-    /// How endpoints are connected.
-    pub connect: ConnectSettings,
-    /// How many connections all workers together may hold: beyond it they wait in the backlog.
-    pub descriptors: Arc<Descriptors>,
-    /// What takes connections into the kernel at TC, where that can be done.
-    pub promoter: Option<Arc<Promoter>>,
-    /// What takes them by a sockmap, where that can be done and is wanted.
-    pub sockmap: SockmapCell,
-    /// Which of the two take connections at present.
-    pub switches: Arc<Switches>,
-    /// When.
-    pub promote_after: PromoteAfter,
-}
 
 /// Something for a worker to do.
 #[derive(Debug)]
@@ -73,7 +46,7 @@ enum Command {
     Unlisten { id: ListenerId, done: oneshot::Sender<()> },
     StopListening { done: oneshot::Sender<()> },
     Adopt { socket: std::net::TcpStream, peer: SocketAddr, listener: Arc<BoundListener> },
-    Promote,
+    Offload,
     Drain { window: Duration, done: oneshot::Sender<()> },
     List { selector: Arc<Selector>, answer: oneshot::Sender<Vec<ConnectionView>> },
     Reset { selector: Arc<Selector>, answer: oneshot::Sender<usize> },
@@ -97,7 +70,7 @@ impl Workers {
         let (commands, receivers): (Vec<_>, Vec<_>) =
             (0..count).map(|_| mpsc::unbounded_channel::<Command>()).unzip();
         let loads: Arc<[_]> = (0..count).map(|_| CachePadded::new(AtomicUsize::new(0))).collect();
-        let counters = Arc::new(PerWorker::new(count + KEEPERS));
+        let counters = Arc::new(PerWorker::new(count + OFFLOAD_THREADS));
         let mut threads = Vec::new();
         for (index, receiver) in receivers.into_iter().enumerate() {
             let (settings, loads) = (settings.clone(), Arc::clone(&loads));
@@ -115,17 +88,8 @@ impl Workers {
                     Err(error) => return drop(started.send(Err(error))),
                 };
                 let _ = started.send(Ok(()));
-                let worker = Rc::new(Worker {
-                    index,
-                    settings,
-                    loads,
-                    peers,
-                    counters,
-                    shared: RefCell::default(),
-                    connections: RefCell::default(),
-                    sweep: Cell::new(0),
-                    promotes_all: Cell::new(false),
-                });
+                let context = WorkerContext::new(index, settings, counters);
+                let worker = Rc::new(Worker { context, loads, peers, connections: RefCell::default() });
                 runtime.block_on(command_loop(worker, receiver));
             };
             threads.push(std::thread::Builder::new().name(format!("worker-{index}")).spawn(body)?);
@@ -139,9 +103,9 @@ impl Workers {
         self.commands.len()
     }
 
-    /// How many write counters: the workers, and, in the last places, who looks after promoted pairs of either tier.
+    /// How many write counters: the workers, and, in the last places, who looks after offloaded pairs of either tier.
     pub fn slots(&self) -> usize {
-        self.commands.len() + KEEPERS
+        self.commands.len() + OFFLOAD_THREADS
     }
 
     /// Starts to accept on `sockets`, one for each worker.
@@ -164,9 +128,9 @@ impl Workers {
     }
 
     /// Has every connection taken into the kernel that can be.
-    pub fn promote_all(&self) {
+    pub fn offload_all(&self) {
         for worker in &self.commands {
-            let _ = worker.send(Command::Promote);
+            let _ = worker.send(Command::Offload);
         }
     }
 
@@ -199,49 +163,22 @@ impl Workers {
 }
 
 /// The state of one worker, shared by the tasks on its thread.
-pub(crate) struct Worker {
-    index: usize,
-    settings: WorkerSettings,
+struct Worker {
+    context: WorkerContext,
     loads: Arc<[CachePadded<AtomicUsize>]>,
     peers: Vec<mpsc::WeakUnboundedSender<Command>>,
-    counters: Arc<PerWorker<WorkerCounters>>,
-    shared: RefCell<Shared>,
     connections: RefCell<Slab<Rc<Connection>>>,
-    sweep: Cell<u32>,
-    promotes_all: Cell<bool>,
 }
 
 impl Worker {
-    /// Its number: whose counters are its own.
-    pub(crate) fn index(&self) -> usize {
-        self.index
-    }
-
-    pub(crate) fn settings(&self) -> &WorkerSettings {
-        &self.settings
-    }
-
-    pub(crate) fn counters(&self) -> &WorkerCounters {
-        self.counters.of(self.index)
-    }
-
-    pub(crate) fn shared(&self) -> RefMut<'_, Shared> {
-        self.shared.borrow_mut()
-    }
-
-    /// The number of the present sweep: a clock as coarse as time-outs need.
-    pub(crate) fn sweep(&self) -> u32 {
-        self.sweep.get()
-    }
-
     fn load(&self) -> &AtomicUsize {
-        self.loads.get(self.index).expect("a load for each worker")
+        self.loads.get(self.context.index).expect("a load for each worker")
     }
 
     fn is_full(&self) -> bool {
         let relayed: usize = self.loads.iter().map(|load| load.load(Ordering::Relaxed)).sum();
-        let joined = self.settings.sockmap.get().and_then(|pairs| Some(pairs.as_ref().ok()?.count()));
-        relayed + joined.unwrap_or_default() >= self.settings.descriptors.max_connections()
+        let joined = self.context.settings.sockmap.get().and_then(|pairs| Some(pairs.as_ref().ok()?.count()));
+        relayed + joined.unwrap_or_default() >= self.context.settings.descriptors.max_connections()
     }
 
     /// The least busy other worker, where this one has clearly more connections.
@@ -265,7 +202,7 @@ impl Worker {
             let command = Command::Adopt { socket, peer, listener: Arc::clone(listener) };
             // Counted here, so that the next choice sees it.
             self.loads.get(other).expect("a load for each worker").fetch_add(1, Ordering::Relaxed);
-            self.counters().handed_over.add(1);
+            self.context.counters().handed_over.add(1);
             // A worker ends only when the agent does: the socket then closes with the command.
             let _ = sender.send(command);
         } else {
@@ -276,35 +213,31 @@ impl Worker {
 
     /// Serves a connection that is counted in this worker's load.
     fn serve(self: &Rc<Self>, downstream: TcpStream, peer: SocketAddr, listener: &Arc<BoundListener>) {
-        let connection = Rc::new(Connection::new(Arc::clone(listener), peer, self.index, self.sweep.get()));
+        let connection =
+            Rc::new(Connection::new(Arc::clone(listener), peer, self.context.index, self.context.sweep()));
         let slot = self.connections.borrow_mut().insert(Rc::clone(&connection));
         let worker = Rc::clone(self);
         tokio::task::spawn_local(async move {
-            connection::serve(Rc::clone(&worker), downstream, connection).await;
+            connection::serve(&worker.context, downstream, connection).await;
             worker.connections.borrow_mut().remove(slot);
             worker.load().fetch_sub(1, Ordering::Relaxed);
         });
     }
 
     /// Has every connection taken into the kernel that can be, and those to come as soon as they can.
-    fn promote_all(&self) {
-        self.promotes_all.set(true);
+    fn offload_all(&self) {
+        self.context.offload_all();
         for (_, connection) in self.connections.borrow().iter() {
-            connection.promote_now();
+            connection.offload_now();
         }
-    }
-
-    /// Whether every connection is to be taken into the kernel as soon as it can be.
-    pub(crate) fn promotes_all(&self) -> bool {
-        self.promotes_all.get()
     }
 
     /// Gives every connection what is due to it.
     fn sweep_connections(&self) {
-        self.sweep.set(self.sweep.get().wrapping_add(1));
-        let patience = self.settings().connect.keepalive.map(upstream::patience);
+        let sweep = self.context.next_sweep();
+        let patience = self.context.settings.connect.keepalive.map(upstream::patience);
         for (_, connection) in self.connections.borrow().iter() {
-            if let Some(order) = connection.due(self.sweep.get(), SWEEP_PERIOD, patience) {
+            if let Some(order) = connection.due(sweep, SWEEP_PERIOD, patience) {
                 connection.order(order);
             }
         }
@@ -343,7 +276,7 @@ async fn command_loop(worker: Rc<Worker>, mut commands: mpsc::UnboundedReceiver<
                     worker.load().fetch_sub(1, Ordering::Relaxed);
                 }
             },
-            Command::Promote => worker.promote_all(),
+            Command::Offload => worker.offload_all(),
             Command::StopListening { done } => {
                 let closed: Vec<_> = accepting.drain().map(|(_, stop)| closed(stop)).collect();
                 tokio::task::spawn_local(async move {
@@ -388,31 +321,6 @@ async fn sweep_for_ever(worker: Rc<Worker>) {
         sleep(SWEEP_PERIOD).await;
         worker.sweep_connections();
     }
-}
-
-/// How many connections may be left when a drain has gone on for `elapsed`, of those that `remaining` at the beginning of
-/// its last part: all of them then, none at the end of the window; `None` before.
-pub(crate) fn left_of_drain(
-    elapsed: Duration,
-    window: Duration,
-    remaining: &mut Option<usize>,
-    present: usize,
-) -> Option<usize> {
-    let grace = window.mul_f64(1.0 - DRAIN_CLOSING_SHARE);
-    if elapsed < grace {
-        return None;
-    }
-    let total = *remaining.get_or_insert(present);
-    let left = window.saturating_sub(elapsed).as_secs_f64()
-        / window.saturating_sub(grace).as_secs_f64().max(f64::MIN_POSITIVE);
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_precision_loss,
-        clippy::cast_sign_loss,
-        reason = "a share of a count of connections"
-    )]
-    let keep = (total as f64 * left) as usize;
-    Some(keep)
 }
 
 /// Waits for connections to end, and ends the remainder one after the other in the last part of the window.

@@ -8,37 +8,35 @@
 //!
 //! The programs take packets for those of a flow only while its pair stands in [`PAIRS`]: creating that one entry turns both
 //! directions on at the same moment. [`STATE_OVER`] turns them off, one right after the other; the entries are removed
-//! later, in the order of [`STATE_TAIL`] to [`STATE_OVER`] no state ever goes back.
+//! later, in the order of [`STATE_HANDOVER`] to [`STATE_OVER`] no state ever goes back.
+//!
+//! [`FLOWS`]: crate::layout::FLOWS
+//! [`PAIRS`]: crate::layout::PAIRS
 
 use core::mem::{align_of, offset_of, size_of};
 use core::net::IpAddr;
 
-use crate::layout::AddressBytes;
 use crate::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, Segment};
 use crate::translate::{self, is_before};
+use crate::tuple::{AddressBytes, FourTuple};
 
 mod note;
 
-/// Hash of [`FlowKey`] to [`Flow`]: both directions of every pair.
-pub const FLOWS: &str = "flows";
-/// Hash of a pair's number (`u32`) to [`Pair`].
-pub const PAIRS: &str = "pairs";
-
-/// Entries that [`PAIRS`] holds unless the agent says otherwise; [`FLOWS`] holds twice as many.
+/// Entries that [`PAIRS`](crate::layout::PAIRS) holds unless the agent says otherwise; [`FLOWS`](crate::layout::FLOWS) holds twice as many.
 pub const PAIRS_CAPACITY: u32 = 262_144;
 
-/// The priority (`SO_PRIORITY`) of packets that the agent sends in the name of pairs, which the guard lets pass. It is
+/// The priority (`SO_PRIORITY`) of packets that the agent sends in the name of pairs, which the egress programs let pass. It is
 /// nobody else's, and unlike a mark it has no say in routing.
 pub const AGENT_PRIORITY: u32 = 0x6677_6401;
 /// The priority of those among them that the agent has handed to the interface itself, and that have no neighbour's address
-/// yet: the guard hands them to the neighbour that the pair's packets go to.
+/// yet: the egress program hands them to the neighbour that the pair's packets go to.
 pub const AGENT_LINK_PRIORITY: u32 = 0x6677_6402;
 
 /// [`Flow::state`]: packets are translated and redirected, while the local sockets still deliver what they had received
 /// before: they see the acknowledgements of it.
-pub const STATE_TAIL: u32 = 1;
+pub const STATE_HANDOVER: u32 = 1;
 /// [`Flow::state`]: the local sockets have nothing left to do and see nothing more.
-pub const STATE_SPLICED: u32 = 2;
+pub const STATE_OFFLOADED: u32 = 2;
 /// [`Flow::state`]: the agent has ended the pair: whoever sends something of it is told so by a reset.
 pub const STATE_RESET: u32 = 3;
 /// [`Flow::state`]: nothing of the pair is forwarded any more, and its packets are the local stack's, as if it stood nowhere. Its
@@ -53,7 +51,7 @@ pub const DIRECTION_RESPONSE: u32 = 1;
 /// [`Flow::flags`]: only the leg that packets come from uses explicit congestion notification, so they leave without the
 /// marks that nobody would answer (RFC 3168).
 pub const FLOW_CLEAR_ECN: u16 = 1;
-/// [`Flow::flags`]: the end of this direction reached a local socket before the promotion; the agent's other socket passes
+/// [`Flow::flags`]: the end of this direction reached a local socket before the handover; the agent's other socket passes
 /// it on.
 pub const FLOW_ENDED: u16 = 2;
 /// [`Flow::flags`]: the same of the other direction.
@@ -71,46 +69,6 @@ pub const HALF_SYN: u8 = 2;
 /// [`Half::flags`]: a reset that the receiver would not believe came in the sender's name: the agent is to ask the sender, who
 /// has sent nothing else since.
 pub const HALF_CHALLENGE: u8 = 4;
-
-/// Key of [`FLOWS`]: the addresses and ports of a packet. 36 bytes without padding.
-#[repr(C, align(4))]
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub struct FlowKey {
-    /// Where it comes from, in network byte order.
-    pub source: AddressBytes,
-    /// Where it is sent to, in network byte order.
-    pub destination: AddressBytes,
-    /// The port that it comes from, in host byte order.
-    pub source_port: u16,
-    /// The port that it is sent to, in host byte order.
-    pub destination_port: u16,
-}
-
-impl FlowKey {
-    /// The addresses as 32-bit words in the byte order of the packet: four of the source, four of the destination. Of an
-    /// IPv4 address all but the last are the same in every key.
-    #[inline(always)]
-    pub const fn address_words(&self) -> &[u32; 8] {
-        #[expect(unsafe_code, reason = "the programs sum up words")]
-        // SAFETY: the two arrays begin the structure, side by side, and are as large; the structure is aligned to 4
-        // bytes; any bits make an integer.
-        unsafe {
-            &*(&raw const *self).cast()
-        }
-    }
-
-    /// The tuple of the packets that go the other way on the same leg.
-    #[inline(always)]
-    #[must_use]
-    pub const fn reversed(self) -> Self {
-        Self {
-            source: self.destination,
-            destination: self.source,
-            source_port: self.destination_port,
-            destination_port: self.source_port,
-        }
-    }
-}
 
 /// The neighbour that packets are handed to: `struct bpf_redir_neigh`, as `bpf_redirect_neigh` takes it.
 #[repr(C)]
@@ -136,12 +94,12 @@ impl NextHop {
     }
 }
 
-/// Value of [`FLOWS`]: one direction of a pair. Written by the agent.
+/// Value of [`FLOWS`](crate::layout::FLOWS): one direction of a pair. Written by the agent.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Flow {
     /// The tuple that the packets get: that of the other leg.
-    pub out: FlowKey,
+    pub out: FourTuple,
     /// The index of the interface that they leave by.
     pub interface: u32,
     /// The neighbour that they are handed to there: the receiver, or the gateway towards it.
@@ -152,11 +110,11 @@ pub struct Flow {
     pub clock_time: u64,
     /// The timestamp clock of the agent's socket on the outgoing leg (RFC 7323, milliseconds) at `clock_time`.
     pub clock: u32,
-    /// The pair's number: key of [`PAIRS`].
+    /// The pair's number: key of [`PAIRS`](crate::layout::PAIRS).
     pub pair: u32,
     /// [`DIRECTION_REQUEST`] or [`DIRECTION_RESPONSE`].
     pub direction: u32,
-    /// [`STATE_TAIL`], [`STATE_SPLICED`], [`STATE_RESET`] or [`STATE_OVER`].
+    /// [`STATE_HANDOVER`], [`STATE_OFFLOADED`], [`STATE_RESET`] or [`STATE_OVER`].
     pub state: u32,
     /// What is added to sequence numbers, modulo 2^32.
     pub sequence_shift: u32,
@@ -169,8 +127,8 @@ pub struct Flow {
     pub target_scale: u8,
     /// [`FLOW_CLEAR_ECN`], [`FLOW_ENDED`], [`FLOW_REVERSE_ENDED`], [`FLOW_TIMESTAMPS`], [`FLOW_BY_STACK`].
     pub flags: u16,
-    /// How far the agent's socket on the outgoing leg has acknowledged, in the receiver's own numbers: at the promotion, and once
-    /// nothing reaches it any more. In [`STATE_TAIL`] nothing less is acknowledged: what has been promised is on its way, and who
+    /// How far the agent's socket on the outgoing leg has acknowledged, in the receiver's own numbers: as the handover begins, and once
+    /// nothing reaches it any more. In [`STATE_HANDOVER`] nothing less is acknowledged: what has been promised is on its way, and who
     /// has been acknowledged more takes the packet for an old one, and heeds nothing else of it either (`tcp_ack`).
     pub acknowledged: u32,
     /// The index of the interface that packets to the sender leave by, and its own are expected by.
@@ -183,7 +141,7 @@ pub struct Flow {
     pub pad: [u8; 2],
 }
 
-/// What is known of one direction of a pair: the agent writes what it knows at the promotion, the programs keep it
+/// What is known of one direction of a pair: the agent writes what it knows as the handover begins, the programs keep it
 /// current. Written only for packets of this direction.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -194,14 +152,14 @@ pub struct Half {
     pub bytes: u64,
     /// Bytes of payload redirected that had been seen before: retransmitted ones.
     pub repeated: u64,
-    /// When the last packet came that the receiver takes: `CLOCK_MONOTONIC` in nanoseconds; the promotion before the first.
+    /// When the last packet came that the receiver takes: `CLOCK_MONOTONIC` in nanoseconds; before the first, when the handover began.
     pub last_seen: u64,
     /// What [`Self::fin_end`] tells: 0, or `1 << 32` and that number. One word, because packets of one direction may be on two
     /// CPUs at once: whoever sees that there is a FIN must see which number it has.
     pub fin: u64,
     /// What is added to the sender's timestamps, modulo 2^32, once `timestamp_known` is 1.
     pub timestamp_shift: u32,
-    /// The least that any packet would have been shifted by in [`STATE_TAIL`]: that one had waited least between its sender's
+    /// The least that any packet would have been shifted by in [`STATE_HANDOVER`]: that one had waited least between its sender's
     /// clock and the node's, which is how far the two clocks are apart.
     pub timestamp_least: u32,
     /// The right edge of the window that the sender has announced, the farthest so far: the first number of the opposite
@@ -271,7 +229,7 @@ impl Half {
 
     /// What is taken from timestamps of this direction that the other one echoes, once its clock is known.
     ///
-    /// In [`STATE_TAIL`] each packet tells the node's clock, however long it has waited. What it told its sender is then known
+    /// In [`STATE_HANDOVER`] each packet tells the node's clock, however long it has waited. What it told its sender is then known
     /// only to within that time, and must not be taken for older than it is: the echo of what was sent again would look like
     /// one of the first time (RFC 3522), and what is lost would not be sent again.
     #[inline(always)]
@@ -279,7 +237,7 @@ impl Half {
     pub const fn echo_shift(&self, state: u32) -> Option<u32> {
         if self.timestamp_known == 0 {
             None
-        } else if state == STATE_TAIL {
+        } else if state == STATE_HANDOVER {
             Some(self.timestamp_least)
         } else {
             Some(self.timestamp_shift)
@@ -305,14 +263,14 @@ impl Half {
     }
 }
 
-/// Value of [`PAIRS`]: what is known of a pair.
+/// Value of [`PAIRS`](crate::layout::PAIRS): what is known of a pair.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Pair {
     /// When the connection was accepted: `CLOCK_MONOTONIC` in nanoseconds.
     pub opened: u64,
-    /// When the pair was promoted, likewise.
-    pub promoted: u64,
+    /// When its handover began, likewise.
+    pub offloaded: u64,
     /// From the client to the endpoint.
     pub request: Half,
     /// From the endpoint to the client.
@@ -368,7 +326,7 @@ impl Flow {
         let mut missing = 0;
         if segment.flags & FLAG_ACK != 0 {
             acknowledgement = acknowledgement.wrapping_add(self.acknowledgement_shift);
-            if self.state == STATE_TAIL && is_before(acknowledgement, self.acknowledged) {
+            if self.state == STATE_HANDOVER && is_before(acknowledgement, self.acknowledged) {
                 missing = self.acknowledged.wrapping_sub(acknowledgement);
                 acknowledgement = self.acknowledged;
             }
@@ -383,11 +341,11 @@ impl Flow {
     }
 
     /// Whether both ends have ended their directions and know it of each other, `half` being what is known of this direction,
-    /// `reverse` of the other. An end that reached a local socket before the promotion counts once that has delivered it.
+    /// `reverse` of the other. An end that reached a local socket before the handover counts once that has delivered it.
     #[inline(always)]
     #[must_use]
     pub const fn has_ended(&self, half: &Half, reverse: &Half) -> bool {
-        self.are_finished(if self.state == STATE_SPLICED { self.flags } else { 0 }, half, reverse)
+        self.are_finished(if self.state == STATE_OFFLOADED { self.flags } else { 0 }, half, reverse)
     }
 
     /// Whether nothing more is to be forwarded but what is sent again: both ends have ended their directions and know it of
@@ -445,11 +403,6 @@ impl Pair {
 }
 
 const _: () = {
-    assert!(size_of::<FlowKey>() == 36 && align_of::<FlowKey>() == 4);
-    assert!(offset_of!(FlowKey, destination) == 16);
-    assert!(offset_of!(FlowKey, source_port) == 32);
-    assert!(offset_of!(FlowKey, destination_port) == 34);
-
     assert!(size_of::<Flow>() == 112 && align_of::<Flow>() == 8);
     assert!(offset_of!(Flow, interface) == 36);
     assert!(offset_of!(Flow, next_hop) == 40);
@@ -475,7 +428,7 @@ const _: () = {
     assert!(offset_of!(Half, timestamp_known) == 63);
 
     assert!(size_of::<Pair>() == 144 && align_of::<Pair>() == 8);
-    assert!(offset_of!(Pair, promoted) == 8);
+    assert!(offset_of!(Pair, offloaded) == 8);
     assert!(offset_of!(Pair, request) == 16);
     assert!(offset_of!(Pair, response) == 80);
 };
@@ -483,12 +436,10 @@ const _: () = {
 #[cfg(feature = "aya")]
 #[expect(unsafe_code, reason = "aya's Pod is an unsafe trait")]
 mod pod {
-    use super::{Flow, FlowKey, Pair};
+    use super::{Flow, Pair};
 
     // SAFETY: `repr(C)`, made of integers only, so every pattern of bits is valid, and the sizes asserted above equal
     // the sums of the fields' sizes, so there are no padding bytes.
-    unsafe impl aya::Pod for FlowKey {}
-    // SAFETY: as above.
     unsafe impl aya::Pod for Flow {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Pair {}
@@ -500,7 +451,7 @@ mod tests {
 
     /// The client's numbers are 1,000 behind on the other leg, the endpoint's 500 ahead.
     pub(super) fn flows() -> [Flow; 2] {
-        let key = FlowKey { source: [0; 16], destination: [0; 16], source_port: 1, destination_port: 2 };
+        let key = FourTuple { source: [0; 16], destination: [0; 16], source_port: 1, destination_port: 2 };
         let request = Flow {
             out: key,
             interface: 1,
@@ -510,7 +461,7 @@ mod tests {
             clock: 0,
             pair: 1,
             direction: DIRECTION_REQUEST,
-            state: STATE_SPLICED,
+            state: STATE_OFFLOADED,
             sequence_shift: 1_000_u32.wrapping_neg(),
             acknowledgement_shift: 500_u32.wrapping_neg(),
             source_scale: 0,
@@ -618,14 +569,14 @@ mod tests {
     #[test]
     fn clocks_are_learnt_from_packets_that_have_waited() {
         let mut half = Half::default();
-        assert_eq!(half.echo_shift(STATE_TAIL), None);
+        assert_eq!(half.echo_shift(STATE_HANDOVER), None);
         // The clocks are 1,000 apart; the packets have waited for 3, 8, 0 and 2 ms.
         for waited in [3, 8, 0, 2] {
             half.learn_clock(1_000 + waited);
         }
         // What follows is not behind what was told before; what is echoed meanwhile is no older than it was.
-        assert_eq!(half.echo_shift(STATE_SPLICED), Some(1_008));
-        assert_eq!(half.echo_shift(STATE_TAIL), Some(1_000));
+        assert_eq!(half.echo_shift(STATE_OFFLOADED), Some(1_008));
+        assert_eq!(half.echo_shift(STATE_HANDOVER), Some(1_000));
     }
 
     #[test]

@@ -3,9 +3,9 @@
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
-use crate::flow::FlowKey;
-use crate::layout::mapped_v4;
 use crate::packet::{IpVersion, LinkLayer, PROTOCOL_TCP, Packet, ip_header};
+use crate::tuple::FourTuple;
+use crate::tuple::mapped_v4;
 
 /// The number of ICMP in IPv4 headers.
 pub const PROTOCOL_ICMP: u8 = 1;
@@ -28,7 +28,7 @@ const IPV4_FRAGMENT_OFFSET: u16 = 0x1fff;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct TooBig {
     /// The addresses and ports of the packet that is quoted; the word of it goes to its source.
-    pub quoted: FlowKey,
+    pub quoted: FourTuple,
     /// Its sequence number, in host byte order.
     pub sequence: u32,
     /// The IP version of both.
@@ -77,7 +77,7 @@ fn parse_v4<P: Packet + ?Sized>(packet: &P, ip_offset: usize) -> Option<TooBig> 
     let (ports, sequence) = ports_and_sequence(packet, tcp_offset)?;
     #[expect(clippy::cast_possible_truncation, reason = "some hundred bytes at most")]
     Some(TooBig {
-        quoted: FlowKey {
+        quoted: FourTuple {
             source: mapped_v4(quoted.src_addr),
             destination: mapped_v4(quoted.dst_addr),
             source_port: ports[0],
@@ -112,7 +112,7 @@ fn parse_v6<P: Packet + ?Sized>(packet: &P, ip_offset: usize) -> Option<TooBig> 
     let (ports, sequence) = ports_and_sequence(packet, tcp_offset)?;
     #[expect(clippy::cast_possible_truncation, reason = "some hundred bytes at most")]
     Some(TooBig {
-        quoted: FlowKey {
+        quoted: FourTuple {
             source: quoted.src_addr,
             destination: quoted.dst_addr,
             source_port: ports[0],

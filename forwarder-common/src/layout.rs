@@ -4,9 +4,8 @@
 //! network byte order.
 
 use core::mem::{align_of, offset_of, size_of};
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::flow::{FLOWS, PAIRS};
+use crate::tuple::AddressBytes;
 
 /// Hash of [`ListenerKey`] to [`ListenerValue`]. Written by the agent, read for each packet.
 pub const LISTENERS: &str = "listeners";
@@ -20,6 +19,11 @@ pub const COUNTERS: &str = "counters";
 pub const LOCAL_ADDRESSES: &str = "local_addresses";
 /// Per-CPU array of how many packets (`u64`) met with each [`Verdict`](crate::Verdict), indexed by the verdict's number.
 pub const VERDICTS: &str = "verdicts";
+
+/// Hash of [`FourTuple`](crate::tuple::FourTuple) to [`Flow`](crate::flow::Flow): both directions of every pair.
+pub const FLOWS: &str = "flows";
+/// Hash of a pair's number (`u32`) to [`Pair`](crate::flow::Pair).
+pub const PAIRS: &str = "pairs";
 
 /// Array of one [`AgentState`].
 pub const AGENT: &str = "agent";
@@ -41,9 +45,6 @@ pub const BACKENDS_CAPACITY: u32 = 262_144;
 /// Entries that [`LOCAL_ADDRESSES`] holds.
 pub const LOCAL_ADDRESSES_CAPACITY: u32 = 4_096;
 
-/// An IPv6 address in network byte order; IPv4 as `::ffff:a.b.c.d`.
-pub type AddressBytes = [u8; 16];
-
 /// The address of a listener that is bound to every address of the node.
 pub const ANY_ADDRESS: AddressBytes = [0; 16];
 
@@ -53,29 +54,6 @@ pub const STATE_REMOVED: u32 = 0;
 pub const STATE_READY: u32 = 1;
 /// [`ListenerValue::state`]: it accepts no more; its connections live on.
 pub const STATE_DRAINING: u32 = 2;
-
-/// The bytes by which the maps know an IPv4 address.
-#[inline(always)]
-pub const fn mapped_v4(octets: [u8; 4]) -> AddressBytes {
-    let [a, b, c, d] = octets;
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
-}
-
-/// The bytes by which the maps know `address`.
-pub const fn address_bytes(address: IpAddr) -> AddressBytes {
-    match address {
-        IpAddr::V4(v4) => mapped_v4(v4.octets()),
-        IpAddr::V6(v6) => v6.octets(),
-    }
-}
-
-/// The address that `bytes` stand for: the inverse of [`address_bytes`].
-pub const fn address_of(bytes: AddressBytes) -> IpAddr {
-    match bytes {
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] => IpAddr::V4(Ipv4Addr::new(a, b, c, d)),
-        _ => IpAddr::V6(Ipv6Addr::from_octets(bytes)),
-    }
-}
 
 /// Key of [`LISTENERS`].
 #[repr(C)]
@@ -145,7 +123,7 @@ pub struct AgentState {
     pub pad: u32,
 }
 
-/// Value of [`COUNTERS`]: what the classifier counts for a listener, on each CPU.
+/// Value of [`COUNTERS`]: what the ingress programs count for a listener, on each CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct ListenerCounters {
@@ -208,21 +186,10 @@ mod pod {
 
 #[cfg(test)]
 mod tests {
+    use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
     use super::*;
-
-    #[test]
-    fn addresses_survive_the_round_trip() {
-        for text in ["0.0.0.0", "127.0.0.1", "192.0.2.7", "::", "::1", "2001:db8::7", "fe80::1"] {
-            let address: IpAddr = text.parse().unwrap();
-            assert_eq!(address_of(address_bytes(address)), address);
-        }
-    }
-
-    #[test]
-    fn v4_is_mapped_into_v6() {
-        let expected: Ipv6Addr = "::ffff:192.0.2.7".parse().unwrap();
-        assert_eq!(address_bytes("192.0.2.7".parse().unwrap()), expected.octets());
-    }
+    use crate::tuple::address_bytes;
 
     #[test]
     fn any_address_is_the_unspecified_v6_address() {

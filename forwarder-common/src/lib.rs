@@ -9,12 +9,18 @@
     reason = "in the kernel, calls cost more, and older verifiers follow them less well"
 )]
 
+#[cfg(target_endian = "big")]
+compile_error!(
+    "the eBPF objects are built for little-endian machines: maps would be read with their bytes swapped"
+);
+
 pub mod flow;
 pub mod icmp;
 pub mod layout;
 pub mod packet;
 pub mod sockmap;
 pub mod translate;
+pub mod tuple;
 pub mod update;
 pub mod verdict;
 
@@ -24,18 +30,18 @@ pub use verdict::Verdict;
 /// The version of every layout in this crate; pinned maps stand under `v{ABI_VERSION}`.
 pub const ABI_VERSION: u32 = 4;
 
-/// The classifier for interfaces whose packets begin with an Ethernet header (`lo` among them). At most 15 characters,
+/// The ingress program for interfaces whose packets begin with an Ethernet header (`lo` among them). At most 15 characters,
 /// the kernel's limit (`BPF_OBJ_NAME_LEN` less the final zero).
 pub const PROGRAM_ETHERNET: &str = "fwd_ingress_eth";
 
-/// The classifier for interfaces whose packets begin with the IP header, such as those of tun and of wireguard.
+/// The ingress program for interfaces whose packets begin with the IP header, such as those of tun and of wireguard.
 pub const PROGRAM_IP: &str = "fwd_ingress_ip";
 
-/// The guard for interfaces whose packets begin with an Ethernet header.
-pub const PROGRAM_GUARD_ETHERNET: &str = "fwd_egress_eth";
+/// The egress program for interfaces whose packets begin with an Ethernet header.
+pub const PROGRAM_EGRESS_ETHERNET: &str = "fwd_egress_eth";
 
-/// The guard for interfaces whose packets begin with the IP header.
-pub const PROGRAM_GUARD_IP: &str = "fwd_egress_ip";
+/// The egress program for interfaces whose packets begin with the IP header.
+pub const PROGRAM_EGRESS_IP: &str = "fwd_egress_ip";
 
 /// Every program, for TC.
-pub const PROGRAMS: [&str; 4] = [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP];
+pub const PROGRAMS: [&str; 4] = [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP];

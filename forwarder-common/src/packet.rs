@@ -4,8 +4,8 @@ use network_types::eth::EthHdr;
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use network_types::vlan::VlanHdr;
 
-use crate::flow::FlowKey;
-use crate::layout::{AddressBytes, mapped_v4};
+use crate::tuple::FourTuple;
+use crate::tuple::{AddressBytes, mapped_v4};
 use crate::verdict::Verdict;
 
 /// How many IPv6 extension headers are walked. Linux sends at most a few; the bound is for the verifier.
@@ -124,7 +124,7 @@ pub mod tcp_field {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Segment {
     /// Its addresses and ports.
-    pub tuple: FlowKey,
+    pub tuple: FourTuple,
     /// How many bytes precede the IP header.
     pub ip_offset: u32,
     /// How many bytes precede the TCP header.
@@ -189,7 +189,7 @@ pub const fn parse_usual(headers: &UsualHeaders) -> Option<Segment> {
     let ports = u32::from_be(ports);
     #[expect(clippy::cast_possible_truncation, reason = "parts of words, and small constants")]
     Some(Segment {
-        tuple: FlowKey {
+        tuple: FourTuple {
             source: mapped_v4(source.to_ne_bytes()),
             destination: mapped_v4(destination.to_ne_bytes()),
             source_port: (ports >> 16) as u16,
@@ -243,7 +243,7 @@ pub enum IpVersion {
 }
 
 /// The IP version and where its header begins, behind at most one VLAN tag. (The kernel moves the outermost tag from the
-/// frame into the metadata before the classifier runs: `skb_vlan_untag` in `__netif_receive_skb_core`.)
+/// frame into the metadata before the ingress program runs: `skb_vlan_untag` in `__netif_receive_skb_core`.)
 #[inline(always)]
 fn parse_ethernet<P: Packet + ?Sized>(packet: &P) -> Result<(IpVersion, usize), Verdict> {
     let ethernet: EthHdr = packet.read(0).ok_or(Verdict::Truncated)?;
@@ -391,7 +391,7 @@ fn parse_tcp<P: Packet + ?Sized>(packet: &P, tcp_offset: usize, ip: Ip) -> Resul
     let (ports, misc) = (u32::from_be(ports), u32::from_be(misc));
     #[expect(clippy::cast_possible_truncation, reason = "parts of words, and some hundred bytes at most")]
     Ok(Segment {
-        tuple: FlowKey {
+        tuple: FourTuple {
             source: ip.addresses.source,
             destination: ip.addresses.destination,
             source_port: (ports >> 16) as u16,

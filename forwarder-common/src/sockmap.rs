@@ -10,7 +10,7 @@ pub const PROGRAM_VERDICT: &str = "fwd_sk_verdict";
 /// Sock hash of a socket's cookie to the other socket of its pair. No program hangs on it: sockets stand here before they
 /// stand in [`SOURCES`], so that no verdict lacks the socket that it redirects to.
 pub const TARGETS: &str = "sockmap_targets";
-/// Sock hash of a socket's cookie to that socket. What these receive, the program judges.
+/// Sock hash of a socket's cookie to that socket. What these receive passes through the program.
 pub const SOURCES: &str = "sockmap_sources";
 /// Hash of a socket's cookie (`u64`) to the [`Stream`] that it receives. Made by the agent, written by the program.
 pub const STREAMS: &str = "sockmap_streams";
@@ -31,7 +31,7 @@ pub const STREAMS_CAPACITY: u32 = 131_072;
 /// Bytes of [`NOTICES`]: a power of two and of pages.
 pub const NOTICES_SIZE: u32 = 256 << 10;
 
-/// [`Stream::state`]: nothing has been judged.
+/// [`Stream::state`]: there was no verdict yet.
 pub const STREAM_NEW: u32 = 0;
 /// [`Stream::state`]: what arrives is redirected.
 pub const STREAM_REDIRECTED: u32 = 1;

@@ -6,9 +6,10 @@
 
 use core::mem::{align_of, offset_of, size_of};
 
-use crate::flow::{Flow, FlowKey, NextHop};
+use crate::flow::{Flow, NextHop};
 use crate::layout::{ListenerKey, ListenerValue};
 use crate::sockmap::Credit;
+use crate::tuple::FourTuple;
 
 /// The program that writes what a [`FlowUpdate`] says; returns how many flows it has written.
 pub const PROGRAM_SET_FLOW: &str = "fwd_set_flow";
@@ -26,7 +27,7 @@ pub const REQUEST_OFFSET: usize = 14;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct FlowUpdate {
     /// Where it stands.
-    pub key: FlowKey,
+    pub key: FourTuple,
     /// Its pair's number.
     pub pair: u32,
     /// [`Flow::state`]. A state never goes back: a flow whose state is a later one is left as it is.
@@ -55,7 +56,7 @@ pub const FLOW_UPDATE_SIZE: usize = size_of::<FlowUpdate>();
 impl FlowUpdate {
     /// What makes the flow that stands under `key` what `flow` says.
     #[must_use]
-    pub const fn new(key: FlowKey, flow: &Flow) -> Self {
+    pub const fn new(key: FourTuple, flow: &Flow) -> Self {
         Self {
             key,
             pair: flow.pair,

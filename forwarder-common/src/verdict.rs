@@ -1,8 +1,8 @@
 //! What the programs make of a packet.
 
-/// What became of a packet, and why. Every packet that a classifier sees gets one verdict, counted in the map
+/// What became of a packet, and why. Every packet that an ingress program sees gets one verdict, counted in the map
 /// [`VERDICTS`](crate::layout::VERDICTS) under the verdict's number. Only packets of a flow are changed or dropped, and the
-/// guard counts only what it finds to be of one.
+/// egress programs count only what they find to be of one.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Verdict {
@@ -35,11 +35,11 @@ pub enum Verdict {
     /// Of a flow, but the kernel did not let it be rewritten: dropped.
     Unwritable = 13,
     /// The copy of a flow's packet for the local socket, which still has data on its way.
-    TailAcknowledged = 14,
+    HandoverAcknowledged = 14,
     /// Such a copy that tells the local socket nothing: dropped.
-    TailIgnored = 15,
-    /// Sent by a local socket of a flow that delivers what it had received before the promotion.
-    TailSent = 16,
+    HandoverIgnored = 15,
+    /// Sent by a local socket of a flow that delivers what it had received before the handover.
+    HandoverSent = 16,
     /// Sent by a local socket of a flow that has nothing more to say: dropped.
     Guarded = 17,
     /// A new connection to a listener whose agent is gone or going, or on the tuple of a pair whose other end has not
@@ -79,9 +79,9 @@ impl Verdict {
         Self::PairMissing,
         Self::OptionsRefused,
         Self::Unwritable,
-        Self::TailAcknowledged,
-        Self::TailIgnored,
-        Self::TailSent,
+        Self::HandoverAcknowledged,
+        Self::HandoverIgnored,
+        Self::HandoverSent,
         Self::Guarded,
         Self::Held,
         Self::TooBigPassedOn,
@@ -118,9 +118,9 @@ impl Verdict {
             Self::PairMissing => "pair_missing",
             Self::OptionsRefused => "options_refused",
             Self::Unwritable => "unwritable",
-            Self::TailAcknowledged => "tail_acknowledged",
-            Self::TailIgnored => "tail_ignored",
-            Self::TailSent => "tail_sent",
+            Self::HandoverAcknowledged => "handover_acknowledged",
+            Self::HandoverIgnored => "handover_ignored",
+            Self::HandoverSent => "handover_sent",
             Self::Guarded => "guarded",
             Self::Held => "held",
             Self::TooBigPassedOn => "too_big_passed_on",

@@ -1,5 +1,5 @@
 //! Fragments of flows' packets. A client that lets routers cut its packets up (IPv4 without DF) may stand behind a smaller MTU,
-//! and once a pair is spliced there is no local socket that the stack could put them together for: so each fragment is
+//! and once a pair is offloaded there is no local socket that the stack could put them together for: so each fragment is
 //! translated by itself, as it comes.
 //!
 //! Only the first has a TCP header. All that changes in a packet lies in it and in the IP headers, so that the change of the
@@ -15,69 +15,27 @@
 
 #![expect(clippy::needless_borrows_for_generic_args, reason = "copies would stand on the stack")]
 
-use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::helpers::generated::bpf_l3_csum_replace;
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, FLOW_CLEAR_ECN, Flow, FlowKey, STATE_SPLICED, STATE_TAIL, Seen,
+    DIRECTION_REQUEST, FLOW_CLEAR_ECN, Flow, STATE_HANDOVER, STATE_OFFLOADED, Seen,
 };
-use forwarder_common::layout::AddressBytes;
 use forwarder_common::packet::{
     FLAG_RST, FLAG_SYN, Fragment, IPV4_MORE_FRAGMENTS, IPV6_MORE_FRAGMENTS, IpVersion, LinkLayer, Segment,
     ip_header, parse_fragment,
 };
 use forwarder_common::translate::ChecksumChange;
+use forwarder_common::tuple::FourTuple;
 use forwarder_common::verdict::Verdict;
 
-use crate::classify::{INGRESS, SocketBuffer};
-use crate::icmp::write;
-use crate::maps::{FLOWS, FOUND, FRAGMENTS, PAIRS};
-use crate::redirect::{Outcome, coarse_time, is_expected, leave};
-use crate::rewrite::{ECN_MASK, IPV4_CHECKSUM, load, store};
-
-/// How many packets are remembered: those of which fragments are on their way.
-pub(crate) const FRAGMENTS_CAPACITY: usize = 8192;
+use crate::arrival::is_expected;
+use crate::clock::coarse_time;
+use crate::maps::{FLOWS, FRAGMENTS, FRAME, FirstFragment, FragmentKey, INGRESS, PAIRS};
+use crate::outcome::{Outcome, transmit};
+use crate::skb::{ECN_MASK, IPV4_CHECKSUM, SocketBuffer, TCP_HEADER, load, store, write};
 /// For how long, in nanoseconds. The fragments of a packet leave together, and identifications are used again: of IPv4 there
 /// are 65,536, which connections of one client may draw at random.
 const LIFETIME: u64 = 2_000_000_000;
-/// Bytes of the TCP header without options.
-const TCP_HEADER: u32 = 20;
-
-/// Key of [`FRAGMENTS`]: what the fragments of a packet have in common. Those of IPv4 are told from others by their addresses,
-/// and only those of TCP are looked up. 36 bytes without padding.
-#[repr(C, align(4))]
-#[derive(Clone, Copy)]
-pub(crate) struct FragmentKey {
-    source: AddressBytes,
-    destination: AddressBytes,
-    identification: u32,
-}
-
-impl FragmentKey {
-    #[inline(always)]
-    const fn of(fragment: &Fragment) -> Self {
-        let Fragment { source, destination, identification, .. } = *fragment;
-        Self { source, destination, identification }
-    }
-}
-
-/// Value of [`FRAGMENTS`]: what of the first fragment the others lack. 32 bytes without padding.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct FirstFragment {
-    /// When it came: `CLOCK_MONOTONIC` in nanoseconds.
-    time: u64,
-    /// The sequence number after its payload.
-    sequence: u32,
-    acknowledgement: u32,
-    /// Where the second one begins, in bytes of what was cut up.
-    length: u32,
-    source_port: u16,
-    destination_port: u16,
-    window: u16,
-    flags: u8,
-    pad: [u8; 5],
-}
 
 /// Remembers the first fragment of a flow's packet, for the others.
 ///
@@ -119,7 +77,7 @@ pub(crate) fn forget(context: &TcContext, segment: &Segment) -> u32 {
 /// Translates and redirects a fragment other than the first, if that was of a flow.
 #[inline(never)]
 pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
-    let is_others = Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::Fragment };
+    let is_others = Outcome::pass(Verdict::Fragment);
     let Ok((version, ip_offset)) = ip_header(&SocketBuffer(context), link) else { return is_others };
     let Some(fragment) = parse_fragment(&SocketBuffer(context), version, ip_offset) else { return is_others };
     let Some(first) = FRAGMENTS.get_ptr(&FragmentKey::of(&fragment)) else { return is_others };
@@ -129,7 +87,7 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
     if now.saturating_sub(first.time) > LIFETIME {
         return is_others;
     }
-    let tuple = FlowKey {
+    let tuple = FourTuple {
         source: fragment.source,
         destination: fragment.destination,
         source_port: first.source_port,
@@ -138,11 +96,11 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
     let Some(flow) = FLOWS.get_ptr(&tuple) else { return is_others };
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let flow = unsafe { &*flow };
-    if flow.state != STATE_TAIL && flow.state != STATE_SPLICED {
+    if flow.state != STATE_HANDOVER && flow.state != STATE_OFFLOADED {
         return is_others;
     }
     if !is_expected(context, version, flow) {
-        return Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::OtherInterface };
+        return Outcome::pass(Verdict::OtherInterface);
     }
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else { return is_others };
     if fragment.position < first.length {
@@ -163,9 +121,9 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
         (&mut pair.response, &pair.request)
     };
     if fragment.is_last && first.flags & (FLAG_SYN | FLAG_RST) == 0 {
-        let Some(found) = FOUND.get_ptr_mut(INGRESS) else { return is_others };
+        let Some(frame) = FRAME.get_ptr_mut(INGRESS) else { return is_others };
         // SAFETY: as in `find_segment`. There is no room for it on the stack.
-        let seen = unsafe { &mut (*found).seen };
+        let seen = unsafe { &mut (*frame).seen };
         // Only now is it known how long the segment is.
         *seen = Seen {
             sequence: first.sequence,
@@ -182,7 +140,7 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
         // The rest is noted with the first and with the last.
         half.packets += 1;
     }
-    leave(flow)
+    transmit(flow)
 }
 
 /// Makes a packet of what was a first fragment, and has been cut off behind its TCP header.

@@ -1,10 +1,10 @@
 //! What senders have to hear of packets that are too large, which the node's stack cannot tell them: it knows nothing of
 //! the connections of a flow. What a router says is passed on, and for the node's own interfaces the program speaks itself.
 
-use aya_ebpf::bindings::{BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT, bpf_adj_room_mode};
-use aya_ebpf::helpers::generated::{bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_store_bytes};
+use aya_ebpf::bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, bpf_adj_room_mode};
+use aya_ebpf::helpers::generated::{bpf_skb_adjust_room, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::{Flow, STATE_OVER, STATE_RESET, STATE_TAIL};
+use forwarder_common::flow::{Flow, STATE_HANDOVER, STATE_OVER, STATE_RESET};
 use forwarder_common::icmp::{
     ICMP_CHECKSUM, ICMP_HEADER, ICMP_TOO_BIG, ICMPV6_TOO_BIG, PROTOCOL_ICMP, PROTOCOL_ICMPV6, TooBig,
     parse_too_big,
@@ -13,31 +13,39 @@ use forwarder_common::packet::{IpVersion, LinkLayer, Segment, tcp_field};
 use forwarder_common::translate::ChecksumChange;
 use forwarder_common::verdict::Verdict;
 
-use crate::classify::SocketBuffer;
+use crate::handover;
 use crate::maps::{FLOWS, PAIRS};
-use crate::redirect::leave;
-use crate::rewrite::{IPV4_CHECKSUM, IPV6_SOURCE, load, store};
-use crate::tail;
-
-const IPV4_SOURCE: u32 = 12;
-const IPV4_HEADER: u32 = 20;
-pub(crate) const IPV6_HEADER: u32 = 40;
-/// Bytes of the TCP header without its options: what is quoted of it.
-pub(crate) const TCP_HEADER: u32 = 20;
+use crate::outcome::{Outcome, transmit};
+use crate::skb::{
+    DONT_FRAGMENT, IPV4_CHECKSUM, IPV4_HEADER, IPV4_SOURCE, IPV6_HEADER, IPV6_SOURCE, SocketBuffer,
+    TCP_HEADER, load, store, write,
+};
 /// How many routers may pass a message on.
 const HOP_LIMIT: u32 = 64;
-/// "Don't fragment" in the word that IPv4's identification begins: with it, there needs to be none (RFC 6864, 4.1).
-pub(crate) const DONT_FRAGMENT: u32 = 0x4000;
 
 /// Passes on what a router says to the node of a packet that was redirected, to the end that has sent the packet. Every
 /// other packet is left as it is: [`Verdict::NotTcp`].
 ///
 /// While the local sockets still send, they see a copy: the packet may have been theirs. Who has not sent it takes no
 /// notice, since its number is not one in flight there (`tcp_v4_err`).
+#[inline(always)]
+pub(crate) fn pass_on(context: &TcContext, link: LinkLayer) -> Outcome {
+    let verdict = verdict_on(context, link);
+    match verdict {
+        Verdict::NotTcp | Verdict::LeftToStack => Outcome::pass(verdict),
+        Verdict::TooBigPassedOn => Outcome { action: TC_ACT_REDIRECT, verdict },
+        _ => Outcome::drop(verdict),
+    }
+}
+
+/// A function of its own, so that what it has on the stack leaves it with it. It returns one number: the verifier sees what is left in
+/// the register of the result where there are two, and refuses an address.
 #[inline(never)]
-pub(crate) fn pass_on(context: &TcContext, link: LinkLayer) -> Verdict {
-    let Some(word) = parse_too_big(&SocketBuffer(context), link) else { return Verdict::NotTcp };
-    if tail::take_clone(context) {
+fn verdict_on(context: &TcContext, link: LinkLayer) -> Verdict {
+    let Some(word) = parse_too_big(&SocketBuffer(context), link) else {
+        return Verdict::NotTcp;
+    };
+    if handover::take_clone(context) {
         return Verdict::NotTcp;
     }
     // What comes from where the packet went goes to where the packet came from.
@@ -50,13 +58,13 @@ pub(crate) fn pass_on(context: &TcContext, link: LinkLayer) -> Verdict {
     if PAIRS.get_ptr(flow.pair).is_none() {
         return Verdict::NotTcp;
     }
-    if flow.state == STATE_TAIL {
-        tail::send_clone(context);
+    if flow.state == STATE_HANDOVER {
+        handover::send_clone(context);
     }
     if let Err(verdict) = translate(context, &word, flow) {
         return verdict;
     }
-    match leave(flow).verdict {
+    match transmit(flow).verdict {
         Verdict::LeftToStack => Verdict::LeftToStack,
         _ => Verdict::TooBigPassedOn,
     }
@@ -134,16 +142,22 @@ pub(crate) fn is_too_big(context: &TcContext, segment: &Segment, flow: &Flow) ->
     flow.is_too_big(length)
 }
 
-/// Turns a packet that is too large to leave into what tells its sender so. Returns what the program is to return.
+/// Turns a packet that is too large to leave into what tells its sender so ("Fragmentation Needed", "Packet Too Big").
+#[inline(always)]
+pub(crate) fn answer_too_big(context: &TcContext, segment: &Segment, flow: &Flow) -> Outcome {
+    Outcome { action: action_on_too_big(context, segment, flow), verdict: Verdict::TooBig }
+}
+
+/// A function of its own, as [`verdict_on`].
 #[inline(never)]
-pub(crate) fn refuse(context: &TcContext, segment: &Segment, flow: &Flow) -> i32 {
+fn action_on_too_big(context: &TcContext, segment: &Segment, flow: &Flow) -> i32 {
     let Some(back) = FLOWS.get_ptr(flow.out.reversed()) else { return TC_ACT_SHOT };
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let back = unsafe { &*back };
     if quote(context, segment, flow.mtu).is_err() {
         return TC_ACT_SHOT;
     }
-    leave(back).action
+    transmit(back).action
 }
 
 /// Cuts the packet off behind its TCP header, and puts a message in front that quotes it.
@@ -243,15 +257,4 @@ fn push<T>(context: &TcContext, ip: u32, header: &T) -> Result<(), Verdict> {
         return Err(Verdict::Unwritable);
     }
     write(context, ip, header)
-}
-
-/// Writes into the packet, and keeps what a device has summed up of it current.
-#[inline(always)]
-pub(crate) fn write<T>(context: &TcContext, at: u32, value: &T) -> Result<(), Verdict> {
-    let (value, size) = ((&raw const *value).cast(), size_of::<T>() as u32);
-    // SAFETY: the value is initialised and of its own size; the helper checks the offset.
-    match unsafe { bpf_skb_store_bytes(context.skb.skb, at, value, size, u64::from(BPF_F_RECOMPUTE_CSUM)) } {
-        0 => Ok(()),
-        _ => Err(Verdict::Unwritable),
-    }
 }

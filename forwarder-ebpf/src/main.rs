@@ -1,22 +1,30 @@
 //! The eBPF programs of forwarder.
 //!
-//! [`classify`] counts, at the ingress of each interface, the TCP packets to the listeners, and passes them on to the next
-//! program as they were. What belongs to a flow, [`redirect`] turns into a packet of the other leg ([`fragment`], if it comes in
-//! pieces), and [`icmp`] tells its ends of packets that are too large; [`reset`] answers what comes of pairs that the agent has
-//! ended. [`guard`], at egress, holds back what the local sockets of a flow say. Those of [`update`] hang nowhere: by them, the
-//! agent changes what stands in the maps.
+//! A packet enters each file once on its way: [`ingress`] finds the TCP segment in it ([`frame`]) and has [`redirect`] turn what
+//! belongs to a flow into a packet of the other leg ([`fragment`], if it comes in pieces; [`rewrite`] changes it, and [`handover`]
+//! has a copy for the local socket as long as that still sends). [`icmp`] tells the ends of packets that are too large, and [`reset`]
+//! answers packets of pairs that the agent has ended. Everything else goes on as it was, and what is for a listener is counted
+//! ([`admission`]). [`egress`] holds back what the local sockets of a flow say. Those of [`update`] hang nowhere: by them, the agent
+//! changes what stands in the maps. Below all of them are [`outcome`], [`arrival`], [`sk_lookup`], [`clock`], [`skb`] and [`maps`].
 #![no_std]
 #![no_main]
 
-mod classify;
+mod admission;
+mod arrival;
+mod clock;
+mod egress;
 mod fragment;
-mod guard;
+mod frame;
+mod handover;
 mod icmp;
+mod ingress;
 mod maps;
+mod outcome;
 mod redirect;
 mod reset;
 mod rewrite;
-mod tail;
+mod sk_lookup;
+mod skb;
 mod update;
 
 /// What the kernel demands of programs that call its GPL-only helpers.

@@ -9,16 +9,15 @@
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};
 use aya_ebpf::macros::btf_map;
-use forwarder_common::flow::{Flow, FlowKey, PAIRS_CAPACITY, Pair};
+use forwarder_common::flow::{Flow, PAIRS_CAPACITY, Pair, Seen};
 use forwarder_common::layout::{
-    AddressBytes, AgentState, BACKENDS_CAPACITY, LISTENERS_CAPACITY, LOCAL_ADDRESSES_CAPACITY,
-    LOOSE_INTERFACES_CAPACITY,
+    AgentState, BACKENDS_CAPACITY, LISTENERS_CAPACITY, LOCAL_ADDRESSES_CAPACITY, LOOSE_INTERFACES_CAPACITY,
 };
+use forwarder_common::packet::{Fragment, Segment, UsualHeaders};
 use forwarder_common::translate::OptionsWalk;
+use forwarder_common::tuple::AddressBytes;
+use forwarder_common::tuple::FourTuple;
 use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue, Verdict};
-
-use crate::classify::Found;
-use crate::fragment::{FRAGMENTS_CAPACITY, FirstFragment, FragmentKey};
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -59,12 +58,12 @@ pub(crate) static LOCAL_ADDRESSES: HashMap<
 pub(crate) static LOOSE_INTERFACES: HashMap<u32, u32, { LOOSE_INTERFACES_CAPACITY as usize }, NO_PREALLOC> =
     HashMap::new();
 
-/// The flows: both directions of every promoted pair.
+/// The flows: both directions of every offloaded pair.
 #[btf_map(name = "flows")]
-pub(crate) static FLOWS: HashMap<FlowKey, Flow, { PAIRS_CAPACITY as usize * 2 }, NO_PREALLOC> =
+pub(crate) static FLOWS: HashMap<FourTuple, Flow, { PAIRS_CAPACITY as usize * 2 }, NO_PREALLOC> =
     HashMap::new();
 
-/// What is known of each promoted pair.
+/// What is known of each offloaded pair.
 #[btf_map(name = "pairs")]
 pub(crate) static PAIRS: HashMap<u32, Pair, { PAIRS_CAPACITY as usize }, NO_PREALLOC> = HashMap::new();
 
@@ -77,8 +76,27 @@ pub(crate) static VERDICTS: PerCpuArray<u64, { Verdict::COUNT as usize }> = PerC
 pub(crate) static OPTIONS_WALK: PerCpuArray<OptionsWalk, 1> = PerCpuArray::new();
 
 /// Where the programs put the segment that they find.
-#[btf_map(name = "found")]
-pub(crate) static FOUND: PerCpuArray<Found, 2> = PerCpuArray::new();
+#[btf_map(name = "frame")]
+pub(crate) static FRAME: PerCpuArray<Frame, 2> = PerCpuArray::new();
+
+/// The TCP segment in a packet. Kept in a map, for there is no room for it on the stack.
+#[repr(C)]
+pub(crate) struct Frame {
+    /// The segment.
+    pub(crate) segment: Segment,
+    /// The packet's headers, if `is_usual`.
+    pub(crate) headers: UsualHeaders,
+    /// Whether the headers are such as most are.
+    pub(crate) is_usual: bool,
+    /// What is noted of the segment, and whether the receiver takes it ([`accepts`](forwarder_common::flow::Half::accepts)), if it
+    /// is one of a flow.
+    pub(crate) seen: Seen,
+    pub(crate) is_accepted: bool,
+}
+
+/// Which programs a [`Frame`] is for: those at ingress, or those at egress. Neither interrupts its like on one CPU.
+pub(crate) const INGRESS: u32 = 0;
+pub(crate) const EGRESS: u32 = 1;
 
 /// The clock as it stood at the first packet of a tick.
 #[btf_map(name = "clock")]
@@ -102,6 +120,45 @@ pub(crate) struct CoarseClock {
 /// where the TCP checksum of the packet does not match, and is noted there only if that flow's receiver would take such numbers.
 #[btf_map(name = "fragments")]
 pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, FirstFragment, FRAGMENTS_CAPACITY> = LruHashMap::new();
+
+/// How many packets are remembered: those of which fragments are on their way.
+pub(crate) const FRAGMENTS_CAPACITY: usize = 8192;
+
+/// Key of [`FRAGMENTS`]: what the fragments of a packet have in common. Those of IPv4 are told from others by their addresses,
+/// and only those of TCP are looked up. 36 bytes without padding.
+#[repr(C, align(4))]
+#[derive(Clone, Copy)]
+pub(crate) struct FragmentKey {
+    pub(crate) source: AddressBytes,
+    pub(crate) destination: AddressBytes,
+    pub(crate) identification: u32,
+}
+
+impl FragmentKey {
+    #[inline(always)]
+    pub(crate) const fn of(fragment: &Fragment) -> Self {
+        let Fragment { source, destination, identification, .. } = *fragment;
+        Self { source, destination, identification }
+    }
+}
+
+/// Value of [`FRAGMENTS`]: what of the first fragment the others lack. 32 bytes without padding.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct FirstFragment {
+    /// When it came: `CLOCK_MONOTONIC` in nanoseconds.
+    pub(crate) time: u64,
+    /// The sequence number after its payload.
+    pub(crate) sequence: u32,
+    pub(crate) acknowledgement: u32,
+    /// Where the second one begins, in bytes of what was cut up.
+    pub(crate) length: u32,
+    pub(crate) source_port: u16,
+    pub(crate) destination_port: u16,
+    pub(crate) window: u16,
+    pub(crate) flags: u8,
+    pub(crate) pad: [u8; 5],
+}
 
 /// Whether an agent accepts connections.
 #[btf_map(name = "agent")]

@@ -4,7 +4,7 @@
 //! itself sends tells it. The local stack would answer in the same way, since it has no socket, but never sees the packet
 //! where a firewall drops what connection tracking takes for invalid: that has seen nothing of what was redirected.
 
-use aya_ebpf::bindings::{BPF_F_PSEUDO_HDR, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::BPF_F_PSEUDO_HDR;
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{DIRECTION_REQUEST, FLOW_BY_STACK, Flow};
@@ -12,15 +12,13 @@ use forwarder_common::packet::{FLAG_ACK, FLAG_RST, IpVersion, PROTOCOL_TCP, Segm
 use forwarder_common::translate::ChecksumChange;
 use forwarder_common::verdict::Verdict;
 
-use crate::icmp::{DONT_FRAGMENT, IPV6_HEADER, TCP_HEADER, write};
+use crate::clock::coarse_time;
 use crate::maps::{FLOWS, PAIRS};
-use crate::redirect::{Outcome, coarse_time, redirect_to_neighbour};
-use crate::rewrite::{IPV6_SOURCE, checksum, load};
+use crate::outcome::{Outcome, redirect_to_neighbour};
+use crate::skb::{DONT_FRAGMENT, IPV4_TTL, IPV6_HEADER, IPV6_SOURCE, TCP_HEADER, checksum, load, write};
 
 /// Bytes of an Ethernet address.
 const ETHERNET_ADDRESS: usize = 6;
-/// The word of the IPv4 header that begins with the time to live, and where the addresses follow it.
-const IPV4_TTL: u32 = 8;
 
 /// What becomes of a packet of a pair that the agent has ended, unless it opens a new connection.
 #[inline(never)]
@@ -28,10 +26,10 @@ pub(crate) fn answer(context: &TcContext, segment: &Segment, flow: &Flow) -> Out
     note(flow);
     // A reset is never answered, and what acknowledges nothing tells no number (RFC 9293, 3.10.7.1).
     if segment.flags & (FLAG_ACK | FLAG_RST) != FLAG_ACK {
-        return Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::PairMissing };
+        return Outcome::pass(Verdict::PairMissing);
     }
     let Some(back) = FLOWS.get_ptr(flow.out.reversed()) else {
-        return Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::PairMissing };
+        return Outcome::pass(Verdict::PairMissing);
     };
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let back = unsafe { &*back };

@@ -4,28 +4,17 @@
 //! that what can be written at once is.
 
 use aya_ebpf::bindings::BPF_F_PSEUDO_HDR;
-use aya_ebpf::helpers::generated::{
-    bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes,
-};
+use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_l3_csum_replace};
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::{FLOW_CLEAR_ECN, Flow, Half, STATE_TAIL};
-use forwarder_common::packet::{
-    IpVersion, Segment, USUAL_OFFSET, USUAL_OPTIONS, USUAL_TCP_HEADER, tcp_field,
-};
+use forwarder_common::flow::{FLOW_CLEAR_ECN, Flow, Half, STATE_HANDOVER};
+use forwarder_common::packet::{IpVersion, Segment, USUAL_OFFSET, USUAL_OPTIONS, USUAL_TCP_HEADER};
 use forwarder_common::translate::{
     self, ChecksumChange, MAX_OPTIONS, MAX_SACK_BLOCKS, Options, OptionsWalk, Timestamps,
 };
 use forwarder_common::verdict::Verdict;
 
-use crate::classify::Found;
-use crate::maps::OPTIONS_WALK;
-
-const IPV4_TTL: u32 = 8;
-pub(crate) const IPV4_CHECKSUM: u32 = 10;
-const IPV6_HOP_LIMIT: u32 = 7;
-pub(crate) const IPV6_SOURCE: u32 = 8;
-/// The bits of explicit congestion notification in the type of service.
-pub(crate) const ECN_MASK: u8 = 3;
+use crate::maps::{Frame, OPTIONS_WALK};
+use crate::skb::{ECN_MASK, IPV4_CHECKSUM, IPV4_TTL, IPV6_HOP_LIMIT, IPV6_SOURCE, checksum, load, store};
 /// Bytes of the TCP header before the options, and 32-bit words of it.
 const FIXED_HEADER: u32 = 20;
 const FIXED_WORDS: usize = 5;
@@ -39,15 +28,15 @@ const USUAL_CHANGED: usize = 3;
 #[inline(always)]
 pub(crate) fn rewrite(
     context: &TcContext,
-    found: &Found,
+    frame: &Frame,
     flow: &Flow,
     half: &mut Half,
     reverse: &Half,
 ) -> Result<(), Verdict> {
-    if found.is_usual && flow.flags & FLOW_CLEAR_ECN == 0 {
-        rewrite_usual(context, found, flow, half, reverse)
+    if frame.is_usual && flow.flags & FLOW_CLEAR_ECN == 0 {
+        rewrite_usual(context, frame, flow, half, reverse)
     } else {
-        rewrite_any(context, found, flow, half, reverse)
+        rewrite_any(context, frame, flow, half, reverse)
     }
 }
 
@@ -55,12 +44,12 @@ pub(crate) fn rewrite(
 #[inline(never)]
 fn rewrite_usual(
     context: &TcContext,
-    found: &Found,
+    frame: &Frame,
     flow: &Flow,
     half: &mut Half,
     reverse: &Half,
 ) -> Result<(), Verdict> {
-    let segment = &found.segment;
+    let segment = &frame.segment;
     let [
         _,
         _,
@@ -76,12 +65,12 @@ fn rewrite_usual(
         kinds,
         value,
         echo,
-    ] = found.headers;
+    ] = frame.headers;
     let [.., new_source, _, _, _, new_destination] = *flow.out.address_words();
     let addresses = ChecksumChange::NONE.and(source, new_source).and(destination, new_destination);
     let [new_ports, new_sequence, new_acknowledgement, new_misc, _] =
-        new_words(found, flow, half, reverse, misc, last);
-    let [new_value, new_echo] = timestamps(found, flow, half, reverse, [value, echo]);
+        new_words(frame, flow, half, reverse, misc, last);
+    let [new_value, new_echo] = timestamps(frame, flow, half, reverse, [value, echo]);
     let change = ChecksumChange::NONE
         .and(ports, new_ports)
         .and(sequence, new_sequence)
@@ -137,7 +126,7 @@ fn with_hop_limit_v4(old: u32, flow: &Flow, addresses: ChecksumChange) -> u32 {
 /// word as they lie there.
 #[inline(always)]
 fn new_words(
-    found: &Found,
+    frame: &Frame,
     flow: &Flow,
     half: &Half,
     reverse: &Half,
@@ -145,8 +134,8 @@ fn new_words(
     last: u32,
 ) -> [u32; FIXED_WORDS] {
     // The payload of a first fragment may lie in the others.
-    let is_bare = found.is_accepted && found.seen.payload == 0 && !found.segment.is_first_fragment;
-    let numbers = flow.numbers(&found.segment, half, reverse, is_bare);
+    let is_bare = frame.is_accepted && frame.seen.payload == 0 && !frame.segment.is_first_fragment;
+    let numbers = flow.numbers(&frame.segment, half, reverse, is_bare);
     let ports = u32::from(flow.out.source_port) << 16 | u32::from(flow.out.destination_port);
     let misc = u32::from_be(misc) & 0xffff_0000 | u32::from(numbers.window);
     [ports.to_be(), numbers.sequence.to_be(), numbers.acknowledgement.to_be(), misc.to_be(), last]
@@ -159,16 +148,16 @@ fn new_words(
 #[inline(never)]
 fn rewrite_any(
     context: &TcContext,
-    found: &Found,
+    frame: &Frame,
     flow: &Flow,
     half: &mut Half,
     reverse: &Half,
 ) -> Result<(), Verdict> {
-    let segment = &found.segment;
+    let segment = &frame.segment;
     let tcp = segment.tcp_offset;
     let old: [u32; FIXED_WORDS] = load(context, tcp)?;
     let [_, _, _, misc, last] = old;
-    let new = new_words(found, flow, half, reverse, misc, last);
+    let new = new_words(frame, flow, half, reverse, misc, last);
     let mut change = ChecksumChange::NONE;
     for word in 0..FIXED_WORDS {
         change = change.and(old[word], new[word]);
@@ -177,7 +166,7 @@ fn rewrite_any(
         if segment.header_length == USUAL_TCP_HEADER { load(context, tcp + FIXED_HEADER)? } else { [0; 3] };
     if options[0] == USUAL_OPTIONS.to_be() {
         let [kinds, value, echo] = options;
-        let [new_value, new_echo] = timestamps(found, flow, half, reverse, [value, echo]);
+        let [new_value, new_echo] = timestamps(frame, flow, half, reverse, [value, echo]);
         change = change.and(value, new_value).and(echo, new_echo);
         let [ports, sequence, acknowledgement, misc, last] = new;
         let new = [ports, sequence, acknowledgement, misc, last, kinds, new_value, new_echo];
@@ -185,7 +174,7 @@ fn rewrite_any(
     } else {
         store(context, tcp, &new)?;
         if segment.header_length > FIXED_HEADER {
-            change = translate_options(context, found, flow, half, reverse, change)?;
+            change = translate_options(context, frame, flow, half, reverse, change)?;
         }
     }
     checksum(context, segment, change, 0)?;
@@ -196,19 +185,19 @@ fn rewrite_any(
 #[inline(always)]
 fn translate_options(
     context: &TcContext,
-    found: &Found,
+    frame: &Frame,
     flow: &Flow,
     half: &mut Half,
     reverse: &Half,
     mut change: ChecksumChange,
 ) -> Result<ChecksumChange, Verdict> {
-    let segment = &found.segment;
+    let segment = &frame.segment;
     let tcp = segment.tcp_offset;
     let options = walk_options(context, segment)?;
     if options.timestamps != 0 {
         let at = options.timestamps;
         let old: [u32; 2] = load(context, tcp + at)?;
-        let new = timestamps(found, flow, half, reverse, old);
+        let new = timestamps(frame, flow, half, reverse, old);
         change = change.and_at(at, old[0], new[0]).and_at(at, old[1], new[1]);
         store(context, tcp + at, &new)?;
     }
@@ -228,10 +217,10 @@ fn translate_options(
 /// The timestamps `TSval` and `TSecr` of the segment on the other leg, in network byte order as those on this one. Learns how
 /// far the clocks are apart.
 #[inline(always)]
-fn timestamps(found: &Found, flow: &Flow, half: &mut Half, reverse: &Half, old: [u32; 2]) -> [u32; 2] {
+fn timestamps(frame: &Frame, flow: &Flow, half: &mut Half, reverse: &Half, old: [u32; 2]) -> [u32; 2] {
     let old = Timestamps { value: u32::from_be(old[0]), echo: u32::from_be(old[1]) };
     let mut value_shift = half.timestamp_shift;
-    if half.timestamp_known == 0 || flow.state == STATE_TAIL {
+    if half.timestamp_known == 0 || flow.state == STATE_HANDOVER {
         // SAFETY: the helper has no conditions.
         let now = unsafe { bpf_ktime_get_ns() };
         let clock = translate::clock_at(flow.clock, flow.clock_time, now);
@@ -239,7 +228,7 @@ fn timestamps(found: &Found, flow: &Flow, half: &mut Half, reverse: &Half, old: 
         // Who repeats a SYN has not completed the handshake, and refuses echoes of other clocks than that of its SYNs
         // (`tcp_check_req`), but not their absence: so nothing is learnt from it. Nor from what the receiver does not take:
         // a stranger's clock would make all that the sender says look old.
-        if found.is_accepted {
+        if frame.is_accepted {
             half.learn_clock(shift);
         }
         // While the local socket still sends, its clock is the measure: what is told here must not be ahead of it,
@@ -304,23 +293,6 @@ fn clear_congestion_marks(context: &TcContext, segment: &Segment) -> Result<(), 
     }
 }
 
-/// Updates the TCP checksum.
-#[inline(always)]
-pub(crate) fn checksum(
-    context: &TcContext,
-    segment: &Segment,
-    change: ChecksumChange,
-    flags: u64,
-) -> Result<(), Verdict> {
-    let offset = segment.tcp_offset + tcp_field::CHECKSUM as u32;
-    let change = u64::from(change.folded());
-    // SAFETY: the context is the program's own; the helper checks the offset.
-    match unsafe { bpf_l4_csum_replace(context.skb.skb, offset, 0, change, flags) } {
-        0 => Ok(()),
-        _ => Err(Verdict::Unwritable),
-    }
-}
-
 /// Walks the options, with the state of the walk in memory that the verifier does not follow.
 #[inline(always)]
 pub(crate) fn walk_options(context: &TcContext, segment: &Segment) -> Result<Options, Verdict> {
@@ -341,28 +313,4 @@ pub(crate) fn walk_options(context: &TcContext, segment: &Segment) -> Result<Opt
         }
     }
     Err(Verdict::OptionsRefused)
-}
-
-#[inline(always)]
-pub(crate) fn load<T>(context: &TcContext, offset: u32) -> Result<T, Verdict> {
-    context.load(offset as usize).map_err(|_| Verdict::Truncated)
-}
-
-/// Reads into `place`, which keeps what it was where the packet ends before.
-#[inline(always)]
-pub(crate) fn load_into<T>(context: &TcContext, offset: u32, place: &mut T) -> bool {
-    // SAFETY: the place is of its own size; of what is read there any bits are valid.
-    unsafe {
-        bpf_skb_load_bytes(context.skb.skb.cast(), offset, (&raw mut *place).cast(), size_of::<T>() as u32)
-            == 0
-    }
-}
-
-#[inline(always)]
-pub(crate) fn store<T>(context: &TcContext, offset: u32, value: &T) -> Result<(), Verdict> {
-    // SAFETY: the value is initialised and of its own size; the helper checks the offset.
-    let result = unsafe {
-        bpf_skb_store_bytes(context.skb.skb, offset, (&raw const *value).cast(), size_of::<T>() as u32, 0)
-    };
-    if result == 0 { Ok(()) } else { Err(Verdict::Unwritable) }
 }

@@ -2,7 +2,7 @@
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use forwarder_common::flow::FlowKey;
+use forwarder_common::tuple::FourTuple;
 use forwarder_common::update::{FlowUpdate, ListenerUpdate, REQUEST_OFFSET};
 
 use crate::maps::{FLOWS, LISTENERS};
@@ -12,7 +12,7 @@ use crate::maps::{FLOWS, LISTENERS};
 #[classifier]
 pub fn fwd_set_flow(context: TcContext) -> i32 {
     let Ok(update) = context.load::<FlowUpdate>(REQUEST_OFFSET) else { return 0 };
-    let key: &FlowKey = &update.key;
+    let key: &FourTuple = &update.key;
     let Some(flow) = FLOWS.get_ptr_mut(key) else { return 0 };
     // SAFETY: the element is allocated to nobody else while a program runs that has found it: see `maps`. Others read and
     // write it at the same time, word by word. Of those words that programs write, which is the state alone, none is undone

@@ -262,7 +262,7 @@ mod tests {
         let probe = r#"[
             {"feature": "tier copy", "available": true, "detail": "always"},
             {"feature": "tier sockmap", "available": false, "detail": "EPERM"},
-            {"feature": "classifier", "available": true, "detail": "tcx"}
+            {"feature": "eBPF programs", "available": true, "detail": "tcx"}
         ]"#;
         let sockmap = Unavailable { path: "sockmap".to_owned(), reason: "EPERM".to_owned() };
         assert_eq!(parse_tiers(probe).unwrap(), (vec!["copy".to_owned()], vec![sockmap]));

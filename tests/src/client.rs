@@ -9,11 +9,9 @@ use anyhow::{Context as _, Result, ensure};
 use socket2::SockRef;
 
 use crate::netns::NetNs;
+pub use crate::stream::{End, TIMEOUT, end, read};
 use crate::wait::patient;
 use crate::{peer, random};
-
-/// How long a read or a write may wait.
-pub const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Connects from `netns`, with time-outs on reads and writes.
 pub fn connect(netns: &NetNs, address: SocketAddr) -> io::Result<TcpStream> {
@@ -54,17 +52,6 @@ pub fn ping(mut stream: &TcpStream, message: &[u8]) -> io::Result<()> {
     if answer == message { Ok(()) } else { Err(io::Error::other("the echo differs from the message")) }
 }
 
-/// Reads once, and again where a signal interrupts it. The kernel does not take up a read with a time-out by itself, and any thread
-/// may be told of a child's end: an agent that is killed while another thread has its signals blocked, as for a new thread.
-pub fn read(mut stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
-    loop {
-        match stream.read(buffer) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            read => return read,
-        }
-    }
-}
-
 /// Reads one line, without its end. Reads no byte beyond it.
 pub fn read_line(stream: &TcpStream) -> io::Result<String> {
     let mut line = String::new();
@@ -81,34 +68,6 @@ pub fn identity(netns: &NetNs, address: SocketAddr) -> io::Result<String> {
 /// Closes the connection with a reset.
 pub fn reset(stream: TcpStream) -> io::Result<()> {
     SockRef::from(&stream).set_linger(Some(Duration::ZERO))
-}
-
-/// How a connection ended, seen by a reader that discards data.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum End {
-    /// The peer ended its direction.
-    Fin,
-    /// The peer reset the connection.
-    Reset,
-    /// Neither, until the time-out.
-    Open,
-}
-
-/// Reads until the connection ends, for at most `timeout` between two pieces of data.
-pub fn end(stream: &TcpStream, timeout: Duration) -> io::Result<End> {
-    stream.set_read_timeout(Some(patient(timeout)))?;
-    let mut buffer = [0; 4096];
-    loop {
-        match read(stream, &mut buffer) {
-            Ok(0) => return Ok(End::Fin),
-            Ok(_) => {}
-            Err(error) => match error.kind() {
-                io::ErrorKind::ConnectionReset => return Ok(End::Reset),
-                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => return Ok(End::Open),
-                _ => return Err(error),
-            },
-        }
-    }
 }
 
 /// How a new connection to `address` ends when the client says nothing. A refusal counts as a reset.

@@ -10,9 +10,9 @@ use crate::wait::wait_for;
 
 /// What such tests go through unless `FORWARDER_TEST_DATAPATHS`, separated by commas, names others.
 const USUAL: [Datapath; 3] = [Datapath("splice"), Datapath("tc"), Datapath("sockmap")];
-/// When the kernel takes a connection over, unless `FORWARDER_TEST_PROMOTION` says something else: early, since
+/// When the kernel takes a connection over, unless `FORWARDER_TEST_OFFLOAD` says something else: early, since
 /// conversations are short.
-const PROMOTION: &str = "--promote-after 16KiB,250ms";
+const OFFLOAD: &str = "--offload-after 16KiB,250ms";
 /// For many connections at once, and large ones, all of which tier `sockmap` is to take.
 const SOCKMAP_MEMORY: &str = "--sockmap-memory=8GiB";
 /// Who names the tier wants it on any kernel.
@@ -48,20 +48,20 @@ impl Datapath {
 
     /// How to start an agent that goes through it.
     pub fn agent(self) -> AgentCommand {
-        let more = env::var("FORWARDER_TEST_PROMOTION").unwrap_or_else(|_| PROMOTION.to_owned());
+        let more = env::var("FORWARDER_TEST_OFFLOAD").unwrap_or_else(|_| OFFLOAD.to_owned());
         self.agent_with(&more.split_ascii_whitespace().collect::<Vec<_>>())
     }
 
-    /// The same, with arguments of its own about the promotion.
-    pub fn agent_with(self, promotion: &[&str]) -> AgentCommand {
-        let mut more = if self.is_by_kernel() { promotion.to_vec() } else { Vec::new() };
+    /// The same, with arguments of its own about offloading.
+    pub fn agent_with(self, offload: &[&str]) -> AgentCommand {
+        let mut more = if self.is_by_kernel() { offload.to_vec() } else { Vec::new() };
         if self.0 == "sockmap" {
             more.extend([SOCKMAP_MEMORY, UNSAFE_KERNEL]);
         }
         AgentCommand::new(&[&["--datapath", self.0], more.as_slice()].concat())
     }
 
-    /// Whether the kernel forwards promoted connections.
+    /// Whether the kernel forwards offloaded connections.
     pub fn is_by_kernel(self) -> bool {
         matches!(self.0, "tc" | "sockmap")
     }

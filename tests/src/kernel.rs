@@ -16,14 +16,14 @@ use crate::netns::{Topology, require_root};
 use crate::{AgentCommand, client, process, wait_until};
 
 /// The settings that take every connection into the kernel at once.
-pub const AT_ONCE: [&str; 4] = ["--datapath", "tc", "--promote-after", "0B"];
+pub const AT_ONCE: [&str; 4] = ["--datapath", "tc", "--offload-after", "0B"];
 
 /// These settings, and more.
 pub fn at_once<'a>(more: &[&'a str]) -> Vec<&'a str> {
     [&AT_ONCE[..], more].concat()
 }
 
-/// Whether tests of promoted connections can run here; says if not.
+/// Whether tests of offloaded connections can run here; says if not.
 pub fn is_ready() -> bool {
     require_root() && require_program("bpftool")
 }
@@ -39,8 +39,8 @@ impl Agent {
         self.metric("forwarder_pairs")
     }
 
-    /// How often a connection was not promoted for `reason`.
-    pub fn refusals(&self, reason: &str) -> i64 {
+    /// How often a connection was not offloaded for `reason`.
+    pub fn fallbacks(&self, reason: &str) -> i64 {
         self.metrics().expect("metrics").sum("forwarder_tier_fallbacks_total", &[("reason", reason)])
     }
 
@@ -58,16 +58,16 @@ impl Agent {
     }
 
     /// The downstream addresses of the connections that are listed at tier `tc`.
-    pub fn promoted(&self) -> Vec<SocketAddr> {
+    pub fn offloaded(&self) -> Vec<SocketAddr> {
         let connections = self.connections("").expect("a list");
-        let promoted = connections.iter().filter(|one| one["tier"] == "tc");
-        promoted.filter_map(|one| one["downstream"].as_str()?.parse().ok()).collect()
+        let offloaded = connections.iter().filter(|one| one["tier"] == "tc");
+        offloaded.filter_map(|one| one["downstream"].as_str()?.parse().ok()).collect()
     }
 
     /// Waits until the kernel forwards so many connections.
     #[track_caller]
     pub fn wait_pairs(&self, count: usize) {
-        wait_until(&format!("{count} connections are promoted"), DEADLINE, || {
+        wait_until(&format!("{count} connections are offloaded"), DEADLINE, || {
             usize::try_from(self.pairs()) == Ok(count)
         });
     }
@@ -75,22 +75,22 @@ impl Agent {
     /// Sends on connections to an echo server until the kernel forwards all of them: a way on which nothing has moved yet
     /// proves nothing.
     #[track_caller]
-    pub fn promote(&self, streams: &[TcpStream]) {
+    pub fn offload(&self, streams: &[TcpStream]) {
         let locals: BTreeSet<SocketAddr> =
             streams.iter().map(|stream| stream.local_addr().expect("a connected socket")).collect();
-        wait_until("all connections are promoted", DEADLINE, || {
+        wait_until("all connections are offloaded", DEADLINE, || {
             for stream in streams {
-                client::ping(stream, b"promote me").expect("an echo");
+                client::ping(stream, b"offload me").expect("an echo");
             }
             let connections = self.connections("").expect("a list");
-            let spliced = connections.iter().filter(|one| one["state"] == "spliced");
-            let spliced: BTreeSet<SocketAddr> =
-                spliced.filter_map(|one| one["downstream"].as_str()?.parse().ok()).collect();
-            locals.is_subset(&spliced)
+            let offloaded = connections.iter().filter(|one| one["state"] == "offloaded");
+            let offloaded: BTreeSet<SocketAddr> =
+                offloaded.filter_map(|one| one["downstream"].as_str()?.parse().ok()).collect();
+            locals.is_subset(&offloaded)
         });
     }
 
-    /// Waits until nothing is left of promoted connections in the kernel.
+    /// Waits until nothing is left of offloaded connections in the kernel.
     #[track_caller]
     pub fn wait_empty(&self) {
         wait_until("nothing is left in the kernel", DEADLINE, || {
@@ -105,17 +105,17 @@ impl Agent {
 impl Forwarding {
     /// Opens `count` connections to an echo server, and waits until the kernel forwards all of them.
     #[track_caller]
-    pub fn connect_promoted(&self, count: usize) -> Vec<TcpStream> {
+    pub fn connect_offloaded(&self, count: usize) -> Vec<TcpStream> {
         let streams: Vec<TcpStream> = (0..count).map(|_| self.connect().expect("connect")).collect();
-        self.promote(&streams);
+        self.offload(&streams);
         streams
     }
 
     /// Sends on connections to an echo server until the kernel forwards all of them: a way on which nothing has moved yet
     /// proves nothing.
     #[track_caller]
-    pub fn promote(&self, streams: &[TcpStream]) {
-        self.agent.promote(streams);
+    pub fn offload(&self, streams: &[TcpStream]) {
+        self.agent.offload(streams);
     }
 
     /// Starts an agent on the pins of the present one, which has ended, and waits until it is ready.

@@ -9,6 +9,7 @@ pub mod attach;
 pub mod chart;
 pub mod client;
 pub mod cluster;
+mod command;
 #[path = "../../forwarder-common/src/packet/cut.rs"]
 mod cut;
 pub mod database;
@@ -31,6 +32,7 @@ pub mod sequence;
 pub mod served;
 pub mod shape;
 pub mod steps;
+pub mod stream;
 pub mod swarm;
 mod tap;
 pub mod traffic;

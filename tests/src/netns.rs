@@ -15,7 +15,7 @@ use std::{env, thread};
 use anyhow::{Context as _, Result};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::process;
+use crate::command::stdout;
 use crate::wait::patient;
 
 /// Where `ip netns` keeps its namespaces.
@@ -106,7 +106,7 @@ impl NetNs {
 
     /// Runs `command` in the namespace and returns what it printed; fails if it failed.
     pub fn stdout(&self, command: &mut Command) -> Result<String> {
-        self.run(|| process::stdout(command))
+        self.run(|| stdout(command))
     }
 
     /// Listens on `address` in the namespace.
@@ -176,7 +176,7 @@ impl NetNs {
 fn ip(arguments: &[&str]) -> Result<()> {
     let mut command = Command::new("ip");
     command.args(arguments);
-    process::stdout(&mut command).map(drop)
+    stdout(&mut command).map(drop)
 }
 
 /// Removes the namespaces of processes that ended without doing so.

@@ -11,9 +11,9 @@ use anyhow::{Context as _, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 
-use crate::client::{self, End, TIMEOUT};
 use crate::netns::NetNs;
 use crate::random;
+use crate::stream::{End, TIMEOUT, read};
 use crate::wait::patient;
 
 /// How soon a stopped server notices.
@@ -114,7 +114,7 @@ where
 pub fn echo(mut stream: &TcpStream) -> io::Result<()> {
     let mut buffer = [0; 16 * 1024];
     loop {
-        match client::read(stream, &mut buffer)? {
+        match read(stream, &mut buffer)? {
             0 => return stream.shutdown(Shutdown::Write),
             size => stream.write_all(&buffer[..size])?,
         }
@@ -125,7 +125,7 @@ pub fn echo(mut stream: &TcpStream) -> io::Result<()> {
 pub fn echo_to_end(mut stream: &TcpStream) -> io::Result<End> {
     let mut buffer = [0; 4096];
     loop {
-        match client::read(stream, &mut buffer) {
+        match read(stream, &mut buffer) {
             Ok(0) => return Ok(End::Fin),
             Ok(size) => stream.write_all(&buffer[..size])?,
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(End::Reset),

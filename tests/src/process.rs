@@ -7,23 +7,15 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
+pub use crate::command::stdout;
 use crate::netns::NetNs;
 use crate::wait::wait_for;
 
 /// How much of a log is shown when a test fails.
 const SHOWN_LINES: usize = 100;
-
-/// Runs `command` and returns what it printed; fails if it failed.
-pub fn stdout(command: &mut Command) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("run {command:?}"))?;
-    if !output.status.success() {
-        bail!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
 
 /// A running program.
 #[derive(Debug)]

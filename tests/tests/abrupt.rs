@@ -112,7 +112,7 @@ fn a_panic_ends_the_agent_and_not_what_the_kernel_forwards() {
     }
     let folder = TempDir::new().expect("a folder");
     let mut forwarding = start_panicking(folder.path());
-    let promoted = forwarding.connect_promoted(3);
+    let offloaded = forwarding.connect_offloaded(3);
     File::create(folder.path().join("join.begin.panic")).expect("a writable folder");
     let cut = forwarding.connect().expect("it works");
     let status = forwarding.agent.wait(WAIT).expect("a panic ends the agent");
@@ -123,7 +123,7 @@ fn a_panic_ends_the_agent_and_not_what_the_kernel_forwards() {
         log.contains("BUG: a thread has panicked") && log.contains("told to panic at join.begin"),
         "{log}"
     );
-    for stream in &promoted {
+    for stream in &offloaded {
         client::ping(stream, b"as if nothing had happened").expect("it lives on");
     }
     forwarding.succeed(&AT_ONCE).expect("it works");

@@ -44,7 +44,7 @@ impl Installation {
         let address = topology.node_address(port);
         let streams: Vec<TcpStream> =
             (0..FLOWS).map(|_| client::connect(&topology.client, address).expect("a connection")).collect();
-        agent.promote(&streams);
+        agent.offload(&streams);
         let traffic = Traffic::start(streams);
         traffic.wait_progress(LONG);
         Self { agent, manifests, address, traffic }
@@ -63,7 +63,7 @@ impl Installation {
         self.agent.wait_pairs(FLOWS);
         let stream = client::connect(&topology.client, self.address).expect("a connection");
         client::ping(&stream, b"one more").expect("an echo");
-        self.agent.promote(&[stream]);
+        self.agent.offload(&[stream]);
     }
 }
 
@@ -190,12 +190,12 @@ fn programs_that_somebody_removes_come_back_and_transfers_go_on() {
     }
     let _guard = serialise(&HEAVY);
     let forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
-    let idle = forwarding.connect_promoted(FLOWS);
+    let idle = forwarding.connect_offloaded(FLOWS);
     let before =
         ["veth1", "veth2"].map(|interface| hanging(&forwarding.topology, &[&forwarding.agent], interface));
 
-    // The guard stays: what the stack would answer meanwhile does not leave.
-    let traffic = Traffic::start(forwarding.connect_promoted(FLOWS));
+    // The egress program stays: what the stack would answer meanwhile does not leave.
+    let traffic = Traffic::start(forwarding.connect_offloaded(FLOWS));
     traffic.wait_progress(LONG);
     for (count, interface) in (1..).zip(["veth1", "veth2"]) {
         remove(&forwarding, interface, &["ingress"]);
@@ -268,11 +268,11 @@ fn check_detour(is_ipv6: bool, is_proven: bool) {
     let agent = Agent::start(&topology.node, &manifests.path(), &AT_ONCE).expect("an agent");
     let connect = || client::connect(&topology.client, address).expect("a connection");
     if is_proven {
-        agent.promote(&[connect()]);
+        agent.offload(&[connect()]);
     }
     answer_by_it(&topology);
     let streams: Vec<TcpStream> = (0..FLOWS).map(|_| connect()).collect();
-    agent.promote(&streams);
+    agent.offload(&streams);
     let traffic = Traffic::start(streams);
     traffic.wait_progress(LONG);
     println!("{} bytes each way", traffic.finish().expect("whole transfers"));

@@ -3,11 +3,11 @@
 
 #[path = "attachments.rs"]
 mod attachments;
-#[path = "leaving.rs"]
-mod leaving;
 #[path = "privileges.rs"]
 mod privileges;
 #[path = "removal.rs"]
 mod removal;
+#[path = "shutdown.rs"]
+mod shutdown;
 #[path = "survival.rs"]
 mod survival;

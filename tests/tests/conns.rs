@@ -425,7 +425,7 @@ fn cleanup_removes_what_a_killed_agent_left_and_nothing_of_one_that_runs() {
     let mut forwarding = Forwarding::start(&[], peer::echo).unwrap();
     let pin_dir = forwarding.agent.pin_dir().to_owned();
     if !pin_dir.exists() {
-        return skip(&format!("no classifier: {}", forwarding.agent.state().unwrap()["datapath"]));
+        return skip(&format!("no eBPF programs: {}", forwarding.agent.state().unwrap()["datapath"]));
     }
     let node = forwarding.topology.node.clone();
     let cleanup = |yes: &[&str]| {

@@ -14,13 +14,13 @@ use serde_json::Value;
 
 const WAIT: Duration = Duration::from_secs(10);
 
-/// Whether the agent has its classifier. If not, says that the test is skipped, or fails it where `REQUIRE_NETNS=1`
+/// Whether the agent has its eBPF programs. If not, says that the test is skipped, or fails it where `REQUIRE_NETNS=1`
 /// demands that no test is skipped.
-fn require_classifier(agent: &Agent) -> bool {
+fn require_programs(agent: &Agent) -> bool {
     let datapath = agent.state().expect("a state")["datapath"].clone();
-    let loaded = datapath["classifier"] == true;
+    let loaded = datapath["programs"] == true;
     if !loaded {
-        skip(&format!("no classifier: {datapath}"));
+        skip(&format!("no eBPF programs: {datapath}"));
     }
     loaded
 }
@@ -59,7 +59,7 @@ fn the_kernel_counts_every_attempt_and_every_byte() {
         return;
     }
     let forwarding = Forwarding::start(&[], peer::echo).unwrap();
-    if !require_classifier(&forwarding.agent) {
+    if !require_programs(&forwarding.agent) {
         return;
     }
     let pin_dir = forwarding.agent.pin_dir();
@@ -93,7 +93,7 @@ fn operators_see_the_endpoints_in_the_kernels_map() {
         return;
     }
     let forwarding = Forwarding::start(&[], peer::echo).unwrap();
-    if !require_classifier(&forwarding.agent) {
+    if !require_programs(&forwarding.agent) {
         return;
     }
     let pin_dir = forwarding.agent.pin_dir();
@@ -105,14 +105,14 @@ fn operators_see_the_endpoints_in_the_kernels_map() {
 }
 
 #[test]
-fn trace_shows_what_the_classifier_does_and_less_does_not() {
+fn trace_shows_what_the_programs_do_and_less_does_not() {
     if !require_root() {
         return;
     }
     for (level, wanted) in [("trace", true), ("info", false)] {
         let command = AgentCommand::new(&[]).environment("FORWARDER_LOG", level);
         let forwarding = Forwarding::start_with(&command, peer::echo).unwrap();
-        if !require_classifier(&forwarding.agent) {
+        if !require_programs(&forwarding.agent) {
             return;
         }
         client::ping(&forwarding.connect().unwrap(), b"x").unwrap();
@@ -122,7 +122,7 @@ fn trace_shows_what_the_classifier_does_and_less_does_not() {
             log.lines().any(|line| line.contains(" TRACE ") && line.contains(&attempt))
         };
         if wanted {
-            wait_until("the classifier's lines are in the log", WAIT, traced);
+            wait_until("the lines of the programs are in the log", WAIT, traced);
         } else {
             assert!(!traced());
         }

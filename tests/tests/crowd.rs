@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData};
-use forwarder_common::flow::{DIRECTION_REQUEST, FLOWS, Flow, FlowKey, PAIRS, PAIRS_CAPACITY, Pair};
+use forwarder_common::flow::{DIRECTION_REQUEST, Flow, PAIRS_CAPACITY, Pair};
+use forwarder_common::layout::{FLOWS, PAIRS};
+use forwarder_common::tuple::FourTuple;
 use forwarder_tests::kernel::{at_once, is_ready};
 use forwarder_tests::wait::patient;
 use forwarder_tests::{Agent, AgentCommand, Forwarding, http, peer, wait_until};
@@ -30,9 +32,9 @@ fn open<K: Pod, V: Pod>(folder: &Path, name: &str) -> Pinned<K, V> {
 
 /// Fills the maps with copies of the one pair that stands in them: of other clients, at other endpoints.
 fn fill(pins: &Path) {
-    let mut flows = open::<FlowKey, Flow>(pins, FLOWS);
+    let mut flows = open::<FourTuple, Flow>(pins, FLOWS);
     let mut pairs = open::<u32, Pair>(pins, PAIRS);
-    let all: Vec<(FlowKey, Flow)> = flows.iter().collect::<Result<_, _>>().expect("flows");
+    let all: Vec<(FourTuple, Flow)> = flows.iter().collect::<Result<_, _>>().expect("flows");
     let of_direction = |wanted: u32| {
         *all.iter().find(|(_, flow)| flow.direction == wanted).expect("a flow of each direction")
     };
@@ -92,7 +94,7 @@ fn health_and_metrics_are_answered_while_the_kernel_forwards_all_it_may() {
     let alone = ["/healthz", "/metrics"].map(|path| time(&agent, path));
     let address = topology.node_address(forwarder_tests::fixture::LISTENER_PORT);
     let stream = forwarder_tests::client::connect(&topology.client, address).expect("a connection");
-    agent.promote(std::slice::from_ref(&stream));
+    agent.offload(std::slice::from_ref(&stream));
     agent.kill().expect("it runs");
     fill(&version(&agent));
 

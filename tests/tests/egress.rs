@@ -1,4 +1,4 @@
-//! Packets of promoted connections that the node's stack sends on, by choice or because redirected ones do not arrive.
+//! Packets of offloaded connections that the node's stack sends on, by choice or because redirected ones do not arrive.
 
 use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
@@ -89,7 +89,7 @@ fn the_stack_carries_what_is_left_to_it() {
     for family in FAMILIES {
         let mut forwarding = start(open(), family, &["--egress", "stack"]);
         let streams = connect(&forwarding, family, 8);
-        forwarding.promote(&streams);
+        forwarding.offload(&streams);
         let traffic = Traffic::start(streams);
         traffic.wait_progress(LONG);
         assert!(verdicts(&forwarding, "left_to_stack") > 0, "{family:?}");
@@ -109,7 +109,7 @@ fn a_smaller_mtu_is_told_by_the_stack_too() {
     for family in FAMILIES {
         let forwarding = start(open(), family, &["--egress", "stack"]);
         let streams = connect(&forwarding, family, 4);
-        forwarding.promote(&streams);
+        forwarding.offload(&streams);
         let traffic = Traffic::start(streams);
         traffic.wait_progress(LONG);
         let Topology { client, backend1, .. } = &forwarding.topology;
@@ -140,10 +140,10 @@ fn a_stack_that_would_not_send_packets_on_is_named() {
         let stream = connect(&forwarding, family, 1).remove(0);
         wait_until("it is refused", WAIT, || {
             client::ping(&stream, b"in userspace").expect("an echo");
-            forwarding.agent.refusals("stack_closed") > 0
+            forwarding.agent.fallbacks("stack_closed") > 0
         });
         assert!(forwarding.agent.log().contains(told), "{told}:\n{}", forwarding.agent.log());
-        assert_eq!(forwarding.agent.metric("forwarder_promotions_total"), 0);
+        assert_eq!(forwarding.agent.metric("forwarder_offloads_total"), 0);
     }
 }
 
@@ -158,12 +158,12 @@ fn where_redirected_packets_vanish_the_stack_sends_them() {
         swallow(&forwarding, family, false);
         // The first finds out, and goes on by the stack.
         let first = connect(&forwarding, family, 1);
-        forwarding.promote(&first);
+        forwarding.offload(&first);
         assert!(verdicts(&forwarding, "left_to_stack") > 0, "{family:?}");
         // Others follow at once.
         let others = connect(&forwarding, family, 4);
-        forwarding.promote(&others);
-        assert_eq!(agent.metric("forwarder_promotions_taken_back_total"), 0, "{}", agent.log());
+        forwarding.offload(&others);
+        assert_eq!(agent.metric("forwarder_offloads_taken_back_total"), 0, "{}", agent.log());
         let traffic = Traffic::start(others);
         traffic.wait_progress(LONG);
         traffic.finish().expect("every byte");
@@ -188,12 +188,11 @@ fn where_neither_arrives_connections_stay_in_userspace() {
                 && avoided() >= 2
         });
         wait_until("another is refused", LONG, || {
-            let promotions = agent.metric("forwarder_promotions_total");
+            let offloads = agent.metric("forwarder_offloads_total");
             let second = connect(&forwarding, family, 1).remove(0);
-            let refused = agent.refusals("path_broken");
+            let refused = agent.fallbacks("path_broken");
             client::ping(&second, b"in userspace").expect("an echo");
-            agent.refusals("path_broken") > refused
-                && agent.metric("forwarder_promotions_total") == promotions
+            agent.fallbacks("path_broken") > refused && agent.metric("forwarder_offloads_total") == offloads
         });
     }
 }

@@ -1,5 +1,5 @@
 //! Nodes whose firewall drops what connection tracking takes for invalid, as those of firewalld and of Kubernetes do. Of
-//! promoted connections, it has seen the beginnings alone.
+//! offloaded connections, it has seen the beginnings alone.
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -131,7 +131,7 @@ fn check_reset(family: Family, chains: Chains, doing: Doing, has_agent: bool) {
     drop_invalid(&topology, chains);
     let mut forwarding = start(topology, family, &at_once(&[]), handle);
     let stream = connect(&forwarding, family, 1).remove(0);
-    forwarding.promote(std::slice::from_ref(&stream));
+    forwarding.offload(std::slice::from_ref(&stream));
     let block = vec![7; 64 << 10];
     for _ in 0..24 * MIB / block.len() {
         client::ping(&stream, &block).expect("an echo");
@@ -215,7 +215,7 @@ fn probes_find_out_who_lives() {
                 drop_invalid(&topology, HOST);
                 let forwarding = start(topology, family, &at_once(&["--keepalive", "1s"]), handle);
                 let stream = connect(&forwarding, family, 1).remove(0);
-                forwarding.promote(std::slice::from_ref(&stream));
+                forwarding.offload(std::slice::from_ref(&stream));
                 // Six probes, a second apart, find out who is dead.
                 assert!(ends.recv_timeout(WAIT).is_err(), "{family:?}: a live connection was ended");
                 client::ping(&stream, b"still here").expect("an echo");
@@ -228,7 +228,7 @@ fn probes_find_out_who_lives() {
 }
 
 #[test]
-fn what_was_lost_of_the_tail_arrives_though_more_was_sent_past_it() {
+fn what_was_lost_of_the_remainder_arrives_though_more_was_sent_past_it() {
     const COUNT: usize = 16;
     if !can_run() {
         return;
@@ -240,16 +240,16 @@ fn what_was_lost_of_the_tail_arrives_though_more_was_sent_past_it() {
         for wire in &wires {
             wire.set(trouble);
         }
-        let arguments = ["--datapath", "tc", "--promote-after", "128KiB"];
+        let arguments = ["--datapath", "tc", "--offload-after", "128KiB"];
         let forwarding = start(topology, family, &arguments, peer::echo);
         let agent = &forwarding.agent;
         let traffic = Traffic::start(connect(&forwarding, family, COUNT));
         let started = Instant::now();
-        wait_until("all are promoted", LONG, || {
+        wait_until("all are offloaded", LONG, || {
             let connections = agent.connections("").expect("a list");
-            connections.iter().filter(|one| one["state"] == "spliced").count() == COUNT
+            connections.iter().filter(|one| one["state"] == "offloaded").count() == COUNT
         });
-        println!("{family:?}: all are promoted after {:?}", started.elapsed());
+        println!("{family:?}: all are offloaded after {:?}", started.elapsed());
         // Not one acknowledgement for the node's sockets.
         assert_eq!(dropped(&forwarding.topology, "input"), 0, "{family:?}");
         traffic.wait_progress(LONG);
@@ -273,7 +273,7 @@ fn the_stack_sends_on_what_goes_beyond_every_window_that_is_known() {
         let arguments = at_once(&["--egress", "stack", "--keepalive", "1s"]);
         let forwarding = start(topology, family, &arguments, peer::echo);
         let streams = connect(&forwarding, family, COUNT);
-        forwarding.promote(&streams);
+        forwarding.offload(&streams);
         let block = vec![7; 64 << 10];
         thread::scope(|scope| {
             for stream in &streams {
@@ -281,6 +281,6 @@ fn the_stack_sends_on_what_goes_beyond_every_window_that_is_known() {
                 scope.spawn(move || carry().unwrap_or_else(|error| panic!("{family:?}: {error}")));
             }
         });
-        assert_eq!(forwarding.agent.promoted().len(), COUNT, "{family:?}");
+        assert_eq!(forwarding.agent.offloaded().len(), COUNT, "{family:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! Promoted connections whose packets come in fragments.
+//! Offloaded connections whose packets come in fragments.
 
 use std::fs;
 use std::io::{self, Read as _, Write as _};
@@ -22,7 +22,7 @@ const AMOUNT: u64 = 4_000_000;
 const CLIENT: usize = 1;
 const BACKEND: usize = 2;
 
-/// The message after which [`echo_then_transfer`] serves a transfer: as long as those that promote a connection.
+/// The message after which [`echo_then_transfer`] serves a transfer: as long as those that offload a connection.
 const TRANSFER: &[u8; 10] = b"a transfer";
 
 /// Echoes messages, and then serves a transfer.
@@ -42,7 +42,7 @@ fn start(topology: Topology, endpoint: SocketAddr) -> Forwarding {
     Forwarding { agent, server, manifests, topology }
 }
 
-/// Promotes a connection by small packets, then transfers data through it.
+/// Offloads a connection by small packets, then transfers data through it.
 #[track_caller]
 fn transfer(forwarding: &Forwarding, family: Family, before: impl FnOnce()) {
     let address = match family {
@@ -50,7 +50,7 @@ fn transfer(forwarding: &Forwarding, family: Family, before: impl FnOnce()) {
         Family::V6 => forwarding.topology.node_address_v6(LISTENER_PORT),
     };
     let stream = client::connect(&forwarding.topology.client, address).expect("connect");
-    forwarding.promote(std::slice::from_ref(&stream));
+    forwarding.offload(std::slice::from_ref(&stream));
     before();
     client::ping(&stream, TRANSFER).expect("an echo");
     client::transfer(&stream, 7, AMOUNT, AMOUNT)
@@ -110,7 +110,7 @@ fn packets_that_a_router_cuts_up_arrive() {
     }
 }
 
-/// A transfer through wires, of which one is troubled once the connection is promoted.
+/// A transfer through wires, of which one is troubled once the connection is offloaded.
 fn through_wires(trouble: Trouble, check: impl Fn(&Forwarding, &Wire)) {
     for index in [CLIENT, BACKEND] {
         for family in [Family::V4, Family::V6] {

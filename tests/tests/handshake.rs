@@ -1,4 +1,4 @@
-//! Connections that are promoted before their endpoint takes part in them.
+//! Connections that are offloaded before their endpoint takes part in them.
 
 use std::process::Command;
 use std::time::Duration;
@@ -23,8 +23,8 @@ fn an_endpoint_that_has_not_completed_the_handshake_gets_what_is_sent() {
         backend.run(|| process::stdout(Command::new("nft").arg(rules))).expect("it works");
     };
     // The way is known to work: a later connection would leave its sockets at once.
-    let _first = forwarding.connect_promoted(1);
-    let promotions = agent.metric("forwarder_promotions_total");
+    let _first = forwarding.connect_offloaded(1);
+    let offloads = agent.metric("forwarder_offloads_total");
     let retransmitted = backend.counter("TCPSynRetrans").expect("a counter");
     // The endpoint hears of the connection a second after the client's handshake with the node, and of its completion
     // not at all.
@@ -35,7 +35,7 @@ fn an_endpoint_that_has_not_completed_the_handshake_gets_what_is_sent() {
          add rule ip deaf acks tcp dport 5000 tcp flags & (syn|ack|fin|psh|rst) == ack drop");
     let stream = forwarding.connect().expect("connect");
     nft("flush chain ip deaf syns");
-    wait_until("it is promoted", WAIT, || agent.metric("forwarder_promotions_total") > promotions);
+    wait_until("it is offloaded", WAIT, || agent.metric("forwarder_offloads_total") > offloads);
     wait_until("the endpoint repeats its SYN", WAIT, || {
         backend.counter("TCPSynRetrans").is_ok_and(|count| count > retransmitted)
     });
@@ -44,5 +44,5 @@ fn an_endpoint_that_has_not_completed_the_handshake_gets_what_is_sent() {
     stream.set_read_timeout(Some(WAIT)).expect("it works");
     client::ping(&stream, b"first").expect("an echo");
     assert_eq!(backend.counter("TSEcrRejected").unwrap_or_default(), 0, "the endpoint refused segments");
-    forwarding.promote(&[stream]);
+    forwarding.offload(&[stream]);
 }

@@ -1,4 +1,4 @@
-//! How far the packets of promoted connections may go: as far as the node's own, whatever their senders have given them.
+//! How far the packets of offloaded connections may go: as far as the node's own, whatever their senders have given them.
 
 use std::process::Command;
 
@@ -65,12 +65,12 @@ fn packets_leave_with_the_nodes_own_hop_limit() {
             let streams: Vec<_> = (0..4)
                 .map(|_| client::connect(&forwarding.topology.client, address).expect("connect"))
                 .collect();
-            forwarding.promote(&streams);
+            forwarding.offload(&streams);
             for stream in &streams {
                 client::ping(stream, &[7; 5000]).expect("an echo");
             }
             let agent = &forwarding.agent;
-            assert_eq!(agent.metric("forwarder_promotions_taken_back_total"), 0, "{family:?}, {egress}");
+            assert_eq!(agent.metric("forwarder_offloads_taken_back_total"), 0, "{family:?}, {egress}");
             assert_eq!(
                 agent.ended("upstream_reset") + agent.ended("downstream_reset"),
                 0,

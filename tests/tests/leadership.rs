@@ -171,7 +171,7 @@ fn create_a_bit_of_everything(trio: &Trio) {
     }
 }
 
-/// Checks that each of them has been judged as it should.
+/// Checks that each of them has been evaluated as it should.
 fn check_a_bit_of_everything(trio: &Trio) {
     let told = trio.wait(&gateway("apps", "main"), |it| {
         has_condition(&listener(it, "taken")["conditions"], "Programmed", "False/Pending not bound on b: ")

@@ -9,7 +9,7 @@ use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER_PORT};
 use forwarder_tests::peer::Server;
 use forwarder_tests::sequence::Positions;
 use forwarder_tests::shape::Shape;
-use forwarder_tests::shape::stage::{Family, Promotion, Stage};
+use forwarder_tests::shape::stage::{Family, Offload, Stage};
 use forwarder_tests::{
     Datapath, Forwarding, Manifests, NetNs, Topology, client, peer, require_root, sequence, wire,
 };
@@ -37,7 +37,7 @@ impl Host {
 }
 
 /// Conversations between hosts of which some have other settings than usual, in both families.
-fn check_settings(settings: &[(Host, &str, &str)], promotion: Promotion) {
+fn check_settings(settings: &[(Host, &str, &str)], offload: Offload) {
     for datapath in Datapath::chosen() {
         for family in [Family::V4, Family::V6] {
             let topology = Topology::new().expect("a network");
@@ -45,7 +45,7 @@ fn check_settings(settings: &[(Host, &str, &str)], promotion: Promotion) {
                 host.netns(&topology).sysctl(name, value).expect("a variable of the kernel");
             }
             let stage = Stage::start(topology, datapath, family).expect("a stage");
-            stage.check_shapes((0..CONVERSATIONS).map(Shape::of).collect(), AT_ONCE, promotion);
+            stage.check_shapes((0..CONVERSATIONS).map(Shape::of).collect(), AT_ONCE, offload);
         }
     }
 }
@@ -58,7 +58,7 @@ fn check_mtu(client: u16, backend: u16) {
             topology.set_mtu(1, &topology.client, client).expect("an MTU of the client's leg");
             topology.set_mtu(2, &topology.backend1, backend).expect("an MTU of the backend's leg");
             let stage = Stage::start(topology, datapath, Family::V4).expect("a stage");
-            stage.check_shapes((0..CONVERSATIONS).map(Shape::of).collect(), AT_ONCE, Promotion::Expected);
+            stage.check_shapes((0..CONVERSATIONS).map(Shape::of).collect(), AT_ONCE, Offload::Expected);
         }
     }
 }
@@ -95,9 +95,9 @@ fn the_backends_leg_may_carry_jumbo_frames() {
 fn either_leg_may_do_without_timestamps() {
     const NAME: &str = "ipv4/tcp_timestamps";
     if require_root() {
-        check_settings(&[(Host::Client, NAME, "0")], Promotion::Optional);
-        check_settings(&[(Host::Backend, NAME, "0")], Promotion::Optional);
-        check_settings(&[(Host::Node, NAME, "0")], Promotion::Expected);
+        check_settings(&[(Host::Client, NAME, "0")], Offload::Optional);
+        check_settings(&[(Host::Backend, NAME, "0")], Offload::Optional);
+        check_settings(&[(Host::Node, NAME, "0")], Offload::Expected);
     }
 }
 
@@ -105,9 +105,9 @@ fn either_leg_may_do_without_timestamps() {
 fn either_leg_may_do_without_selective_acknowledgements() {
     const NAME: &str = "ipv4/tcp_sack";
     if require_root() {
-        check_settings(&[(Host::Client, NAME, "0")], Promotion::Optional);
-        check_settings(&[(Host::Backend, NAME, "0")], Promotion::Optional);
-        check_settings(&[(Host::Node, NAME, "0")], Promotion::Expected);
+        check_settings(&[(Host::Client, NAME, "0")], Offload::Optional);
+        check_settings(&[(Host::Backend, NAME, "0")], Offload::Optional);
+        check_settings(&[(Host::Node, NAME, "0")], Offload::Expected);
     }
 }
 
@@ -115,9 +115,9 @@ fn either_leg_may_do_without_selective_acknowledgements() {
 fn either_leg_may_do_without_window_scaling() {
     const NAME: &str = "ipv4/tcp_window_scaling";
     if require_root() {
-        check_settings(&[(Host::Client, NAME, "0")], Promotion::Expected);
-        check_settings(&[(Host::Backend, NAME, "0")], Promotion::Expected);
-        check_settings(&[(Host::Node, NAME, "0")], Promotion::Expected);
+        check_settings(&[(Host::Client, NAME, "0")], Offload::Expected);
+        check_settings(&[(Host::Backend, NAME, "0")], Offload::Expected);
+        check_settings(&[(Host::Node, NAME, "0")], Offload::Expected);
     }
 }
 
@@ -126,8 +126,8 @@ fn hosts_may_announce_other_window_scales() {
     const NAME: &str = "ipv4/tcp_rmem";
     if require_root() {
         let (small, large) = ("4096 32768 65536", "4096 131072 536870912");
-        check_settings(&[(Host::Client, NAME, small), (Host::Backend, NAME, large)], Promotion::Expected);
-        check_settings(&[(Host::Client, NAME, large), (Host::Node, NAME, small)], Promotion::Expected);
+        check_settings(&[(Host::Client, NAME, small), (Host::Backend, NAME, large)], Offload::Expected);
+        check_settings(&[(Host::Client, NAME, large), (Host::Node, NAME, small)], Offload::Expected);
     }
 }
 
@@ -136,9 +136,9 @@ fn one_leg_may_use_congestion_notification() {
     const NAME: &str = "ipv4/tcp_ecn";
     if require_root() {
         // Who has 1 asks for it; everybody agrees to it.
-        check_settings(&[(Host::Client, NAME, "1")], Promotion::Expected);
-        check_settings(&[(Host::Node, NAME, "1")], Promotion::Expected);
-        check_settings(&[(Host::Client, NAME, "1"), (Host::Node, NAME, "1")], Promotion::Expected);
+        check_settings(&[(Host::Client, NAME, "1")], Offload::Expected);
+        check_settings(&[(Host::Node, NAME, "1")], Offload::Expected);
+        check_settings(&[(Host::Client, NAME, "1"), (Host::Node, NAME, "1")], Offload::Expected);
     }
 }
 
@@ -213,7 +213,7 @@ fn sequence_numbers_may_wrap_with_any_byte_of_the_client() {
         let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).unwrap();
         let agent = datapath.agent().start(&topology.node, &manifests.path()).unwrap();
         let address = topology.node_address(LISTENER_PORT);
-        // The number of the SYN, of the request, of the data before and about a promotion, and of the end.
+        // The number of the SYN, of the request, of the data before and about a handover, and of the end.
         for before in [1, 2, 17, 18, 1000, 60_000, 65_536, 65_553, 66_000, 100_000, 400_016, 400_017, 400_018]
         {
             let stream = topology.client.run(|| connect_with(address, 0_u32.wrapping_sub(before))).unwrap();

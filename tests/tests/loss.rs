@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use forwarder_tests::netns::FAR;
-use forwarder_tests::shape::stage::{Family, Promotion};
+use forwarder_tests::shape::stage::{Family, Offload};
 use forwarder_tests::shape::{Kind, Shape, Stage};
 use forwarder_tests::wire::{self, Trouble};
 use forwarder_tests::{Datapath, Topology, require_root, serialise, wait_until};
@@ -22,7 +22,7 @@ fn check_loss(of_thousand: u32, conversations: u64) {
             wire::lose_at_ingress(host, FAR, of_thousand).expect("nftables");
         }
         let shapes = (0..conversations).map(|seed| Shape::of(seed).for_lossy_network());
-        stage.check_shapes(shapes.collect(), AT_ONCE, Promotion::Expected);
+        stage.check_shapes(shapes.collect(), AT_ONCE, Offload::Expected);
         let lost = hosts.map(|host| wire::lost_at_ingress(host).expect("the rule is there"));
         println!("{datapath}: lost {} packets to the client and {} to the server", lost[0], lost[1]);
         assert!(lost.iter().all(|&lost| lost > 0), "nothing was lost: {lost:?}");
@@ -38,7 +38,7 @@ fn check_wires(trouble: Trouble, conversations: u64) {
             wire.set(trouble);
         }
         let shapes = (0..conversations).map(|seed| Shape::of(seed).for_lossy_network());
-        stage.check_shapes(shapes.collect(), AT_ONCE, Promotion::Expected);
+        stage.check_shapes(shapes.collect(), AT_ONCE, Offload::Expected);
         for wire in &wires {
             let done = wire.done();
             println!("{datapath}: {done:?}");
@@ -107,7 +107,7 @@ fn an_outage_of_either_leg_delays_and_breaks_nothing() {
             let shapes = seeds.map(|seed| Shape::of_kind(kinds[usize::try_from(seed).unwrap() % 5], seed));
             thread::scope(|scope| {
                 let conversations =
-                    scope.spawn(|| stage.check_shapes(shapes.collect(), 16, Promotion::Expected));
+                    scope.spawn(|| stage.check_shapes(shapes.collect(), 16, Offload::Expected));
                 let before = wire.done().seen;
                 wait_until("the conversations have begun", Duration::from_secs(10), || {
                     wire.done().seen > before + 2000

@@ -1,4 +1,4 @@
-//! Promoted connections whose packets become too large for their way: for a router's link, or for the node's own.
+//! Offloaded connections whose packets become too large for their way: for a router's link, or for the node's own.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -81,9 +81,9 @@ fn connect(forwarding: &Forwarding, family: Family) -> TcpStream {
     client::connect(&forwarding.topology.client, address).expect("connect")
 }
 
-fn promoted(forwarding: &Forwarding, family: Family, count: usize) -> Vec<TcpStream> {
+fn offloaded(forwarding: &Forwarding, family: Family, count: usize) -> Vec<TcpStream> {
     let streams: Vec<_> = (0..count).map(|_| connect(forwarding, family)).collect();
-    forwarding.promote(&streams);
+    forwarding.offload(&streams);
     streams
 }
 
@@ -92,7 +92,7 @@ fn verdicts(forwarding: &Forwarding, verdict: &str) -> i64 {
     metrics.sum("forwarder_ingress_verdicts_total", &[("verdict", verdict)])
 }
 
-/// The message after which [`echo_then_transfer`] serves a transfer: as long as those that promote a connection.
+/// The message after which [`echo_then_transfer`] serves a transfer: as long as those that offload a connection.
 const TRANSFER: &[u8; 10] = b"a transfer";
 
 /// Echoes messages, and then serves a transfer.
@@ -124,7 +124,7 @@ fn what_a_router_says_of_large_packets_reaches_their_sender() {
         let (topology, _router, endpoint) = routed(index, family);
         let forwarding = start(topology, endpoint, echo_then_transfer);
         // Only small packets so far: nobody knows of the router's limit.
-        let stream = promoted(&forwarding, family, 1).remove(0);
+        let stream = offloaded(&forwarding, family, 1).remove(0);
         assert_eq!(verdicts(&forwarding, "too_big_passed_on"), 0);
         client::ping(&stream, TRANSFER).expect("an echo");
         let started = Instant::now();
@@ -145,7 +145,7 @@ fn it_reaches_their_sender_without_an_agent() {
     each_leg(|index, family| {
         let (topology, _router, endpoint) = routed(index, family);
         let mut forwarding = start(topology, endpoint, peer::echo);
-        let mut streams = promoted(&forwarding, family, 2 * FLOWS);
+        let mut streams = offloaded(&forwarding, family, 2 * FLOWS);
         assert_eq!(verdicts(&forwarding, "too_big_passed_on"), 0);
         let first = Traffic::start(streams.split_off(FLOWS));
         first.wait_progress(LONG);
@@ -173,7 +173,7 @@ fn check_lowered(topology: Topology, family: Family, lower: impl FnOnce(&Topolog
         Family::V6 => topology.backend1_address_v6(0),
     };
     let forwarding = start(topology, endpoint.ip(), peer::echo);
-    let traffic = Traffic::start(promoted(&forwarding, family, FLOWS));
+    let traffic = Traffic::start(offloaded(&forwarding, family, FLOWS));
     traffic.wait_progress(LONG);
     assert_eq!(verdicts(&forwarding, "too_big"), 0);
     lower(&forwarding.topology);

@@ -1,5 +1,5 @@
 //! Attacks by somebody who is not on the path of a connection, and knows no more of it than its addresses and ports: none does
-//! more to a promoted connection than to one of the kernel's sockets, which is the control.
+//! more to an offloaded connection than to one of the kernel's sockets, which is the control.
 
 use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
@@ -70,7 +70,7 @@ fn start(by: By, family: Family, more: &[&str]) -> Attacked {
         client::connect(&forwarding.topology.client, listener(&forwarding, family)).expect("connect");
     client::ping(&stream, b"here").expect("an echo");
     if by != By::Sockets {
-        forwarding.promote(std::slice::from_ref(&stream));
+        forwarding.offload(std::slice::from_ref(&stream));
     }
     if by == By::SecondAgent {
         forwarding.agent.kill().expect("it ends");
@@ -204,7 +204,7 @@ fn ends_of_all_windows_neither_end_an_active_connection_nor_count() {
             talking.join().expect("no panic").expect("it lives");
         });
         let view = attacked.view();
-        let state = if by == By::Sockets { "open" } else { "spliced" };
+        let state = if by == By::Sockets { "open" } else { "offloaded" };
         assert_eq!(view["state"], state, "{by:?} {family:?}: {view}");
         for bytes in ["receivedBytes", "sentBytes"] {
             let counted = view[bytes].as_u64().expect("a number");

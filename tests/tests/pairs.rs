@@ -1,4 +1,4 @@
-//! Promoted connections that end by themselves, by their agent or by an operator, and what they use meanwhile.
+//! Offloaded connections that end by themselves, by their agent or by an operator, and what they use meanwhile.
 
 use std::fs;
 use std::io::{self, Read as _, Write as _};
@@ -50,13 +50,13 @@ fn marked() -> (impl Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static, R
     (handle, ends)
 }
 
-/// Connections whose first byte is their number, promoted.
+/// Connections whose first byte is their number, offloaded.
 fn marked_connections(forwarding: &Forwarding, count: Mark) -> Vec<TcpStream> {
     let streams: Vec<TcpStream> = (0..count).map(|_| forwarding.connect().expect("it works")).collect();
     for (mark, stream) in (0..count).zip(&streams) {
         client::ping(stream, &[mark]).expect("it works");
     }
-    forwarding.promote(&streams);
+    forwarding.offload(&streams);
     streams
 }
 
@@ -184,22 +184,22 @@ fn connections_beyond_the_maps_room_are_carried_all_the_same() {
     let ping_all =
         || streams.iter().for_each(|stream| client::ping(stream, b"all the same").expect("it works"));
     let agent = &forwarding.agent;
-    // A way on which nothing has moved since the promotion proves nothing: they are not handed over before.
-    wait_until("as many as there is room for are promoted", WAIT, || {
+    // A way on which nothing has moved since a handover began proves nothing: it does not end before.
+    wait_until("as many as there is room for are offloaded", WAIT, || {
         ping_all();
-        agent.promoted().len() == ROOM && usize::try_from(agent.pairs()) == Ok(ROOM)
+        agent.offloaded().len() == ROOM && usize::try_from(agent.pairs()) == Ok(ROOM)
     });
-    wait_until("the reason is counted", WAIT, || agent.refusals("map_full") >= 8);
+    wait_until("the reason is counted", WAIT, || agent.fallbacks("map_full") >= 8);
     for _ in 0..3 {
         ping_all();
     }
-    assert_eq!(agent.promoted().len(), ROOM);
+    assert_eq!(agent.offloaded().len(), ROOM);
     let connections = agent.connections("").expect("it works");
     assert_eq!(connections.iter().filter(|one| one["tier"] == "splice").count(), 8, "{connections:?}");
 
     drop(streams);
     agent.wait_empty();
-    drop(forwarding.connect_promoted(ROOM));
+    drop(forwarding.connect_offloaded(ROOM));
     agent.wait_empty();
 }
 
@@ -220,7 +220,7 @@ fn the_upstream_port_of_a_live_pair_is_never_used_again() {
     let arguments = at_once(&["--connect-timeout", "1s"]);
     let agent = Agent::start(&topology.node, &manifests.path(), &arguments).expect("it works");
     let forwarding = Forwarding { agent, server, manifests, topology };
-    let mut streams = forwarding.connect_promoted(FIRST);
+    let mut streams = forwarding.connect_offloaded(FIRST);
     let ping_all = |streams: &[TcpStream], when: &str| {
         for (number, stream) in streams.iter().enumerate() {
             if let Err(error) = client::ping(stream, format!("{number} {when}").as_bytes()) {
@@ -229,7 +229,7 @@ fn the_upstream_port_of_a_live_pair_is_never_used_again() {
         }
     };
     for number in FIRST..PORTS {
-        streams.extend(forwarding.connect_promoted(1));
+        streams.extend(forwarding.connect_offloaded(1));
         ping_all(&streams, &format!("after connection {number}"));
     }
     let connections = forwarding.agent.connections("").expect("it works");
@@ -252,7 +252,7 @@ fn the_upstream_port_of_a_live_pair_is_never_used_again() {
     // A port that is free again is used again.
     drop(streams.pop());
     forwarding.agent.wait_pairs(PORTS - 1);
-    drop(forwarding.connect_promoted(1));
+    drop(forwarding.connect_offloaded(1));
     ping_all(&streams, "to the end");
 }
 
@@ -317,13 +317,13 @@ fn pairs_to_one_endpoint_may_use_every_local_port() {
         let (more, took) = few.connect(share - streams.len());
         streams.extend(more);
         println!("up to {share} pairs: {took:?} for each connection");
-        wait_until("all are promoted", Duration::from_secs(30), || {
+        wait_until("all are offloaded", Duration::from_secs(30), || {
             ping_all(&streams, "on its way");
             few.agent.pairs() == i64::try_from(share).expect("it works")
         });
     }
     ping_all(&streams, "when all ports are taken");
-    assert_eq!(few.agent.promoted().len(), PORTS - RESERVED);
+    assert_eq!(few.agent.offloaded().len(), PORTS - RESERVED);
     let metrics = few.agent.metrics().expect("it works");
     assert_eq!(metrics.sum("forwarder_backend_connect_failures_total", &[]), 0);
 
@@ -378,7 +378,7 @@ fn a_clients_port_may_be_used_again_at_once() {
         }
     })
     .expect("it works");
-    // Where the end comes before the promotion is complete, the new SYN has to come twice.
+    // Where the end comes before the handover is complete, the new SYN has to come twice.
     for (times, waits) in [(TIMES, true), (HASTY, false)] {
         for number in 0..times {
             let stream = connect_from(&forwarding, 30_000);
@@ -388,10 +388,10 @@ fn a_clients_port_may_be_used_again_at_once() {
             };
             talk("message ");
             if waits {
-                wait_until("it is promoted", WAIT, || {
+                wait_until("it is offloaded", WAIT, || {
                     talk("message ");
                     let connections = forwarding.agent.connections("").expect("it works");
-                    connections.iter().any(|one| one["state"] == "spliced")
+                    connections.iter().any(|one| one["state"] == "offloaded")
                 });
             }
             talk("!goodbye");
@@ -418,15 +418,15 @@ fn twenty_thousand_connections_leave_nothing_behind() {
     let agent = Agent::start(&topology.node, &manifests.path(), &AT_ONCE).expect("it works");
     let address = topology.node_address(9001);
     let batch = || {
-        let promotions = || agent.metric("forwarder_promotions_total");
-        let wanted = promotions() + i64::try_from(BATCH).expect("it works");
+        let offloads = || agent.metric("forwarder_offloads_total");
+        let wanted = offloads() + i64::try_from(BATCH).expect("it works");
         let streams: Vec<TcpStream> =
             (0..BATCH).map(|_| TcpStream::connect(address).expect("it works")).collect();
         for stream in &streams {
             stream.set_read_timeout(Some(WAIT)).expect("it works");
             client::ping(stream, b"first").expect("it works");
         }
-        wait_until("all are promoted", WAIT, || promotions() == wanted);
+        wait_until("all are offloaded", WAIT, || offloads() == wanted);
         for stream in &streams {
             client::ping(stream, b"second").expect("it works");
         }
@@ -441,8 +441,8 @@ fn twenty_thousand_connections_leave_nothing_behind() {
     let started = Instant::now();
     let (descriptors_after, rss_after) = run(BATCHES / 2);
     println!("{:?}; {rss} KiB, then {rss_after} KiB", started.elapsed());
-    assert_eq!(agent.metric("forwarder_promotions_total"), i64::try_from(BATCH * BATCHES).expect("it works"));
-    assert_eq!(agent.ended("finished"), agent.metric("forwarder_promotions_total"));
+    assert_eq!(agent.metric("forwarder_offloads_total"), i64::try_from(BATCH * BATCHES).expect("it works"));
+    assert_eq!(agent.ended("finished"), agent.metric("forwarder_offloads_total"));
     assert!(descriptors_after <= descriptors + 8, "{descriptors} descriptors, then {descriptors_after}");
     // The allocator grows by steps of some MiB; a leak of a KiB for each connection would be more.
     assert!(rss_after < rss + (16 << 10), "{rss} KiB, then {rss_after} KiB");

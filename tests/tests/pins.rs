@@ -77,7 +77,7 @@ fn a_pin_directory_that_others_could_open_is_narrowed_to_its_owner() {
     }
     let mut forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
     let pin_dir = forwarding.agent.pin_dir().to_owned();
-    let _promoted = forwarding.connect_promoted(1);
+    let _offloaded = forwarding.connect_offloaded(1);
     forwarding.agent.kill().expect("it runs");
     // As agents of former releases made it, and as the kubelet does.
     fs::set_permissions(&pin_dir, Permissions::from_mode(0o755)).expect("it works");
@@ -101,7 +101,7 @@ fn a_directory_that_was_made_and_mounted_for_the_agent_is_narrowed_and_left_empt
     let mut forwarding = Forwarding::start_with(&command, peer::echo).expect("it works");
     let pin_dir = forwarding.agent.pin_dir().to_owned();
     assert_eq!(mode(&pin_dir), 0o700);
-    drop(forwarding.connect_promoted(1));
+    drop(forwarding.connect_offloaded(1));
     forwarding.agent.terminate().expect("it runs");
     assert!(forwarding.agent.wait(WAIT).is_some(), "{}", forwarding.agent.log());
     assert_eq!(fs::read_dir(&pin_dir).expect("it cannot be removed").count(), 0);
@@ -109,7 +109,7 @@ fn a_directory_that_was_made_and_mounted_for_the_agent_is_narrowed_and_left_empt
     assert!(!log.contains("WARN"), "{log}");
     // The next one finds it so.
     forwarding.succeed(&arguments).expect("it starts");
-    drop(forwarding.connect_promoted(1));
+    drop(forwarding.connect_offloaded(1));
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn a_file_system_on_which_everybody_may_make_the_pin_directory_is_told() {
         let command = AgentCommand::new(&AT_ONCE).wrapped(&["unshare", "--mount", "sh", "-c", &mount]);
         let forwarding = Forwarding::start_with(&command, peer::echo).expect("it works");
         let log = forwarding.agent.log();
-        assert!(log.contains("classifier loaded"), "{log}");
+        assert!(log.contains("eBPF programs loaded"), "{log}");
         assert_eq!(
             log.matches("run `chmod 0700 /sys/fs/bpf`").count(),
             usize::from(is_told),
@@ -223,8 +223,8 @@ fn programs_whose_pins_are_nowhere_are_told_and_never_removed() {
     let (node, pin_dir) = (&forwarding.topology.node, forwarding.agent.pin_dir());
     let place = forwarding.manifests.beside("mounted");
     let told = |text: &str| {
-        let strays = text.lines().filter(|line| line.starts_with("not removed: program fwd_"));
-        let of_client = strays.filter(|line| line.contains("of interface veth1"));
+        let orphans = text.lines().filter(|line| line.starts_with("not removed: program fwd_"));
+        let of_client = orphans.filter(|line| line.contains("of interface veth1"));
         of_client.map(|line| line.contains("egress")).collect::<BTreeSet<bool>>()
     };
     let text = stdout(&cleanup_at(node, &[(pin_dir, &place)], &["--yes"]));
@@ -233,6 +233,6 @@ fn programs_whose_pins_are_nowhere_are_told_and_never_removed() {
     let text = stdout(&cleanup_at(node, &[], &["--yes"]));
     assert_eq!(told(&text), BTreeSet::from([false, true]), "{text}");
     // They are still there, and their agent's.
-    drop(forwarding.connect_promoted(1));
+    drop(forwarding.connect_offloaded(1));
     assert_eq!(forwarding.agent.metric("forwarder_attachments_restored_total"), 0);
 }

@@ -77,7 +77,7 @@ fn connections_are_taken_into_the_kernel_with_these_capabilities() {
     // A port of those that not everyone may have, beside the other.
     forwarding.manifests.gateway(&[("a", 9001), ("low", 901)]).unwrap();
     forwarding.agent.wait_bound("default/gw/low");
-    let streams = forwarding.connect_promoted(3);
+    let streams = forwarding.connect_offloaded(3);
     // Another such agent takes them over.
     forwarding.agent.kill().unwrap();
     let before = ways_to_attach(&forwarding.agent);

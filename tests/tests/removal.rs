@@ -116,15 +116,15 @@ impl World {
         if tier == Tier::Tc {
             let locals: Vec<SocketAddr> =
                 sessions.iter().map(|session| session.stream.local_addr().expect("it works")).collect();
-            wait_until("all are promoted", WAIT, || {
+            wait_until("all are offloaded", WAIT, || {
                 for session in sessions {
                     session.ping();
                 }
                 let connections = self.agent.connections("").expect("it works");
-                let spliced = connections.iter().filter(|one| one["state"] == "spliced");
-                let spliced: Vec<SocketAddr> =
-                    spliced.filter_map(|one| one["downstream"].as_str()?.parse().ok()).collect();
-                locals.iter().all(|local| spliced.contains(local))
+                let offloaded = connections.iter().filter(|one| one["state"] == "offloaded");
+                let offloaded: Vec<SocketAddr> =
+                    offloaded.filter_map(|one| one["downstream"].as_str()?.parse().ok()).collect();
+                locals.iter().all(|local| offloaded.contains(local))
             });
         }
         while self.ends.try_recv().is_ok() {}
@@ -365,7 +365,7 @@ fn pairs_outlive_the_last_listener() {
         return;
     }
     let forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
-    let streams = forwarding.connect_promoted(3);
+    let streams = forwarding.connect_offloaded(3);
     forwarding.manifests.remove("gateway-gw.yaml").expect("it works");
     wait_until("the listener is gone", WAIT, || {
         forwarding.agent.listener("default/gw/a").is_ok_and(|listener| listener.is_none())
@@ -376,5 +376,5 @@ fn pairs_outlive_the_last_listener() {
             client::ping(stream, b"still there").expect("the kernel forwards it");
         }
     }
-    assert_eq!(forwarding.agent.promoted().len(), streams.len());
+    assert_eq!(forwarding.agent.offloaded().len(), streams.len());
 }

@@ -3,7 +3,7 @@
 use std::env;
 use std::time::Duration;
 
-use forwarder_tests::shape::stage::{Family, Promotion};
+use forwarder_tests::shape::stage::{Family, Offload};
 use forwarder_tests::shape::{Kind, Shape, Stage};
 use forwarder_tests::{Datapath, Topology, require_root};
 
@@ -42,7 +42,7 @@ fn conversations_of_every_shape_are_whole_over_ipv6() {
 fn a_clients_port_may_be_used_again_at_once() {
     const PORT: u16 = 40_001;
     const KINDS: [Kind; 4] = [Kind::ServerEndsFirst, Kind::ClientResets, Kind::ServerResets, Kind::Download];
-    /// Longer than a promotion takes.
+    /// Longer than a handover takes.
     const REST: Duration = Duration::from_millis(50);
     if !require_root() {
         return;
@@ -74,7 +74,7 @@ fn slow_readers_close_their_window_and_get_everything() {
             Shape::of_kind(if seed % 2 == 0 { Kind::SlowClient } else { Kind::SlowServer }, seed)
         });
         // A slow reader stays in userspace until it has caught up.
-        stage.check_shapes(shapes.collect(), AT_ONCE, Promotion::Optional);
+        stage.check_shapes(shapes.collect(), AT_ONCE, Offload::Optional);
         for (before, after) in before.into_iter().zip(closed()) {
             let closed = after - before;
             println!("{datapath}: {closed} windows were closed by {EACH} readers");

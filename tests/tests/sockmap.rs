@@ -21,7 +21,7 @@ use socket2::SockRef;
 
 static HEAVY: Mutex<()> = Mutex::new(());
 const WAIT: Duration = Duration::from_secs(20);
-const AT_ONCE: [&str; 4] = ["--datapath", "sockmap", "--promote-after", "0B"];
+const AT_ONCE: [&str; 4] = ["--datapath", "sockmap", "--offload-after", "0B"];
 
 fn at_once<'a>(more: &[&'a str]) -> Vec<&'a str> {
     [&AT_ONCE[..], more].concat()
@@ -71,7 +71,7 @@ fn what_the_kernel_joins_is_listed_counted_and_shown_by_bpftool() {
         client::ping(&stream, &[7; 1000]).unwrap();
     }
     let listed = &agent.connections("").unwrap()[0];
-    assert_eq!((&listed["state"], &listed["listener"]), (&"spliced".into(), &LISTENER.into()), "{listed}");
+    assert_eq!((&listed["state"], &listed["listener"]), (&"offloaded".into(), &LISTENER.into()), "{listed}");
     assert_eq!((&listed["receivedBytes"], &listed["sentBytes"]), (&100_005.into(), &100_005.into()));
     let sum =
         |name: &str, tier| agent.metrics().unwrap().sum(name, &[("listener", LISTENER), ("tier", tier)]);
@@ -102,7 +102,7 @@ fn a_self_test_that_fails_leaves_connections_at_splice_and_says_so() {
     let forwarding = Forwarding::start_with(&command, peer::transfer).unwrap();
     let agent = &forwarding.agent;
     client::transfer(&forwarding.connect().unwrap(), 1, 500_000, 500_000).unwrap();
-    assert!(agent.refusals("self_test_failed") > 0);
+    assert!(agent.fallbacks("self_test_failed") > 0);
     assert!(agent.log().contains("the self-test has failed"), "{}", agent.log());
     let listed = forwarder(&forwarding, &["datapath"]);
     let row = listed.lines().find(|line| line.starts_with("sockmap")).unwrap();
@@ -122,7 +122,7 @@ fn without_capabilities_connections_stay_at_splice() {
     let command = AgentCommand::new(&AT_ONCE).wrapped(&["setpriv", "--bounding-set=-all", "--inh-caps=-all"]);
     let forwarding = Forwarding::start_with(&command, peer::transfer).unwrap();
     client::transfer(&forwarding.connect().unwrap(), 1, 500_000, 500_000).unwrap();
-    assert!(forwarding.agent.refusals("no_programs") > 0);
+    assert!(forwarding.agent.fallbacks("no_programs") > 0);
     assert_eq!(forwarding.agent.log().matches("tier sockmap is off").count(), 1);
 }
 
@@ -139,7 +139,7 @@ fn an_operator_switches_the_tier_off_and_on() {
     assert!(forwarder(&forwarding, &["datapath", "off", "sockmap"]).contains("off"));
     let relayed = forwarding.connect().unwrap();
     client::ping(&relayed, b"2").unwrap();
-    wait_until("the second is refused", WAIT, || agent.refusals("switched_off") > 0);
+    wait_until("the second is refused", WAIT, || agent.fallbacks("switched_off") > 0);
     // What was joined stays so, and goes on.
     client::ping(&joined, b"3").unwrap();
     client::ping(&relayed, b"4").unwrap();
@@ -171,7 +171,7 @@ fn what_there_is_no_room_for_stays_at_splice() {
         };
         ping(&streams);
         wait_at_tier(agent, "sockmap", 2);
-        wait_until(reason, WAIT, || agent.refusals(reason) >= 3);
+        wait_until(reason, WAIT, || agent.fallbacks(reason) >= 3);
         ping(&streams);
         // Room that is left is used.
         let joined = at_tier(agent, "sockmap");
@@ -316,7 +316,7 @@ fn a_thousand_stalled_readers_hold_no_more_than_they_may() {
     }
     wait_until("all readers have begun", WAIT, || accepted.lock().unwrap().len() == READERS);
     wait_until("as many are joined as there is memory for", WAIT, || {
-        at_tier(agent, "sockmap").len() >= READERS / 3 && agent.refusals("memory_full") > 0
+        at_tier(agent, "sockmap").len() >= READERS / 3 && agent.fallbacks("memory_full") > 0
     });
     // As much as goes in, until nothing has for a while.
     let block = vec![1; 256 << 10];

@@ -1,4 +1,4 @@
-//! Whatever an end does while the agent is just at some step of a hand-over has the effect that it should.
+//! Whatever an end does while the agent is just at some step of a handover has the effect that it should.
 
 use std::env;
 use std::fs;
@@ -95,7 +95,7 @@ fn the_agent_that_users_run_stops_at_no_step() {
     let variable = format!("FORWARDER_FAILPOINTS={}", folder.path().display());
     let command = AgentCommand::new(&AT_ONCE).wrapped(&["env", &variable]);
     let forwarding = Forwarding::start_with(&command, peer::echo).expect("it works");
-    drop(forwarding.connect_promoted(1));
+    drop(forwarding.connect_offloaded(1));
     let files = fs::read_dir(folder.path()).expect("a folder").flatten();
     let reached = files.filter(|file| file.file_name().to_string_lossy().ends_with("reached")).count();
     assert_eq!(reached, 0, "this binary has failpoints");

@@ -1,4 +1,4 @@
-//! Promoted connections outlive their agent, however it ends, and the next one looks after them.
+//! Offloaded connections outlive their agent, however it ends, and the next one looks after them.
 
 use std::env;
 use std::fs;
@@ -38,7 +38,7 @@ fn transfers_end_whole_without_an_agent() {
     }
     let _guard = serialise(&HEAVY);
     let mut forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
-    let traffic = Traffic::start(forwarding.connect_promoted(FLOWS));
+    let traffic = Traffic::start(forwarding.connect_offloaded(FLOWS));
     traffic.wait_progress(LONG);
     forwarding.agent.kill().expect("it works");
     for _ in 0..3 {
@@ -60,7 +60,7 @@ fn a_new_agent_takes_over_what_a_killed_one_has_left() {
     }
     let _guard = serialise(&HEAVY);
     let mut forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
-    let streams = forwarding.connect_promoted(count);
+    let streams = forwarding.connect_offloaded(count);
     let mut clients: Vec<_> = streams.iter().map(|stream| stream.local_addr().expect("it works")).collect();
     clients.sort_unstable();
     let traffic = Traffic::start(streams);
@@ -95,7 +95,7 @@ fn a_new_agent_takes_over_what_a_killed_one_has_left() {
     agent.wait_empty();
 
     // And it is an agent like any other.
-    drop(forwarding.connect_promoted(1));
+    drop(forwarding.connect_offloaded(1));
     forwarding.agent.wait_empty();
 }
 
@@ -251,11 +251,11 @@ fn an_interrupted_agent_resets_its_connections_and_leaves_nothing() {
         sender.send(end).map_err(io::Error::other)
     })
     .expect("it works");
-    let mut streams = forwarding.connect_promoted(FLOWS);
+    let mut streams = forwarding.connect_offloaded(FLOWS);
     let hanging = hanging(&forwarding);
     assert!(!hanging.is_empty(), "no program hangs anywhere");
-    // One that the agent has just promoted, too.
-    streams.extend(forwarding.connect_promoted(1));
+    // One that the agent has just offloaded, too.
+    streams.extend(forwarding.connect_offloaded(1));
     forwarding.agent.interrupt().expect("it works");
     for stream in &streams {
         assert_eq!(client::end(stream, WAIT).expect("it works"), End::Reset);

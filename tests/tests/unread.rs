@@ -26,8 +26,8 @@ const HEARD: Duration = Duration::from_secs(6);
 /// How long the rest may take once it is read.
 const READ: Duration = Duration::from_secs(10);
 
-/// When connections are promoted: as they are by default, and before they have a window to speak of.
-const PROMOTIONS: [&[&str]; 2] = [&[], &["--promote-after", "1KiB,5ms"]];
+/// When connections are offloaded: as they are by default, and before they have a window to speak of.
+const OFFLOADS: [&[&str]; 2] = [&[], &["--offload-after", "1KiB,5ms"]];
 
 /// The end that does not read.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -71,7 +71,7 @@ fn speak(mut stream: &TcpStream, seed: u64, heard: &AtomicBool) -> Result<()> {
     thread::scope(|scope| {
         let mut writer = stream;
         let sender = scope.spawn(move || {
-            // So that the promotion comes amid what both send.
+            // So that the handover comes amid what both send.
             thread::sleep(Duration::from_micros(Random::new(!seed).below(10_000)));
             random::send(&mut writer, !seed, amount(seed))
         });
@@ -93,7 +93,7 @@ fn play(stream: &TcpStream, mute: bool, seed: u64, heard: &AtomicBool) -> Result
 }
 
 /// Plays `count` connections; what went wrong with each that did not go well.
-fn converse(datapath: Datapath, promotion: &[&str], mute: Mute, count: u64) -> Vec<String> {
+fn converse(datapath: Datapath, offload: &[&str], mute: Mute, count: u64) -> Vec<String> {
     let heard: Arc<Vec<AtomicBool>> = Arc::new((0..count).map(|_| AtomicBool::new(false)).collect());
     let index = |seed: u64| usize::try_from(seed).expect("a small number");
     let failures = Arc::new(Mutex::new(Vec::new()));
@@ -117,7 +117,7 @@ fn converse(datapath: Datapath, promotion: &[&str], mute: Mute, count: u64) -> V
             Ok(())
         }
     };
-    let agent = datapath.agent_with(promotion);
+    let agent = datapath.agent_with(offload);
     let forwarding = Forwarding::start_with(&agent, serve).expect("an agent and an endpoint");
     let (next, slowest, shown) = (AtomicU64::new(0), Mutex::new(Duration::ZERO), Once::new());
     thread::scope(|scope| {
@@ -149,11 +149,11 @@ fn converse(datapath: Datapath, promotion: &[&str], mute: Mute, count: u64) -> V
     });
     let slowest = *slowest.lock().expect("nobody panics");
     println!(
-        "{datapath} {promotion:?}: {count} connections, the {mute:?} does not read, slowest {slowest:.2?}"
+        "{datapath} {offload:?}: {count} connections, the {mute:?} does not read, slowest {slowest:.2?}"
     );
     assert!(
         !datapath.is_by_kernel() || datapath.forwarded(&forwarding.agent).expect("metrics") > 0,
-        "nothing was promoted"
+        "nothing was offloaded"
     );
     // Where an endpoint fails its client does, which waits for its answer.
     failures.lock().expect("nobody panics").clone()
@@ -169,12 +169,12 @@ fn who_does_not_read_is_heard() {
     let count = count.map_or(CONNECTIONS, |count| count.parse().expect("a number of connections"));
     let mut failures = Vec::new();
     for datapath in Datapath::chosen() {
-        let promotions = if datapath.is_by_kernel() { &PROMOTIONS[..] } else { &PROMOTIONS[..1] };
-        for promotion in promotions {
+        let offloads = if datapath.is_by_kernel() { &OFFLOADS[..] } else { &OFFLOADS[..1] };
+        for offload in offloads {
             for mute in [Mute::Endpoint, Mute::Client] {
-                let found = converse(datapath, promotion, mute, count);
+                let found = converse(datapath, offload, mute, count);
                 failures
-                    .extend(found.into_iter().map(|one| format!("{datapath} {promotion:?} {mute:?}: {one}")));
+                    .extend(found.into_iter().map(|one| format!("{datapath} {offload:?} {mute:?}: {one}")));
             }
         }
     }

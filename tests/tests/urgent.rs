@@ -16,12 +16,12 @@ const URGENT: &[u8] = b"!";
 /// On each side of the urgent byte.
 const HALF: usize = 1 << 20;
 
-fn start<F>(family: Family, tier: &str, promote_after: &str, handle: F) -> Forwarding
+fn start<F>(family: Family, tier: &str, offload_after: &str, handle: F) -> Forwarding
 where
     F: Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static,
 {
     let topology = Topology::new().expect("a network");
-    let command = AgentCommand::new(&["--datapath", tier, "--promote-after", promote_after]);
+    let command = AgentCommand::new(&["--datapath", tier, "--offload-after", offload_after]);
     Forwarding::serve(topology, family, &command, handle).expect("an agent between two hosts")
 }
 
@@ -109,7 +109,7 @@ fn a_session_with_an_urgent_byte_goes_on_when_the_kernel_takes_it_over() {
         send(&stream, b"ghi", b"jkl\n").expect("sent");
         assert_eq!(read(&stream, 8), b"ghi!jkl\n", "{tier}, {family:?}");
         exchange(4);
-        assert_eq!(forwarding.agent.refusals("path_broken"), 0, "{tier}, {family:?}");
+        assert_eq!(forwarding.agent.fallbacks("path_broken"), 0, "{tier}, {family:?}");
         stream.shutdown(std::net::Shutdown::Write).expect("an end");
         assert_eq!(client::read(&stream, &mut [0]).expect("an end"), 0, "{tier}, {family:?}");
     });

@@ -25,7 +25,7 @@ where
     F: Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static,
 {
     let topology = Topology::new().expect("a network");
-    let arguments = [&["--datapath", tier, "--promote-after", "0B"][..], &KEEPALIVE].concat();
+    let arguments = [&["--datapath", tier, "--offload-after", "0B"][..], &KEEPALIVE].concat();
     Forwarding::serve(topology, family, &AgentCommand::new(&arguments), handle)
         .expect("an agent between two hosts")
 }
@@ -38,7 +38,7 @@ fn connect(forwarding: &Forwarding, family: Family, tier: &str) -> TcpStream {
         client::ping(&stream, b"are you there?").expect("an echo");
         let connections = forwarding.agent.connections("").expect("a list");
         let is_there =
-            |name: &str| connections.iter().any(|one| one["tier"] == name && one["state"] == "spliced");
+            |name: &str| connections.iter().any(|one| one["tier"] == name && one["state"] == "offloaded");
         !matches!(tier, "tc" | "sockmap") || is_there(tier)
     });
     stream

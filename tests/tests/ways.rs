@@ -1,4 +1,4 @@
-//! What promoted connections do when the ways that their packets take change, vanish or swallow.
+//! What offloaded connections do when the ways that their packets take change, vanish or swallow.
 
 use std::io::{self, Write};
 use std::net::TcpStream;
@@ -20,7 +20,7 @@ fn an_interface_that_comes_back_is_used_again() {
         return;
     }
     let mut forwarding = Forwarding::start(&AT_ONCE, peer::echo).expect("it works");
-    let old = forwarding.connect_promoted(1).remove(0);
+    let old = forwarding.connect_offloaded(1).remove(0);
     for round in 0..2 {
         // What is sent again just when the interface is back, before the agent knows, meets the stack, which resets it.
         wait_until("nothing waits for an acknowledgement", WAIT, || {
@@ -30,16 +30,16 @@ fn an_interface_that_comes_back_is_used_again() {
         });
         forwarding.topology.remove_backend1_link().expect("it works");
         forwarding.topology.restore_backend1_link().expect("it works");
-        wait_until("connections are promoted again", LONG, || {
+        wait_until("connections are offloaded again", LONG, || {
             assert!(forwarding.agent.is_running());
             forwarding.connect().is_ok_and(|stream| {
-                let promoted = |stream: &TcpStream| {
-                    forwarding.agent.promoted().contains(&stream.local_addr().expect("a connected socket"))
+                let offloaded = |stream: &TcpStream| {
+                    forwarding.agent.offloaded().contains(&stream.local_addr().expect("a connected socket"))
                 };
                 let alive = client::ping(&stream, b"anew").is_ok();
                 alive
                     && forwarder_tests::wait_for(Duration::from_secs(1), || {
-                        (client::ping(&stream, b"more").is_ok() && promoted(&stream)).then_some(())
+                        (client::ping(&stream, b"more").is_ok() && offloaded(&stream)).then_some(())
                     })
                     .is_some()
             })
@@ -56,7 +56,7 @@ fn the_clients_of_an_endpoint_that_is_gone_are_told() {
         return;
     }
     let forwarding = Forwarding::start(&at_once(&["--keepalive", "1s"]), peer::echo).expect("it works");
-    let streams = forwarding.connect_promoted(3);
+    let streams = forwarding.connect_offloaded(3);
     let died = Instant::now();
     forwarding.topology.remove_backend1_link().expect("it works");
     for stream in &streams {
@@ -116,22 +116,22 @@ impl<F: Fn()> Write for Pausing<'_, F> {
 #[test]
 fn what_a_swallowing_way_took_is_taken_back() {
     const SIZE: u64 = 3 << 20;
-    /// So much comes before the promotion, which an upload would else outrun.
+    /// So much comes before the handover, which an upload would else outrun.
     const FIRST: usize = 256 << 10;
     if !is_ready() || !require_program("nft") {
         return;
     }
     // At once, and in the middle of an upload.
-    for promote_after in ["0B", "64KiB"] {
-        let arguments = ["--datapath", "tc", "--promote-after", promote_after];
+    for offload_after in ["0B", "64KiB"] {
+        let arguments = ["--datapath", "tc", "--offload-after", offload_after];
         let forwarding = Forwarding::start(&arguments, peer::digest).expect("it works");
         swallow(&forwarding);
         let agent = &forwarding.agent;
         let upload = |seed| {
             let mut stream = forwarding.connect().expect("it works");
             let pause = || {
-                wait_until("a connection was promoted", WAIT, || {
-                    agent.metric("forwarder_promotions_total") > 0
+                wait_until("a connection was offloaded", WAIT, || {
+                    agent.metric("forwarder_offloads_total") > 0
                 });
             };
             let mut pausing = Pausing { stream: &stream, left: FIRST, pause };
@@ -139,20 +139,20 @@ fn what_a_swallowing_way_took_is_taken_back() {
             stream.shutdown(std::net::Shutdown::Write).expect("it works");
             let mut answer = String::new();
             io::Read::read_to_string(&mut stream, &mut answer).unwrap_or_else(|error| {
-                panic!("{promote_after}: no answer: {error}\n{}", forwarding.agent.log())
+                panic!("{offload_after}: no answer: {error}\n{}", forwarding.agent.log())
             });
-            assert_eq!(answer, format!("{} {SIZE}", forwarder_tests::random::hex(sent)), "{promote_after}");
+            assert_eq!(answer, format!("{} {SIZE}", forwarder_tests::random::hex(sent)), "{offload_after}");
         };
         let started = Instant::now();
         upload(1);
-        println!("{promote_after}: the first took {:?}", started.elapsed());
-        assert_eq!(agent.metric("forwarder_promotions_taken_back_total"), 1, "{promote_after}");
-        let promotions = agent.metric("forwarder_promotions_total");
+        println!("{offload_after}: the first took {:?}", started.elapsed());
+        assert_eq!(agent.metric("forwarder_offloads_taken_back_total"), 1, "{offload_after}");
+        let offloads = agent.metric("forwarder_offloads_total");
         for seed in 2..5 {
             upload(seed);
         }
-        assert_eq!(agent.metric("forwarder_promotions_total"), promotions, "{promote_after}: tried again");
-        assert!(agent.refusals("path_broken") >= 3, "{promote_after}");
+        assert_eq!(agent.metric("forwarder_offloads_total"), offloads, "{offload_after}: tried again");
+        assert!(agent.fallbacks("path_broken") >= 3, "{offload_after}");
         wait_until("all have ended", WAIT, || agent.active().expect("it works") == 0);
         agent.wait_empty();
     }
@@ -164,7 +164,7 @@ fn a_conversation_on_a_swallowing_way_goes_on_in_userspace() {
         return;
     }
     let forwarding =
-        Forwarding::start(&["--datapath", "tc", "--promote-after", "300ms"], peer::echo).expect("it works");
+        Forwarding::start(&["--datapath", "tc", "--offload-after", "300ms"], peer::echo).expect("it works");
     swallow(&forwarding);
     let agent = &forwarding.agent;
     let talk = |stream: &TcpStream| {
@@ -175,15 +175,15 @@ fn a_conversation_on_a_swallowing_way_goes_on_in_userspace() {
     };
     let first = forwarding.connect().expect("it works");
     client::ping(&first, b"before").expect("it works");
-    wait_until("it is promoted", WAIT, || agent.metric("forwarder_promotions_total") == 1);
+    wait_until("it is offloaded", WAIT, || agent.metric("forwarder_offloads_total") == 1);
     talk(&first);
-    assert_eq!(forwarding.agent.metric("forwarder_promotions_taken_back_total"), 1);
-    let promotions = forwarding.agent.metric("forwarder_promotions_total");
+    assert_eq!(forwarding.agent.metric("forwarder_offloads_taken_back_total"), 1);
+    let offloads = forwarding.agent.metric("forwarder_offloads_total");
     let second = forwarding.connect().expect("it works");
     client::ping(&second, b"before").expect("it works");
-    wait_until("it is refused", WAIT, || agent.refusals("path_broken") >= 1);
+    wait_until("it is refused", WAIT, || agent.fallbacks("path_broken") >= 1);
     talk(&second);
-    assert_eq!(forwarding.agent.metric("forwarder_promotions_total"), promotions);
+    assert_eq!(forwarding.agent.metric("forwarder_offloads_total"), offloads);
     let connections = forwarding.agent.connections("").expect("it works");
     assert!(
         connections.len() == 2 && connections.iter().all(|one| one["tier"] == "splice"),
@@ -213,13 +213,13 @@ fn connections_that_the_node_translates_stay_in_userspace() {
     let address = forwarding.topology.node_address(8080);
     let redirected = client::connect(&forwarding.topology.client, address).expect("it works");
     talk(&redirected);
-    wait_until("it is refused", WAIT, || agent.refusals("translated") == 1);
-    // What is tracked, but not translated, is promoted.
-    let plain = forwarding.connect_promoted(1).remove(0);
+    wait_until("it is refused", WAIT, || agent.fallbacks("translated") == 1);
+    // What is tracked, but not translated, is offloaded.
+    let plain = forwarding.connect_offloaded(1).remove(0);
     nft("add rule ip translate leaving oifname veth2 masquerade random");
     let masqueraded = forwarding.connect().expect("it works");
     talk(&masqueraded);
-    wait_until("it is refused too", WAIT, || agent.refusals("translated") == 2);
+    wait_until("it is refused too", WAIT, || agent.fallbacks("translated") == 2);
     [&redirected, &plain, &masqueraded].into_iter().for_each(talk);
-    assert_eq!(agent.promoted(), [plain.local_addr().expect("a connected socket")]);
+    assert_eq!(agent.offloaded(), [plain.local_addr().expect("a connected socket")]);
 }

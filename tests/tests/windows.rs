@@ -35,7 +35,7 @@ fn start(family: Family, tier: &str, memory: &str) -> Forwarding {
         Ok(())
     })
     .expect("a server");
-    let command = AgentCommand::new(&["--datapath", tier, "--promote-after", "0B"]);
+    let command = AgentCommand::new(&["--datapath", tier, "--offload-after", "0B"]);
     let agent = command.start(&topology.node, &manifests.path()).expect("an agent");
     Forwarding { agent, server, manifests, topology }
 }
@@ -78,7 +78,7 @@ fn a_small_window_lets_data_through_whatever_the_nodes_own_scale() {
                 }
                 if tier == "tc" {
                     // The least of them has the node send segments of half of it, which is told first.
-                    let refused = |reason| forwarding.agent.refusals(reason);
+                    let refused = |reason| forwarding.agent.fallbacks(reason);
                     wait_until("it is refused", WAIT, || {
                         refused("window_scale") + refused("segment_sizes_differ") >= count
                     });
@@ -90,18 +90,18 @@ fn a_small_window_lets_data_through_whatever_the_nodes_own_scale() {
 }
 
 #[test]
-fn a_small_window_that_the_nodes_scale_can_tell_is_promoted() {
+fn a_small_window_that_the_nodes_scale_can_tell_is_offloaded() {
     if !require_root() {
         return;
     }
     for family in [Family::V4, Family::V6] {
         let forwarding = start(family, "tc", USUAL);
         let stream = connect(&forwarding, family, 16_384);
-        wait_until("it is promoted", WAIT, || {
+        wait_until("it is offloaded", WAIT, || {
             ask(&stream, "before");
-            forwarding.agent.promoted().len() == 1
+            forwarding.agent.offloaded().len() == 1
         });
-        ask(&stream, "promoted");
-        assert_eq!(forwarding.agent.refusals("window_scale"), 0, "{family:?}");
+        ask(&stream, "offloaded");
+        assert_eq!(forwarding.agent.fallbacks("window_scale"), 0, "{family:?}");
     }
 }

@@ -44,7 +44,7 @@ const STEPS: [Step; 10] = [
         perform: || cargo(&["doc", "--workspace", "--exclude", "forwarder-ebpf", "--no-deps"]),
     },
     Step { name: "test", repeat: "cargo xtask test", perform: || test::test(None, &[]) },
-    Step { name: "vm", repeat: "cargo xtask vm", perform: vm::short },
+    Step { name: "vm", repeat: "cargo xtask vm", perform: vm },
 ];
 
 /// Performs every step until one fails.
@@ -70,6 +70,11 @@ pub(crate) fn ci() -> Result<()> {
         eprintln!("{:>8.1} s  {name}", duration.as_secs_f64());
     }
     Ok(())
+}
+
+fn vm() -> Result<()> {
+    setup(Need::Vm, Mode::Install)?;
+    vm::short()
 }
 
 fn cargo(arguments: &[&str]) -> Result<()> {

@@ -6,6 +6,7 @@ mod ci;
 mod demo;
 mod ebpf;
 mod image;
+mod keyring;
 mod linker;
 mod packages;
 mod process;
@@ -113,7 +114,10 @@ fn perform(task: Task) -> Result<()> {
         Task::Image(arguments) => image::image(&arguments),
         Task::Run { arguments } => run::run(&arguments),
         Task::Test { package, filters } => test::test(package.as_deref(), &filters),
-        Task::Vm(arguments) => vm::vm(&arguments),
+        Task::Vm(arguments) => {
+            setup::setup(Need::Vm, Mode::Install)?;
+            vm::vm(&arguments)
+        }
         Task::Bench { arguments } => bench::bench(&arguments),
         Task::Ci => ci::ci(),
         Task::Tidy => tidy::tidy(),

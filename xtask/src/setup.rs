@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::{apiserver, linker, packages, process, toolchain, vm, workspace};
+use crate::{apiserver, keyring, linker, packages, process, toolchain, workspace};
 
 /// What to prepare for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
@@ -96,19 +96,25 @@ static FOR_KUBERNETES: [Part; 1] = [Part {
     install: apiserver::install,
 }];
 
+/// Programs that virtual machines take, and the packages of Debian with them.
+const VM_PROGRAMS: [(&str, &str); 7] = [
+    ("busybox", "busybox-static"),
+    ("depmod", "kmod"),
+    ("dpkg-deb", "dpkg"),
+    ("modprobe", "kmod"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("xz", "xz-utils"),
+    ("zstd", "zstd"),
+];
+
 static FOR_VM: [Part; 2] = [
     Part {
         name: "programs for virtual machines",
         weight: Weight::Required,
-        find: || find_programs(&vm::PROGRAMS),
-        install: || install_programs(&vm::PROGRAMS),
+        find: || find_programs(&VM_PROGRAMS),
+        install: || install_programs(&VM_PROGRAMS),
     },
-    Part {
-        name: "keys of Debian",
-        weight: Weight::Required,
-        find: vm::find_keyring,
-        install: vm::install_keyring,
-    },
+    Part { name: "keys of Debian", weight: Weight::Required, find: keyring::find, install: keyring::install },
 ];
 
 static FOR_BENCH: [Part; 2] = [

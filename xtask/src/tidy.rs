@@ -1,5 +1,9 @@
 //! The rules of the source tree that no compiler knows.
 
+mod circles;
+mod documents;
+
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -8,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::workspace;
 
 /// The modules that compute and do nothing else.
-const PURE: [&str; 6] = ["balancer", "model", "plan", "problem", "resolve", "status"];
+const PURE: [&str; 8] = ["balancer", "drain", "model", "object", "plan", "problem", "resolve", "status"];
 /// What they must not name.
 const IMPURE: [&str; 8] =
     ["aya::", "aya_log::", "aya_obj::", "tokio::", "kube::", "std::fs", "TcpListener", "TcpStream"];
@@ -24,14 +28,21 @@ const AGENT: &str = "forwarder-agent/src/";
 /// Checks every file of the tree.
 pub(crate) fn tidy() -> Result<()> {
     let mut findings = Vec::new();
-    visit(&workspace::root(), "", &mut findings)?;
+    let mut files = BTreeMap::new();
+    visit(&workspace::root(), "", &mut |name, text| {
+        check_file(name, text, &mut findings);
+        files.insert(name.to_owned(), text.to_owned());
+    })?;
+    findings.extend(circles::find(&files));
+    findings.extend(documents::find(&files, |path| workspace::root().join(path).exists()));
     if !findings.is_empty() {
         bail!("the tree is not tidy:\n{}", findings.join("\n"));
     }
     Ok(())
 }
 
-fn visit(directory: &Path, prefix: &str, findings: &mut Vec<String>) -> Result<()> {
+/// Shows every file of text, named from the top of the workspace.
+fn visit(directory: &Path, prefix: &str, show: &mut impl FnMut(&str, &str)) -> Result<()> {
     let context = || format!("reading {}", directory.display());
     let mut entries =
         fs::read_dir(directory).and_then(Iterator::collect::<Result<Vec<_>, _>>).with_context(context)?;
@@ -40,12 +51,12 @@ fn visit(directory: &Path, prefix: &str, findings: &mut Vec<String>) -> Result<(
         let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
         let kind = entry.file_type().with_context(context)?;
         if kind.is_dir() && name != ".git" && name != "target" {
-            visit(&entry.path(), &format!("{name}/"), findings)?;
+            visit(&entry.path(), &format!("{name}/"), show)?;
         } else if kind.is_file() {
             let bytes = fs::read(entry.path()).with_context(|| format!("reading {name}"))?;
             // What is not text has no lines to look at.
             if let Ok(text) = std::str::from_utf8(&bytes) {
-                check_file(&name, text, findings);
+                show(&name, text);
             }
         }
     }
@@ -55,7 +66,7 @@ fn visit(directory: &Path, prefix: &str, findings: &mut Vec<String>) -> Result<(
 /// Checks one file, named from the top of the workspace.
 fn check_file(name: &str, text: &str, findings: &mut Vec<String>) {
     let mut find = |line: usize, what: &str| findings.push(format!("{name}:{}: {what}", line + 1));
-    let is_rust = Path::new(name).extension().is_some_and(|extension| extension == "rs");
+    let is_rust = is_rust(name);
     let length = if is_rust && !is_test_module(name) { code_length(text) } else { 0 };
     if length > MAX_LINES {
         find(MAX_LINES, &format!("{length} lines of code: split the file at {MAX_LINES}"));
@@ -87,6 +98,10 @@ fn check_file(name: &str, text: &str, findings: &mut Vec<String>) {
             }
         }
     }
+}
+
+fn is_rust(name: &str) -> bool {
+    Path::new(name).extension().is_some_and(|extension| extension == "rs")
 }
 
 fn is_pure(path: &str) -> bool {

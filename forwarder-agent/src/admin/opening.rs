@@ -3,17 +3,15 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use tokio::net::{TcpListener, UnixListener};
 
-use super::By;
 use super::socket::{self, SocketError, SocketFile};
 use crate::error::one_line;
-use crate::lock::lock;
-use crate::settings::{AdminSettings, GroupName};
+use crate::settings::GroupName;
+use crate::state::{AdminHealth, By};
 
 /// How long to wait between two attempts.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -34,31 +32,6 @@ enum OpenError {
         #[source]
         source: SocketError,
     },
-}
-
-/// Which ways into the admin endpoint are open.
-#[derive(Debug)]
-pub struct AdminHealth(Mutex<[Option<bool>; 2]>);
-
-impl AdminHealth {
-    /// Nothing is open yet of what the settings ask for.
-    pub(crate) fn new(settings: &AdminSettings) -> Self {
-        let is_up = |is_wanted: bool| is_wanted.then_some(false);
-        Self(Mutex::new([is_up(settings.address.is_some()), is_up(settings.socket.is_some())]))
-    }
-
-    /// Each way that is wanted, and whether it is open.
-    pub fn ways(&self) -> impl Iterator<Item = (By, bool)> {
-        let ways = *lock(&self.0);
-        [By::Tcp, By::Socket].into_iter().zip(ways).filter_map(|(by, is_up)| Some((by, is_up?)))
-    }
-
-    fn set_up(&self, by: By) {
-        let mut ways = lock(&self.0);
-        if let Some(way) = ways.get_mut(by as usize) {
-            *way = Some(true);
-        }
-    }
 }
 
 /// Listens on an address, as soon as that can be.

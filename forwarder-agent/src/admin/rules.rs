@@ -8,7 +8,7 @@ use axum::http::header::HOST;
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, Method, Request, StatusCode, Uri, Version};
 
-use super::Refusal;
+use super::ApiError;
 
 /// What is answered by a way.
 #[derive(Debug)]
@@ -26,10 +26,10 @@ pub(super) enum Rules {
 
 impl Rules {
     /// Why a request is not carried out.
-    pub(super) fn refuse<B>(&self, request: &Request<B>) -> Option<Refusal> {
+    pub(super) fn refuse<B>(&self, request: &Request<B>) -> Option<ApiError> {
         let Self::Reads { hosts, socket } = self else { return None };
         if let Err(host) = check_host(request.version(), request.uri(), request.headers(), hosts) {
-            return Some(Refusal(StatusCode::MISDIRECTED_REQUEST, unknown_host(&host)));
+            return Some(ApiError(StatusCode::MISDIRECTED_REQUEST, unknown_host(&host)));
         }
         let is_read = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
         (!is_read).then(|| {
@@ -46,7 +46,7 @@ impl Rules {
                 ),
                 None => "it takes a socket, with which the agent has to be started: --admin-socket PATH".to_owned(),
             };
-            Refusal(StatusCode::FORBIDDEN, format!("{what}: {instead}"))
+            ApiError(StatusCode::FORBIDDEN, format!("{what}: {instead}"))
         })
     }
 }
@@ -102,7 +102,7 @@ mod tests {
         if let Some(host) = host {
             request = request.header(HOST, host);
         }
-        rules.refuse(&request.body(()).unwrap()).map(|Refusal(status, text)| (status.as_u16(), text))
+        rules.refuse(&request.body(()).unwrap()).map(|ApiError(status, text)| (status.as_u16(), text))
     }
 
     fn reads(hosts: &[&str]) -> Rules {

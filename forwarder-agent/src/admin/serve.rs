@@ -20,8 +20,8 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::task::{AbortHandle, JoinSet, yield_now};
 use tower::ServiceExt;
 
-use super::By;
 use super::rules::Rules;
+use crate::state::By;
 
 /// How long a client may take to send a request's head, and how long it may be silent between two requests.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -184,7 +184,7 @@ async fn converse(
 impl Service {
     async fn answer(&self, request: hyper::Request<Incoming>) -> Response {
         match self.rules.refuse(&request) {
-            Some(refusal) => refusal.into_response(),
+            Some(error) => error.into_response(),
             None => self.router.clone().oneshot(request).await.into_response(),
         }
     }

@@ -8,15 +8,16 @@ use tokio::time::MissedTickBehavior;
 
 use super::input::OutcomeSender;
 use super::sockmap::SockmapTier;
-use super::{Resolution, Resolver, Shared};
 use crate::datapath::interfaces::{Interface, node_addresses, smallest_mtu};
 use crate::manifests::Change;
-use crate::pairs::Promoter;
+use crate::pairs::Offloader;
 use crate::publish::Outcome;
 use crate::reconciler::Reconciler;
 use crate::report::InputProblems;
+use crate::resolver::{Resolution, Resolver};
 use crate::segment_size::SegmentSize;
 use crate::source::Loaded;
+use crate::state::AgentState;
 use crate::status::nodes::NodeReport;
 use crate::status::{self, BindFailure};
 use crate::{panics, view};
@@ -36,9 +37,9 @@ const VERIFICATION: Duration = Duration::from_secs(2);
 /// What follows the input.
 pub(super) struct Control {
     pub(super) reconciler: Reconciler,
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<AgentState>,
     pub(super) resolver: Resolver,
-    pub(super) promoter: Option<Arc<Promoter>>,
+    pub(super) offloader: Option<Arc<Offloader>>,
     pub(super) sockmap: Arc<SockmapTier>,
     pub(super) segment_size: Arc<SegmentSize>,
     /// Who is told what became of the manifests.
@@ -48,14 +49,14 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// Puts into force what the source loads, keeps the classifier where listeners are, and tries again what failed.
+    /// Puts into force what the source loads, keeps the programs where listeners are, and tries again what failed.
     pub(super) async fn follow(
         &mut self,
         mut loaded: watch::Receiver<Arc<Loaded>>,
         mut interfaces: Option<watch::Receiver<Vec<Interface>>>,
         mut routes: Option<watch::Receiver<u64>>,
     ) {
-        let promoter = self.promoter.clone();
+        let offloader = self.offloader.clone();
         let mut retry = tokio::time::interval(BIND_RETRY);
         let mut retries = 0_u32;
         let mut told_failures = 0;
@@ -90,16 +91,16 @@ impl Control {
                     }
                 }
                 () = changed(routes.as_mut()) => {
-                    if let Some(promoter) = &promoter {
-                        promoter.pairs.routes_changed();
+                    if let Some(offloader) = &offloader {
+                        offloader.pairs.routes_changed();
                     }
                     continue;
                 }
-                () = path_wanted(promoter.as_deref()) => {
+                () = path_wanted(offloader.as_deref()) => {
                     self.attach(interfaces.as_mut());
                     // Pairs that could not go there may now.
-                    if let Some(promoter) = &promoter {
-                        promoter.pairs.routes_changed();
+                    if let Some(offloader) = &offloader {
+                        offloader.pairs.routes_changed();
                     }
                 }
                 // Before anything was loaded, nothing would be wanted.
@@ -185,11 +186,11 @@ impl Control {
         );
     }
 
-    /// Attaches the classifier to the interfaces that hold addresses of listeners.
+    /// Attaches the programs to the interfaces that hold addresses of listeners.
     fn attach(&self, interfaces: Option<&mut watch::Receiver<Vec<Interface>>>) {
         let Some(interfaces) = interfaces else { return };
         let interfaces = interfaces.borrow_and_update().clone();
-        if self.promoter.is_some() {
+        if self.offloader.is_some() {
             self.segment_size.set_mtu(smallest_mtu(&interfaces));
         }
         let table = self.in_force.as_ref().map(|(_, resolution)| &resolution.resolved.table);
@@ -259,9 +260,9 @@ fn milliseconds(since: Instant) -> f64 {
 }
 
 /// Waits until a program is wanted on another interface; for ever where none can be.
-async fn path_wanted(promoter: Option<&Promoter>) {
-    match promoter {
-        Some(promoter) => promoter.flows.paths().changed().await,
+async fn path_wanted(offloader: Option<&Offloader>) {
+    match offloader {
+        Some(offloader) => offloader.flows.paths().changed().await,
         None => std::future::pending().await,
     }
 }

@@ -4,12 +4,13 @@ use std::sync::{Arc, OnceLock};
 
 use tokio::sync::{Notify, watch};
 
-use super::Resolver;
-use crate::publish::{self, Identity, Outcome, PublishHealth};
+use crate::publish::{self, Identity, Outcome};
+use crate::resolver::Resolver;
 use crate::settings::{Settings, SourceSettings};
+use crate::source::kube::ConnectError;
 use crate::source::kube::daemon_set::{self, OwnDaemonSet};
-use crate::source::kube::{ConnectError, KubeHealth};
 use crate::source::{self, Loaded};
+use crate::state::ClusterHealth;
 
 /// The source, opened.
 pub(super) struct Input {
@@ -31,15 +32,6 @@ pub(super) struct Input {
 pub(super) struct OutcomeSender {
     pub(super) node: String,
     pub(super) sender: watch::Sender<Arc<Outcome>>,
-}
-
-/// How reading from a Kubernetes API, and writing to it, go.
-#[derive(Debug)]
-pub struct ClusterHealth {
-    /// How the reading goes.
-    pub source: Arc<KubeHealth>,
-    /// How the writing goes.
-    pub publish: Arc<PublishHealth>,
 }
 
 /// Opens the source.

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::Shared;
 use crate::datapath::bpf::{Bpf, BpfOptions};
 use crate::datapath::flows::{FlowTable, FlowTableError};
 use crate::datapath::grace::Grace;
@@ -13,24 +12,25 @@ use crate::datapath::interfaces::{self, Interface, InterfacesError};
 use crate::datapath::routes;
 use crate::datapath::segments::SegmentSocket;
 use crate::datapath::{Datapath, kernel_obstacle};
+use crate::drain::SWEEP_PERIOD;
 use crate::failpoint;
 use crate::model::{BindAddress, Datapath as DatapathChoice, ListenerKey};
-use crate::pairs::{FindListener, Found, PairSettings, Pairs, PromoteAfter, Promoter};
+use crate::pairs::{FindListener, Found, OffloadAfter, Offloader, PairSettings, Pairs};
 use crate::reconciler::SocketState;
 use crate::settings::Settings;
+use crate::state::AgentState;
 use crate::view;
-use crate::worker::SWEEP_PERIOD;
 
 /// The kernel's part, where it can be had.
 pub(super) struct Kernel {
     pub(super) datapath: Option<Box<dyn Datapath>>,
     pub(super) routes: Option<watch::Receiver<u64>>,
-    pub(super) promoter: Option<Arc<Promoter>>,
+    pub(super) offloader: Option<Arc<Offloader>>,
     pub(super) view: view::DatapathView,
 }
 
 impl Kernel {
-    /// Loads the classifier; without it, or where the interfaces are not known, the agent says why, once, and forwards all the same.
+    /// Loads the programs; without them, or where the interfaces are not known, the agent says why, once, and forwards all the same.
     pub(super) fn load(settings: &Settings, interfaces: Result<(), &InterfacesError>) -> Self {
         let is_wanted = match settings.listener_defaults.datapath {
             DatapathChoice::Auto | DatapathChoice::Tc => true,
@@ -55,23 +55,23 @@ impl Kernel {
         match bpf.take_log() {
             Ok(Some(log)) if options.trace => drop(tokio::spawn(log)),
             Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "the classifier's log cannot be read"),
+            Err(error) => tracing::warn!(%error, "the log of the eBPF programs cannot be read"),
         }
-        tracing::info!(pins = %bpf.pin_directory().display(), attach = bpf.attach_kind().as_str(), "classifier loaded");
-        let promoter = bpf.flows().and_then(|flows| match make_promoter(flows, settings) {
+        tracing::info!(pins = %bpf.pin_directory().display(), attach = bpf.attach_kind().as_str(), "eBPF programs loaded");
+        let offloader = bpf.flows().and_then(|flows| match make_offloader(flows, settings) {
             Ok(made) => Some(Arc::new(made)),
             Err(error) => {
                 tracing::warn!(%error, "no connection is taken into the kernel: all stay at tier splice");
                 None
             }
         });
-        let routes = if promoter.is_some() { follow_routes() } else { None };
+        let routes = if offloader.is_some() { follow_routes() } else { None };
         Self {
-            promoter,
+            offloader,
             routes,
             datapath: Some(Box::new(bpf)),
             view: view::DatapathView {
-                classifier: true,
+                programs: true,
                 error: obstacle.map(str::to_owned),
                 ..view::DatapathView::default()
             },
@@ -80,9 +80,9 @@ impl Kernel {
 
     fn without(error: &dyn std::error::Error) -> Self {
         let error = error.to_string();
-        tracing::warn!(reason = %error, "no classifier: every connection is forwarded in userspace; the kernel's counters and maps are missing");
+        tracing::warn!(reason = %error, "no eBPF programs: every connection is forwarded in userspace; the kernel's counters and maps are missing");
         Self {
-            promoter: None,
+            offloader: None,
             routes: None,
             datapath: None,
             view: view::DatapathView { error: Some(error), ..view::DatapathView::default() },
@@ -98,14 +98,17 @@ pub(super) async fn follow_interfaces() -> Result<watch::Receiver<Vec<Interface>
     let (interfaces, follow) = interfaces::watch().await?;
     tokio::spawn(async move {
         if let Err(error) = follow.await {
-            tracing::error!(%error, "interfaces are no longer followed: the classifier stays where it is");
+            tracing::error!(%error, "interfaces are no longer followed: the programs stay where they are");
         }
     });
     Ok(interfaces)
 }
 
 /// What takes connections into the kernel.
-fn make_promoter(flows: Result<FlowTable, FlowTableError>, settings: &Settings) -> anyhow::Result<Promoter> {
+fn make_offloader(
+    flows: Result<FlowTable, FlowTableError>,
+    settings: &Settings,
+) -> anyhow::Result<Offloader> {
     let flows = Arc::new(flows?);
     flows.paths().set_egress(settings.egress);
     let pair_settings = PairSettings {
@@ -117,14 +120,14 @@ fn make_promoter(flows: Result<FlowTable, FlowTableError>, settings: &Settings) 
         slot: settings.workers,
     };
     let pairs = Pairs::new(Arc::clone(&flows), SegmentSocket::open()?, pair_settings);
-    Ok(Promoter { flows, grace: Grace::start()?, pairs: Arc::new(pairs) })
+    Ok(Offloader { flows, grace: Grace::start()?, pairs: Arc::new(pairs) })
 }
 
 /// When connections are taken into the kernel, in sweeps of their workers.
-pub(super) fn promote_after(settings: &Settings) -> PromoteAfter {
+pub(super) fn offload_after(settings: &Settings) -> OffloadAfter {
     let sweeps =
         |age: Duration| u32::try_from(age.as_millis().div_ceil(SWEEP_PERIOD.as_millis())).unwrap_or(u32::MAX);
-    PromoteAfter { bytes: settings.promote_after.bytes, sweeps: settings.promote_after.age.map(sweeps) }
+    OffloadAfter { bytes: settings.offload_after.bytes, sweeps: settings.offload_after.age.map(sweeps) }
 }
 
 /// A number that rises whenever routes change.
@@ -146,9 +149,9 @@ fn follow_routes() -> Option<watch::Receiver<u64>> {
 }
 
 /// Takes over what a former agent has left in the kernel.
-pub(super) fn inherit(promoter: &Promoter, shared: &Shared, slot: usize) {
+pub(super) fn inherit(offloader: &Offloader, shared: &AgentState, slot: usize) {
     failpoint::block("adopt.begin");
-    let inherited = match promoter.flows.inherit() {
+    let inherited = match offloader.flows.inherit() {
         Ok(inherited) => inherited,
         Err(error) => {
             tracing::error!(%error, "what a former agent has left is not looked after");
@@ -158,12 +161,12 @@ pub(super) fn inherit(promoter: &Promoter, shared: &Shared, slot: usize) {
     failpoint::block("adopt.inherited");
     let (mut adopted, mut reset) = (0_u64, 0_usize);
     for pair in inherited.pairs {
-        if pair.is_spliced() {
-            promoter.pairs.add(&pair, None);
+        if pair.is_offloaded() {
+            offloader.pairs.add(&pair, None);
             adopted += 1;
         } else {
             // What its agent had read and not passed on died with it: a gap that nobody can fill.
-            promoter.pairs.reset(&pair);
+            offloader.pairs.reset(&pair);
             reset += 1;
         }
     }
@@ -181,7 +184,7 @@ pub(super) fn inherit(promoter: &Promoter, shared: &Shared, slot: usize) {
 
 /// Finds the listener that has an address: the one on just this address, else one on every address. Where no listener is in
 /// force at all, the manifests have not been read, or could not be.
-pub(super) fn find_listener(shared: &Arc<Shared>) -> FindListener {
+pub(super) fn find_listener(shared: &Arc<AgentState>) -> FindListener {
     let in_force = Arc::clone(&shared.in_force);
     Box::new(move |address| {
         let in_force = in_force.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,22 +1,19 @@
 //! Tier `sockmap` of an agent: started when the first listener wants it.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
 use crate::datapath::sockmap::SockmapError;
+use crate::drain::{DRAIN_SWEEP_PERIOD, left_of_drain};
+use crate::fallback_reason::FallbackReason;
 use crate::model::{Datapath, RouteTable};
-use crate::promote::Refusal;
-use crate::sockmap::{SockmapPairs, SockmapPairsError, SockmapSettings};
-use crate::worker::{DRAIN_SWEEP_PERIOD, left_of_drain};
+use crate::sockmap::{SockmapCell, SockmapPairs, SockmapPairsError, SockmapSettings};
 
 /// How long after a drain's window its last pairs may take to be reset.
 const LAST_PAIRS: Duration = Duration::from_secs(1);
-
-/// The pairs of the tier, or why there are none; empty until a listener wants it.
-pub type SockmapCell = Arc<OnceLock<Result<Arc<SockmapPairs>, Refusal>>>;
 
 /// The tier, and the thread that looks after its pairs.
 pub(super) struct SockmapTier {
@@ -48,12 +45,14 @@ impl SockmapTier {
             }
             Err(error) => {
                 tracing::warn!(reason = %error, "tier sockmap is off: connections that ask for it work as well in userspace, at tier splice");
-                let refusal = match error {
-                    SockmapPairsError::SelfTest(_) => Refusal::SelfTest,
-                    SockmapPairsError::Sockmap(SockmapError::UnsafeKernel { .. }) => Refusal::UnsafeKernel,
-                    SockmapPairsError::Sockmap(_) | SockmapPairsError::Start(_) => Refusal::NoPrograms,
+                let fallback_reason = match error {
+                    SockmapPairsError::SelfTest(_) => FallbackReason::SelfTest,
+                    SockmapPairsError::Sockmap(SockmapError::UnsafeKernel { .. }) => {
+                        FallbackReason::UnsafeKernel
+                    }
+                    SockmapPairsError::Sockmap(_) | SockmapPairsError::Start(_) => FallbackReason::NoPrograms,
                 };
-                (Err(refusal), Some(error.to_string()))
+                (Err(fallback_reason), Some(error.to_string()))
             }
         };
         // Nobody else sets it.

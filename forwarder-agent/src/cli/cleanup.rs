@@ -34,7 +34,7 @@ pub(crate) fn run(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
 
 /// Lists or removes what was found in all pin directories but those of running agents.
 fn clean_up_all(search: Search, is_removed: bool) -> ExitCode {
-    let Search { mounts, pin_dirs, closed, strays } = search;
+    let Search { mounts, pin_dirs, closed, orphans } = search;
     let (mut found, mut skipped, mut errors) = (Vec::new(), Vec::new(), closed);
     for (pin_dir, leftovers) in pin_dirs {
         match leftovers {
@@ -43,18 +43,18 @@ fn clean_up_all(search: Search, is_removed: bool) -> ExitCode {
             Err(error) => errors.push(error),
         }
     }
-    let strays = strays.unwrap_or_else(|error| {
+    let orphans = orphans.unwrap_or_else(|error| {
         errors.push(error);
         Vec::new()
     });
-    let is_clean = found.is_empty() && strays.is_empty() && errors.is_empty();
+    let is_clean = found.is_empty() && orphans.is_empty() && errors.is_empty();
     let is_done = if is_removed { remove(found) } else { list(&found) };
     for pin_dir in &skipped {
         println!("skipped {}: an agent is running with this pin directory", pin_dir.display());
     }
-    for stray in &strays {
+    for orphan in &orphans {
         println!(
-            "not removed: {stray}: nothing that it uses is pinned on a BPF file system that is mounted here; either its agent runs, \
+            "not removed: {orphan}: nothing that it uses is pinned on a BPF file system that is mounted here; either its agent runs, \
              in a container say, or somebody removed its pins: then detach it by its number, with `bpftool net` or `tc`"
         );
     }

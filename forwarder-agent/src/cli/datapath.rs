@@ -6,7 +6,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::admin::{self, AgentArgs, AskError};
 use super::{Output, print_json, table};
-use crate::view::{DatapathTiers, TierSwitches};
+use crate::view::{DatapathTiers, TierToggleRequest};
 
 /// Where an agent answers for its tiers.
 const PATH: &str = "/v1/datapath";
@@ -46,13 +46,13 @@ enum KernelTier {
 }
 
 pub(crate) fn run(args: &DatapathArgs) -> anyhow::Result<ExitCode> {
-    let switches = args.command.as_ref().map(|command| match command {
-        DatapathCommand::On { tier } => switches(*tier, true),
-        DatapathCommand::Off { tier } => switches(*tier, false),
+    let toggles = args.command.as_ref().map(|command| match command {
+        DatapathCommand::On { tier } => toggle(*tier, true),
+        DatapathCommand::Off { tier } => toggle(*tier, false),
     });
-    let asked = match switches {
+    let asked = match toggles {
         None => admin::get(&args.agent, PATH),
-        Some(switches) => admin::post(&args.agent, PATH, &switches),
+        Some(toggles) => admin::post(&args.agent, PATH, &toggles),
     };
     let tiers: DatapathTiers = match asked {
         Ok(tiers) => tiers,
@@ -76,9 +76,9 @@ pub(crate) fn run(args: &DatapathArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn switches(tier: KernelTier, is_on: bool) -> TierSwitches {
+fn toggle(tier: KernelTier, is_on: bool) -> TierToggleRequest {
     match tier {
-        KernelTier::Tc => TierSwitches { tc: Some(is_on), ..TierSwitches::default() },
-        KernelTier::Sockmap => TierSwitches { sockmap: Some(is_on), ..TierSwitches::default() },
+        KernelTier::Tc => TierToggleRequest { tc: Some(is_on), ..TierToggleRequest::default() },
+        KernelTier::Sockmap => TierToggleRequest { sockmap: Some(is_on), ..TierToggleRequest::default() },
     }
 }

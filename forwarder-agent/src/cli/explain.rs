@@ -73,12 +73,12 @@ fn print(state: &State) {
     }
     if let Some(datapath) = &state.datapath {
         if let Some(error) = &datapath.error {
-            println!("\nclassifier: off: {error}");
+            println!("\neBPF programs: off: {error}");
         } else {
             let interfaces = datapath.interfaces.iter();
             let interfaces: Vec<_> =
                 interfaces.map(|one| format!("{} ({})", one.name, one.attachment)).collect();
-            println!("\nclassifier: on {}", interfaces.join(", "));
+            println!("\neBPF programs: on {}", interfaces.join(", "));
         }
     }
     if !state.problems.is_empty() {

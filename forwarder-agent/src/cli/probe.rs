@@ -13,7 +13,7 @@ use super::{Output, print_json, table};
 use crate::descriptors::Descriptors;
 use crate::error::one_line;
 use crate::source;
-use crate::{promote, relay, sockmap};
+use crate::{relay, sockmap};
 
 /// How long the Kubernetes API may take to answer.
 const KUBERNETES: Duration = Duration::from_secs(5);
@@ -55,9 +55,9 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
     let findings = [
         Finding::new("tier copy", Ok("read(2) and write(2): always".to_owned())),
         Finding::new("tier splice", relay::probe_splice().map_err(|error| error.to_string())),
-        Finding::new("tier tc", promote::probe()),
+        Finding::new("tier tc", crate::datapath::probe::probe()),
         Finding::new("tier sockmap", sockmap::probe(args.sockmap_unsafe_kernel)),
-        Finding::new("classifier", classifier()),
+        Finding::new("eBPF programs", programs()),
         Finding::new("low ports", low_ports()),
         Finding::new("open files", Ok(open_files())),
         Finding::new("kernel", Ok(kernel())),
@@ -77,7 +77,7 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn classifier() -> Result<String, String> {
+fn programs() -> Result<String, String> {
     crate::datapath::bpf::probe()
         .map(|report| {
             let btf = if report.btf { "BTF" } else { "no BTF: bpftool prints maps without names" };

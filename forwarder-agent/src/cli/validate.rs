@@ -7,9 +7,9 @@ use clap::Args;
 use ipnet::IpNet;
 
 use super::{Output, print_json};
-use crate::agent::Resolver;
 use crate::allowed::{AllowedAddresses, AllowedPorts, Ports, Rule};
 use crate::resolve::{CONTROLLER_NAME, ResolveSettings};
+use crate::resolver::Resolver;
 use crate::settings::Options;
 use crate::source::FileSource;
 use crate::view::{ProblemView, State};

@@ -7,10 +7,10 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::Connection;
-use super::promotion::Attempt;
+use super::attempt::Attempt;
 use super::relaying::Relay;
-use crate::promote::Refusal;
-use crate::worker::Worker;
+use crate::fallback_reason::FallbackReason;
+use crate::worker_context::WorkerContext;
 
 /// How long to wait for the next reading, which helps if it is an odd number of ticks after the first. A timer of whole
 /// milliseconds that is set just after one of them has passed takes one more: so the first of these takes three.
@@ -23,7 +23,7 @@ const READINGS: usize = 50;
 /// # Errors
 /// What became of the connection meanwhile, or why they cannot be known.
 pub(super) async fn learn(
-    worker: &Worker,
+    context: &WorkerContext,
     relay: &mut Relay,
     downstream: &TcpStream,
     upstream: &TcpStream,
@@ -38,12 +38,12 @@ pub(super) async fn learn(
         }
         if are_known {
             // An end may have been passed on meanwhile.
-            return if relay.is_open() { Ok(()) } else { Err(Attempt::Refused(Refusal::Ended)) };
+            return if relay.is_open() { Ok(()) } else { Err(Attempt::Refused(FallbackReason::Ended)) };
         }
-        let relayed = poll_fn(|cx| relay.poll(cx, worker, downstream, upstream, connection));
+        let relayed = poll_fn(|cx| relay.poll(cx, context, downstream, upstream, connection));
         if let Ok(end) = timeout(wait, relayed).await {
             return Err(Attempt::Ended(end));
         }
     }
-    Err(Attempt::Refused(Refusal::Unreadable))
+    Err(Attempt::Refused(FallbackReason::Unreadable))
 }

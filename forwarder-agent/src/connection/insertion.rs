@@ -8,13 +8,13 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::Connection;
-use super::promotion::Attempt;
+use super::attempt::Attempt;
 use super::relaying::{Relay, set_keepalive};
 use crate::failpoint;
-use crate::promote::Refusal;
+use crate::fallback_reason::FallbackReason;
 use crate::relay::Tier;
 use crate::sockmap::SockmapPairs;
-use crate::worker::Worker;
+use crate::worker_context::WorkerContext;
 
 /// How long nothing more is read while what was read is written.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// kernel hands on itself.
 pub(super) async fn attempt(
     pairs: &SockmapPairs,
-    worker: &Worker,
+    context: &WorkerContext,
     relay: &mut Relay,
     downstream: &TcpStream,
     upstream: &TcpStream,
@@ -31,7 +31,7 @@ pub(super) async fn attempt(
 ) -> Attempt {
     failpoint::reached("insert.begin").await;
     relay.hold_reads(true);
-    let emptied = poll_fn(|cx| match relay.poll(cx, worker, downstream, upstream, connection) {
+    let emptied = poll_fn(|cx| match relay.poll(cx, context, downstream, upstream, connection) {
         Poll::Pending if relay.is_empty() => Poll::Ready(None),
         polled => polled.map(Some),
     });
@@ -39,9 +39,9 @@ pub(super) async fn attempt(
     relay.hold_reads(false);
     match emptied {
         Ok(None) if relay.is_open() => {}
-        Ok(None) => return Attempt::Refused(Refusal::Ended),
+        Ok(None) => return Attempt::Refused(FallbackReason::Ended),
         Ok(Some(end)) => return Attempt::Ended(end),
-        Err(_) => return Attempt::Refused(Refusal::SlowReceiver),
+        Err(_) => return Attempt::Refused(FallbackReason::SlowReceiver),
     }
     failpoint::reached("insert.emptied").await;
     let moved = [connection.received.get(), connection.sent.get()];
@@ -51,14 +51,14 @@ pub(super) async fn attempt(
             if error.touched {
                 relay.copy_only();
             }
-            return Attempt::Refused(error.refusal);
+            return Attempt::Refused(error.fallback_reason);
         }
     };
     failpoint::reached("insert.joined").await;
     if connection.keepalive_from.take().is_some() {
-        set_keepalive(upstream, worker);
+        set_keepalive(upstream, context);
     }
-    worker.counters().promoted.add(1);
+    context.counters().offloaded.add(1);
     tracing::debug!(
         listener = %connection.serving.listener.name,
         downstream.addr = %connection.downstream,

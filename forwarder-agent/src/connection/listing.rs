@@ -1,14 +1,13 @@
 //! What a live connection shows of itself, and how it hears that it is to end.
 
 use std::future::poll_fn;
-use std::net::SocketAddr;
 use std::task::Poll;
 use std::time::Duration;
 
 use super::Connection;
 use crate::counters::End;
 use crate::record::Record;
-use crate::view::{ConnectionState, ConnectionView};
+use crate::view::{ConnectionState, ConnectionView, milliseconds};
 
 impl Connection {
     /// What operators see of it, given the present sweep and how long a sweep takes; `None` once it is the kernel's.
@@ -19,7 +18,7 @@ impl Connection {
         Some(ConnectionView {
             state: self.state(record),
             idle_ms: milliseconds(idle.min(record.opened.elapsed())),
-            reason: self.refusal.get().map(|refusal| refusal.as_str().to_owned()),
+            reason: self.fallback_reason.get().map(|fallback_reason| fallback_reason.as_str().to_owned()),
             ..record.view()
         })
     }
@@ -29,8 +28,8 @@ impl Connection {
             ConnectionState::Closing
         } else if record.upstream.is_none() {
             ConnectionState::Connecting
-        } else if self.is_in_tail.get() {
-            ConnectionState::Tail
+        } else if self.is_in_handover.get() {
+            ConnectionState::Handover
         } else if self.half_closed.get() {
             ConnectionState::HalfClosed
         } else {
@@ -50,16 +49,4 @@ impl Connection {
         })
         .await
     }
-}
-
-/// A socket for both families writes addresses of IPv4 as ones of IPv6.
-pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
-    match address.ip().to_canonical() {
-        ip @ std::net::IpAddr::V4(_) => SocketAddr::new(ip, address.port()),
-        std::net::IpAddr::V6(_) => address,
-    }
-}
-
-pub(crate) fn milliseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

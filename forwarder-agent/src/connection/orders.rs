@@ -10,7 +10,7 @@ pub(crate) enum Order {
     /// Set keepalive on the upstream side and note its local address: short connections are spared the system calls.
     KeepAlive,
     /// Join the two sides in the kernel, whatever has moved.
-    Promote,
+    Offload,
     /// Reset both sides.
     End(End),
 }
@@ -20,7 +20,7 @@ pub(crate) enum Order {
 pub(super) struct Orders {
     pub(super) look: bool,
     pub(super) keep_alive: bool,
-    pub(super) promote: bool,
+    pub(super) offload: bool,
     /// How the connection is to end: as the first one said who ended it.
     pub(super) end: Option<End>,
 }
@@ -32,7 +32,7 @@ impl Orders {
         match order {
             Order::Look => self.look = true,
             Order::KeepAlive => self.keep_alive = true,
-            Order::Promote => self.promote = true,
+            Order::Offload => self.offload = true,
             Order::End(end) => {
                 self.end.get_or_insert(end);
             }
@@ -50,8 +50,8 @@ mod tests {
         let told = |orders: &[Order]| orders.iter().fold(Orders::default(), |all, one| all.with(*one));
         let orders = told(&[Order::End(End::ResetByOperator), Order::Look, Order::End(End::Drained)]);
         assert_eq!(orders.end, Some(End::ResetByOperator));
-        assert!(orders.look && !orders.keep_alive && !orders.promote);
-        let orders = told(&[Order::KeepAlive, Order::Promote, Order::Look]);
-        assert_eq!((orders.look, orders.keep_alive, orders.promote, orders.end), (true, true, true, None));
+        assert!(orders.look && !orders.keep_alive && !orders.offload);
+        let orders = told(&[Order::KeepAlive, Order::Offload, Order::Look]);
+        assert_eq!((orders.look, orders.keep_alive, orders.offload, orders.end), (true, true, true, None));
     }
 }

@@ -10,10 +10,10 @@ use tokio::net::TcpStream;
 
 use super::Connection;
 use crate::counters::End;
-use crate::promote::tcp_info::Silence;
+use crate::datapath::tcp_info::Silence;
 use crate::relay::{Direction, Fault, Moved, Tier};
 use crate::upstream;
-use crate::worker::Worker;
+use crate::worker_context::WorkerContext;
 
 /// Both directions of a pair in userspace.
 pub(super) struct Relay {
@@ -65,7 +65,7 @@ impl Relay {
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
-        worker: &Worker,
+        context: &WorkerContext,
         downstream: &TcpStream,
         upstream: &TcpStream,
         connection: &Connection,
@@ -76,24 +76,24 @@ impl Relay {
         if let Some(end) = orders.end {
             return Poll::Ready(end);
         }
-        if orders.look && has_failed(downstream, &connection.silences[0], worker) {
+        if orders.look && has_failed(downstream, &connection.silences[0], context) {
             return Poll::Ready(End::DownstreamReset);
         }
-        if orders.look && has_failed(upstream, &connection.silences[1], worker) {
+        if orders.look && has_failed(upstream, &connection.silences[1], context) {
             return Poll::Ready(End::UpstreamReset);
         }
         if orders.keep_alive {
             if let Some(record) = connection.record.borrow_mut().as_mut() {
                 record.upstream_local = upstream.local_addr().ok();
             }
-            set_keepalive(upstream, worker);
+            set_keepalive(upstream, context);
         }
-        if orders.promote {
-            connection.promote_at.set(connection.promote_at.get().map(|_| 0));
+        if orders.offload {
+            connection.offload_at.set(connection.offload_at.get().map(|_| 0));
         }
         let (mut received, mut sent) = (Moved::default(), Moved::default());
         let (up, down) = {
-            let mut shared = worker.shared();
+            let mut shared = context.scratch();
             let up = request.poll(cx, downstream, upstream, &mut shared, &mut received);
             // A socket tells an error once, and to the next one who asks, the end of the stream: to read from the one that
             // has just failed would make a cut stream look whole.
@@ -105,7 +105,7 @@ impl Relay {
             };
             (up, down)
         };
-        connection.count(received, sent, worker);
+        connection.count(received, sent, context);
         // Nothing was sent that would have carried it.
         if std::mem::take(is_first) && connection.received.get() == 0 {
             upstream::send_ack(upstream);
@@ -130,16 +130,16 @@ impl Relay {
 }
 
 /// Has the kernel probe an endpoint that has been silent for long.
-pub(super) fn set_keepalive(upstream: &TcpStream, worker: &Worker) {
-    let Some(idle) = worker.settings().connect.keepalive else { return };
+pub(super) fn set_keepalive(upstream: &TcpStream, context: &WorkerContext) {
+    let Some(idle) = context.settings().connect.keepalive else { return };
     if let Err(error) = SockRef::from(upstream).set_tcp_keepalive(&upstream::keepalive(idle)) {
         tracing::debug!(%error, "cannot set keepalive on the upstream side");
     }
 }
 
 /// Whether the peer has reset the connection, or does not answer; tells even where nobody reads the socket.
-fn has_failed(stream: &TcpStream, silence: &Cell<Silence>, worker: &Worker) -> bool {
-    if let Some(patience) = worker.settings().connect.keepalive.map(upstream::patience) {
+fn has_failed(stream: &TcpStream, silence: &Cell<Silence>, context: &WorkerContext) -> bool {
+    if let Some(patience) = context.settings().connect.keepalive.map(upstream::patience) {
         let mut looked = silence.get();
         let lasts = looked.lasts(stream.as_raw_fd(), patience);
         silence.set(looked);

@@ -1,5 +1,5 @@
-//! Attaches the programs to interfaces: the classifier to the ingress, and, where connections may be joined, the guard to
-//! the egress. By a tcx link (kernel 6.6 and later), which ends with the process unless it is pinned; or else by a filter of
+//! Attaches the programs to interfaces: the ingress programs, and, where connections may be joined, the egress programs
+//! too. By a tcx link (kernel 6.6 and later), which ends with the process unless it is pinned; or else by a filter of
 //! the clsact queueing discipline, which does not. What stays is pinned, and taken over by the next agent (`hook.rs`).
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use aya::Ebpf;
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use forwarder_common::packet::LinkLayer;
-use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP, PROGRAM_IP};
+use forwarder_common::{PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP};
 use rustix::io::Errno;
 
 use super::DatapathError;
@@ -23,7 +23,7 @@ use super::load_error::with_causes;
 /// Set to `clsact` to have programs attached as on a kernel without tcx, for tests of that.
 const ATTACH_BY: &str = "FORWARDER_ATTACH_BY";
 
-/// How a classifier hangs on an interface.
+/// How a program hangs on an interface.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum AttachKind {
     /// By a tcx link, before the others.
@@ -78,7 +78,7 @@ pub enum AttachProblem {
         /// The error and its causes.
         reason: String,
     },
-    /// There is no classifier for such interfaces.
+    /// There is no program for such interfaces.
     #[error(
         "cannot attach to interface {interface}: its packets (ARPHRD type {arphrd}) begin neither with an Ethernet nor an IP header"
     )]
@@ -88,13 +88,13 @@ pub enum AttachProblem {
         /// Its type, as in `linux/if_arp.h`.
         arphrd: u16,
     },
-    /// An address of the node is not known to the classifiers: what is sent there is not counted for listeners on every
+    /// An address of the node is not known to the ingress programs: what is sent there is not counted for listeners on every
     /// address.
     #[error(transparent)]
     LocalAddress(#[from] DatapathError),
 }
 
-/// An interface that a classifier hangs on.
+/// An interface that an ingress program hangs on.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Attachment {
     /// The interface's name.
@@ -118,10 +118,10 @@ pub(super) struct Attachments {
 /// What outlives the process.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) enum Stay {
-    /// Nothing is meant to: there are no guards. A filter of clsact does all the same, and its program is pinned in the folder,
+    /// Nothing is meant to: there are no egress programs. A filter of clsact does all the same, and its program is pinned in the folder,
     /// where there is one, for the next agent to find it.
     Nothing(Option<PathBuf>),
-    /// The programs, guards too, by what is pinned in the folder: connections may be joined.
+    /// The programs, those of the egress too, by what is pinned in the folder: connections may be joined.
     Programs(PathBuf),
 }
 
@@ -251,14 +251,14 @@ impl Attachments {
         }
     }
 
-    /// What is to hang on an interface: the guard first, for what is redirected must not be contradicted.
+    /// What is to hang on an interface: the egress program first, for what is redirected must not be contradicted.
     fn places<'a>(
         &self,
         interface: &'a Interface,
     ) -> Result<impl Iterator<Item = Place<'a>> + use<'a>, AttachProblem> {
-        let (classifier, guard) = match (interface.kind.link_layer(), interface.kind) {
-            (Some(LinkLayer::Ethernet), _) => (PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET),
-            (Some(LinkLayer::Ip), _) => (PROGRAM_IP, PROGRAM_GUARD_IP),
+        let (ingress, egress) = match (interface.kind.link_layer(), interface.kind) {
+            (Some(LinkLayer::Ethernet), _) => (PROGRAM_ETHERNET, PROGRAM_EGRESS_ETHERNET),
+            (Some(LinkLayer::Ip), _) => (PROGRAM_IP, PROGRAM_EGRESS_IP),
             (None, InterfaceKind::Unsupported(arphrd)) => {
                 return Err(AttachProblem::Unsupported { interface: interface.name.clone(), arphrd });
             }
@@ -266,8 +266,8 @@ impl Attachments {
                 return Err(AttachProblem::Unsupported { interface: interface.name.clone(), arphrd: 0 });
             }
         };
-        let guard = matches!(self.stay, Stay::Programs(_)).then_some((guard, TcAttachType::Egress));
-        let hung = guard.into_iter().chain([(classifier, TcAttachType::Ingress)]);
+        let egress = matches!(self.stay, Stay::Programs(_)).then_some((egress, TcAttachType::Egress));
+        let hung = egress.into_iter().chain([(ingress, TcAttachType::Ingress)]);
         Ok(hung.map(move |(program, side)| Place { interface, side, program }))
     }
 

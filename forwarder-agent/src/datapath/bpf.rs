@@ -8,11 +8,12 @@ use std::sync::Arc;
 use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use aya_log::EbpfLogger;
-use forwarder_common::flow::{FLOWS, PAIRS, PAIRS_CAPACITY};
+use forwarder_common::flow::PAIRS_CAPACITY;
+use forwarder_common::layout::{FLOWS, PAIRS};
 use forwarder_common::layout::{LOOSE_INTERFACES, PINNED_MAPS};
 use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
 use forwarder_common::{
-    ListenerCounters, PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP, PROGRAM_IP, Verdict,
+    ListenerCounters, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP, Verdict,
 };
 use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::io::Interest;
@@ -48,7 +49,7 @@ pub struct BpfOptions {
     pub pin_dir: PathBuf,
     /// Whether the programs log each connection attempt; read it with [`Bpf::take_log`].
     pub trace: bool,
-    /// How many connections may be joined at most; `None` where none may be. Otherwise the guard hangs at the egress of
+    /// How many connections may be joined at most; `None` where none may be. Otherwise programs hang at the egress of
     /// the interfaces too, and programs, maps and pins outlive the process.
     pub most_pairs: Option<u32>,
 }
@@ -56,7 +57,7 @@ pub struct BpfOptions {
 /// What [`probe`] found.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ProbeReport {
-    /// How classifiers would be attached.
+    /// How programs would be attached.
     pub attach: AttachKind,
     /// Whether the kernel describes its types: `bpftool` then prints the maps' fields by name.
     pub btf: bool,
@@ -71,7 +72,7 @@ pub struct ProbeReport {
 pub fn probe() -> Result<ProbeReport, LoadError> {
     let settings = LoadSettings { log_level: LOG_OFF, pins: None, most_pairs: PAIRS_CAPACITY };
     let mut ebpf = load(&settings)?;
-    for name in [PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP] {
+    for name in [PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP] {
         load_program(&mut ebpf, name)?;
     }
     Ok(ProbeReport {
@@ -116,7 +117,7 @@ impl Bpf {
         };
         let mut ebpf = load(&settings)?;
         if has_flows {
-            for name in [PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP] {
+            for name in [PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP] {
                 load_program(&mut ebpf, name)?;
             }
         }
@@ -177,17 +178,17 @@ impl Bpf {
         self.pins.directory()
     }
 
-    /// How classifiers are attached on this kernel.
+    /// How programs are attached on this kernel.
     pub fn attach_kind(&self) -> AttachKind {
         self.attachments.kind()
     }
 
-    /// The interfaces that classifiers hang on.
+    /// The interfaces that ingress programs hang on.
     pub fn attachments(&self) -> Vec<Attachment> {
         self.attachments.iter().collect()
     }
 
-    /// Attaches the classifiers to the interfaces through which connections to listeners on `bound` arrive, see
+    /// Attaches the programs to the interfaces through which connections to listeners on `bound` arrive, see
     /// [`wanted`], where connections may be joined also to all through which their packets may, see [`arrivals`], detaches them from all others, and tells them the addresses of `interfaces` (all of the node's). To
     /// be called whenever one of these changes, and now and then: what somebody has removed is attached again. Returns what fails now and did not in the call before; what fails on one
     /// interface does not concern the others, and is tried again in each call.
@@ -311,7 +312,7 @@ pub(super) fn raise_memory_limit() {
     let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
 }
 
-/// Creates the maps and loads the classifiers.
+/// Creates the maps and loads the programs.
 fn load(settings: &LoadSettings<'_>) -> Result<Ebpf, LoadError> {
     if OBJECT.is_empty() {
         return Err(LoadError::NoPrograms);

@@ -21,10 +21,10 @@ use super::load_error::{LoadError, with_causes};
 use super::pin_dir::{self, is_on_bpffs};
 use super::pins;
 
+mod orphans;
 mod search;
-mod strays;
 
-pub use self::strays::Stray;
+pub use self::orphans::Orphan;
 
 /// Why it cannot be told what is left.
 #[derive(Debug, thiserror::Error)]
@@ -176,7 +176,7 @@ pub struct Search {
     /// The folders that cannot be looked into.
     pub closed: Vec<CleanupError>,
     /// Programs on interfaces whose pins are not on these file systems; or why they cannot be looked for.
-    pub strays: Result<Vec<Stray>, CleanupError>,
+    pub orphans: Result<Vec<Orphan>, CleanupError>,
 }
 
 /// Looks for pin directories of agents on all BPF file systems that are mounted, and for what is left in each. Needs a tokio
@@ -189,14 +189,14 @@ pub async fn search() -> Result<Search, CleanupError> {
     let mut pinned = Vec::new();
     let mut pin_dirs = Vec::new();
     for pin_dir in places {
-        // Of running agents too: what they have pinned is no stray's.
+        // Of running agents too: what they have pinned is no orphan's.
         pinned.extend(pins_in(&pin_dir, search::holds_maps).unwrap_or_default());
         // What is only called as a version's folder may be somebody else's where nobody has said that this is a pin directory.
         let found = find_by(&pin_dir, search::holds_maps).await;
         pin_dirs.push((pin_dir, found));
     }
-    let strays = strays::find(&maps_of(&pinned)).await;
-    Ok(Search { mounts, pin_dirs, closed, strays })
+    let orphans = orphans::find(&maps_of(&pinned)).await;
+    Ok(Search { mounts, pin_dirs, closed, orphans })
 }
 
 /// Finds what agents of any version left in `pin_dir`, and their filters on all interfaces. Needs a tokio runtime.

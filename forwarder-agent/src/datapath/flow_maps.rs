@@ -5,15 +5,17 @@ use std::path::Path;
 
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, MapInfo};
 use forwarder_common::ABI_VERSION;
-use forwarder_common::flow::{DIRECTION_REQUEST, FLOWS, Flow, FlowKey, PAIRS, Pair, STATE_OVER, STATE_RESET};
+use forwarder_common::flow::{DIRECTION_REQUEST, Flow, Pair, STATE_OVER, STATE_RESET};
 use forwarder_common::layout::{AGENT, AgentState};
+use forwarder_common::layout::{FLOWS, PAIRS};
+use forwarder_common::tuple::FourTuple;
 
-use super::flows::JoinedPair;
+use super::joined_pair::{Condemned, JoinedPair};
 use super::{DatapathError, updates};
 
 /// The maps, open.
 pub(super) struct FlowMaps {
-    pub(super) flows: BpfHashMap<MapData, FlowKey, Flow>,
+    pub(super) flows: BpfHashMap<MapData, FourTuple, Flow>,
     pub(super) pairs: BpfHashMap<MapData, u32, Pair>,
     pub(super) agent: Array<MapData, AgentState>,
 }
@@ -23,18 +25,7 @@ pub(super) struct Listed {
     /// The pairs that stand whole there.
     pub(super) pairs: Vec<(JoinedPair, Pair)>,
     /// The directions that have no pair or no opposite, or are over: their pairs' numbers, and their tuples.
-    pub(super) orphans: Vec<(u32, FlowKey)>,
-}
-
-/// What is to be removed from the maps. All of it is [`STATE_OVER`], or of no effect by itself.
-#[derive(Clone, Copy, Debug)]
-pub enum Condemned {
-    /// A pair with its number and the tuples of its directions.
-    Pair(u32, [FlowKey; 2]),
-    /// The same without what is known of it.
-    Flows(u32, [FlowKey; 2]),
-    /// What is known of a pair that has no directions.
-    State(u32),
+    pub(super) orphans: Vec<(u32, FourTuple)>,
 }
 
 impl FlowMaps {
@@ -57,7 +48,7 @@ impl FlowMaps {
         let mut halves = HashMap::new();
         for entry in &self.flows {
             let (key, flow) = entry.map_err(|source| error("read", FLOWS, None, source))?;
-            let directions: &mut [Option<(FlowKey, Flow)>; 2] = halves.entry(flow.pair).or_default();
+            let directions: &mut [Option<(FourTuple, Flow)>; 2] = halves.entry(flow.pair).or_default();
             directions[usize::from(flow.direction != DIRECTION_REQUEST)] = Some((key, flow));
         }
         let (mut pairs, mut orphans) = (Vec::new(), Vec::new());

@@ -1,4 +1,4 @@
-//! The flows of promoted pairs in the kernel's maps, shared by the workers.
+//! The flows of offloaded pairs in the kernel's maps, shared by the workers.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -8,16 +8,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use forwarder_common::flow::{
-    FLOW_BY_STACK, FLOW_ENDED, FLOW_REVERSE_ENDED, FLOWS, Flow, FlowKey, NextHop, Pair, STATE_OVER,
-    STATE_RESET, STATE_SPLICED,
+    FLOW_BY_STACK, FLOW_ENDED, FLOW_REVERSE_ENDED, NextHop, Pair, STATE_OFFLOADED, STATE_OVER, STATE_RESET,
 };
-use forwarder_common::layout::{AGENT, AgentState, address_bytes, address_of};
+use forwarder_common::layout::FLOWS;
+use forwarder_common::layout::{AGENT, AgentState};
 use rustix::io::Errno;
 
 use super::conntrack::Conntrack;
-pub use super::flow_maps::{Condemned, end, forget, read};
 use super::flow_maps::{FlowMaps, Listed, capacity, error};
+pub use super::flow_maps::{end, forget, read};
 use super::gate::{Gate, Permit};
+use super::joined_pair::{Condemned, JoinedPair, ends, key_of};
 
 use super::load_error::errno_of;
 use super::paths::{Exit, Paths};
@@ -26,7 +27,9 @@ use super::routes::{RouteError, Routes};
 use super::stack::Family;
 use super::updates::Updates;
 use super::{DatapathError, monotonic};
-use crate::promote::{Leg, Placement, Refusal, join};
+use crate::datapath::join::{Placement, join};
+use crate::datapath::leg::Leg;
+use crate::fallback_reason::FallbackReason;
 
 mod ways;
 
@@ -52,65 +55,6 @@ pub struct FlowTable {
 
 /// Leave to join connections. The programs may meanwhile not be told to forget others.
 pub type JoinPermit = Permit<Condemned>;
-
-/// A pair that the kernel forwards: its number and its two directions, from the client first.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct JoinedPair {
-    /// Its number: key of the map of pairs.
-    pub number: u32,
-    /// The tuples of its packets as they arrive, and where they go.
-    pub flows: [(FlowKey, Flow); 2],
-}
-
-impl JoinedPair {
-    /// The client, and the node's address that it has connected to.
-    pub fn downstream(&self) -> (SocketAddr, SocketAddr) {
-        ends(&self.flows[0].0)
-    }
-
-    /// The endpoint, and the node's address that it was connected from.
-    pub fn upstream(&self) -> (SocketAddr, SocketAddr) {
-        ends(&self.flows[1].0)
-    }
-
-    /// What is removed at its end.
-    pub(super) fn condemned(&self) -> Condemned {
-        Condemned::Pair(self.number, self.flows.map(|(key, _)| key))
-    }
-
-    /// Its directions once they have come to a last state.
-    pub(super) fn in_state(&self, state: u32) -> [(FlowKey, Flow); 2] {
-        self.flows.map(|(key, flow)| (key, Flow { state, ..flow }))
-    }
-
-    /// Whether the agent has ended it.
-    pub fn is_ended(&self) -> bool {
-        self.flows.iter().any(|(_, flow)| flow.state == STATE_RESET)
-    }
-
-    /// Whether the sockets have nothing more to do with it.
-    pub fn is_spliced(&self) -> bool {
-        self.flows.iter().all(|(_, flow)| flow.state == STATE_SPLICED)
-    }
-}
-
-/// Where packets of a tuple come from, and where they are sent to.
-fn ends(key: &FlowKey) -> (SocketAddr, SocketAddr) {
-    (
-        SocketAddr::new(address_of(key.source), key.source_port),
-        SocketAddr::new(address_of(key.destination), key.destination_port),
-    )
-}
-
-/// The tuple of packets from `source` to `destination`.
-fn key_of(source: SocketAddr, destination: SocketAddr) -> FlowKey {
-    FlowKey {
-        source: address_bytes(source.ip()),
-        destination: address_bytes(destination.ip()),
-        source_port: source.port(),
-        destination_port: destination.port(),
-    }
-}
 
 /// What a former agent has left in the maps.
 #[derive(Debug, Default)]
@@ -208,7 +152,7 @@ impl FlowTable {
         self.gate.permit().await
     }
 
-    /// Joins two legs in state tail: from now on their new packets pass by the sockets. The client's connection was
+    /// Joins two legs in state handover: from now on their new packets pass by the sockets. The client's connection was
     /// accepted at `opened` (`CLOCK_MONOTONIC`, nanoseconds). The legs are to be read while the permit is held: they change.
     ///
     /// # Errors
@@ -219,7 +163,7 @@ impl FlowTable {
         opened: u64,
         downstream: &Leg,
         upstream: &Leg,
-    ) -> Result<JoinedPair, Refusal> {
+    ) -> Result<JoinedPair, FallbackReason> {
         let client = downstream.peer.ip();
         let placement = Placement {
             downstream: self.hop(client, downstream.local, downstream.peer)?,
@@ -238,7 +182,7 @@ impl FlowTable {
         if self.live.fetch_add(1, Ordering::Relaxed) >= self.room {
             self.live.fetch_sub(1, Ordering::Relaxed);
             self.gate.hasten();
-            return Err(Refusal::MapFull);
+            return Err(FallbackReason::MapFull);
         }
         let mut maps = self.maps();
         // The pair last: it turns both directions on at once.
@@ -254,18 +198,18 @@ impl FlowTable {
             self.gate.condemn(Condemned::Flows(pair.number, pair.flows.map(|(key, _)| key)));
             if errno_of(&source) == Some(Errno::TOOBIG) {
                 self.gate.hasten();
-                return Refusal::MapFull;
+                return FallbackReason::MapFull;
             }
             let error = error("write to", FLOWS, Some(pair.number), source);
             tracing::warn!(%error, "a connection stays in userspace");
-            Refusal::Kernel
+            FallbackReason::Kernel
         })?;
         let (endpoint, local) = pair.upstream();
         self.ports.take(local, endpoint);
         Ok(pair)
     }
 
-    /// Notes that the end of a direction reached a local socket before the promotion: the guard then lets the agent's
+    /// Notes that the end of a direction reached a local socket before the handover: the egress program then lets the agent's
     /// other socket pass it on.
     ///
     /// # Errors
@@ -288,13 +232,13 @@ impl FlowTable {
         self.updates.set_flows(&pair.flows)
     }
 
-    /// Closes the guard: the local sockets have delivered everything.
+    /// Ends the handover, so that the egress programs let nothing more out: the local sockets have delivered everything.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn splice(&self, pair: &mut JoinedPair) -> Result<(), DatapathError> {
+    pub fn complete(&self, pair: &mut JoinedPair) -> Result<(), DatapathError> {
         for (_, flow) in &mut pair.flows {
-            flow.state = STATE_SPLICED;
+            flow.state = STATE_OFFLOADED;
         }
         self.updates.set_flows(&pair.flows)
     }
@@ -432,7 +376,7 @@ impl FlowTable {
             self.paths.want(request.interface);
             self.paths.want(response.interface);
             // The former agent had seen that its ends hear each other.
-            if pair.is_spliced() {
+            if pair.is_offloaded() {
                 self.paths.prove([response, request]);
             }
         }

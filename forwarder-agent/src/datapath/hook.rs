@@ -216,7 +216,7 @@ fn place_of(pin: &str) -> Option<(u32, TcAttachType)> {
     Some((index.parse().ok()?, side))
 }
 
-/// Whether a pin is that of a guard.
+/// Whether a pin is that of an egress program.
 pub(super) fn is_egress(pin: &str) -> bool {
     matches!(place_of(pin), Some((_, TcAttachType::Egress)))
 }

@@ -27,7 +27,7 @@ const RTM_DELTFILTER: u16 = 45;
 /// How long to wait after the kernel failed to list them.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What an interface is, as far as the classifiers care.
+/// What an interface is, as far as the programs care.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum InterfaceKind {
     /// `lo`: what the node sends to itself. Its packets begin with an Ethernet header.
@@ -38,12 +38,12 @@ pub enum InterfaceKind {
     Ethernet,
     /// One whose packets begin with the IP header, such as those of tun and of wireguard.
     Ip,
-    /// One that there is no classifier for, by its ARPHRD number.
+    /// One that there is no program for, by its ARPHRD number.
     Unsupported(u16),
 }
 
 impl InterfaceKind {
-    /// What its packets begin with, if there is a classifier for it.
+    /// What its packets begin with, if there is a program for it.
     pub fn link_layer(self) -> Option<LinkLayer> {
         match self {
             Self::Loopback | Self::Dummy | Self::Ethernet => Some(LinkLayer::Ethernet),

@@ -7,9 +7,8 @@ use std::sync::Arc;
 
 use aya::maps::{HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use aya::{Ebpf, Pod};
-use forwarder_common::layout::{
-    self, ANY_ADDRESS, AddressBytes, STATE_DRAINING, STATE_READY, STATE_REMOVED, address_bytes, address_of,
-};
+use forwarder_common::layout::{self, ANY_ADDRESS, STATE_DRAINING, STATE_READY, STATE_REMOVED};
+use forwarder_common::tuple::{AddressBytes, address_bytes, address_of};
 use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerValue, Verdict};
 use rustix::io::Errno;
 

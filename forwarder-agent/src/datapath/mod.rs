@@ -16,6 +16,9 @@ pub mod gate;
 pub mod grace;
 mod hook;
 pub mod interfaces;
+pub mod join;
+pub mod joined_pair;
+pub mod leg;
 mod load_error;
 mod maps;
 #[cfg(test)]
@@ -25,10 +28,13 @@ pub mod paths;
 mod pin_dir;
 mod pins;
 pub mod ports;
+pub mod probe;
 pub mod routes;
 pub mod segments;
 pub mod sockmap;
 pub mod stack;
+pub(crate) mod tcp_info;
+pub(crate) mod timestamp_clock;
 mod updates;
 
 use std::collections::BTreeSet;

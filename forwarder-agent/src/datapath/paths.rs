@@ -14,8 +14,9 @@ use super::arrival::LooseInterfaces;
 use super::hook::name_of;
 use super::interfaces::Interface;
 use super::stack::{self, Family, Obstacle};
+use crate::datapath::join::Way;
+use crate::fallback_reason::FallbackReason;
 use crate::model::Egress;
-use crate::promote::{Refusal, Way};
 
 /// How long an interface is not used in a way in which packets did not arrive.
 const AVOIDANCE: Duration = Duration::from_mins(10);
@@ -106,7 +107,7 @@ impl Known {
 
     /// How packets are to leave by an interface: redirected, unless they do not arrive then, or others are known to arrive
     /// by the stack.
-    fn way(&self, interface: u32, client: IpAddr) -> Result<Way, Refusal> {
+    fn way(&self, interface: u32, client: IpAddr) -> Result<Way, FallbackReason> {
         let [redirect, stack] = [Way::Redirect, Way::Stack].map(|way| Exit { interface, way });
         let exits: &[Exit] = match self.egress {
             Egress::Auto if self.is_heard(stack) && self.is_broken_for_all(redirect) => &[stack],
@@ -115,7 +116,7 @@ impl Known {
             Egress::Stack => &[stack],
         };
         let exit = exits.iter().find(|exit| !self.is_broken(**exit, client));
-        exit.map(|exit| exit.way).ok_or(Refusal::PathBroken)
+        exit.map(|exit| exit.way).ok_or(FallbackReason::PathBroken)
     }
 }
 
@@ -133,7 +134,7 @@ impl Paths {
     ///
     /// # Errors
     /// Why not now.
-    pub fn check(&self, interface: u32, client: IpAddr) -> Result<Way, Refusal> {
+    pub fn check(&self, interface: u32, client: IpAddr) -> Result<Way, FallbackReason> {
         let mut known = self.known();
         let way = known.way(interface, client)?;
         // The kernel drops what arrives without an Ethernet header and is redirected to a neighbour
@@ -141,7 +142,7 @@ impl Paths {
         if way == Way::Redirect
             && known.links.get(&interface).is_some_and(|link| link.begins_with == Some(LinkLayer::Ip))
         {
-            return Err(Refusal::NoEthernet);
+            return Err(FallbackReason::NoEthernet);
         }
         // Also where they hang already, for a listener's sake: they stay for the pairs' when the listener is removed.
         let is_new = known.wanted.insert(interface);
@@ -152,7 +153,7 @@ impl Paths {
         if is_new {
             self.changed.notify_one();
         }
-        Err(Refusal::NotAttached)
+        Err(FallbackReason::NotAttached)
     }
 
     /// Whether the stack sends on what arrives by an interface and is left to it.
@@ -160,19 +161,23 @@ impl Paths {
     /// # Errors
     /// It does not; what stands in the way is told once. Where it was to be tried only because what is redirected does not
     /// arrive, that remains the reason.
-    pub fn check_stack(&self, arrival: u32, family: Family) -> Result<(), Refusal> {
+    pub fn check_stack(&self, arrival: u32, family: Family) -> Result<(), FallbackReason> {
         let name = self.known().links.get(&arrival).map(|link| link.name.clone());
-        let Some(name) = name else { return Err(Refusal::StackClosed) };
+        let Some(name) = name else { return Err(FallbackReason::StackClosed) };
         // Not while what is known is locked, for all workers ask: several files are read.
         let Err(obstacle) = stack::check(&name, family) else { return Ok(()) };
         let mut known = self.known();
         let is_news = known.closed.insert(arrival);
-        let refusal = if known.egress == Egress::Stack { Refusal::StackClosed } else { Refusal::PathBroken };
+        let fallback_reason = if known.egress == Egress::Stack {
+            FallbackReason::StackClosed
+        } else {
+            FallbackReason::PathBroken
+        };
         drop(known);
         if is_news {
             warn_closed(&name, &obstacle);
         }
-        Err(refusal)
+        Err(fallback_reason)
     }
 
     /// Asks for programs on an interface.
@@ -251,7 +256,7 @@ impl Paths {
         if let Err(error) = &result
             && !filters.has_failed
         {
-            tracing::warn!(%error, "packets of promoted connections may be taken from other interfaces than the stack takes them from");
+            tracing::warn!(%error, "packets of offloaded connections may be taken from other interfaces than the stack takes them from");
         }
         filters.has_failed = result.is_err();
     }
@@ -332,7 +337,7 @@ mod tests {
     #[test]
     fn an_interface_is_asked_for_once_and_used_once_attached() {
         let paths = Paths::default();
-        assert_eq!(paths.check(3, CLIENT), Err(Refusal::NotAttached));
+        assert_eq!(paths.check(3, CLIENT), Err(FallbackReason::NotAttached));
         assert_eq!(paths.wanted(), BTreeSet::from([3]));
         paths.set_attached(BTreeSet::from([3]), []);
         assert_eq!(paths.check(3, CLIENT), Ok(Way::Redirect));
@@ -369,7 +374,7 @@ mod tests {
         assert!(!paths.avoid(REDIRECTED, CLIENT));
         assert_eq!((paths.check(4, CLIENT), paths.check(3, CLIENT)), (Ok(Way::Stack), Ok(Way::Redirect)));
         assert!(paths.avoid(BY_STACK, CLIENT));
-        assert_eq!(paths.check(4, CLIENT), Err(Refusal::PathBroken));
+        assert_eq!(paths.check(4, CLIENT), Err(FallbackReason::PathBroken));
         paths.set_attached(BTreeSet::from([3]), []);
         paths.set_attached(BTreeSet::from([3, 4]), []);
         assert_eq!(paths.check(4, CLIENT), Ok(Way::Redirect));
@@ -392,7 +397,7 @@ mod tests {
         let paths = Paths::default();
         // `lo` is there in every namespace, up or not.
         for interface in [1, u32::MAX >> 1] {
-            assert_eq!(paths.check(interface, CLIENT), Err(Refusal::NotAttached));
+            assert_eq!(paths.check(interface, CLIENT), Err(FallbackReason::NotAttached));
         }
         paths.set_links(&[]);
         assert_eq!(paths.wanted(), BTreeSet::from([1]));
@@ -422,7 +427,7 @@ mod tests {
             paths.avoid(REDIRECTED, client);
             paths.avoid(BY_STACK, client);
         }
-        assert_eq!(own.map(|client| paths.check(4, client)), [Err(Refusal::PathBroken); 2]);
+        assert_eq!(own.map(|client| paths.check(4, client)), [Err(FallbackReason::PathBroken); 2]);
         assert_eq!(paths.check(4, CLIENT), Ok(Way::Redirect));
         // Nor do many, where others are heard.
         paths.prove([REDIRECTED, REDIRECTED]);
@@ -441,7 +446,7 @@ mod tests {
             paths.set_attached(BTreeSet::from([4]), []);
             assert_eq!(paths.check(4, CLIENT), Ok(exit.way));
             paths.avoid(exit, CLIENT);
-            assert_eq!(paths.check(4, CLIENT), Err(Refusal::PathBroken));
+            assert_eq!(paths.check(4, CLIENT), Err(FallbackReason::PathBroken));
         }
     }
 }

@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData};
 use forwarder_common::ABI_VERSION;
-use forwarder_common::flow::{FLOWS, Flow, FlowKey};
+use forwarder_common::flow::Flow;
+use forwarder_common::layout::FLOWS;
+use forwarder_common::tuple::FourTuple;
 
 use super::hook;
 use super::load_error::LoadError;
@@ -63,7 +65,7 @@ impl Pins {
         Ok(pins)
     }
 
-    /// Whether connections of a former agent may live here: it had guards, or there are flows.
+    /// Whether connections of a former agent may live here: it had egress programs, or there are flows.
     pub(super) fn has_connections(&self) -> bool {
         attachments(&self.directory).any(|name| hook::is_egress(&name)) || has_flows(&self.directory)
     }
@@ -141,7 +143,7 @@ fn has_attachments(directory: &Path) -> bool {
 /// Whether flows stand in a version's map.
 fn has_flows(directory: &Path) -> bool {
     let path = directory.join(FLOWS);
-    path.exists() && (has_entries::<FlowKey, Flow>(&path) || has_entries::<FlowKey, FormerFlow>(&path))
+    path.exists() && (has_entries::<FourTuple, Flow>(&path) || has_entries::<FourTuple, FormerFlow>(&path))
 }
 
 /// Whether a map of keys and values of such sizes has entries; not if its sizes are others.

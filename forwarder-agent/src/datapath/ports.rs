@@ -1,4 +1,4 @@
-//! The local ports that promoted pairs use, by endpoint: what the kernel does not know, since a pair has no socket.
+//! The local ports that offloaded pairs use, by endpoint: what the kernel does not know, since a pair has no socket.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};

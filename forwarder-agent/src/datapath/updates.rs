@@ -7,8 +7,10 @@ use std::path::Path;
 use aya::maps::MapError;
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, TestRun, TestRunOptions};
-use forwarder_common::flow::{FLOWS, Flow, FlowKey};
+use forwarder_common::flow::Flow;
+use forwarder_common::layout::FLOWS;
 use forwarder_common::layout::{ListenerKey, ListenerValue};
+use forwarder_common::tuple::FourTuple;
 use forwarder_common::update::{
     FlowUpdate, ListenerUpdate, PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER, REQUEST_OFFSET,
 };
@@ -38,7 +40,7 @@ impl Updates {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub(super) fn set_flows(&self, flows: &[(FlowKey, Flow); 2]) -> Result<(), DatapathError> {
+    pub(super) fn set_flows(&self, flows: &[(FourTuple, Flow); 2]) -> Result<(), DatapathError> {
         set_flows(&self.flows, flows)
     }
 
@@ -69,7 +71,10 @@ pub(super) fn open_flow_setter(pins: &Path) -> Result<SchedClassifier, DatapathE
 ///
 /// # Errors
 /// The kernel refuses.
-pub(super) fn set_flows(setter: &SchedClassifier, flows: &[(FlowKey, Flow); 2]) -> Result<(), DatapathError> {
+pub(super) fn set_flows(
+    setter: &SchedClassifier,
+    flows: &[(FourTuple, Flow); 2],
+) -> Result<(), DatapathError> {
     for (key, flow) in flows {
         run(setter, &FlowUpdate::new(*key, flow).bytes()).map_err(|source| DatapathError {
             operation: "change",

@@ -16,7 +16,7 @@ use std::ops::RangeInclusive;
 pub use self::core::{endpoint_slice, namespace, service};
 pub use self::gateway::{gateway, gateway_class, reference_grant, tcp_route};
 pub use self::listener_set::listener_set;
-use super::object::{Kind, Metadata, ObjectRef};
+use crate::object::{Kind, Metadata, ObjectRef};
 use crate::problem::{Problem, Reason};
 
 /// The numbers that a port may have.

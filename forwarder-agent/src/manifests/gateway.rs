@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::GATEWAY_GROUP;
-use super::listener_set::AllowedListeners;
-use super::object::Object;
+use crate::object::Object;
 use crate::problem::Location;
 
 /// A GatewayClass.
@@ -306,4 +305,29 @@ pub struct ReferenceGrantTo {
     pub kind: String,
     /// The name; absent means all of the kind.
     pub name: Option<String>,
+}
+
+/// `Gateway.spec.allowedListeners`: which ListenerSets may add listeners to the Gateway.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct AllowedListeners {
+    /// From which namespaces; absent means from none.
+    pub namespaces: Option<ListenerNamespaces>,
+}
+
+/// Namespaces that ListenerSets may come from.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct ListenerNamespaces {
+    /// `None` (the default), `Same`, `All` or `Selector`.
+    pub from: Option<String>,
+    /// The selector, for `Selector`.
+    pub selector: Option<LabelSelector>,
+}
+
+impl ListenerNamespaces {
+    /// From which namespaces, or the default.
+    pub fn from(&self) -> &str {
+        self.from.as_deref().unwrap_or("None")
+    }
 }

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::object::Object;
-use super::{GATEWAY_GROUP, LabelSelector, Listener, NamespacedName};
+use super::{GATEWAY_GROUP, Listener, NamespacedName};
+use crate::object::Object;
 
 /// A ListenerSet: listeners that are added to a Gateway by others than its owner.
 pub type ListenerSet = Object<ListenerSetSpec>;
@@ -49,30 +49,5 @@ impl GatewayRef {
         let is_gateway = self.group() == GATEWAY_GROUP && self.kind() == "Gateway";
         let namespace = self.namespace.as_deref().filter(|namespace| !namespace.is_empty());
         is_gateway.then(|| NamespacedName::new(namespace.unwrap_or(own_namespace), &self.name))
-    }
-}
-
-/// `Gateway.spec.allowedListeners`: which ListenerSets may add listeners to the Gateway.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(default)]
-pub struct AllowedListeners {
-    /// From which namespaces; absent means from none.
-    pub namespaces: Option<ListenerNamespaces>,
-}
-
-/// Namespaces that ListenerSets may come from.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(default)]
-pub struct ListenerNamespaces {
-    /// `None` (the default), `Same`, `All` or `Selector`.
-    pub from: Option<String>,
-    /// The selector, for `Selector`.
-    pub selector: Option<LabelSelector>,
-}
-
-impl ListenerNamespaces {
-    /// From which namespaces, or the default.
-    pub fn from(&self) -> &str {
-        self.from.as_deref().unwrap_or("None")
     }
 }

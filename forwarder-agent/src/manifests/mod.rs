@@ -8,7 +8,6 @@ pub mod check;
 mod core;
 mod gateway;
 mod listener_set;
-mod object;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -24,16 +23,13 @@ pub use self::core::{
     ServicePort, ServiceSpec,
 };
 pub use self::gateway::{
-    AllowedRoutes, BackendRef, Gateway, GatewayAddress, GatewayClass, GatewayClassSpec,
-    GatewayInfrastructure, GatewaySpec, LabelSelector, LabelSelectorRequirement, Listener, ParametersRef,
-    ParentRef, ReferenceGrant, ReferenceGrantFrom, ReferenceGrantSpec, ReferenceGrantTo, RouteGroupKind,
-    RouteNamespaces, TcpRoute, TcpRouteRule, TcpRouteSpec,
+    AllowedListeners, AllowedRoutes, BackendRef, Gateway, GatewayAddress, GatewayClass, GatewayClassSpec,
+    GatewayInfrastructure, GatewaySpec, LabelSelector, LabelSelectorRequirement, Listener,
+    ListenerNamespaces, ParametersRef, ParentRef, ReferenceGrant, ReferenceGrantFrom, ReferenceGrantSpec,
+    ReferenceGrantTo, RouteGroupKind, RouteNamespaces, TcpRoute, TcpRouteRule, TcpRouteSpec,
 };
-pub use self::listener_set::{
-    AllowedListeners, GatewayRef, ListenerNamespaces, ListenerSet, ListenerSetSpec,
-};
-pub(crate) use self::object::Plain;
-pub use self::object::{Kind, Metadata, NamespacedName, Object, ObjectRef};
+pub use self::listener_set::{GatewayRef, ListenerSet, ListenerSetSpec};
+pub use crate::object::{Kind, Metadata, NamespacedName, Object, ObjectRef};
 
 /// The group of the Gateway API.
 pub const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";

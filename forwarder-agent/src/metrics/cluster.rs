@@ -6,7 +6,7 @@ use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::metrics::MetricType;
 
 use super::{counter, gauge};
-use crate::agent::ClusterHealth;
+use crate::state::ClusterHealth;
 
 pub(super) fn encode(encoder: &mut DescriptorEncoder<'_>, cluster: &ClusterHealth) -> fmt::Result {
     let mut served = encoder.encode_descriptor(

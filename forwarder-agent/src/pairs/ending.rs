@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::segments::{self, Said};
 use super::{PERIOD, Pairs, end};
 use crate::counters::End;
-use crate::datapath::flows::JoinedPair;
+use crate::datapath::joined_pair::JoinedPair;
 use crate::datapath::monotonic;
 use crate::lock::lock;
 

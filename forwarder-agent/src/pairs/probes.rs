@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use forwarder_common::flow::{HALF_CHALLENGE, HALF_SYN, Half, Pair};
 
 use super::{Pairs, segments};
-use crate::datapath::flows::JoinedPair;
+use crate::datapath::joined_pair::JoinedPair;
 use crate::datapath::monotonic;
 use crate::lock::lock;
 

@@ -3,7 +3,7 @@
 use forwarder_common::flow::{FLOW_TIMESTAMPS, Flow, Half, Pair};
 use forwarder_common::translate::{self, Timestamps};
 
-use crate::datapath::flows::JoinedPair;
+use crate::datapath::joined_pair::JoinedPair;
 use crate::datapath::paths::Exit;
 use crate::datapath::segments::{Bare, BareKind, SegmentError, SegmentSocket};
 

@@ -1,4 +1,4 @@
-//! What operators see of promoted pairs, from the maps alone where no agent runs.
+//! What operators see of offloaded pairs, from the maps alone where no agent runs.
 
 use std::path::Path;
 use std::thread;
@@ -7,12 +7,13 @@ use std::time::Duration;
 use forwarder_common::flow::Pair;
 
 use super::{Entry, Pairs, RESET_AGAIN, end, segments};
-use crate::connection::listing::milliseconds;
 use crate::counters::End;
-use crate::datapath::flows::{self, JoinedPair};
+use crate::datapath::flows::{self};
+use crate::datapath::joined_pair::JoinedPair;
 use crate::datapath::segments::SegmentSocket;
 use crate::datapath::{DatapathError, monotonic};
 use crate::relay::Tier;
+use crate::view::milliseconds;
 use crate::view::{ConnectionState, ConnectionView, Selector};
 
 impl Pairs {
@@ -118,12 +119,12 @@ fn view(pair: &JoinedPair, state: &Pair, now: u64) -> ConnectionView {
         tier: Tier::Tc,
         state: if state.is_over(request) {
             ConnectionState::Closing
-        } else if !pair.is_spliced() {
-            ConnectionState::Tail
+        } else if !pair.is_offloaded() {
+            ConnectionState::Handover
         } else if state.has_fin() {
             ConnectionState::HalfClosed
         } else {
-            ConnectionState::Spliced
+            ConnectionState::Offloaded
         },
         received_bytes: state.request.bytes,
         sent_bytes: state.response.bytes,

@@ -1,6 +1,6 @@
 //! Writes the statuses, while this agent is the one that does.
 //!
-//! Whatever changes, every object is judged anew; what is as it was is told by a digest, without looking at it. At most
+//! Whatever changes, every object is evaluated anew; what is as it was is told by a digest, without looking at it. At most
 //! one write of an object is under way. What the API server refuses is tried again later and later; where somebody was
 //! faster, or the object is not seen yet as it was written, the watch will tell.
 
@@ -29,7 +29,7 @@ use crate::source::kube::{Record, Records, Served};
 use crate::status::nodes::{Node, apply_nodes};
 use crate::status::{Condition, Statuses};
 
-/// How long changes are gathered before the objects are judged: the reports of other nodes come in meanwhile.
+/// How long changes are gathered before the objects are evaluated: the reports of other nodes come in meanwhile.
 const DEBOUNCE: Duration = Duration::from_millis(150);
 /// How many writes may be under way.
 const AT_ONCE: usize = 8;
@@ -58,11 +58,11 @@ pub(super) struct Writer {
 #[derive(Debug, Default)]
 struct Progress {
     /// The version of the object and the digest of what is wanted, where nothing was to do.
-    judged: Option<(String, u64)>,
+    evaluated: Option<(String, u64)>,
     /// The same where the status was written. A field that the cluster's CRD does not know is dropped there: what came
     /// back is all there is to have.
     written: Option<(String, u64)>,
-    /// The version that a write was made from: until another is seen, there is nothing to judge.
+    /// The version that a write was made from: until another is seen, there is nothing to evaluate.
     stale: Option<String>,
     is_writing: bool,
     /// Whether it was passed over because of that, so that it has to be looked at once the write is over.
@@ -180,7 +180,7 @@ impl Writer {
                     let outcome = Arc::clone(&outcome.borrow_and_update());
                     let records = records.borrow_and_update().clone();
                     let nodes = nodes.borrow_and_update().clone();
-                    due = nodes.and_then(|nodes| self.judge(&outcome, &records, nodes, &mut queue));
+                    due = nodes.and_then(|nodes| self.evaluate(&outcome, &records, nodes, &mut queue));
                 }
             }
             while writes.len() < AT_ONCE
@@ -193,7 +193,7 @@ impl Writer {
 
     /// Looks at every object, and puts into the queue what has to be written. Yields when to look again, if that is
     /// known.
-    fn judge(
+    fn evaluate(
         &mut self,
         outcome: &Outcome,
         records: &Records,
@@ -238,9 +238,10 @@ impl Writer {
             let digest = digest(&(wanted, is_used));
             let progress = self.objects.entry(id.clone()).or_default();
             let version = &record.resource_version;
-            let is_judged = progress.judged.as_ref().is_some_and(|it| (&it.0, it.1) == (version, digest));
-            progress.is_passed_over |= progress.is_writing && !is_judged;
-            if progress.is_writing || is_judged || progress.stale.as_ref() == Some(version) {
+            let is_evaluated =
+                progress.evaluated.as_ref().is_some_and(|it| (&it.0, it.1) == (version, digest));
+            progress.is_passed_over |= progress.is_writing && !is_evaluated;
+            if progress.is_writing || is_evaluated || progress.stale.as_ref() == Some(version) {
                 continue;
             }
             if let Some(at) = progress.not_before.filter(|at| *at > now) {
@@ -257,7 +258,7 @@ impl Writer {
             } else if let Some(body) = finalizers(record, wanted, is_used) {
                 (Body::Finalizers(body), Vec::new())
             } else {
-                progress.judged = Some((version.clone(), digest));
+                progress.evaluated = Some((version.clone(), digest));
                 continue;
             };
             progress.is_writing = true;

@@ -90,12 +90,12 @@ impl Fallback {
 
 /// What a worker's connections share: a buffer to read into, and pipes.
 #[derive(Debug)]
-pub struct Shared {
+pub struct RelayScratch {
     scratch: Box<[u8]>,
     pipes: PipePool,
 }
 
-impl Default for Shared {
+impl Default for RelayScratch {
     fn default() -> Self {
         Self { scratch: vec![0; LARGEST_READ].into_boxed_slice(), pipes: PipePool::default() }
     }
@@ -225,7 +225,7 @@ impl Direction {
         cx: &mut Context<'_>,
         source: &TcpStream,
         destination: &TcpStream,
-        shared: &mut Shared,
+        scratch: &mut RelayScratch,
         moved: &mut Moved,
     ) -> Poll<Result<(), Fault>> {
         if self.phase == Phase::Done {
@@ -233,7 +233,7 @@ impl Direction {
         }
         let mut rounds = ROUNDS_PER_POLL;
         loop {
-            ready!(self.poll_flush(cx, destination, shared, moved))?;
+            ready!(self.poll_flush(cx, destination, scratch, moved))?;
             if self.phase == Phase::Ending {
                 if self.holds.end {
                     return Poll::Pending;
@@ -256,9 +256,9 @@ impl Direction {
             rounds -= 1;
             ready!(source.poll_read_ready(cx)).map_err(Fault::Source)?;
             if self.splicing {
-                self.fill_pipe(source, shared, moved)?;
+                self.fill_pipe(source, scratch, moved)?;
             } else {
-                self.copy(source, destination, shared, moved)?;
+                self.copy(source, destination, scratch, moved)?;
             }
         }
     }
@@ -268,7 +268,7 @@ impl Direction {
         &mut self,
         cx: &mut Context<'_>,
         destination: &TcpStream,
-        shared: &mut Shared,
+        scratch: &mut RelayScratch,
         moved: &mut Moved,
     ) -> Poll<Result<(), Fault>> {
         loop {
@@ -286,7 +286,7 @@ impl Direction {
                 Err(error) => return Poll::Ready(Err(Fault::Destination(error))),
             }
             match std::mem::take(&mut self.pending) {
-                Pending::Pipe(pipe) if pipe.is_empty() => shared.pipes.put(pipe),
+                Pending::Pipe(pipe) if pipe.is_empty() => scratch.pipes.put(pipe),
                 Pending::Bytes(stash) if stash.is_empty() => {}
                 unfinished => self.pending = unfinished,
             }
@@ -298,11 +298,11 @@ impl Direction {
         &mut self,
         source: &TcpStream,
         destination: &TcpStream,
-        shared: &mut Shared,
+        scratch: &mut RelayScratch,
         moved: &mut Moved,
     ) -> Result<(), Fault> {
-        let wanted = self.read_size.min(shared.scratch.len());
-        let buffer = &mut shared.scratch[..wanted];
+        let wanted = self.read_size.min(scratch.scratch.len());
+        let buffer = &mut scratch.scratch[..wanted];
         let read = match copy::read(source, buffer) {
             Ok(0) => {
                 self.phase = Phase::Ending;
@@ -331,8 +331,13 @@ impl Direction {
     }
 
     /// Splices once from `source` into a pipe, which the next flush empties.
-    fn fill_pipe(&mut self, source: &TcpStream, shared: &mut Shared, moved: &mut Moved) -> Result<(), Fault> {
-        let pipe = match shared.pipes.take() {
+    fn fill_pipe(
+        &mut self,
+        source: &TcpStream,
+        scratch: &mut RelayScratch,
+        moved: &mut Moved,
+    ) -> Result<(), Fault> {
+        let pipe = match scratch.pipes.take() {
             Ok(pipe) => pipe,
             Err(reason) => {
                 self.stop_splicing(reason, moved);
@@ -342,7 +347,7 @@ impl Direction {
         match pipe.fill_from(source) {
             // What it is, a read tells.
             Ok((0, pipe)) => {
-                shared.pipes.put(pipe);
+                scratch.pipes.put(pipe);
                 self.splicing = false;
             }
             Ok((filled, pipe)) => {
@@ -354,7 +359,7 @@ impl Direction {
                 self.pending = Pending::Pipe(pipe);
             }
             Err((error, pipe)) => {
-                shared.pipes.put(pipe);
+                scratch.pipes.put(pipe);
                 match error.kind() {
                     io::ErrorKind::WouldBlock => {}
                     io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported => {

@@ -36,7 +36,7 @@ impl LoadedPipe {
     fn open(count: Rc<()>) -> Result<Self, Fallback> {
         let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
         let (read, write) = pipe_with(flags).map_err(|_| Fallback::NoPipe)?;
-        // A refusal (EPERM: above the user's share) leaves the default size, which is then judged.
+        // A refusal (EPERM: above the user's share) leaves the default size, which may still be large enough.
         let _ = fcntl_setpipe_size(&write, PIPE_SIZE);
         let capacity = fcntl_getpipe_size(&write).map_err(|_| Fallback::NoPipe)?;
         if capacity < SMALLEST_PIPE {

@@ -19,7 +19,7 @@ const CONTROL_WORDS: usize = 4;
 pub(crate) fn prepare(socket: &socket2::Socket) -> io::Result<()> {
     // Else the byte is taken out of the stream, where who reads would not see it, but the sequence numbers count it.
     socket.set_out_of_band_inline(true)?;
-    crate::promote::tcp_info::set(socket.as_raw_fd(), TCP_INQ, 1)
+    crate::datapath::tcp_info::set(socket.as_raw_fd(), TCP_INQ, 1)
 }
 
 /// What a read has brought.

@@ -8,11 +8,10 @@ use crate::problem::{Location, Problem, Reason};
 use crate::status::list;
 
 use super::ResolveSettings;
-use super::gateways::{JudgedGateway, Place, Refusal};
-use super::listeners::{JudgedListener, Listeners};
+use super::evaluated::{EvaluatedGateway, EvaluatedListener, Listeners, Place, Rejection};
 
 /// A route with a parent among our Gateways and their ListenerSets.
-pub(super) struct JudgedRoute<'a> {
+pub(super) struct EvaluatedRoute<'a> {
     pub(super) name: &'a NamespacedName,
     pub(super) route: &'a TcpRoute,
     /// One for each parentRef to one of these.
@@ -26,7 +25,7 @@ pub(super) struct Parent {
     /// Where the listeners of the Gateway or ListenerSet are found.
     pub(super) place: Place,
     /// Whether a listener takes the route: then what the listeners do with it.
-    pub(super) accepted: Result<Accepted, Refusal>,
+    pub(super) accepted: Result<Accepted, Rejection>,
 }
 
 /// What the listeners that take a route do with it.
@@ -44,9 +43,9 @@ pub(super) struct Accepted {
 pub(super) fn attach<'a>(
     manifests: &'a Manifests,
     settings: &ResolveSettings,
-    gateways: &mut [JudgedGateway<'a>],
+    gateways: &mut [EvaluatedGateway<'a>],
     problems: &mut Vec<Problem>,
-) -> Vec<JudgedRoute<'a>> {
+) -> Vec<EvaluatedRoute<'a>> {
     let mut place_of = HashMap::new();
     for (index, gateway) in gateways.iter().enumerate() {
         let place = |set| Some((gateway.listeners(set)?.parent.clone(), Place { gateway: index, set }));
@@ -67,9 +66,9 @@ pub(super) fn attach<'a>(
 struct Attacher<'a, 's> {
     manifests: &'a Manifests,
     settings: &'s ResolveSettings,
-    gateways: &'s mut [JudgedGateway<'a>],
+    gateways: &'s mut [EvaluatedGateway<'a>],
     place_of: HashMap<ListenerParent, Place>,
-    routes: Vec<JudgedRoute<'a>>,
+    routes: Vec<EvaluatedRoute<'a>>,
     problems: &'s mut Vec<Problem>,
 }
 
@@ -95,7 +94,7 @@ impl<'a> Attacher<'a, '_> {
             parents.push(Parent { index, place, accepted });
         }
         if !parents.is_empty() {
-            self.routes.push(JudgedRoute { name, route, parents });
+            self.routes.push(EvaluatedRoute { name, route, parents });
         }
     }
 
@@ -143,14 +142,14 @@ impl<'a> Attacher<'a, '_> {
         index: usize,
         parent_ref: &ParentRef,
         place: Place,
-    ) -> Result<Accepted, Refusal> {
+    ) -> Result<Accepted, Rejection> {
         let refuse = |problems: &mut Vec<Problem>, reason, field: &str, message: String| {
             let object = ObjectRef::new(Kind::TcpRoute, route);
             let field = format!("spec.parentRefs[{index}]{field}");
             problems.push(Problem::error(reason, object, field, message.as_str()));
             // Gateway API has no reason for what follows from an error elsewhere.
             let reason = if reason == Reason::Refused { Reason::NoMatchingParent } else { reason };
-            Err(Refusal { reason, message })
+            Err(Rejection { reason, message })
         };
         let gateway = self.gateways.get(place.gateway);
         let Some(listeners) = gateway.and_then(|gateway| gateway.listeners(place.set)) else {
@@ -172,7 +171,7 @@ impl<'a> Attacher<'a, '_> {
                 refused.push((listener_index, location));
                 continue;
             }
-            match self.refusal(listener, route) {
+            match self.rejection(listener, route) {
                 None => allowing.push(listener_index),
                 Some(why) => refusing.push(format!("listener {} ({why})", listener.spec.name)),
             }
@@ -187,7 +186,7 @@ impl<'a> Attacher<'a, '_> {
             let _ = refuse(self.problems, Reason::Refused, "", message);
         }
         if allowing.is_empty() {
-            let is_tcp = |index: &usize| listeners.all.get(*index).is_some_and(JudgedListener::is_tcp);
+            let is_tcp = |index: &usize| listeners.all.get(*index).is_some_and(EvaluatedListener::is_tcp);
             let what = if matching.iter().any(is_tcp) { "allowedRoutes" } else { "the protocol" };
             let message = format!(
                 "no listener of {} takes the route: {}; change {what} of the listener, or name another one in the route",
@@ -203,7 +202,7 @@ impl<'a> Attacher<'a, '_> {
     }
 
     /// Why a listener does not take a route.
-    fn refusal(&self, listener: &JudgedListener<'_>, route: &NamespacedName) -> Option<String> {
+    fn rejection(&self, listener: &EvaluatedListener<'_>, route: &NamespacedName) -> Option<String> {
         if !listener.is_tcp() {
             return Some(format!("its protocol is {:?}", listener.spec.protocol));
         }
@@ -211,7 +210,7 @@ impl<'a> Attacher<'a, '_> {
             return Some("its kinds do not include TCPRoute".to_owned());
         }
         let own = &listener.name.parent.name().namespace;
-        listener.namespaces.refusal(own, &route.namespace, self.manifests, self.settings)
+        listener.namespaces.rejection(own, &route.namespace, self.manifests, self.settings)
     }
 
     fn attach_to_listeners(&mut self, route: &NamespacedName, place: Place, allowing: &[usize]) -> Outcome {
@@ -342,7 +341,7 @@ fn no_match(listeners: &Listeners<'_>, parent_ref: &ParentRef) -> (Reason, &'sta
         );
         return (Reason::Refused, field, message);
     }
-    let shown = |l: &JudgedListener<'_>| match &l.spec.refused {
+    let shown = |l: &EvaluatedListener<'_>| match &l.spec.refused {
         None => format!("{} (port {})", l.spec.name, l.spec.port),
         Some(location) => format!("{}, which is refused ({location})", l.spec.name),
     };

@@ -133,7 +133,7 @@ impl<'a> Found<'a> {
                     };
                     for port in &ports {
                         let endpoint = SocketAddr::new(ip, port.get());
-                        let Some((reason, message)) = rules.refusal(endpoint) else {
+                        let Some((reason, message)) = rules.rejection(endpoint) else {
                             list.push(endpoint);
                             continue;
                         };

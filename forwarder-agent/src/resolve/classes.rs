@@ -22,20 +22,20 @@ pub(super) enum Class<'a> {
     Foreign(&'a str),
 }
 
-/// Judges every GatewayClass.
-pub(super) fn judge<'a>(
+/// Evaluates every GatewayClass.
+pub(super) fn evaluate<'a>(
     manifests: &'a Manifests,
     settings: &ResolveSettings,
     problems: &mut Vec<Problem>,
 ) -> BTreeMap<&'a str, Class<'a>> {
-    let judge_one = |(name, class): (&'a String, &'a std::sync::Arc<GatewayClass>)| {
-        let verdict = judge_class(name, class, settings, problems);
+    let evaluate_one = |(name, class): (&'a String, &'a std::sync::Arc<GatewayClass>)| {
+        let verdict = evaluate_class(name, class, settings, problems);
         (name.as_str(), verdict)
     };
-    manifests.gateway_classes.iter().map(judge_one).collect()
+    manifests.gateway_classes.iter().map(evaluate_one).collect()
 }
 
-fn judge_class<'a>(
+fn evaluate_class<'a>(
     name: &str,
     class: &'a GatewayClass,
     settings: &ResolveSettings,
@@ -63,13 +63,13 @@ pub(super) fn statuses(
     release: &ApiRelease,
 ) -> BTreeMap<String, GatewayClassStatus> {
     let status = |(name, class): (&&str, &Class<'_>)| {
-        let (class, refusal) = match class {
+        let (class, rejection) = match class {
             Class::Accepted(class) => (class, None),
             Class::Refused { class, message } => (class, Some(message)),
             Class::Foreign(_) => return None,
         };
         let generation = class.metadata.generation;
-        let accepted = match refusal {
+        let accepted = match rejection {
             None => Condition::holds(names::ACCEPTED, names::ACCEPTED, "", generation),
             Some(message) => {
                 let reason = Reason::InvalidParameters.as_str();

@@ -1,4 +1,4 @@
-//! The statuses: what was judged, in the words of the Gateway API.
+//! The statuses: what was evaluated, in the words of the Gateway API.
 
 use std::collections::BTreeMap;
 
@@ -11,12 +11,11 @@ use crate::status::{
     listener_set_conditions, names, unprogrammed_reason,
 };
 
-use super::attach::{JudgedRoute, Parent};
+use super::attach::{EvaluatedRoute, Parent};
 use super::classes::{self, Class};
 use super::destinations::Destinations;
-use super::gateways::JudgedGateway;
-use super::listener_sets::{self, JudgedSet};
-use super::listeners::JudgedListener;
+use super::evaluated::{EvaluatedGateway, EvaluatedListener, EvaluatedSet};
+use super::listener_sets;
 
 /// How many addresses `Gateway.status.addresses` may have.
 const MAX_ADDRESSES: usize = 16;
@@ -24,18 +23,18 @@ const MAX_ADDRESSES: usize = 16;
 /// Writes every status. `destinations` belong to `routes` one by one.
 pub(super) fn statuses(
     classes: &BTreeMap<&str, Class<'_>>,
-    gateways: &[JudgedGateway<'_>],
-    routes: &[JudgedRoute<'_>],
+    gateways: &[EvaluatedGateway<'_>],
+    routes: &[EvaluatedRoute<'_>],
     destinations: &[Destinations],
     manifests: &Manifests,
 ) -> Statuses {
-    let route_status = |(route, destinations): (&JudgedRoute<'_>, &Destinations)| {
+    let route_status = |(route, destinations): (&EvaluatedRoute<'_>, &Destinations)| {
         let parent = |parent| parent_status(route, parent, gateways, destinations);
         let parents = route.parents.iter().filter_map(parent).collect();
         (route.name.clone(), RouteStatus { parents })
     };
     let sets = gateways.iter().flat_map(|gateway| gateway.sets.iter().map(move |set| (gateway, set)));
-    let set_status = |(gateway, set): (&JudgedGateway<'_>, &JudgedSet<'_>)| {
+    let set_status = |(gateway, set): (&EvaluatedGateway<'_>, &EvaluatedSet<'_>)| {
         (set.listeners.parent.name().clone(), listener_set_status(gateway, set))
     };
     let mut statuses = Statuses {
@@ -51,10 +50,10 @@ pub(super) fn statuses(
     statuses
 }
 
-fn gateway_status(gateway: &JudgedGateway<'_>) -> GatewayStatus {
+fn gateway_status(gateway: &EvaluatedGateway<'_>) -> GatewayStatus {
     let generation = gateway.gateway.metadata.generation;
     let verdict = GatewayVerdict {
-        refusal: gateway.refusal.as_ref().map(|r| (r.condition_reason(), r.message.clone())),
+        rejection: gateway.rejection.as_ref().map(|r| (r.condition_reason(), r.message.clone())),
         unusable_addresses: gateway.addresses.unusable.clone(),
     };
     let listeners: Vec<ListenerStatus> =
@@ -63,7 +62,7 @@ fn gateway_status(gateway: &JudgedGateway<'_>) -> GatewayStatus {
         BindAddress::Any => None,
         BindAddress::Ip(value) => Some(GatewayAddressStatus { type_: "IPAddress", value }),
     };
-    let addresses = match gateway.refusal {
+    let addresses = match gateway.rejection {
         Some(_) => Vec::new(),
         None => gateway.addresses.bind.iter().filter_map(address).take(MAX_ADDRESSES).collect(),
     };
@@ -71,13 +70,13 @@ fn gateway_status(gateway: &JudgedGateway<'_>) -> GatewayStatus {
     GatewayStatus { addresses, conditions, listeners, attached_listener_sets: None }
 }
 
-fn listener_set_status(gateway: &JudgedGateway<'_>, set: &JudgedSet<'_>) -> ListenerSetStatus {
+fn listener_set_status(gateway: &EvaluatedGateway<'_>, set: &EvaluatedSet<'_>) -> ListenerSetStatus {
     let generation = set.set.metadata.generation;
     let listener = |listener| listener_status(gateway, Some(set), listener, generation);
     let listeners: Vec<ListenerStatus> = set.listeners.all.iter().map(listener).collect();
-    let verdict = if let Some(message) = &set.refusal {
+    let verdict = if let Some(message) = &set.rejection {
         SetVerdict::NotAllowed(message.clone())
-    } else if gateway.refusal.is_some() {
+    } else if gateway.rejection.is_some() {
         SetVerdict::ParentNotAccepted(format!("Gateway {} is not accepted", gateway.name))
     } else if let Some(message) = &gateway.addresses.unusable {
         SetVerdict::ParentNotProgrammed(message.clone())
@@ -89,9 +88,9 @@ fn listener_set_status(gateway: &JudgedGateway<'_>, set: &JudgedSet<'_>) -> List
 }
 
 fn listener_status(
-    gateway: &JudgedGateway<'_>,
-    set: Option<&JudgedSet<'_>>,
-    listener: &JudgedListener<'_>,
+    gateway: &EvaluatedGateway<'_>,
+    set: Option<&EvaluatedSet<'_>>,
+    listener: &EvaluatedListener<'_>,
     generation: i64,
 ) -> ListenerStatus {
     let supported = SupportedKind { group: GATEWAY_GROUP, kind: Kind::TcpRoute.as_str() };
@@ -120,11 +119,11 @@ fn listener_status(
 
 /// Types and examples of the Gateway API contradict each other on whether a conflicted listener is accepted; the types
 /// ("MUST NOT be accepted") and the conformance tests of `ListenerSet` say that it is not.
-fn listener_accepted(listener: &JudgedListener<'_>, generation: i64) -> Condition {
-    match (&listener.refusal, &listener.conflict) {
-        (Some(refusal), _) => {
-            let reason = refusal.condition_reason();
-            Condition::fails(names::ACCEPTED, reason, refusal.message.as_str(), generation)
+fn listener_accepted(listener: &EvaluatedListener<'_>, generation: i64) -> Condition {
+    match (&listener.rejection, &listener.conflict) {
+        (Some(rejection), _) => {
+            let reason = rejection.condition_reason();
+            Condition::fails(names::ACCEPTED, reason, rejection.message.as_str(), generation)
         }
         (None, Some(message)) => {
             let reason = Reason::ProtocolConflict.as_str();
@@ -135,20 +134,20 @@ fn listener_accepted(listener: &JudgedListener<'_>, generation: i64) -> Conditio
 }
 
 fn listener_programmed(
-    gateway: &JudgedGateway<'_>,
-    set: Option<&JudgedSet<'_>>,
-    listener: &JudgedListener<'_>,
+    gateway: &EvaluatedGateway<'_>,
+    set: Option<&EvaluatedSet<'_>>,
+    listener: &EvaluatedListener<'_>,
     generation: i64,
 ) -> Condition {
     let fails = |reason, message: &str| Condition::fails(names::PROGRAMMED, reason, message, generation);
-    if gateway.refusal.is_some() {
+    if gateway.rejection.is_some() {
         fails(names::INVALID, "the Gateway is not accepted")
-    } else if set.is_some_and(|set| set.refusal.is_some()) {
+    } else if set.is_some_and(|set| set.rejection.is_some()) {
         fails(names::INVALID, "the ListenerSet is not accepted")
     } else if let Some(message) = &listener.conflict {
         fails(Reason::ProtocolConflict.as_str(), message)
-    } else if let Some(refusal) = &listener.refusal {
-        fails(unprogrammed_reason(&listener.name.parent, refusal.reason), "the listener is not accepted")
+    } else if let Some(rejection) = &listener.rejection {
+        fails(unprogrammed_reason(&listener.name.parent, rejection.reason), "the listener is not accepted")
     } else if !listener.kinds.tcp_route {
         fails(names::INVALID, "no kind of route can attach to the listener")
     } else if gateway.addresses.bind.is_empty() {
@@ -159,9 +158,9 @@ fn listener_programmed(
 }
 
 fn parent_status(
-    route: &JudgedRoute<'_>,
+    route: &EvaluatedRoute<'_>,
     parent: &Parent,
-    gateways: &[JudgedGateway<'_>],
+    gateways: &[EvaluatedGateway<'_>],
     destinations: &Destinations,
 ) -> Option<RouteParentStatus> {
     let parent_ref = route.route.spec.parent_refs.get(parent.index)?;
@@ -171,16 +170,16 @@ fn parent_status(
             Ok(accepted) => {
                 Condition::holds(names::ACCEPTED, names::ACCEPTED, accepted.message.as_str(), generation)
             }
-            Err(refusal) => {
-                let reason = refusal.condition_reason();
-                Condition::fails(names::ACCEPTED, reason, refusal.message.as_str(), generation)
+            Err(rejection) => {
+                let reason = rejection.condition_reason();
+                Condition::fails(names::ACCEPTED, reason, rejection.message.as_str(), generation)
             }
         },
-        match &destinations.refusal {
+        match &destinations.rejection {
             None => Condition::holds(names::RESOLVED_REFS, names::RESOLVED_REFS, "", generation),
-            Some(refusal) => {
-                let reason = refusal.condition_reason();
-                Condition::fails(names::RESOLVED_REFS, reason, refusal.message.as_str(), generation)
+            Some(rejection) => {
+                let reason = rejection.condition_reason();
+                Condition::fails(names::RESOLVED_REFS, reason, rejection.message.as_str(), generation)
             }
         },
     ];

@@ -5,13 +5,11 @@ use std::collections::hash_map::Entry;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 
+use super::evaluated::{EvaluatedGateway, EvaluatedListener, Listeners, Place, Rejection};
 use crate::manifests::NamespacedName;
 use crate::model::{BindAddress, ListenerName, ListenerParent};
 use crate::problem::{Problem, Reason};
 use crate::status::list;
-
-use super::gateways::{JudgedGateway, Place, Refusal};
-use super::listeners::{JudgedListener, Listeners};
 
 /// Marks the listeners of one Gateway that cannot share their port: all of them, for there is no order among them.
 ///
@@ -24,7 +22,7 @@ pub(super) fn within_gateway(listeners: &mut Listeners<'_>, problems: &mut Vec<P
             listeners.get(**index).is_some_and(|l| uses_tcp(&l.spec.protocol) && l.spec.refused.is_none())
         };
         let rivals: Vec<usize> = indices.iter().filter(on_tcp).copied().collect();
-        let any_tcp = rivals.iter().any(|index| listeners.get(*index).is_some_and(JudgedListener::is_tcp));
+        let any_tcp = rivals.iter().any(|index| listeners.get(*index).is_some_and(EvaluatedListener::is_tcp));
         if rivals.len() < 2 || !any_tcp {
             continue;
         }
@@ -65,14 +63,14 @@ struct Claim {
 ///
 /// To ask for a port is enough to have it here, so that an earlier listener which is mended takes nothing away from a
 /// later one that works.
-pub(super) fn with_listener_sets(gateways: &mut [JudgedGateway<'_>], problems: &mut Vec<Problem>) {
+pub(super) fn with_listener_sets(gateways: &mut [EvaluatedGateway<'_>], problems: &mut Vec<Problem>) {
     for gateway in gateways.iter_mut().filter(|gateway| !gateway.sets.is_empty()) {
         let mut claims: HashMap<i64, Claim> = HashMap::new();
         for listener in gateway.own.all.iter().filter(|listener| uses_tcp(&listener.spec.protocol)) {
             let holder = || Claim { holder: listener.name.clone(), has_tcp: false };
             claims.entry(listener.spec.port).or_insert_with(holder).has_tcp |= listener.is_tcp();
         }
-        for set in gateway.sets.iter_mut().filter(|set| set.refusal.is_none()) {
+        for set in gateway.sets.iter_mut().filter(|set| set.rejection.is_none()) {
             let Listeners { parent, all, .. } = &mut set.listeners;
             for (index, listener) in all.iter_mut().enumerate() {
                 if let Some(message) = claim(&mut claims, listener) {
@@ -87,7 +85,7 @@ pub(super) fn with_listener_sets(gateways: &mut [JudgedGateway<'_>], problems: &
 }
 
 /// Claims a listener's port, or says why it does not get it.
-fn claim(claims: &mut HashMap<i64, Claim>, listener: &JudgedListener<'_>) -> Option<String> {
+fn claim(claims: &mut HashMap<i64, Claim>, listener: &EvaluatedListener<'_>) -> Option<String> {
     if !uses_tcp(&listener.spec.protocol) {
         return None;
     }
@@ -119,7 +117,7 @@ fn shown(holder: &ListenerName, to: &NamespacedName) -> String {
 /// is not to be broken by what is new.
 ///
 /// A listener of several addresses gets all of them or none.
-pub(super) fn between_gateways(gateways: &mut [JudgedGateway<'_>], problems: &mut Vec<Problem>) {
+pub(super) fn between_gateways(gateways: &mut [EvaluatedGateway<'_>], problems: &mut Vec<Problem>) {
     let mut ports: HashMap<NonZeroU16, PortHolders> = HashMap::new();
     for Place { gateway, set } in oldest_first(gateways) {
         let Some(gateway) = gateways.get_mut(gateway) else { continue };
@@ -142,16 +140,16 @@ pub(super) fn between_gateways(gateways: &mut [JudgedGateway<'_>], problems: &mu
             let field = format!("spec.listeners[{index}].port");
             problems.push(Problem::error(Reason::PortUnavailable, object.clone(), field, message.as_str()));
             if let Some(listener) = listeners.all.get_mut(index) {
-                listener.refusal = Some(Refusal { reason: Reason::PortUnavailable, message });
+                listener.rejection = Some(Rejection { reason: Reason::PortUnavailable, message });
             }
         }
     }
 }
 
 /// All Gateways and ListenerSets, oldest first; of the same age a Gateway comes before a ListenerSet.
-fn oldest_first(gateways: &[JudgedGateway<'_>]) -> Vec<Place> {
-    let places = |(gateway, judged): (usize, &JudgedGateway<'_>)| {
-        judged.parts().map(move |set| Place { gateway, set }).collect::<Vec<_>>()
+fn oldest_first(gateways: &[EvaluatedGateway<'_>]) -> Vec<Place> {
+    let places = |(gateway, evaluated): (usize, &EvaluatedGateway<'_>)| {
+        evaluated.parts().map(move |set| Place { gateway, set }).collect::<Vec<_>>()
     };
     let mut places: Vec<Place> = gateways.iter().enumerate().flat_map(places).collect();
     places.sort_by_cached_key(|place| {

@@ -7,9 +7,9 @@ use crate::model::{Backend, BackendKey, Target};
 use crate::problem::{Problem, Reason, Severity};
 use crate::status::list;
 
-use super::attach::JudgedRoute;
+use super::attach::EvaluatedRoute;
 use super::backends;
-use super::gateways::Refusal;
+use super::evaluated::Rejection;
 use super::grants::Grants;
 
 /// The greatest weight that the Gateway API allows.
@@ -20,7 +20,7 @@ pub(super) struct Destinations {
     /// The backends of the first rule, which carries all traffic.
     pub(super) backends: Vec<Backend>,
     /// The first backendRef that is invalid, in any rule.
-    pub(super) refusal: Option<Refusal>,
+    pub(super) rejection: Option<Rejection>,
     /// Rules that carry no traffic, as a sentence.
     pub(super) dropped_rules: Option<String>,
 }
@@ -29,7 +29,7 @@ pub(super) struct Destinations {
 pub(super) fn resolve(
     manifests: &Manifests,
     grants: &Grants<'_>,
-    routes: &[JudgedRoute<'_>],
+    routes: &[EvaluatedRoute<'_>],
     problems: &mut Vec<Problem>,
 ) -> Vec<Destinations> {
     routes.iter().map(|route| Resolver { manifests, grants, route, problems }.resolve()).collect()
@@ -38,7 +38,7 @@ pub(super) fn resolve(
 struct Resolver<'a> {
     manifests: &'a Manifests,
     grants: &'a Grants<'a>,
-    route: &'a JudgedRoute<'a>,
+    route: &'a EvaluatedRoute<'a>,
     problems: &'a mut Vec<Problem>,
 }
 
@@ -52,10 +52,10 @@ struct Fault {
 impl Resolver<'_> {
     fn resolve(mut self) -> Destinations {
         let mut backends = Vec::new();
-        let mut refusal = None;
+        let mut rejection = None;
         let mut dropped = Vec::new();
         for (index, rule) in self.route.route.spec.rules.iter().enumerate() {
-            let resolved = self.rule(index, rule, &mut refusal);
+            let resolved = self.rule(index, rule, &mut rejection);
             if index == 0 {
                 backends = resolved;
             } else {
@@ -68,14 +68,14 @@ impl Resolver<'_> {
             let rules = list(&dropped);
             format!("Dropped Rule {rules}: TCP has nothing to tell rules apart, so that rule 0 takes every connection")
         });
-        Destinations { backends, refusal, dropped_rules }
+        Destinations { backends, rejection, dropped_rules }
     }
 
     fn object(&self) -> ObjectRef {
         ObjectRef::new(Kind::TcpRoute, self.route.name)
     }
 
-    fn rule(&mut self, index: usize, rule: &TcpRouteRule, refusal: &mut Option<Refusal>) -> Vec<Backend> {
+    fn rule(&mut self, index: usize, rule: &TcpRouteRule, rejection: &mut Option<Rejection>) -> Vec<Backend> {
         let mut backends = Vec::new();
         for (ref_index, backend_ref) in rule.backend_refs.iter().enumerate() {
             let field = format!("spec.rules[{index}].backendRefs[{ref_index}]");
@@ -91,7 +91,7 @@ impl Resolver<'_> {
                     self.problems.push(Problem { severity, ..problem });
                     // Gateway API has no reason for what follows from an error elsewhere.
                     let reason = if reason == Reason::Refused { Reason::BackendNotFound } else { reason };
-                    refusal.get_or_insert_with(|| Refusal { reason, message: message.clone() });
+                    rejection.get_or_insert_with(|| Rejection { reason, message: message.clone() });
                     Target::Invalid { reference: self.reference(backend_ref), reason, message }
                 }
             };
@@ -130,7 +130,7 @@ impl Resolver<'_> {
         NamespacedName::new(namespace, &backend_ref.name)
     }
 
-    /// Judges a backendRef. What a grant forbids is not looked at, so that nothing is told of a foreign namespace.
+    /// Evaluates a backendRef. What a grant forbids is not looked at, so that nothing is told of a foreign namespace.
     fn target(&self, backend_ref: &BackendRef, consequence: &str) -> Result<BackendKey, Fault> {
         let group = backend_ref.group.as_deref().unwrap_or_default();
         let kind = backend_ref.kind.as_deref().unwrap_or(Kind::Service.as_str());

@@ -27,7 +27,7 @@ impl<'a> EndpointRules<'a> {
     ///
     /// An endpoint that leads back to a listener is a loop, even by a chain of listeners that ends somewhere: connections of one
     /// client would take ports and descriptors as long as there are any, should the chain ever be closed.
-    pub(super) fn refusal(&self, endpoint: SocketAddr) -> Option<(Reason, String)> {
+    pub(super) fn rejection(&self, endpoint: SocketAddr) -> Option<(Reason, String)> {
         let OwnSockets { admin, .. } = &self.settings.own;
         if let Some(listener) = self.listener_at(endpoint) {
             let message = format!("{endpoint} leads back to listener {} of this forwarder", listener.name);

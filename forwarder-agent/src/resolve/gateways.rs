@@ -1,144 +1,30 @@
-//! Gateways: which are ours, and what each asks for, judged by itself.
+//! Gateways: which are ours, and what each asks for, evaluated by itself.
 
 use std::collections::BTreeMap;
 
-use crate::manifests::{Gateway, Kind, Manifests, NamespacedName, ObjectRef, Refused};
+use crate::manifests::{Gateway, Kind, Manifests, NamespacedName, ObjectRef};
 use crate::model::ListenerParent;
 use crate::problem::{Problem, Reason};
-use crate::status::list;
 
 use super::ResolveSettings;
 use super::addresses::{self, Addresses};
 use super::classes::Class;
 use super::conflicts;
-use super::listener_sets::JudgedSet;
-use super::listeners::{self, JudgedListener, Listeners};
+use super::evaluated::{EvaluatedGateway, Rejection};
+use super::listeners;
 use super::namespaces::AllowedNamespaces;
 
-/// A Gateway of ours.
-pub(super) struct JudgedGateway<'a> {
-    pub(super) name: &'a NamespacedName,
-    pub(super) gateway: &'a Gateway,
-    /// Why it is not accepted as a whole; then none of its listeners is served.
-    pub(super) refusal: Option<Refusal>,
-    pub(super) addresses: Addresses,
-    /// From which namespaces it takes ListenerSets.
-    pub(super) allowed_listeners: AllowedNamespaces<'a>,
-    /// The listeners of its own spec.
-    pub(super) own: Listeners<'a>,
-    /// The ListenerSets that name it, taken or not, oldest first.
-    pub(super) sets: Vec<JudgedSet<'a>>,
-}
-
-/// Where some listeners are found: at a Gateway, or at a ListenerSet of it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
-    /// The index of the Gateway.
-    pub(super) gateway: usize,
-    /// The index of the ListenerSet among those of the Gateway; `None` for the Gateway's own listeners.
-    pub(super) set: Option<usize>,
-}
-
-/// Why something is not accepted.
-#[derive(Clone, Debug)]
-pub(super) struct Refusal {
-    pub(super) reason: Reason,
-    /// The sentence of the problem.
-    pub(super) message: String,
-}
-
-impl Refusal {
-    /// The reason as it stands in conditions: the Gateway API knows fewer than there are problems.
-    pub(super) fn condition_reason(&self) -> &'static str {
-        match self.reason {
-            Reason::Invalid => Reason::UnsupportedValue.as_str(),
-            reason => reason.as_str(),
-        }
-    }
-}
-
-impl<'a> JudgedGateway<'a> {
-    /// Its own listeners, then each of its ListenerSets, as [`Place::set`] tells them.
-    pub(super) fn parts(&self) -> impl Iterator<Item = Option<usize>> + use<> {
-        std::iter::once(None).chain((0..self.sets.len()).map(Some))
-    }
-
-    /// Its own listeners, or those of one of its ListenerSets.
-    pub(super) fn listeners(&self, set: Option<usize>) -> Option<&Listeners<'a>> {
-        match set {
-            None => Some(&self.own),
-            Some(set) => self.sets.get(set).map(|set| &set.listeners),
-        }
-    }
-
-    /// As [`Self::listeners`].
-    pub(super) fn listeners_mut(&mut self, set: Option<usize>) -> Option<&mut Listeners<'a>> {
-        match set {
-            None => Some(&mut self.own),
-            Some(set) => self.sets.get_mut(set).map(|set| &mut set.listeners),
-        }
-    }
-
-    /// Whether its own listeners, or those of a ListenerSet, can be bound, as far as it depends on the Gateway.
-    ///
-    /// Whether a ListenerSet is served does not depend on the Gateway's own listeners, valid or not.
-    pub(super) fn is_servable(&self, set: Option<usize>) -> bool {
-        let is_refused = set.is_some_and(|set| self.sets.get(set).is_none_or(|set| set.refusal.is_some()));
-        self.refusal.is_none() && !self.addresses.bind.is_empty() && !is_refused
-    }
-
-    /// The listeners that are to be bound, with their indices.
-    pub(super) fn served_listeners(
-        &self,
-        set: Option<usize>,
-    ) -> impl Iterator<Item = (usize, &JudgedListener<'a>)> {
-        let listeners = self.listeners(set).filter(|_| self.is_servable(set));
-        let listeners = listeners.map_or(&[][..], |listeners| &listeners.all);
-        listeners.iter().enumerate().filter(|(_, listener)| listener.is_servable())
-    }
-
-    /// The listeners that are to be bound and that no route has attached to.
-    pub(super) fn without_route(&self, manifests: &Manifests) -> impl Iterator<Item = Problem> {
-        let all = self.parts().flat_map(|set| self.served_listeners(set));
-        all.filter(|(_, listener)| listener.routes.is_empty()).map(|(index, listener)| {
-            let (name, object) = (&listener.name.section, listener.name.parent.object());
-            let refused = manifests.refused_that_refer_to(Kind::TcpRoute, &object);
-            let refused: Vec<String> =
-                refused.map(|(route, Refused { location, .. })| format!("{route} ({location})")).collect();
-            let what = format!("listener {name} has no route");
-            let reset = "its connections are reset";
-            let (reason, message) = match (refused.as_slice(), manifests.unread.first()) {
-                ([], None) => {
-                    (Reason::NoRoute, format!("{what}: {reset}; name it in the parentRefs of a TCPRoute"))
-                }
-                ([], Some(location)) => (
-                    Reason::Refused,
-                    format!("{what}, unless it stands in what cannot be read ({location}): {reset} until that is corrected"),
-                ),
-                ([one], _) => {
-                    (Reason::Refused, format!("{what}, and {one} is refused: {reset} until that is corrected"))
-                }
-                (more, _) => (
-                    Reason::Refused,
-                    format!("{what}, and {} are refused: {reset} until that is corrected", list(more)),
-                ),
-            };
-            Problem::warning(reason, object, format!("spec.listeners[{index}]"), message)
-        })
-    }
-}
-
-/// Judges the Gateways of accepted classes, oldest first.
-pub(super) fn judge<'a>(
+/// Evaluates the Gateways of accepted classes, oldest first.
+pub(super) fn evaluate<'a>(
     manifests: &'a Manifests,
     settings: &ResolveSettings,
     classes: &BTreeMap<&str, Class<'_>>,
     problems: &mut Vec<Problem>,
-) -> Vec<JudgedGateway<'a>> {
+) -> Vec<EvaluatedGateway<'a>> {
     let mut gateways = Vec::new();
     for (name, gateway) in &manifests.gateways {
         match classes.get(gateway.spec.gateway_class_name.as_str()) {
-            Some(Class::Accepted(_)) => gateways.push(judge_gateway(name, gateway, settings, problems)),
+            Some(Class::Accepted(_)) => gateways.push(evaluate_gateway(name, gateway, settings, problems)),
             Some(Class::Foreign(controller)) if settings.tells_unserved => {
                 problems.push(of_another_controller(name, gateway, controller, settings));
             }
@@ -187,22 +73,23 @@ fn class_not_found(
     Problem::error(reason, object, "spec.gatewayClassName", message)
 }
 
-fn judge_gateway<'a>(
+fn evaluate_gateway<'a>(
     name: &'a NamespacedName,
     gateway: &'a Gateway,
     settings: &ResolveSettings,
     problems: &mut Vec<Problem>,
-) -> JudgedGateway<'a> {
+) -> EvaluatedGateway<'a> {
     let object = ObjectRef::new(Kind::Gateway, name);
     let addresses = addresses::read(&object, &gateway.spec.addresses, problems);
-    let refusal = refusal(&object, gateway, &addresses, problems);
+    let rejection = rejection(&object, gateway, &addresses, problems);
     let allowed_listeners = allowed_listeners(&object, gateway, problems);
     let parent = ListenerParent::Gateway(name.clone());
     let annotations = &gateway.metadata.annotations;
     let (defaults, ports) = (&settings.listener_defaults, &settings.listener_ports);
-    let mut own = listeners::judge(parent, &gateway.spec.listeners, annotations, defaults, ports, problems);
+    let mut own =
+        listeners::evaluate(parent, &gateway.spec.listeners, annotations, defaults, ports, problems);
     conflicts::within_gateway(&mut own, problems);
-    JudgedGateway { name, gateway, refusal, addresses, allowed_listeners, own, sets: Vec::new() }
+    EvaluatedGateway { name, gateway, rejection, addresses, allowed_listeners, own, sets: Vec::new() }
 }
 
 /// From which namespaces the Gateway takes ListenerSets: from none where it does not say so, or cannot be understood.
@@ -225,12 +112,12 @@ fn allowed_listeners<'a>(
     )
 }
 
-fn refusal(
+fn rejection(
     object: &ObjectRef,
     gateway: &Gateway,
     addresses: &Addresses,
     problems: &mut Vec<Problem>,
-) -> Option<Refusal> {
+) -> Option<Rejection> {
     let parameters = gateway.spec.infrastructure.as_ref().and_then(|i| i.parameters_ref.as_ref());
     if let Some(parameters) = parameters {
         let message = format!(
@@ -240,8 +127,8 @@ fn refusal(
         );
         let field = "spec.infrastructure.parametersRef";
         problems.push(Problem::error(Reason::InvalidParameters, object.clone(), field, message.as_str()));
-        return Some(Refusal { reason: Reason::InvalidParameters, message });
+        return Some(Rejection { reason: Reason::InvalidParameters, message });
     }
     let message = addresses.unsupported.clone()?;
-    Some(Refusal { reason: Reason::UnsupportedAddress, message })
+    Some(Rejection { reason: Reason::UnsupportedAddress, message })
 }

@@ -6,26 +6,18 @@ use crate::manifests::{ApiRelease, Kind, ListenerSet, Manifests, NamespacedName,
 use crate::model::ListenerParent;
 use crate::problem::{Problem, Reason};
 
-use super::gateways::JudgedGateway;
-use super::listeners::{self, Listeners};
+use super::evaluated::{EvaluatedGateway, EvaluatedSet};
+use super::listeners;
 use super::{ResolveSettings, settings};
 
 /// The first release of the Gateway API that knows ListenerSets.
 const FIRST_RELEASE: (u32, u32) = (1, 5);
 
-/// A ListenerSet of a Gateway of ours.
-pub(super) struct JudgedSet<'a> {
-    pub(super) set: &'a ListenerSet,
-    /// Why the Gateway does not take it, as a sentence; then none of its listeners is served.
-    pub(super) refusal: Option<String>,
-    pub(super) listeners: Listeners<'a>,
-}
-
-/// Judges the ListenerSets of the Gateways, and adds them to these, oldest first.
-pub(super) fn judge<'a>(
+/// Evaluates the ListenerSets of the Gateways, and adds them to these, oldest first.
+pub(super) fn evaluate<'a>(
     manifests: &'a Manifests,
     settings: &ResolveSettings,
-    gateways: &mut [JudgedGateway<'a>],
+    gateways: &mut [EvaluatedGateway<'a>],
     problems: &mut Vec<Problem>,
 ) {
     let index_of: HashMap<&NamespacedName, usize> =
@@ -37,8 +29,8 @@ pub(super) fn judge<'a>(
         let gateway = gateway(manifests, name, set, problems);
         let index = gateway.and_then(|gateway| index_of.get(&gateway).copied());
         if let Some(gateway) = index.and_then(|index| gateways.get_mut(index)) {
-            let judged = judge_set(manifests, settings, gateway, (name, set), problems);
-            gateway.sets.push(judged);
+            let evaluated = evaluate_set(manifests, settings, gateway, (name, set), problems);
+            gateway.sets.push(evaluated);
         }
     }
 }
@@ -77,30 +69,31 @@ fn gateway(
     Some(gateway)
 }
 
-fn judge_set<'a>(
+fn evaluate_set<'a>(
     manifests: &Manifests,
     settings: &ResolveSettings,
-    gateway: &JudgedGateway<'_>,
+    gateway: &EvaluatedGateway<'_>,
     (name, set): (&'a NamespacedName, &'a ListenerSet),
     problems: &mut Vec<Problem>,
-) -> JudgedSet<'a> {
+) -> EvaluatedSet<'a> {
     let own = &gateway.name.namespace;
-    let refusal = gateway.allowed_listeners.refusal(own, &name.namespace, manifests, settings).map(|why| {
-        let message = format!(
-            "Gateway {} does not take the ListenerSet ({why}): no listener of the set is served; \
+    let rejection =
+        gateway.allowed_listeners.rejection(own, &name.namespace, manifests, settings).map(|why| {
+            let message = format!(
+                "Gateway {} does not take the ListenerSet ({why}): no listener of the set is served; \
              change spec.allowedListeners.namespaces of the Gateway, or refer to another Gateway",
-            gateway.name
-        );
-        let object = ObjectRef::new(Kind::ListenerSet, name);
-        problems.push(Problem::error(Reason::NotAllowed, object, "spec.parentRef", message.as_str()));
-        message
-    });
+                gateway.name
+            );
+            let object = ObjectRef::new(Kind::ListenerSet, name);
+            problems.push(Problem::error(Reason::NotAllowed, object, "spec.parentRef", message.as_str()));
+            message
+        });
     let defaults = settings::of_gateway(gateway.gateway, &settings.listener_defaults);
     let parent = ListenerParent::ListenerSet(name.clone());
     let annotations = &set.metadata.annotations;
     let ports = &settings.listener_ports;
-    let listeners = listeners::judge(parent, &set.spec.listeners, annotations, &defaults, ports, problems);
-    JudgedSet { set, refusal, listeners }
+    let listeners = listeners::evaluate(parent, &set.spec.listeners, annotations, &defaults, ports, problems);
+    EvaluatedSet { set, rejection, listeners }
 }
 
 /// Whether `Gateway.status` has a place for the number of ListenerSets.

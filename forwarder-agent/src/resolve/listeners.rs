@@ -1,4 +1,4 @@
-//! Listeners, judged by themselves: protocol, port, allowed routes, settings.
+//! Listeners, evaluated by themselves: protocol, port, allowed routes, settings.
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU16;
@@ -8,75 +8,12 @@ use crate::manifests::{GATEWAY_GROUP, Kind, Listener, ObjectRef, RouteGroupKind}
 use crate::model::{ListenerName, ListenerParent, ListenerSettings};
 use crate::problem::{Location, Problem, Reason};
 
-use super::gateways::Refusal;
+use super::evaluated::{EvaluatedListener, Listeners, Rejection, RouteKinds};
 use super::namespaces::AllowedNamespaces;
 
-/// The listeners of one Gateway or ListenerSet.
-pub(super) struct Listeners<'a> {
-    pub(super) parent: ListenerParent,
-    /// One for each listener of the spec, in its order.
-    pub(super) all: Vec<JudgedListener<'a>>,
-    /// Indices of listeners by name.
-    pub(super) by_section: HashMap<&'a str, Vec<usize>>,
-    /// Indices of listeners by port.
-    pub(super) by_port: HashMap<i64, Vec<usize>>,
-}
-
-/// A listener of a Gateway of ours, or of one of its ListenerSets.
-pub(super) struct JudgedListener<'a> {
-    pub(super) spec: &'a Listener,
-    pub(super) name: ListenerName,
-    /// Its port; `None` where the spec's is out of range, which is a reason to refuse it.
-    pub(super) port: Option<NonZeroU16>,
-    /// Why it is not accepted.
-    pub(super) refusal: Option<Refusal>,
-    /// Which listeners of the Gateway and its ListenerSets it cannot share its port with, as a sentence.
-    pub(super) conflict: Option<String>,
-    pub(super) kinds: RouteKinds,
-    pub(super) namespaces: AllowedNamespaces<'a>,
-    pub(super) settings: ListenerSettings,
-    /// The attached routes, oldest first: indices into the list of routes.
-    pub(super) routes: Vec<usize>,
-}
-
-/// Which kinds of routes a listener takes.
-pub(super) struct RouteKinds {
-    /// Whether TCPRoute is among them: no other kind can be.
-    pub(super) tcp_route: bool,
-    /// Kinds that were named and cannot be served, as a sentence.
-    pub(super) invalid: Option<String>,
-}
-
-impl Listeners<'_> {
-    /// Where the first listener is refused whose name cannot be told, or is that of another one.
-    pub(super) fn doubtful(&self) -> Option<&Location> {
-        let is_alone = |name: &str| self.by_section.get(name).is_some_and(|all| all.len() == 1);
-        let mut doubtful = self.all.iter().filter(|it| it.spec.name.is_empty() || !is_alone(&it.spec.name));
-        doubtful.find_map(|it| it.spec.refused.as_ref())
-    }
-
-    /// Whether two listeners have one name.
-    pub(super) fn have_same_name(&self, one: usize, other: usize) -> bool {
-        let name = |index| self.all.get(index).map(|listener: &JudgedListener<'_>| &listener.spec.name);
-        name(one) == name(other)
-    }
-}
-
-impl JudgedListener<'_> {
-    pub(super) fn is_tcp(&self) -> bool {
-        self.spec.protocol == "TCP"
-    }
-
-    /// Whether it is to be bound, as far as it depends on the listener. One that no kind of route can attach to is
-    /// not: it could only reset connections.
-    pub(super) fn is_servable(&self) -> bool {
-        self.refusal.is_none() && self.conflict.is_none() && self.kinds.tcp_route
-    }
-}
-
-/// Judges the listeners of one Gateway or ListenerSet. Their settings are `defaults`, changed by its annotations; `ports` are those that
+/// Evaluates the listeners of one Gateway or ListenerSet. Their settings are `defaults`, changed by its annotations; `ports` are those that
 /// they may take.
-pub(super) fn judge<'a>(
+pub(super) fn evaluate<'a>(
     parent: ListenerParent,
     specs: &'a [Listener],
     annotations: &BTreeMap<String, String>,
@@ -93,12 +30,12 @@ pub(super) fn judge<'a>(
     let object = parent.object();
     let mut settings = vec![defaults.clone(); specs.len()];
     super::settings::apply(&object, annotations, &by_section, &mut settings, problems);
-    let judge_one = |(index, (spec, settings)): (usize, (&'a Listener, ListenerSettings))| {
+    let evaluate_one = |(index, (spec, settings)): (usize, (&'a Listener, ListenerSettings))| {
         let place = Place { object: &object, field: format!("spec.listeners[{index}]") };
         let first = by_section.get(spec.name.as_str()).and_then(|all| all.first().copied());
-        judge_listener(&parent, spec, settings, place, first == Some(index), ports, problems)
+        evaluate_listener(&parent, spec, settings, place, first == Some(index), ports, problems)
     };
-    let all = specs.iter().zip(settings).enumerate().map(judge_one).collect();
+    let all = specs.iter().zip(settings).enumerate().map(evaluate_one).collect();
     Listeners { parent, all, by_section, by_port }
 }
 
@@ -114,7 +51,7 @@ impl Place<'_> {
     }
 }
 
-fn judge_listener<'a>(
+fn evaluate_listener<'a>(
     parent: &ListenerParent,
     spec: &'a Listener,
     settings: ListenerSettings,
@@ -122,43 +59,43 @@ fn judge_listener<'a>(
     first_of_name: bool,
     ports: &AllowedPorts,
     problems: &mut Vec<Problem>,
-) -> JudgedListener<'a> {
+) -> EvaluatedListener<'a> {
     if let Some(location) = &spec.refused {
         return refused(parent, spec, settings, location);
     }
-    let mut refusals = Vec::new();
+    let mut rejections = Vec::new();
     if spec.protocol != "TCP" {
-        refusals.push((Reason::UnsupportedProtocol, "protocol".to_owned(), unsupported_protocol(spec)));
+        rejections.push((Reason::UnsupportedProtocol, "protocol".to_owned(), unsupported_protocol(spec)));
     }
     let port = u16::try_from(spec.port).ok().and_then(NonZeroU16::new);
     if port.is_none() {
         let message = format!("port {} is not one of 1 to 65535: the listener is not served", spec.port);
-        refusals.push((Reason::Invalid, "port".to_owned(), message));
+        rejections.push((Reason::Invalid, "port".to_owned(), message));
     }
     if let Some((port, refused)) = port.and_then(|port| Some((port, ports.refusing(port.get())?))) {
         let message = format!(
             "port {port} is refused by --listener-ports (!{refused}): the listener is not served; choose another port, \
              or have the agent's --listener-ports allow this one"
         );
-        refusals.push((Reason::PortUnavailable, "port".to_owned(), message));
+        rejections.push((Reason::PortUnavailable, "port".to_owned(), message));
     }
     if !first_of_name {
         let message = format!(
             "another listener has the name {:?}: only the first is served; rename this one",
             spec.name
         );
-        refusals.push((Reason::Invalid, "name".to_owned(), message));
+        rejections.push((Reason::Invalid, "name".to_owned(), message));
     }
     if spec.protocol == "TCP" && spec.tls.is_some() {
         let message = "a TCP listener does not end TLS: it is not served, because clients would expect that it does; remove tls, and \
                        bytes are forwarded as they are, encrypted where client and endpoint encrypt them";
-        refusals.push((Reason::UnsupportedValue, "tls".to_owned(), message.to_owned()));
+        rejections.push((Reason::UnsupportedValue, "tls".to_owned(), message.to_owned()));
     }
     let namespaces = allowed_namespaces(spec).unwrap_or_else(|(field, message)| {
-        refusals.push((Reason::UnsupportedValue, format!("allowedRoutes.namespaces.{field}"), message));
+        rejections.push((Reason::UnsupportedValue, format!("allowedRoutes.namespaces.{field}"), message));
         AllowedNamespaces::None
     });
-    for (reason, field, message) in &refusals {
+    for (reason, field, message) in &rejections {
         problems.push(place.error(*reason, field, message));
     }
     if spec.protocol == "TCP" && spec.hostname.is_some() {
@@ -166,11 +103,11 @@ fn judge_listener<'a>(
         let message = "a TCP listener has no hostname to match: it is ignored; remove it";
         problems.push(Problem::warning(Reason::UnsupportedValue, place.object.clone(), field, message));
     }
-    JudgedListener {
+    EvaluatedListener {
         spec,
         name: ListenerName { parent: parent.clone(), section: spec.name.clone() },
         port,
-        refusal: refusals.into_iter().next().map(|(reason, _, message)| Refusal { reason, message }),
+        rejection: rejections.into_iter().next().map(|(reason, _, message)| Rejection { reason, message }),
         conflict: None,
         kinds: route_kinds(spec, &place, problems),
         namespaces,
@@ -185,13 +122,13 @@ fn refused<'a>(
     spec: &'a Listener,
     settings: ListenerSettings,
     location: &Location,
-) -> JudgedListener<'a> {
+) -> EvaluatedListener<'a> {
     let message = format!("the listener is refused ({location})");
-    JudgedListener {
+    EvaluatedListener {
         spec,
         name: ListenerName { parent: parent.clone(), section: spec.name.clone() },
         port: None,
-        refusal: Some(Refusal { reason: Reason::Invalid, message }),
+        rejection: Some(Rejection { reason: Reason::Invalid, message }),
         conflict: None,
         kinds: RouteKinds { tcp_route: false, invalid: None },
         namespaces: AllowedNamespaces::None,

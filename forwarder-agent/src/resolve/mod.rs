@@ -4,7 +4,7 @@
 //! silent, an existing thing keeps working (the oldest Gateway keeps a port, the oldest route a listener) and what is
 //! not served is said in a condition and in a [`Problem`](crate::problem::Problem), never left out silently.
 //!
-//! The flow: `classes` finds every GatewayClass of ours; `gateways` and `listeners` judge each Gateway by itself,
+//! The flow: `classes` finds every GatewayClass of ours; `gateways` and `listeners` evaluate each Gateway by itself,
 //! `listener_sets` what others add to it; `conflicts` gives each port to one of them; `attach` brings the routes to listeners; `destinations` resolves their
 //! backendRefs; `table` and `conditions` write down the result. Work is proportional to the number of objects and
 //! attachments: whatever is looked up by name has a map. A change of EndpointSlices alone, the most frequent one, goes
@@ -18,6 +18,7 @@ mod conditions;
 mod conflicts;
 mod destinations;
 mod endpoint_rules;
+mod evaluated;
 mod gateways;
 mod grants;
 mod incremental;
@@ -115,9 +116,9 @@ pub struct Resolved {
 /// Resolves manifests.
 pub fn resolve(manifests: &Manifests, settings: &ResolveSettings) -> Resolved {
     let mut problems = Vec::new();
-    let classes = classes::judge(manifests, settings, &mut problems);
-    let mut gateways = gateways::judge(manifests, settings, &classes, &mut problems);
-    listener_sets::judge(manifests, settings, &mut gateways, &mut problems);
+    let classes = classes::evaluate(manifests, settings, &mut problems);
+    let mut gateways = gateways::evaluate(manifests, settings, &classes, &mut problems);
+    listener_sets::evaluate(manifests, settings, &mut gateways, &mut problems);
     conflicts::with_listener_sets(&mut gateways, &mut problems);
     conflicts::between_gateways(&mut gateways, &mut problems);
     let routes = attach::attach(manifests, settings, &mut gateways, &mut problems);

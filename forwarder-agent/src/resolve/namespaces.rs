@@ -40,7 +40,7 @@ impl<'a> AllowedNamespaces<'a> {
     }
 
     /// Why nothing is taken from `namespace`, if so; `own` is the namespace of the object that takes.
-    pub(super) fn refusal(
+    pub(super) fn rejection(
         self,
         own: &str,
         namespace: &str,

@@ -1,4 +1,4 @@
-//! The table: what is left to be forwarded once everything has been judged.
+//! The table: what is left to be forwarded once everything has been evaluated.
 
 use std::sync::Arc;
 
@@ -8,11 +8,10 @@ use crate::manifests::Manifests;
 use crate::model::{BackendKey, Listener, ListenerKey, Route, RouteTable};
 use crate::problem::Problem;
 
-use super::attach::JudgedRoute;
+use super::attach::EvaluatedRoute;
 use super::destinations::Destinations;
 use super::endpoint_rules::EndpointRules;
-use super::gateways::JudgedGateway;
-use super::listeners::JudgedListener;
+use super::evaluated::{EvaluatedGateway, EvaluatedListener};
 use super::{ResolveSettings, backends};
 
 /// Builds the table, and says what is wrong with the endpoints of which backend. `destinations` belong to `routes` one by
@@ -20,8 +19,8 @@ use super::{ResolveSettings, backends};
 pub(super) fn build(
     manifests: &Manifests,
     settings: &ResolveSettings,
-    gateways: &[JudgedGateway<'_>],
-    routes: &[JudgedRoute<'_>],
+    gateways: &[EvaluatedGateway<'_>],
+    routes: &[EvaluatedRoute<'_>],
     destinations: &[Destinations],
 ) -> (RouteTable, OrdMap<BackendKey, Arc<[Problem]>>) {
     let mut table = RouteTable::default();
@@ -54,8 +53,8 @@ pub(super) fn build(
 
 /// The oldest of the attached routes.
 fn serving_route(
-    listener: &JudgedListener<'_>,
-    routes: &[JudgedRoute<'_>],
+    listener: &EvaluatedListener<'_>,
+    routes: &[EvaluatedRoute<'_>],
     destinations: &[Destinations],
 ) -> Option<Route> {
     let index = *listener.routes.first()?;

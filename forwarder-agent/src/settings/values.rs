@@ -6,14 +6,14 @@ use serde::Deserialize;
 
 /// When a connection is taken into the kernel: whichever comes first.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct PromoteAfter {
+pub struct OffloadAfter {
     /// After it has moved so many bytes.
     pub bytes: Option<u64>,
     /// After it has lasted so long.
     pub age: Option<Duration>,
 }
 
-impl std::str::FromStr for PromoteAfter {
+impl std::str::FromStr for OffloadAfter {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -49,7 +49,7 @@ fn bytes(text: &str) -> Option<u64> {
     digits.trim_end().parse::<u64>().ok()?.checked_mul(unit)
 }
 
-impl<'de> Deserialize<'de> for PromoteAfter {
+impl<'de> Deserialize<'de> for OffloadAfter {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
@@ -101,8 +101,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn promotion_is_due_after_bytes_or_a_time() {
-        let after = |text: &str| text.parse::<PromoteAfter>().map(|after| (after.bytes, after.age));
+    fn offloading_is_due_after_bytes_or_a_time() {
+        let after = |text: &str| text.parse::<OffloadAfter>().map(|after| (after.bytes, after.age));
         assert_eq!(after("64KiB"), Ok((Some(65_536), None)));
         assert_eq!(after("0"), Ok((Some(0), None)));
         assert_eq!(after("500ms"), Ok((None, Some(Duration::from_millis(500)))));

@@ -9,7 +9,7 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
 use super::memory::{Reservation, Size};
 use crate::datapath::sockmap::Sockmap;
-use crate::promote::tcp_info::{CLOSE, Info, has_ended, unacknowledged};
+use crate::datapath::tcp_info::{CLOSE, Info, has_ended, unacknowledged};
 
 /// How often a consistent answer is tried for: acknowledgements may arrive between two system calls.
 const ATTEMPTS: usize = 64;
@@ -388,8 +388,8 @@ impl Direction {
         // By both ends, of which that of the stream counts as a byte, or by a reset, which does not: the program has seen
         // every byte.
         let stream = sockmap.stream(self.cookie).ok_or(Fault::Lost)?;
-        let judged = stream.redirected + stream.passed;
-        if received == judged + 1 { Ok(judged) } else { Err(Fault::Source) }
+        let evaluated = stream.redirected + stream.passed;
+        if received == evaluated + 1 { Ok(evaluated) } else { Err(Fault::Source) }
     }
 }
 

@@ -7,7 +7,7 @@ use rustix::event::epoll::EventFlags;
 use super::memory::Size;
 use super::pair::{PairStep, SockPair};
 use crate::counters::End;
-use crate::promote::tcp_info::Silence;
+use crate::datapath::tcp_info::Silence;
 use crate::record::Record;
 use crate::relay::{Moved, Tier};
 

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use forwarder_common::sockmap::Credit;
 use rustix::net::sockopt;
 
-use crate::promote::tcp_info::{self, Info};
+use crate::datapath::tcp_info::{self, Info};
 
 /// The smallest and the largest window, and how many bytes of it are for each microsecond of the round trip: at so many
 /// the peer of a socket sends 16 Gb/s.

@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,7 @@ use self::memory::Memory;
 use self::pair::{NotJoined, PairStep, SockPair};
 use crate::counters::End;
 use crate::datapath::sockmap::{Sockmap, check_kernel};
+use crate::fallback_reason::FallbackReason;
 use crate::lock::lock;
 use crate::record::Record;
 
@@ -65,6 +66,9 @@ pub struct SockmapSettings {
     /// How long a peer may say nothing to what waits for its answer; `None` leaves it to the kernel.
     pub patience: Option<Duration>,
 }
+
+/// The pairs of the tier, or why there are none; empty until a listener wants it.
+pub type SockmapCell = Arc<OnceLock<Result<Arc<SockmapPairs>, FallbackReason>>>;
 
 /// The pairs of tier `sockmap`.
 pub struct SockmapPairs {
@@ -169,12 +173,12 @@ impl SockmapPairs {
         self.wake();
     }
 
-    /// Takes no more pairs: the agent leaves, and its sockets with it.
+    /// Takes no more pairs: the agent shuts down, and its sockets go with it.
     pub fn leave(&self) {
         self.leaves.store(true, Ordering::Relaxed);
     }
 
-    /// Whether no more pairs are taken: the agent leaves, or nobody looks after them.
+    /// Whether no more pairs are taken: the agent shuts down, or nobody looks after them.
     pub fn is_leaving(&self) -> bool {
         self.leaves.load(Ordering::Relaxed)
     }

@@ -14,8 +14,8 @@ use super::direction::{Direction, Fault, Standing};
 use super::memory::{Memory, Size};
 use crate::counters::End;
 use crate::datapath::sockmap::{JoinError, Sockmap, Source};
-use crate::promote::Refusal;
-use crate::promote::tcp_info::{ESTABLISHED, Info, Silence};
+use crate::datapath::tcp_info::{ESTABLISHED, Info, Silence};
+use crate::fallback_reason::FallbackReason;
 use crate::relay::deliver_on_close;
 
 /// A direction that has moved so much before it is joined is one of bulk data.
@@ -48,14 +48,14 @@ impl Drop for Entries {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct NotJoined {
     /// Why.
-    pub(crate) refusal: Refusal,
+    pub(crate) fallback_reason: FallbackReason,
     /// Whether its sockets stand in a map all the same: then they may only be read and written.
     pub(crate) touched: bool,
 }
 
-impl From<Refusal> for NotJoined {
-    fn from(refusal: Refusal) -> Self {
-        Self { refusal, touched: false }
+impl From<FallbackReason> for NotJoined {
+    fn from(fallback_reason: FallbackReason) -> Self {
+        Self { fallback_reason, touched: false }
     }
 }
 
@@ -81,16 +81,16 @@ impl SockPair {
         moved: [u64; 2],
         listener_id: u32,
     ) -> Result<Self, NotJoined> {
-        let unreadable = |_| Refusal::Unreadable;
+        let unreadable = |_| FallbackReason::Unreadable;
         for socket in sockets {
             if Info::read(socket.as_raw_fd()).map_err(unreadable)?.state != ESTABLISHED {
-                return Err(Refusal::Ended.into());
+                return Err(FallbackReason::Ended.into());
             }
         }
         let mut cookies = [0; 2];
         let mut owned = Vec::with_capacity(2);
         for (cookie, socket) in cookies.iter_mut().zip(sockets) {
-            *cookie = sockopt::socket_cookie(socket).map_err(|_| Refusal::Unreadable)?;
+            *cookie = sockopt::socket_cookie(socket).map_err(|_| FallbackReason::Unreadable)?;
             owned.push(socket.try_clone_to_owned().map_err(unreadable)?);
         }
         let [downstream, upstream] = sockets;
@@ -101,9 +101,9 @@ impl SockPair {
                 Some((size, buffer, memory.reserve(size.bytes(buffer))?))
             };
             let (size, buffer, reservation) =
-                wanted.into_iter().find_map(reserve).ok_or(Refusal::MemoryFull)?;
+                wanted.into_iter().find_map(reserve).ok_or(FallbackReason::MemoryFull)?;
             let direction = Direction::new(cookie, moved, target, size, reservation);
-            Ok::<_, Refusal>((direction.map_err(|_| Refusal::Unreadable)?, buffer))
+            Ok::<_, FallbackReason>((direction.map_err(|_| FallbackReason::Unreadable)?, buffer))
         };
         let (request, request_buffer) = direction(cookies[0], moved[0], downstream, upstream)?;
         let (response, response_buffer) = direction(cookies[1], moved[1], upstream, downstream)?;
@@ -116,7 +116,7 @@ impl SockPair {
             cookie: cookies[index],
             credit: directions[index].size.credits(0),
         };
-        let redirected = sockmap.join([source(0), source(1)], listener_id).map_err(refusal_of)?;
+        let redirected = sockmap.join([source(0), source(1)], listener_id).map_err(fallback_reason_of)?;
         // Once they are joined: who stays in userspace keeps the buffers that it had.
         let ways = [(downstream, upstream, request_buffer), (upstream, downstream, response_buffer)];
         for ((direction, is_redirected), (source, target, buffer)) in
@@ -127,7 +127,7 @@ impl SockPair {
                 tracing::debug!(%error, "a pair keeps the buffers that it has");
             }
         }
-        let sockets = <[OwnedFd; 2]>::try_from(owned).map_err(|_| Refusal::Unreadable)?;
+        let sockets = <[OwnedFd; 2]>::try_from(owned).map_err(|_| FallbackReason::Unreadable)?;
         Ok(Self {
             memory: Arc::clone(memory),
             sockets,
@@ -313,14 +313,14 @@ const fn end_after(fault: &Fault, side: usize) -> End {
     }
 }
 
-fn refusal_of(error: JoinError) -> NotJoined {
-    let refusal = match error.errno {
+fn fallback_reason_of(error: JoinError) -> NotJoined {
+    let fallback_reason = match error.errno {
         // It is not established any more.
-        Some(Errno::OPNOTSUPP) => Refusal::Ended,
-        Some(Errno::TOOBIG | Errno::NOMEM) => Refusal::MapFull,
+        Some(Errno::OPNOTSUPP) => FallbackReason::Ended,
+        Some(Errno::TOOBIG | Errno::NOMEM) => FallbackReason::MapFull,
         // Something else handles what it receives (`tls`, another map).
-        Some(Errno::INVAL | Errno::BUSY) => Refusal::SocketInUse,
-        _ => Refusal::Kernel,
+        Some(Errno::INVAL | Errno::BUSY) => FallbackReason::SocketInUse,
+        _ => FallbackReason::Kernel,
     };
-    NotJoined { refusal, touched: error.touched }
+    NotJoined { fallback_reason, touched: error.touched }
 }

@@ -17,9 +17,9 @@ use socket2::SockRef;
 
 use super::memory::Memory;
 use super::pair::SockPair;
+use crate::datapath::leg::Leg;
 use crate::datapath::segments::{Bare, BareKind, SegmentError, SegmentSocket};
 use crate::datapath::sockmap::Sockmap;
-use crate::promote::Leg;
 
 /// How long each part may take: it is over in some milliseconds, but a node that starts is busy, and a tier would be lost for that.
 const DEADLINE: Duration = Duration::from_secs(8);
@@ -104,7 +104,7 @@ impl<'a> Trial<'a> {
     fn join(&self, moved: [u64; 2]) -> Result<SockPair, SelfTestError> {
         let sockets = [self.downstream.as_fd(), self.upstream.as_fd()];
         SockPair::join(self.sockmap, &Memory::new(u64::MAX), sockets, moved, 0)
-            .map_err(|error| SelfTestError::Join { what: self.what, reason: error.refusal.as_str() })
+            .map_err(|error| SelfTestError::Join { what: self.what, reason: error.fallback_reason.as_str() })
     }
 
     fn expect(&self, mut end: &TcpStream, expected: &[u8]) -> Result<(), SelfTestError> {
@@ -272,5 +272,5 @@ fn wait_for(socket: &TcpStream, bytes: u64) -> io::Result<()> {
 
 /// Whether a socket has received the end of its stream.
 fn has_ended(socket: &TcpStream) -> io::Result<bool> {
-    Ok(crate::promote::leg::remainder(socket)?.has_ended)
+    Ok(crate::datapath::leg::remainder(socket)?.has_ended)
 }

@@ -1,8 +1,8 @@
 //! What operators see of pairs of tier `sockmap`.
 
 use super::{Entry, SockmapPairs};
-use crate::connection::listing::milliseconds;
 use crate::counters::End;
+use crate::view::milliseconds;
 use crate::view::{ConnectionState, ConnectionView, Selector};
 
 impl SockmapPairs {
@@ -45,7 +45,7 @@ fn view(entry: &Entry) -> ConnectionView {
         state: if entry.pair.is_half_closed() {
             ConnectionState::HalfClosed
         } else {
-            ConnectionState::Spliced
+            ConnectionState::Offloaded
         },
         received_bytes: view.received_bytes + from_client,
         sent_bytes: view.sent_bytes + from_endpoint,

@@ -9,6 +9,7 @@ use super::fields;
 use super::locations::{Lines, Place};
 use super::manifest::Manifest;
 use super::node::{Node, excerpt};
+use super::refused::Entry;
 use super::{refused, yaml};
 use crate::manifests::{
     EndpointSlice, GATEWAY_GROUP, Kind, Metadata, Namespace, Object, ObjectRef, Refused, check,
@@ -29,18 +30,6 @@ pub(super) struct Contents {
     pub(super) misspelt: Vec<(ObjectRef, Refused)>,
     /// Whether some document has no name, because it is broken: then an object that is missing may be that one.
     pub(super) is_broken: bool,
-}
-
-/// One object of a file.
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) id: ObjectRef,
-    pub(super) place: Arc<Place>,
-    /// The object, unless a problem of severity error refuses it. One in a listener refuses that listener only.
-    pub(super) manifest: Option<Manifest>,
-    /// What the object refers to, if it is refused.
-    pub(super) refers_to: Vec<ObjectRef>,
-    pub(super) problems: Vec<Problem>,
 }
 
 /// Reads a file's text.

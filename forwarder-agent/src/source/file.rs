@@ -10,11 +10,12 @@ use std::hash::{DefaultHasher, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::document::{self, Contents, Entry};
+use super::document::{self, Contents};
 use super::loaded::Loaded;
 use super::locations::Place;
 use super::manifest::Manifest;
 use super::refused;
+use super::refused::Entry;
 use super::scan::{self, Scan};
 use crate::manifests::{ObjectRef, Refused};
 use crate::problem::{Location, Problem, Reason, Severity};
@@ -199,7 +200,7 @@ impl FileSource {
                 continue;
             }
             merge.named.insert(entry.id.clone(), place.start());
-            match self.judge(entry, &mut merge.problems) {
+            match self.evaluate(entry, &mut merge.problems) {
                 Some(held) => drop(merge.held.insert(entry.id.clone(), held)),
                 None => drop(merge.refused.insert(entry.id.clone(), entry.refused())),
             }
@@ -227,7 +228,7 @@ impl FileSource {
     }
 
     /// What is in force once an entry has been read, and what is wrong with it.
-    fn judge(&self, entry: &Entry, problems: &mut Vec<Problem>) -> Option<Held> {
+    fn evaluate(&self, entry: &Entry, problems: &mut Vec<Problem>) -> Option<Held> {
         let last_good = self.held.get(&entry.id);
         let now =
             entry.manifest.as_ref().map(|now| refused::merge(now, last_good.map(|last| &last.manifest)));

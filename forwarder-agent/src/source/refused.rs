@@ -5,7 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::document::Entry;
+use std::sync::Arc;
+
+use super::locations::Place;
 use super::manifest::Manifest;
 use super::node::Node;
 use crate::manifests::{Kind, Listener, ObjectRef, Refused, SERVICE_NAME_LABEL};
@@ -96,6 +98,18 @@ impl Merged {
             absent => format!("{own}, and until this is corrected no other is taken away: {}", list(absent)),
         }
     }
+}
+
+/// One object of a file.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) id: ObjectRef,
+    pub(super) place: Arc<Place>,
+    /// The object, unless a problem of severity error refuses it. One in a listener refuses that listener only.
+    pub(super) manifest: Option<Manifest>,
+    /// What the object refers to, if it is refused.
+    pub(super) refers_to: Vec<ObjectRef>,
+    pub(super) problems: Vec<Problem>,
 }
 
 impl Entry {

@@ -145,7 +145,7 @@ pub(super) fn verdict_of(conditions: &[Condition]) -> GatewayVerdict {
     let failed =
         |type_: &str| conditions.iter().find(move |c| c.type_ == type_ && c.status == ConditionStatus::False);
     GatewayVerdict {
-        refusal: failed(names::ACCEPTED)
+        rejection: failed(names::ACCEPTED)
             .filter(|c| c.reason != names::LISTENERS_NOT_VALID)
             .map(|c| (c.reason, c.message.clone())),
         unusable_addresses: failed(names::PROGRAMMED)

@@ -176,19 +176,19 @@ impl<'a> Reports<'a> {
     }
 
     /// Corrects the listeners that are to be programmed. Yields which of them are on some nodes only.
-    fn judge(&self, listeners: &mut [ListenerStatus], without_address: bool) -> Vec<String> {
+    fn evaluate(&self, listeners: &mut [ListenerStatus], without_address: bool) -> Vec<String> {
         let mut partly_bound = Vec::new();
         for listener in listeners.iter_mut().filter(|listener| listener.condition_holds(names::PROGRAMMED)) {
             if without_address {
                 listener.replace(self.pending("no node has any of the Gateway's addresses"));
-            } else if let Some(message) = self.judge_one(listener) {
+            } else if let Some(message) = self.evaluate_one(listener) {
                 partly_bound.push(format!("listener {}: {message}", listener.name));
             }
         }
         partly_bound
     }
 
-    fn judge_one(&self, listener: &mut ListenerStatus) -> Option<String> {
+    fn evaluate_one(&self, listener: &mut ListenerStatus) -> Option<String> {
         let failing = self.failing(&listener.name);
         if self.current.is_empty() {
             let message = format!("no node has opened the port yet (0/{} nodes)", self.all);
@@ -254,7 +254,7 @@ fn apply_to_gateway(name: &NamespacedName, status: &mut GatewayStatus, nodes: &[
     verdict.unusable_addresses = (!unusable.is_empty()).then(|| unusable.join("; "));
 
     let without_address = wants_addresses && status.addresses.is_empty();
-    let partly_bound = reports.judge(&mut status.listeners, without_address);
+    let partly_bound = reports.evaluate(&mut status.listeners, without_address);
     status.conditions = gateway_conditions(verdict, &status.listeners, reports.generation);
     reports.count(&mut status.conditions, &partly_bound);
     if is_accepted && !wants_addresses {
@@ -273,7 +273,7 @@ fn apply_to_listener_set(
 ) {
     let reports = Reports::new(nodes, ListenerParent::ListenerSet(name.clone()), &status.conditions);
     let verdict = SetVerdict::below(&status.conditions, gateway);
-    let partly_bound = reports.judge(&mut status.listeners, without_address);
+    let partly_bound = reports.evaluate(&mut status.listeners, without_address);
     status.conditions = listener_set_conditions(&verdict, &status.listeners, reports.generation);
     reports.count(&mut status.conditions, &partly_bound);
 }

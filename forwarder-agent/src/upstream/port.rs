@@ -1,4 +1,4 @@
-//! The local port of a connection to an endpoint: one that neither a socket nor a promoted pair uses.
+//! The local port of a connection to an endpoint: one that neither a socket nor an offloaded pair uses.
 #![expect(unsafe_code, reason = "an option of sockets that no crate offers")]
 
 use std::hash::{BuildHasher as _, RandomState};
@@ -53,7 +53,7 @@ fn parse(text: &str) -> Option<RangeInclusive<u16>> {
     (low <= high).then_some(low..=high)
 }
 
-/// A socket that has sent its SYN from addresses and ports that no promoted pair uses.
+/// A socket that has sent its SYN from addresses and ports that no offloaded pair uses.
 ///
 /// # Errors
 /// `EADDRNOTAVAIL` where no port is free, or what else the kernel said.
@@ -96,7 +96,7 @@ pub(super) fn start_connecting(
             };
             match start(&socket, endpoint) {
                 Ok(()) if !is_taken(flows, &socket, endpoint)? => return Ok(socket),
-                // A pair was joined on it meanwhile: the guard has stopped the SYN.
+                // A pair was joined on it meanwhile: the egress program has stopped the SYN.
                 Ok(()) => {}
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::ADDRNOTAVAIL) => {}
                 Err(error) => return Err(error),

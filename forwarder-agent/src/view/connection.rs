@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -57,9 +58,9 @@ pub enum ConnectionState {
     /// One direction has ended.
     HalfClosed,
     /// The kernel forwards what arrives; what had arrived before is still delivered by the agent.
-    Tail,
+    Handover,
     /// The kernel forwards it alone.
-    Spliced,
+    Offloaded,
     /// It was told to end.
     Closing,
 }
@@ -71,8 +72,8 @@ impl ConnectionState {
             Self::Connecting => "connecting",
             Self::Open => "open",
             Self::HalfClosed => "half-closed",
-            Self::Tail => "tail",
-            Self::Spliced => "spliced",
+            Self::Handover => "handover",
+            Self::Offloaded => "offloaded",
             Self::Closing => "closing",
         }
     }
@@ -149,6 +150,18 @@ fn is_zero(count: &usize) -> bool {
     *count == 0
 }
 
+/// A socket for both families writes addresses of IPv4 as ones of IPv6.
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
+    match address.ip().to_canonical() {
+        ip @ std::net::IpAddr::V4(_) => SocketAddr::new(ip, address.port()),
+        std::net::IpAddr::V6(_) => address,
+    }
+}
+
+pub(crate) fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -185,8 +198,8 @@ pub(crate) mod tests {
 
     #[test]
     fn names_of_states_are_those_of_json() {
-        use ConnectionState::{Closing, Connecting, HalfClosed, Open, Spliced, Tail};
-        for state in [Connecting, Open, HalfClosed, Tail, Spliced, Closing] {
+        use ConnectionState::{Closing, Connecting, HalfClosed, Handover, Offloaded, Open};
+        for state in [Connecting, Open, HalfClosed, Handover, Offloaded, Closing] {
             assert_eq!(serde_json::to_value(state).unwrap(), state.as_str());
         }
     }

@@ -57,7 +57,7 @@ pub struct DatapathTiers {
 /// named stays as it is.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
-pub struct TierSwitches {
+pub struct TierToggleRequest {
     /// Tier `tc`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tc: Option<bool>,
@@ -66,7 +66,7 @@ pub struct TierSwitches {
     pub sockmap: Option<bool>,
 }
 
-impl TierSwitches {
+impl TierToggleRequest {
     /// The tiers that are named, and whether they are to take new connections.
     pub fn named(self) -> impl Iterator<Item = (Tier, bool)> {
         [(Tier::Tc, self.tc), (Tier::Sockmap, self.sockmap)]

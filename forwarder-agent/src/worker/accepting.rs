@@ -31,7 +31,7 @@ pub(super) async fn accept(
         let accepted = if worker.is_full() {
             Err(io::Error::other(format!(
                 "{} connections are open",
-                worker.settings.descriptors.max_connections()
+                worker.context.settings.descriptors.max_connections()
             )))
         } else {
             tokio::select! {
@@ -53,7 +53,7 @@ pub(super) async fn accept(
             // The client gave up, or the network reported an earlier error of this one connection (accept(2)).
             Err(error) if !worker.is_full() && !is_exhaustion(&error) => {}
             Err(error) => {
-                worker.counters().accept_pauses.add(1);
+                worker.context.counters().accept_pauses.add(1);
                 if pause == ACCEPT_PAUSE.0 {
                     tracing::warn!(
                         listener = %listener.key,

@@ -7,9 +7,10 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
-use super::{Command, SWEEP_PERIOD, Worker, Workers};
+use super::{Command, Worker, Workers};
 use crate::connection::Order;
 use crate::counters::End;
+use crate::drain::SWEEP_PERIOD;
 use crate::view::{ConnectionState, ConnectionView, Selector};
 
 /// How long all workers together may take to answer.
@@ -79,7 +80,9 @@ pub(super) async fn list(
 ) {
     let mut found = Vec::new();
     each(&worker, |connection| {
-        found.extend(connection.view(worker.sweep(), SWEEP_PERIOD).filter(|view| selector.matches(view)));
+        found.extend(
+            connection.view(worker.context.sweep(), SWEEP_PERIOD).filter(|view| selector.matches(view)),
+        );
     })
     .await;
     // Whoever asked may have stopped waiting.
@@ -92,7 +95,7 @@ pub(super) async fn reset(worker: Rc<Worker>, selector: Arc<Selector>, answer: o
     each(&worker, |connection| {
         let is_meant =
             |view: ConnectionView| view.state != ConnectionState::Closing && selector.matches(&view);
-        if connection.view(worker.sweep(), SWEEP_PERIOD).is_some_and(is_meant) {
+        if connection.view(worker.context.sweep(), SWEEP_PERIOD).is_some_and(is_meant) {
             connection.order(Order::End(End::ResetByOperator));
             count += 1;
         }

@@ -2,9 +2,9 @@
 //!
 //! Nothing is noted that the receiver does not take, or somebody who knows no more than the addresses and the ports could
 //! end a pair, or make up what it has moved: a segment counts if its sequence number *and* its acknowledgement number are such
-//! as a socket accepts (RFC 9293, 3.10.7.4; RFC 5961, 3 to 5). All others are forwarded, for the receiver to judge.
+//! as a socket accepts (RFC 9293, 3.10.7.4; RFC 5961, 3 to 5). All others are forwarded, for the receiver to decide on.
 
-use super::{FLOW_ENDED, Flow, HALF_CHALLENGE, HALF_RESET, HALF_SYN, Half, STATE_TAIL, Seen};
+use super::{FLOW_ENDED, Flow, HALF_CHALLENGE, HALF_RESET, HALF_SYN, Half, STATE_HANDOVER, Seen};
 use crate::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
 use crate::translate::is_before;
 
@@ -13,9 +13,9 @@ const MAX_WINDOW: u32 = 1 << 30;
 /// By how much at least numbers may differ from what is expected, where a window is smaller: what was sent to a window that has
 /// closed since may be sent and acknowledged again.
 const LEAST: u32 = 0xffff;
-/// How far beyond what is known numbers may lie in [`STATE_TAIL`]. The local sockets have granted their own windows, and have
+/// How far beyond what is known numbers may lie in [`STATE_HANDOVER`]. The local sockets have granted their own windows, and have
 /// received after they were read and before the programs saw anything: nobody told the programs of that.
-const TAIL_GAP: u32 = 16 << 20;
+const HANDOVER_GAP: u32 = 16 << 20;
 
 impl Half {
     /// Whether the receiver takes the segment of `flow`, whose opposite half is `reverse`: its payload touches the receiver's
@@ -38,8 +38,8 @@ impl Half {
         let granted = self.granted();
         let sent = reverse.sequence_end.wrapping_sub(flow.acknowledgement_shift);
         let mut ahead = larger(granted | LEAST, distance(self.acknowledged, sent));
-        if flow.state == STATE_TAIL {
-            ahead += TAIL_GAP;
+        if flow.state == STATE_HANDOVER {
+            ahead += HANDOVER_GAP;
         }
         lies_within(segment.acknowledgement, self.acknowledged, granted | LEAST, ahead)
     }
@@ -142,12 +142,12 @@ impl Half {
     }
 
     /// How far beyond what the receiver has acknowledged a segment may begin. Its sender may have sent more than the receiver has
-    /// room for, as the windows of the local sockets let it in [`STATE_TAIL`]: what it then says begins there for as long as the
+    /// room for, as the windows of the local sockets let it in [`STATE_HANDOVER`]: what it then says begins there for as long as the
     /// receiver does not read.
     #[inline(always)]
     const fn reach(&self, reverse: &Self, flow: &Flow) -> u32 {
         let sent = larger(reverse.granted(), distance(flow.first(reverse), self.sequence_end));
-        if flow.state == STATE_TAIL { sent + TAIL_GAP } else { sent }
+        if flow.state == STATE_HANDOVER { sent + HANDOVER_GAP } else { sent }
     }
 }
 

@@ -7,7 +7,7 @@ use super::{
     IPV6_MORE_FRAGMENTS, IpVersion, MAX_EXTENSION_HEADERS, PROTOCOL_FRAGMENT, PROTOCOL_TCP, Packet,
     parse_extension,
 };
-use crate::layout::{AddressBytes, mapped_v4};
+use crate::tuple::{AddressBytes, mapped_v4};
 
 /// Where the flags and the offset stand in the IPv4 header and in IPv6's fragment header, in bytes from its first.
 const IPV4_FLAGS: usize = 6;
@@ -111,7 +111,7 @@ mod tests {
     use super::super::samples::{TCP, UDP, extension, fragment_header, ipv4, ipv6, tcp};
     use super::super::{LinkLayer, parse};
     use super::*;
-    use crate::layout::address_bytes;
+    use crate::tuple::address_bytes;
 
     const V4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
     const V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 7);

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::samples::*;
 use super::*;
-use crate::layout::address_of;
+use crate::tuple::address_of;
 
 const V4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
 const V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 7);

@@ -15,7 +15,7 @@ const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 #[btf_map(name = "sockmap_targets")]
 pub(crate) static TARGETS: SockHash<u64, CAPACITY> = SockHash::new();
 
-/// The sockets whose bytes are judged.
+/// The sockets whose bytes pass through the program.
 #[btf_map(name = "sockmap_sources")]
 static SOURCES: SockHash<u64, CAPACITY> = SockHash::new();
 

@@ -40,7 +40,7 @@ const CUTS: u32 = 140;
 /// Hands what a socket has received to the other one of its pair, or leaves it to the agent.
 #[stream_verdict]
 pub fn fwd_sk_verdict(context: SkBuffContext) -> u32 {
-    let (action, verdict) = judge(&context);
+    let (action, verdict) = evaluate(&context);
     if let Some(count) = VERDICTS.get_ptr_mut(verdict.index()) {
         // SAFETY: the pointer is to this CPU's value, which lives while the map does. A verdict that interrupts this one may
         // go uncounted.
@@ -50,7 +50,7 @@ pub fn fwd_sk_verdict(context: SkBuffContext) -> u32 {
 }
 
 #[inline(always)]
-fn judge(context: &SkBuffContext) -> (u32, SockVerdict) {
+fn evaluate(context: &SkBuffContext) -> (u32, SockVerdict) {
     // SAFETY: the context is the one that the program was called with.
     let cookie = unsafe { bpf_get_socket_cookie(context.as_ptr()) };
     let (Some(stream), Some(credit)) = (STREAMS.get_ptr_mut(cookie), CREDITS.get_ptr(cookie)) else {

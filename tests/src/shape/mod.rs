@@ -344,7 +344,7 @@ impl Script {
         (receive, Step::Sip { receive, sips, pause: self.milliseconds(5, 60) })
     }
 
-    /// Mostly small, often enough to be promoted, now and then large.
+    /// Mostly small, often enough to be offloaded, now and then large.
     fn size(&mut self) -> usize {
         match self.below(40) {
             0 => (1 << 20) + self.below(3 << 20),

@@ -105,7 +105,7 @@ pub enum Family {
 
 /// Whether tier `tc` is to forward bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Promotion {
+pub enum Offload {
     /// It fails the test if it does not.
     Expected,
     /// It may refuse what does not fit together.
@@ -255,13 +255,13 @@ impl Stage {
     /// Performs conversations and fails the test if one fails, or if the tier that is asked for carried nothing.
     #[track_caller]
     pub fn check(&self, seeds: impl IntoIterator<Item = u64>, at_once: usize) {
-        self.check_shapes(seeds.into_iter().map(Shape::of).collect(), at_once, Promotion::Expected);
+        self.check_shapes(seeds.into_iter().map(Shape::of).collect(), at_once, Offload::Expected);
     }
 
     /// The same for shapes of the caller's choice.
     #[track_caller]
-    pub fn check_shapes(&self, shapes: Vec<Shape>, at_once: usize, promotion: Promotion) {
-        self.judge(&self.run_shapes(shapes, at_once), promotion);
+    pub fn check_shapes(&self, shapes: Vec<Shape>, at_once: usize, offload: Offload) {
+        self.evaluate(&self.run_shapes(shapes, at_once), offload);
     }
 
     /// Performs conversations one after another, all from the same port of the client.
@@ -279,16 +279,16 @@ impl Stage {
             failures
         });
         println!("{}: {} conversations, {:.1?}", self.datapath, shapes.len(), start.elapsed());
-        self.judge(&failures, Promotion::Expected);
+        self.evaluate(&failures, Offload::Expected);
     }
 
     #[track_caller]
-    fn judge(&self, failures: &[Failure], promotion: Promotion) {
+    fn evaluate(&self, failures: &[Failure], offload: Offload) {
         let forwarded = self.datapath.forwarded(&self.agent);
         let told: Vec<String> = failures.iter().map(ToString::to_string).collect();
         assert!(told.is_empty(), "{}: {} failed:\n{}", self.datapath, told.len(), told.join("\n"));
         let by_kernel = forwarded.expect("metrics of the agent");
-        if promotion == Promotion::Expected && self.datapath.is_by_kernel() {
+        if offload == Offload::Expected && self.datapath.is_by_kernel() {
             assert!(by_kernel > 0, "the kernel forwarded nothing");
         }
     }

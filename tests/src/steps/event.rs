@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::lane::Net;
+use super::net::Net;
 use super::talk::{Conversation, Seen};
 use super::{Cell, Fate, Side, raw};
 use crate::sequence;
@@ -140,7 +140,7 @@ pub(super) fn play(cell: Cell, conversation: &mut Conversation, net: &Net) -> Re
 }
 
 /// Asserts that an event has the effect that it should, once the agent has gone on, and that nothing is lost.
-pub(super) fn judge(played: &Played, conversation: &mut Conversation) -> Result<()> {
+pub(super) fn evaluate(played: &Played, conversation: &mut Conversation) -> Result<()> {
     let Cell { event, side, .. } = played.cell;
     let other = side.other();
     // Whoever does not read is to hear of a reset nevertheless.
@@ -192,7 +192,7 @@ pub(super) fn judge(played: &Played, conversation: &mut Conversation) -> Result<
 }
 
 /// Asserts that a connection is over at both ends that are still there.
-pub(super) fn judge_end(fate: Fate, conversation: &mut Conversation) -> Result<()> {
+pub(super) fn evaluate_end(fate: Fate, conversation: &mut Conversation) -> Result<()> {
     let is_over = |seen| if fate == Fate::IsReset { seen == Seen::Reset } else { seen != Seen::Open };
     for side in Side::BOTH {
         conversation.at(side).reads = true;

@@ -12,61 +12,39 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use tempfile::TempDir;
 
+use super::net::Net;
 use super::talk::Conversation;
 use super::{Cell, Fate, GONE, Held, Side, Table, Tier, event};
 use crate::agent::{Agent, AgentCommand, DEADLINE, stepped_binary};
 use crate::fixture::{ENDPOINT_PORT, LISTENER_PORT};
 use crate::kernel::{dump, entries, standing};
 use crate::manifests::Manifests;
-use crate::netns::{NetNs, Topology};
 use crate::sequence;
 use crate::shape::stage::Family;
 use crate::wait::wait_for;
-use crate::wire::{self, Wire};
+use crate::wire;
 
 /// How long the agent may take to come to a step.
 const ARRIVAL: Duration = Duration::from_secs(3);
 /// How long the agent may take to let go of a connection that is over.
 const REST: Duration = Duration::from_secs(1);
-/// The step that whatever writes flows anew comes to, and the one before it at a hand-over.
+/// The step that whatever writes flows anew comes to, and the one before it at a handover.
 const REWRITE: &str = "rewrite.request_written";
-const BEFORE_REWRITE: &str = "splice.before";
+const BEFORE_REWRITE: &str = "complete.before";
 /// How long what is over may stay in the kernel: for what is sent again, and to tell both ends again.
 const LEAVES: Duration = Duration::from_secs(8);
-/// How much each end sends before the hand-over.
+/// How much each end sends before the handover.
 const BEFORE: usize = 2_048;
 /// How much of each end the agent is made to hold, and how much of one that does not read.
 const SOME: usize = 3_072;
 const MUCH: usize = 14_000;
-/// A hand-over that takes longer may find nothing that is held any more.
+/// A handover that takes longer may find nothing that is held any more.
 const AT_FIRST: Duration = Duration::from_millis(700);
-/// The receive buffers of both hosts at first: no more than a part of what the agent may hold at a hand-over.
+/// The receive buffers of both hosts at first: no more than a part of what the agent may hold at a handover.
 const SMALL_BUFFERS: &str = "4096 8192 6291456";
 /// How many lanes there are, and how many where each cell takes the start of an agent, which keeps a CPU busy.
 const LANES: usize = 4;
 const LANES_OF_SUCCESSORS: usize = 2;
-
-/// The hosts and wires of the two ends.
-pub(super) struct Net {
-    topology: Topology,
-    wires: [Wire; 2],
-}
-
-impl Net {
-    pub(super) fn wire(&self, side: Side) -> &Wire {
-        match side {
-            Side::Client => &self.wires[0],
-            Side::Endpoint => &self.wires[1],
-        }
-    }
-
-    pub(super) fn host(&self, side: Side) -> &NetNs {
-        match side {
-            Side::Client => &self.topology.client,
-            Side::Endpoint => &self.topology.backend1,
-        }
-    }
-}
 
 /// An agent with failpoints between a client and an endpoint.
 pub struct Lane {
@@ -108,8 +86,8 @@ impl Lane {
             Tier::Tc => "tc",
             Tier::Sockmap => "sockmap",
         };
-        let promotion = (2 * BEFORE).to_string() + "B";
-        let arguments = ["--datapath", datapath, "--promote-after", &promotion, "--workers", "1"];
+        let offload = (2 * BEFORE).to_string() + "B";
+        let arguments = ["--datapath", datapath, "--offload-after", &offload, "--workers", "1"];
         let variable = format!("FORWARDER_FAILPOINTS={}", folder.path().display());
         let command =
             AgentCommand::new(&arguments).with_binary(stepped_binary()).wrapped(&["env", &variable]);
@@ -158,7 +136,7 @@ impl Lane {
         Ok(Conversation::new(client, accepted.context("the agent has connected no endpoint")?, self.next)?)
     }
 
-    /// Has the kernel forward one connection, on which both ends are seen to hear each other: then a hand-over waits for
+    /// Has the kernel forward one connection, on which both ends are seen to hear each other: then a handover waits for
     /// nothing. The tier may begin to take connections a while after the agent is ready.
     fn warm_up(&mut self) -> Result<()> {
         const ATTEMPTS: usize = 10;
@@ -252,11 +230,11 @@ impl Lane {
         }
         let played = event::play(cell, &mut conversation, &self.net);
         self.go_on(step)?;
-        let judged = event::judge(&played?, &mut conversation);
-        if judged.is_err() && self.shows {
+        let evaluated = event::evaluate(&played?, &mut conversation);
+        if evaluated.is_err() && self.shows {
             println!("{cell}:\n{}", standing(&self.agent, &self.net.topology));
         }
-        judged?;
+        evaluated?;
         drop(conversation);
         self.await_rest().and(Ok(true))
     }
@@ -266,7 +244,7 @@ impl Lane {
         let mut listed = Vec::new();
         let rests = wait_for(REST, || {
             listed = self.agent.connections("").ok()?;
-            listed.iter().all(|one| one["state"] != "tail" && one["tier"] == "tc").then_some(())
+            listed.iter().all(|one| one["state"] != "handover" && one["tier"] == "tc").then_some(())
         });
         rests.with_context(|| format!("not within {REST:?}: the agent is done with it ({listed:?})"))
     }
@@ -298,8 +276,8 @@ impl Lane {
             played
         };
         match Fate::of(cell.step) {
-            Fate::Lives => event::judge(&played, &mut conversation)?,
-            fate => event::judge_end(fate, &mut conversation)?,
+            Fate::Lives => event::evaluate(&played, &mut conversation)?,
+            fate => event::evaluate_end(fate, &mut conversation)?,
         }
         drop(conversation);
         self.await_rest()?;
@@ -327,15 +305,15 @@ impl Lane {
                 poked = Instant::now();
                 both.at(side.other()).target += 1;
             }
-            // What was heeded before the hand-over does not count.
+            // What was heeded before the handover does not count.
             let stream = both.at(side).stream.as_ref();
             began.elapsed() > 3 * HEEDED
                 && stream.is_some_and(|stream| {
                     sequence::since_acknowledgement(stream).is_ok_and(|since| since < HEEDED)
                 })
         });
-        let is_tail = self.agent.connections("")?.iter().any(|one| one["state"] == "tail");
-        ensure!(is_tail, "it was not handed over with something held");
+        let is_in_handover = self.agent.connections("")?.iter().any(|one| one["state"] == "handover");
+        ensure!(is_in_handover, "it was not handed over with something held");
         ensure!(is_heeded, "it does not heed what is acknowledged: {}", conversation.standing());
         event::finish(&mut conversation).context("afterwards")?;
         drop(conversation);

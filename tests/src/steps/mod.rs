@@ -1,10 +1,11 @@
-//! Every event at every step of a hand-over: what is played, and the table of what came of it.
+//! Every event at every step of a handover: what is played, and the table of what came of it.
 //!
 //! An agent with failpoints stops at a step, one end of a connection does something just then, the agent goes on, and the
-//! other end has to see it within a second. See `docs/hand-over.md`.
+//! other end has to see it within a second. See `docs/handover.md`.
 
 mod event;
 mod lane;
+mod net;
 mod raw;
 mod table;
 mod talk;
@@ -113,7 +114,7 @@ impl Tier {
     /// The last step.
     fn last(self) -> &'static str {
         match self {
-            Self::Tc => "splice.handed_over",
+            Self::Tc => "complete.handed_over",
             Self::Sockmap => "insert.handed_over",
         }
     }
@@ -137,15 +138,17 @@ impl Fate {
     /// Of a connection whose agent was killed at `step`.
     fn of(step: &str) -> Self {
         match step {
-            "splice.after" | "silence.downstream" | "splice.silenced" | "splice.handed_over" => Self::Lives,
-            "join.pair_written" | "rewrite.request_written" | "splice.before" => Self::IsReset,
-            _ if step.starts_with("tail.") => Self::IsReset,
+            "complete.after" | "silence.downstream" | "complete.silenced" | "complete.handed_over" => {
+                Self::Lives
+            }
+            "join.pair_written" | "rewrite.request_written" | "complete.before" => Self::IsReset,
+            _ if step.starts_with("handover.") => Self::IsReset,
             _ => Self::Ends,
         }
     }
 }
 
-/// The steps of a hand-over to tier `tc`, in their order, and what may be held at each.
+/// The steps of a handover to tier `tc`, in their order, and what may be held at each.
 pub const TC: &[(&str, &[Held])] = &[
     ("join.begin", EVERY),
     ("join.downstream_read", EVERY),
@@ -154,14 +157,14 @@ pub const TC: &[(&str, &[Held])] = &[
     ("join.request_written", EASY),
     ("join.response_written", EASY),
     ("join.pair_written", EASY),
-    ("tail.begin", EASY),
-    ("tail.landed", EASY),
-    ("splice.before", EASY),
+    ("handover.begin", EASY),
+    ("handover.landed", EASY),
+    ("complete.before", EASY),
     ("rewrite.request_written", EASY),
-    ("splice.after", EASY),
+    ("complete.after", EASY),
     ("silence.downstream", EASY),
-    ("splice.silenced", EASY),
-    ("splice.handed_over", EASY),
+    ("complete.silenced", EASY),
+    ("complete.handed_over", EASY),
 ];
 
 /// The steps of an insertion into the maps of tier `sockmap`, in their order, and what may be held at each.
@@ -179,8 +182,8 @@ pub const SOCKMAP: &[(&str, &[Held])] = &[
 /// The steps of an agent that takes over what a former one has left, in their order.
 pub const SUCCESSOR: [&str; 4] = [GONE, "adopt.begin", "adopt.inherited", "adopt.taken_over"];
 
-/// Events while no agent runs that was killed at any step of a hand-over to tier `tc`, and at every step of its successor
-/// where it was killed after the hand-over.
+/// Events while no agent runs that was killed at any step of a handover to tier `tc`, and at every step of its successor
+/// where it was killed after the handover.
 pub fn adoptions(family: Family) -> Vec<Cell> {
     let mut all = Vec::new();
     for &(step, _) in TC {
@@ -190,7 +193,7 @@ pub fn adoptions(family: Family) -> Vec<Cell> {
             Fate::Ends | Fate::IsReset => (&SUCCESSOR[..1], &[Event::Data, Event::Fin, Event::Reset][..]),
         };
         for &successor in successors {
-            // Only the end of the hand-over is worth every combination: each takes the start of an agent.
+            // Only the end of the handover is worth every combination: each takes the start of an agent.
             if successor != GONE && step != Tier::Tc.last() {
                 continue;
             }

@@ -13,12 +13,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::version::{newest, newest_of_each_series, version_of};
+use crate::keyring::KEYRING;
 use crate::{process, workspace};
 
 /// Which releases of Debian to search, oldest kernels first.
 const SUITES: [&str; 4] = ["bullseye", "bookworm", "bookworm-backports", "sid"];
-/// What signs all of them; the package of the same name has it.
-pub(super) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Names a mirror where the system's own sources name none of Debian.
 const MIRROR_VARIABLE: &str = "FORWARDER_DEBIAN_MIRROR";
 const UPDATE_LIMIT: Duration = Duration::from_mins(5);

@@ -13,7 +13,6 @@ mod version;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -22,22 +21,11 @@ use self::guest::Work;
 use self::kernels::{Kernel, Wanted};
 use self::qemu::{Accelerator, Machine};
 use self::report::Outcome;
-use crate::setup::{Mode, Need, setup};
+use crate::ebpf;
 use crate::workspace::{self, Profile};
-use crate::{ebpf, packages, process};
 
 /// The oldest kernel that is supported, and the oldest one on which nothing is missing.
 const KERNELS: [&str; 2] = ["5.10", "6.1"];
-/// Programs that this takes, and the packages of Debian with them.
-pub(crate) const PROGRAMS: [(&str, &str); 7] = [
-    ("busybox", "busybox-static"),
-    ("depmod", "kmod"),
-    ("dpkg-deb", "dpkg"),
-    ("modprobe", "kmod"),
-    ("qemu-system-x86_64", "qemu-system-x86"),
-    ("xz", "xz-utils"),
-    ("zstd", "zstd"),
-];
 
 #[derive(clap::Args, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
@@ -83,13 +71,12 @@ pub(crate) fn short() -> Result<()> {
     })
 }
 
-/// Runs tests on each of the kernels, one after the other, and tells what failed.
+/// Runs tests on each of the kernels, for which everything is there ([`Need::Vm`](crate::setup::Need::Vm)), one after the other, and tells what failed.
 pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
     ensure!(
         env::consts::ARCH == "x86_64",
         "only machines of the kind x86_64 can run Debian's kernels for it"
     );
-    setup(Need::Vm, Mode::Install)?;
     let items = selection::select(&arguments.tests)?;
     let agent = agent(arguments.debug)?;
     let programs = if arguments.shell { Vec::new() } else { selection::build(&items)? };
@@ -194,17 +181,4 @@ fn agent(debug: bool) -> Result<PathBuf> {
     }
     let profile = if debug { Profile::Dev } else { Profile::Release };
     ebpf::build_agent(profile, Some(&ebpf::build()?))
-}
-
-/// What Debian's packages are checked with.
-pub(crate) fn find_keyring() -> Result<String> {
-    ensure!(Path::new(kernels::KEYRING).is_file(), "no {}", kernels::KEYRING);
-    for program in ["apt-get", "apt-cache"] {
-        process::read(Command::new(program).arg("--version"))?;
-    }
-    Ok(kernels::KEYRING.to_owned())
-}
-
-pub(crate) fn install_keyring() -> Result<()> {
-    packages::install(&["debian-archive-keyring".to_owned()])
 }

@@ -10,7 +10,7 @@ use super::qemu::End;
 use super::selection::Item;
 
 /// What `forwarder probe` must find available on each kernel. It loads the programs for that.
-const REQUIRED: [&str; 4] = ["tier copy", "tier splice", "tier tc", "classifier"];
+const REQUIRED: [&str; 4] = ["tier copy", "tier splice", "tier tc", "eBPF programs"];
 /// What it may find either way.
 const OPTIONAL: [&str; 1] = ["tier sockmap"];
 /// The exit status of timeout(1), when it has ended a program, and when it had to kill it.
@@ -69,7 +69,7 @@ fn outcome(items: &[Item], output: &Path, line: &str) -> Option<Outcome> {
     let seconds = words.next()?.parse().ok()?;
     let item = items.iter().find(|item| item.name() == name)?;
     let log = output.join(format!("{name}.log"));
-    Some(Outcome { name: name.to_owned(), seconds, verdict: judge(item, status, &read(&log)), log })
+    Some(Outcome { name: name.to_owned(), seconds, verdict: evaluate(item, status, &read(&log)), log })
 }
 
 /// An outcome for each thing that was to run: what the guest did not come to has failed.
@@ -99,7 +99,7 @@ pub(super) fn complaints(console: &str) -> Vec<&str> {
     console.lines().filter(|line| names(line, &BROKEN) && !names(line, &SLOW)).collect()
 }
 
-fn judge(item: &Item, status: i32, log: &str) -> Result<String, String> {
+fn evaluate(item: &Item, status: i32, log: &str) -> Result<String, String> {
     if TIMED_OUT.contains(&status) {
         // What failed before says more than what hung.
         let failed = failed(log);
@@ -108,9 +108,9 @@ fn judge(item: &Item, status: i32, log: &str) -> Result<String, String> {
         return Err(format!("took too long{before}"));
     }
     match item {
-        Item::Probe if status == 0 => judge_probe(log),
+        Item::Probe if status == 0 => evaluate_probe(log),
         Item::Probe => Err(format!("exit status {status}")),
-        Item::Tests { .. } => judge_tests(status, log),
+        Item::Tests { .. } => evaluate_tests(status, log),
     }
 }
 
@@ -119,7 +119,7 @@ fn failed(log: &str) -> Vec<&str> {
     log.lines().filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED")).collect()
 }
 
-fn judge_probe(log: &str) -> Result<String, String> {
+fn evaluate_probe(log: &str) -> Result<String, String> {
     let findings: Value = serde_json::from_str(log).map_err(|error| format!("cannot be read: {error}"))?;
     let find = |feature: &str| {
         let finding = findings.as_array()?.iter().find(|finding| finding["feature"] == feature)?;
@@ -136,14 +136,14 @@ fn judge_probe(log: &str) -> Result<String, String> {
     if !missing.is_empty() {
         return Err(missing.join("; "));
     }
-    let seen = OPTIONAL.into_iter().chain(["classifier"]).filter_map(|feature| {
+    let seen = OPTIONAL.into_iter().chain(["eBPF programs"]).filter_map(|feature| {
         let (available, detail) = find(feature)?;
         Some(if available { format!("{feature}: {detail}") } else { format!("no {feature}: {detail}") })
     });
     Ok(seen.collect::<Vec<_>>().join("; "))
 }
 
-fn judge_tests(status: i32, log: &str) -> Result<String, String> {
+fn evaluate_tests(status: i32, log: &str) -> Result<String, String> {
     let failed = failed(log);
     let passed = log.lines().find_map(|line| {
         let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
@@ -174,17 +174,17 @@ mod tests {
     #[test]
     fn only_tests_that_ran_and_passed_are_green() {
         const PASSED: &str = "test a ... ok\n\ntest result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 1 filtered out; finished in 1.0s\n";
-        assert_eq!(judge(&item(), 0, PASSED), Ok("2 passed".to_owned()));
+        assert_eq!(evaluate(&item(), 0, PASSED), Ok("2 passed".to_owned()));
         let none = PASSED.replace("2 passed", "0 passed");
-        assert_eq!(judge(&item(), 0, &none), Err("no test matches".to_owned()));
+        assert_eq!(evaluate(&item(), 0, &none), Err("no test matches".to_owned()));
         let skipped = format!("skipped: needs root\n{PASSED}");
-        assert_eq!(judge(&item(), 0, &skipped), Err("skipped: needs root".to_owned()));
+        assert_eq!(evaluate(&item(), 0, &skipped), Err("skipped: needs root".to_owned()));
         let failed =
             "test a ... ok\ntest b ... FAILED\n\ntest result: FAILED. 1 passed; 1 failed; 0 ignored\n";
-        assert_eq!(judge(&item(), 101, failed), Err("1 failed: b".to_owned()));
-        assert_eq!(judge(&item(), 101, ""), Err("exit status 101, without a result".to_owned()));
-        assert_eq!(judge(&item(), 124, failed), Err("took too long; failed before: b".to_owned()));
-        assert_eq!(judge(&item(), 124, PASSED), Err("took too long".to_owned()));
+        assert_eq!(evaluate(&item(), 101, failed), Err("1 failed: b".to_owned()));
+        assert_eq!(evaluate(&item(), 101, ""), Err("exit status 101, without a result".to_owned()));
+        assert_eq!(evaluate(&item(), 124, failed), Err("took too long; failed before: b".to_owned()));
+        assert_eq!(evaluate(&item(), 124, PASSED), Err("took too long".to_owned()));
     }
 
     #[test]
@@ -196,14 +196,17 @@ mod tests {
             let some = REQUIRED.map(|feature| finding(feature, feature != "tier tc" || tc));
             format!("[{},{}]", some.join(","), finding("tier sockmap", false))
         };
-        assert_eq!(judge(&Item::Probe, 0, &report(true)), Ok("no tier sockmap: x; classifier: x".to_owned()));
-        assert_eq!(judge(&Item::Probe, 0, &report(false)), Err("no tier tc: x".to_owned()));
         assert_eq!(
-            judge(&Item::Probe, 0, "[]").map_err(|error| error.contains("nothing about tier tc")),
+            evaluate(&Item::Probe, 0, &report(true)),
+            Ok("no tier sockmap: x; eBPF programs: x".to_owned())
+        );
+        assert_eq!(evaluate(&Item::Probe, 0, &report(false)), Err("no tier tc: x".to_owned()));
+        assert_eq!(
+            evaluate(&Item::Probe, 0, "[]").map_err(|error| error.contains("nothing about tier tc")),
             Err(true)
         );
-        assert!(judge(&Item::Probe, 0, "").is_err());
-        assert!(judge(&Item::Probe, 1, &report(true)).is_err());
+        assert!(evaluate(&Item::Probe, 0, "").is_err());
+        assert!(evaluate(&Item::Probe, 1, &report(true)).is_err());
     }
 
     #[test]

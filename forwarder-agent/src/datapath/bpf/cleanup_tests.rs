@@ -17,7 +17,7 @@ fn the_filters_of_a_killed_agent_are_found_and_removed_and_no_others() {
             let mut bpf = Bpf::load(&bpffs.options()).unwrap();
             let links = bpf.pins.links().unwrap();
             bpf.attachments = Attachments::new(AttachKind::Clsact, Stay::Programs(links));
-            for name in [PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP] {
+            for name in [PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP] {
                 load_program(&mut bpf.ebpf, name).unwrap();
             }
             assert!(bpf.attach(&interfaces, &BTreeSet::from([BindAddress::Any])).is_empty());

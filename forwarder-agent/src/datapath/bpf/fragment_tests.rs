@@ -1,10 +1,11 @@
-//! What the redirector makes of the fragments of a flow's packets, run by the kernel over crafted ones: what they are put
+//! What the ingress program makes of the fragments of a flow's packets, run by the kernel over crafted ones: what they are put
 //! together to must be the translated packet.
 
 use std::collections::BTreeMap;
 
-use forwarder_common::flow::{FLOW_CLEAR_ECN, Flow, FlowKey, STATE_OVER, STATE_TAIL};
+use forwarder_common::flow::{FLOW_CLEAR_ECN, Flow, STATE_HANDOVER, STATE_OVER};
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_SYN};
+use forwarder_common::tuple::FourTuple;
 use forwarder_common::{PROGRAM_ETHERNET, Verdict};
 
 use super::cut::cut;
@@ -18,7 +19,7 @@ const LONGEST: usize = 576;
 const IDENTIFICATION: u32 = 0x1234;
 
 /// A frame that is cut into four.
-fn frame(key: FlowKey) -> Frame {
+fn frame(key: FourTuple) -> Frame {
     let payload = (0..2_000_u32).map(|byte| byte.to_le_bytes()[0]).collect();
     Frame { flags: FLAG_ACK | FLAG_FIN, payload, ..Frame::new(key) }
 }
@@ -31,7 +32,7 @@ fn pieces(frame: &Frame) -> Vec<Vec<u8>> {
 
 /// Checks what becomes of the fragments of a frame, which come in an order of their own.
 #[track_caller]
-fn check((key, flow): (FlowKey, Flow), order: [usize; 4], change: impl Fn(&mut Frame)) {
+fn check((key, flow): (FourTuple, Flow), order: [usize; 4], change: impl Fn(&mut Frame)) {
     let mut frame = frame(key);
     change(&mut frame);
     let Some((_bpffs, bpf)) = with_flow(key, flow, at(&frame)) else { return };
@@ -71,7 +72,7 @@ fn each_fragment_is_translated() {
 
 /// A flow, and the fragments of one of its packets.
 #[track_caller]
-fn with_pieces((key, flow): (FlowKey, Flow), check: impl Fn(&mut super::Bpf, &Frame, Vec<Vec<u8>>)) {
+fn with_pieces((key, flow): (FourTuple, Flow), check: impl Fn(&mut super::Bpf, &Frame, Vec<Vec<u8>>)) {
     let frame = frame(key);
     let Some((_bpffs, mut bpf)) = with_flow(key, flow, at(&frame)) else { return };
     check(&mut bpf, &frame, pieces(&frame));
@@ -127,10 +128,10 @@ fn those_of_a_pair_that_is_gone_are_left_to_the_stack() {
 }
 
 #[test]
-fn in_state_tail_they_are_translated_too() {
+fn in_state_handover_they_are_translated_too() {
     let (key, flow) = flow_v4();
-    let tail = Flow { state: STATE_TAIL, ..flow };
-    with_pieces((key, tail), |bpf, frame, pieces| {
+    let flow = Flow { state: STATE_HANDOVER, ..flow };
+    with_pieces((key, flow), |bpf, frame, pieces| {
         let expected = self::pieces(&Frame { tuple: flow.out, hop_limit: flow.hop_limit, ..frame.clone() });
         assert_eq!(run(bpf, PROGRAM_ETHERNET, &pieces[0]).0, TC_ACT_REDIRECT);
         for (fragment, expected) in pieces.iter().zip(&expected).skip(1) {

@@ -1,14 +1,15 @@
-//! Packets of flows, crafted, and a naive model of what the redirector makes of them: decode, translate each field by itself,
+//! Packets of flows, crafted, and a naive model of what the ingress program makes of them: decode, translate each field by itself,
 //! encode with fresh checksums.
 
 use std::net::IpAddr;
 
-use forwarder_common::flow::{DIRECTION_REQUEST, Flow, FlowKey, NextHop, Pair, STATE_SPLICED};
-use forwarder_common::layout::{address_bytes, address_of};
+use forwarder_common::flow::{DIRECTION_REQUEST, Flow, NextHop, Pair, STATE_OFFLOADED};
 use forwarder_common::packet::FLAG_ACK;
+use forwarder_common::tuple::FourTuple;
+use forwarder_common::tuple::{address_bytes, address_of};
 
 use super::super::Bpf;
-use super::{Bpffs, PAIR, bpffs, load_guard, write_flows, write_pair};
+use super::{Bpffs, PAIR, bpffs, load_egress, write_flows, write_pair};
 
 /// The interface that test runs say packets arrive by.
 pub(super) const LOOPBACK: u32 = 1;
@@ -26,7 +27,7 @@ const WINDOW: u16 = 60_000;
 /// A TCP packet in an Ethernet frame.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Frame {
-    pub(super) tuple: FlowKey,
+    pub(super) tuple: FourTuple,
     /// The TTL or hop limit, which is not carried over.
     pub(super) hop_limit: u8,
     pub(super) ip_options: Vec<u8>,
@@ -47,10 +48,10 @@ pub(super) enum Field {
     Other(u8, Vec<u8>),
 }
 
-pub(super) fn tuple(source: &str, destination: &str) -> FlowKey {
+pub(super) fn tuple(source: &str, destination: &str) -> FourTuple {
     let parse = |text: &str| text.parse::<std::net::SocketAddr>().unwrap();
     let (source, destination) = (parse(source), parse(destination));
-    FlowKey {
+    FourTuple {
         source: address_bytes(source.ip()),
         destination: address_bytes(destination.ip()),
         source_port: source.port(),
@@ -69,7 +70,7 @@ pub(super) fn checksum(parts: &[&[u8]]) -> u16 {
 }
 
 impl Frame {
-    pub(super) fn new(tuple: FlowKey) -> Self {
+    pub(super) fn new(tuple: FourTuple) -> Self {
         Self {
             tuple,
             hop_limit: 1,
@@ -197,17 +198,17 @@ pub(super) fn bytes_of(address: IpAddr) -> Vec<u8> {
     }
 }
 
-pub(super) fn flow_v4() -> (FlowKey, Flow) {
+pub(super) fn flow_v4() -> (FourTuple, Flow) {
     let key = tuple("192.0.2.1:40000", "198.51.100.7:9001");
     (key, flow(tuple("198.51.100.8:51000", "203.0.113.9:3306")))
 }
 
-pub(super) fn flow_v6() -> (FlowKey, Flow) {
+pub(super) fn flow_v6() -> (FourTuple, Flow) {
     let key = tuple("[2001:db8::1]:40000", "[2001:db8::7]:9001");
     (key, flow(tuple("[2001:db8:1::8]:51000", "[2001:db8:2::9]:3306")))
 }
 
-fn flow(out: FlowKey) -> Flow {
+fn flow(out: FourTuple) -> Flow {
     Flow {
         out,
         interface: 1,
@@ -217,7 +218,7 @@ fn flow(out: FlowKey) -> Flow {
         clock: 0,
         pair: PAIR,
         direction: DIRECTION_REQUEST,
-        state: STATE_SPLICED,
+        state: STATE_OFFLOADED,
         sequence_shift: SEQUENCE_SHIFT,
         acknowledgement_shift: REVERSE_SHIFT.wrapping_neg(),
         source_scale: 7,
@@ -252,11 +253,11 @@ pub(super) fn at(frame: &Frame) -> Pair {
     pair
 }
 
-/// Loaded, with the guard, one direction and its pair.
-pub(super) fn with_flow(key: FlowKey, flow: Flow, pair: Pair) -> Option<(Bpffs, Bpf)> {
+/// Loaded, with the egress program, one direction and its pair.
+pub(super) fn with_flow(key: FourTuple, flow: Flow, pair: Pair) -> Option<(Bpffs, Bpf)> {
     let bpffs = bpffs()?;
     let mut bpf = Bpf::load(&bpffs.options()).unwrap();
-    load_guard(&mut bpf);
+    load_egress(&mut bpf);
     write_pair(&mut bpf, pair);
     write_flows(&mut bpf, &[(key, flow)]);
     Some((bpffs, bpf))

@@ -1,9 +1,10 @@
-//! What the classifier says, and passes on, of packets that are too large: run by the kernel over crafted packets.
+//! What the ingress program says, and passes on, of packets that are too large: run by the kernel over crafted packets.
 
 use std::collections::BTreeMap;
 
-use forwarder_common::flow::{DIRECTION_RESPONSE, Flow, FlowKey, STATE_SPLICED};
-use forwarder_common::layout::address_of;
+use forwarder_common::flow::{DIRECTION_RESPONSE, Flow, STATE_OFFLOADED};
+use forwarder_common::tuple::FourTuple;
+use forwarder_common::tuple::address_of;
 use forwarder_common::{PROGRAM_ETHERNET, Verdict};
 
 use super::frames::{
@@ -21,7 +22,7 @@ struct Word {
     from: Vec<u8>,
     to: Vec<u8>,
     /// The tuple of the packet that it quotes.
-    quoted: FlowKey,
+    quoted: FourTuple,
     sequence: u32,
     /// Of both headers; IPv4 only.
     ip_options: Vec<u8>,
@@ -31,7 +32,7 @@ struct Word {
 }
 
 impl Word {
-    fn of(quoted: FlowKey, sequence: u32) -> Self {
+    fn of(quoted: FourTuple, sequence: u32) -> Self {
         let to = address_of(quoted.source);
         Self {
             from: if to.is_ipv4() { vec![203, 0, 113, 254] } else { vec![0xfe; 16] },
@@ -86,12 +87,12 @@ impl Word {
 }
 
 /// The opposite of a flow: what comes from where its packets go.
-fn reverse(key: FlowKey, flow: &Flow) -> (FlowKey, Flow) {
+fn reverse(key: FourTuple, flow: &Flow) -> (FourTuple, Flow) {
     let reverse = Flow {
         out: key.reversed(),
         interface: 1,
         direction: DIRECTION_RESPONSE,
-        state: STATE_SPLICED,
+        state: STATE_OFFLOADED,
         sequence_shift: REVERSE_SHIFT,
         acknowledgement_shift: SEQUENCE_SHIFT.wrapping_neg(),
         ..*flow
@@ -100,14 +101,14 @@ fn reverse(key: FlowKey, flow: &Flow) -> (FlowKey, Flow) {
 }
 
 /// A program with both directions of a pair; `None` where none can run.
-fn with_both((key, flow): (FlowKey, Flow)) -> Option<(super::Bpffs, Bpf)> {
+fn with_both((key, flow): (FourTuple, Flow)) -> Option<(super::Bpffs, Bpf)> {
     let (bpffs, mut bpf) = with_flow(key, flow, known_clocks())?;
     write_flows(&mut bpf, &[reverse(key, &flow)]);
     Some((bpffs, bpf))
 }
 
 #[track_caller]
-fn check_passed_on((key, flow): (FlowKey, Flow), change: impl Fn(&mut Word)) {
+fn check_passed_on((key, flow): (FourTuple, Flow), change: impl Fn(&mut Word)) {
     const SEQUENCE: u32 = 0x0102_0304;
     let Some((_bpffs, bpf)) = with_both((key, flow)) else { return };
     let mut word = Word::of(flow.out, SEQUENCE.wrapping_add(SEQUENCE_SHIFT));
@@ -142,7 +143,7 @@ fn what_a_router_says_of_others_is_left_to_the_stack() {
         let word = Word::of(flow.out, 5);
         let mut frames = Vec::new();
         // Another port, what the sender itself sent, another type, another code, and a quote of somebody else's packet.
-        let other = FlowKey { destination_port: flow.out.destination_port + 1, ..flow.out };
+        let other = FourTuple { destination_port: flow.out.destination_port + 1, ..flow.out };
         frames.push(Word { quoted: other, ..word.clone() });
         frames.push(Word::of(key, 5));
         frames.push(Word { type_and_code: [11, 0], ..word.clone() });
@@ -173,7 +174,7 @@ fn what_a_router_says_of_a_pair_that_has_ended_is_left_to_the_stack() {
 
 /// A packet of `length` bytes from the IP header on, to leave by an interface that takes 1400.
 fn large(
-    (key, flow): (FlowKey, Flow),
+    (key, flow): (FourTuple, Flow),
     ip_options: &[u8],
     length: usize,
 ) -> Option<(i32, Vec<u8>, Vec<u8>, Bpf)> {

@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 use aya::programs::links::LinkOrder;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{SchedClassifier, TcAttachType};
-use forwarder_common::flow::{Flow, FlowKey, HALF_RESET, NextHop, STATE_SPLICED};
-use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, Verdict};
+use forwarder_common::flow::{Flow, HALF_RESET, NextHop, STATE_OFFLOADED};
+use forwarder_common::tuple::FourTuple;
+use forwarder_common::{PROGRAM_EGRESS_ETHERNET, PROGRAM_ETHERNET, Verdict};
 
 use super::super::{AttachKind, Bpf};
-use super::{PAIR, bpffs, enter, ip, load_guard, pair, skip, verdicts, write_flows, write_pair};
-use crate::promote::{Hop, Leg, Placement, Way, join};
+use super::{PAIR, bpffs, enter, ip, load_egress, pair, skip, verdicts, write_flows, write_pair};
+use crate::datapath::join::{Hop, Placement, Way, join};
+use crate::datapath::leg::Leg;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 /// How long after the insertion of a flow packets may still be on their way past the programs.
@@ -87,9 +89,9 @@ fn interface_index(name: &str) -> u32 {
 
 /// Hangs the programs on both interfaces; detached with the namespace.
 fn attach(bpf: &mut Bpf) {
-    load_guard(bpf);
+    load_egress(bpf);
     for (program, side) in
-        [(PROGRAM_ETHERNET, TcAttachType::Ingress), (PROGRAM_GUARD_ETHERNET, TcAttachType::Egress)]
+        [(PROGRAM_ETHERNET, TcAttachType::Ingress), (PROGRAM_EGRESS_ETHERNET, TcAttachType::Egress)]
     {
         let program: &mut SchedClassifier = bpf.ebpf.program_mut(program).unwrap().try_into().unwrap();
         for interface in ["veth-down", "veth-up"] {
@@ -100,13 +102,13 @@ fn attach(bpf: &mut Bpf) {
 }
 
 /// Joins two sockets of this namespace, of which so many bytes have been written to each.
-fn promote(
+fn offload(
     bpf: &mut Bpf,
     downstream: (&TcpStream, u64),
     upstream: (&TcpStream, u64),
-) -> Vec<(FlowKey, Flow)> {
+) -> Vec<(FourTuple, Flow)> {
     let legs = [downstream, upstream].map(|(socket, written)| {
-        let clock = crate::promote::clock::wait(socket);
+        let clock = crate::datapath::timestamp_clock::wait(socket);
         Leg::read(socket, written, None, clock).unwrap()
     });
     let hop = |interface: &str, leg: &Leg| Hop {
@@ -252,7 +254,7 @@ fn unacknowledged(socket: &TcpStream) -> u64 {
     queue.and_then(|hex| u64::from_str_radix(hex, 16).ok()).expect("the socket is in the table")
 }
 
-/// Relays `before` bytes in each direction by hand, joins the connections in mid-stream, delivers the tail, and lets go of
+/// Relays `before` bytes in each direction by hand, joins the connections in mid-stream, delivers the remainder, and lets go of
 /// the sockets as a killed agent does.
 fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64) {
     let Some(bpffs) = bpffs() else { return };
@@ -276,11 +278,11 @@ fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64) {
             up += relay(&downstream, &upstream, &mut request);
             down += relay(&upstream, &downstream, &mut response);
         }
-        let flows = promote(&mut bpf, (&downstream, down), (&upstream, up));
+        let flows = offload(&mut bpf, (&downstream, down), (&upstream, up));
         let inserted = Instant::now();
         // What the sockets had received is delivered, in the meantime new packets pass by.
         loop {
-            assert!(Instant::now() < deadline, "the tail is not delivered: {:?}", verdicts(&bpf));
+            assert!(Instant::now() < deadline, "the remainder is not delivered: {:?}", verdicts(&bpf));
             let moved =
                 relay(&downstream, &upstream, &mut request) + relay(&upstream, &downstream, &mut response);
             let is_done = moved == 0
@@ -293,10 +295,10 @@ fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64) {
                 break;
             }
         }
-        let spliced: Vec<_> =
-            flows.into_iter().map(|(key, flow)| (key, Flow { state: STATE_SPLICED, ..flow })).collect();
-        write_flows(&mut bpf, &spliced);
-        // As when the agent is killed: the guard keeps both ends from hearing of it.
+        let offloaded: Vec<_> =
+            flows.into_iter().map(|(key, flow)| (key, Flow { state: STATE_OFFLOADED, ..flow })).collect();
+        write_flows(&mut bpf, &offloaded);
+        // As when the agent is killed: the egress program keeps both ends from hearing of it.
         drop((downstream, upstream));
         client.join().unwrap().expect("the client");
         endpoint.join().unwrap().expect("the endpoint");

@@ -1,14 +1,16 @@
-//! The redirector and the guard, run by the kernel over crafted packets, against a naive model: decode, translate each
+//! The ingress and egress programs, run by the kernel over crafted packets, against a naive model: decode, translate each
 //! field by itself, encode with fresh checksums.
 
 use std::collections::BTreeMap;
 
 use aya::maps::HashMap as BpfHashMap;
 use forwarder_common::flow::{
-    DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOWS, Flow, FlowKey, HALF_RESET, HALF_SYN, Half, Pair, STATE_OVER,
-    STATE_RESET, STATE_SPLICED, STATE_TAIL,
+    DIRECTION_RESPONSE, FLOW_CLEAR_ECN, Flow, HALF_RESET, HALF_SYN, Half, Pair, STATE_HANDOVER,
+    STATE_OFFLOADED, STATE_OVER, STATE_RESET,
 };
+use forwarder_common::layout::FLOWS;
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN};
+use forwarder_common::tuple::FourTuple;
 use forwarder_common::{PROGRAM_ETHERNET, Verdict};
 
 use super::frames::{
@@ -18,7 +20,7 @@ use super::frames::{
 use super::{PAIR, TC_ACT_UNSPEC, pair, run, run_in, verdicts, write_flows};
 
 #[track_caller]
-fn check((key, flow): (FlowKey, Flow), change: impl Fn(&mut Frame)) {
+fn check((key, flow): (FourTuple, Flow), change: impl Fn(&mut Frame)) {
     let mut frame = Frame::new(key);
     change(&mut frame);
     let Some((_bpffs, bpf)) = with_flow(key, flow, at(&frame)) else { return };
@@ -210,8 +212,8 @@ fn a_new_connection_on_the_tuple_of_a_pair_that_is_over_is_for_the_local_stack()
     write_flows(&mut bpf, &[(flow.out.reversed(), reverse)]);
     let frame = frame.encode();
     assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
-    // Neither direction is taken for a flow, so that the guard does not stand in the way either; the agent removes them.
-    let flows: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map(FLOWS).unwrap().try_into().unwrap();
+    // Neither direction is taken for a flow, so that the egress program does not stand in the way either; the agent removes them.
+    let flows: BpfHashMap<_, FourTuple, Flow> = bpf.ebpf.map(FLOWS).unwrap().try_into().unwrap();
     let states: Vec<u32> = flows.iter().map(|entry| entry.unwrap().1.state).collect();
     assert_eq!(states, [STATE_OVER; 2]);
 }
@@ -245,7 +247,7 @@ fn is_ipv4(frame: &[u8]) -> bool {
 }
 
 #[test]
-fn in_state_tail_nothing_that_was_promised_is_taken_back() {
+fn in_state_handover_nothing_that_was_promised_is_taken_back() {
     // The receiver was told by the local socket that 100 bytes more have arrived: they are still on their way to the
     // sender, whose window is smaller by them.
     let (key, flow) = flow_v4();
@@ -253,7 +255,7 @@ fn in_state_tail_nothing_that_was_promised_is_taken_back() {
     frame.window = 1_000;
     let plain = Flow { source_scale: 0, target_scale: 0, ..flow };
     let promised = frame.acknowledgement.wrapping_sub(REVERSE_SHIFT).wrapping_add(100);
-    for (state, is_raised) in [(STATE_TAIL, true), (STATE_SPLICED, false)] {
+    for (state, is_raised) in [(STATE_HANDOVER, true), (STATE_OFFLOADED, false)] {
         let flow = Flow { state, acknowledged: promised, ..plain };
         let Some((_bpffs, bpf)) = with_flow(key, flow, at(&frame)) else { return };
         let (_, out) = run(&bpf, PROGRAM_ETHERNET, &frame.encode());
@@ -301,7 +303,7 @@ fn a_new_connection_on_the_tuple_of_a_pair_that_the_agent_has_ended_is_for_the_l
     };
     let frame = Frame { flags: FLAG_SYN, payload: Vec::new(), ..Frame::new(key) }.encode();
     assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
-    let flows: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map(FLOWS).unwrap().try_into().unwrap();
+    let flows: BpfHashMap<_, FourTuple, Flow> = bpf.ebpf.map(FLOWS).unwrap().try_into().unwrap();
     // The agent tells nobody of its end any more who might take it for that of the new one.
     assert_eq!(flows.get(&key, 0).unwrap().state, STATE_OVER);
 }
@@ -329,7 +331,7 @@ fn directions_are_noted_apart() {
 
 #[test]
 fn what_comes_by_another_interface_is_left_to_a_stack_that_would_not_take_it() {
-    let elsewhere = |(key, flow): (FlowKey, Flow)| (key, Flow { arrival: LOOPBACK + 1, ..flow });
+    let elsewhere = |(key, flow): (FourTuple, Flow)| (key, Flow { arrival: LOOPBACK + 1, ..flow });
     let (key, flow) = elsewhere(flow_v4());
     for frame in [Frame::new(key), Frame { flags: FLAG_SYN, ..Frame::new(key) }] {
         let Some((_bpffs, bpf)) = with_flow(key, flow, at(&Frame::new(key))) else { return };

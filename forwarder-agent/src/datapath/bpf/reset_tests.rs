@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use forwarder_common::flow::{AGENT_LINK_PRIORITY, DIRECTION_RESPONSE, Flow, FlowKey, STATE_RESET};
+use forwarder_common::flow::{AGENT_LINK_PRIORITY, DIRECTION_RESPONSE, Flow, STATE_RESET};
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, FLAG_SYN};
-use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, Verdict};
+use forwarder_common::tuple::FourTuple;
+use forwarder_common::{PROGRAM_EGRESS_ETHERNET, PROGRAM_ETHERNET, Verdict};
 
 use super::frames::{
     Field, Frame, TC_ACT_REDIRECT, TC_ACT_SHOT, checksum, flow_v4, flow_v6, known_clocks, with_flow,
@@ -19,7 +20,7 @@ const ADDRESSES: usize = 12;
 const IPV4: usize = 20;
 
 /// A program with both directions of a pair that was ended; `None` where none can run.
-fn ended((key, flow): (FlowKey, Flow)) -> Option<(Bpffs, Bpf)> {
+fn ended((key, flow): (FourTuple, Flow)) -> Option<(Bpffs, Bpf)> {
     let flow = Flow { state: STATE_RESET, ..flow };
     let (bpffs, mut bpf) = with_flow(key, flow, known_clocks())?;
     let reverse = Flow { out: key.reversed(), direction: DIRECTION_RESPONSE, hop_limit: 63, ..flow };
@@ -63,7 +64,7 @@ fn answer(frame: &Frame) -> Vec<u8> {
     bytes
 }
 
-fn frames(key: FlowKey) -> Vec<Frame> {
+fn frames(key: FourTuple) -> Vec<Frame> {
     let usual = Frame::new(key);
     vec![
         Frame { flags: FLAG_ACK | FLAG_PSH, ..usual.clone() },
@@ -128,7 +129,7 @@ fn the_guard_drops_what_sockets_of_a_pair_that_was_ended_say() {
     for flags in [FLAG_ACK, FLAG_ACK | FLAG_FIN, FLAG_RST] {
         let Some((_bpffs, bpf)) = ended((key, flow)) else { return };
         let frame = Frame { flags, ..Frame::new(key.reversed()) }.encode();
-        assert_eq!(run(&bpf, PROGRAM_GUARD_ETHERNET, &frame).0, TC_ACT_SHOT);
+        assert_eq!(run(&bpf, PROGRAM_EGRESS_ETHERNET, &frame).0, TC_ACT_SHOT);
         assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::Guarded, 1)]));
     }
 }
@@ -139,9 +140,9 @@ fn the_guard_hands_what_the_agent_says_to_the_neighbour() {
     context[PRIORITY..][..4].copy_from_slice(&AGENT_LINK_PRIORITY.to_ne_bytes());
     for (key, flow) in [flow_v4(), flow_v6()] {
         let Some((_bpffs, bpf)) = ended((key, flow)) else { return };
-        let check = |tuple: FlowKey, expected: i32| {
+        let check = |tuple: FourTuple, expected: i32| {
             let frame = Frame::new(tuple).encode();
-            let run = run_in(&bpf, PROGRAM_GUARD_ETHERNET, &frame, Some(&context));
+            let run = run_in(&bpf, PROGRAM_EGRESS_ETHERNET, &frame, Some(&context));
             assert_eq!(run, (expected, frame));
         };
         check(key.reversed(), TC_ACT_REDIRECT);

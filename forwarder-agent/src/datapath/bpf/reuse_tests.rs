@@ -1,4 +1,4 @@
-//! Entries removed and made anew on one CPU, while the redirector meets packets of them on another.
+//! Entries removed and made anew on one CPU, while the ingress program meets packets of them on another.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -8,8 +8,10 @@ use aya::maps::{HashMap as BpfHashMap, MapData};
 use aya::programs::SchedClassifier;
 use aya::{TestRun, TestRunOptions};
 use forwarder_common::PROGRAM_ETHERNET;
-use forwarder_common::flow::{FLOWS, Flow, FlowKey, PAIRS, Pair};
+use forwarder_common::flow::{Flow, Pair};
+use forwarder_common::layout::{FLOWS, PAIRS};
 use forwarder_common::packet::FLAG_ACK;
+use forwarder_common::tuple::FourTuple;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::super::Bpf;
@@ -23,10 +25,10 @@ const PACKETS: u32 = 2_000;
 const NUMBERS: [u32; 2] = [21, 22];
 
 /// A flow that leaves its packets as they are, and another one, of another pair, that does too.
-fn flows((key, flow): (FlowKey, Flow)) -> [(FlowKey, Flow); 2] {
+fn flows((key, flow): (FourTuple, Flow)) -> [(FourTuple, Flow); 2] {
     NUMBERS.map(|pair| {
         let port = u16::try_from(pair).unwrap();
-        let key = FlowKey { source_port: key.source_port + port, ..key };
+        let key = FourTuple { source_port: key.source_port + port, ..key };
         let unchanged = Flow {
             out: key,
             pair,
@@ -50,7 +52,7 @@ struct Foreign {
     written: u64,
 }
 
-type Maps = (BpfHashMap<MapData, FlowKey, Flow>, BpfHashMap<MapData, u32, Pair>);
+type Maps = (BpfHashMap<MapData, FourTuple, Flow>, BpfHashMap<MapData, u32, Pair>);
 
 fn open(bpf: &Bpf) -> Maps {
     let open = |name| MapData::from_pin(bpf.pin_directory().join(name)).unwrap();
@@ -60,13 +62,13 @@ fn open(bpf: &Bpf) -> Maps {
     )
 }
 
-fn insert((flows, pairs): &mut Maps, (key, flow): &(FlowKey, Flow)) {
+fn insert((flows, pairs): &mut Maps, (key, flow): &(FourTuple, Flow)) {
     flows.insert(key, flow, 0).unwrap();
     pairs.insert(flow.pair, Pair::default(), 0).unwrap();
 }
 
 /// Removes a flow and its pair; whether a packet was noted of it.
-fn remove((flows, pairs): &mut Maps, (key, flow): &(FlowKey, Flow)) -> bool {
+fn remove((flows, pairs): &mut Maps, (key, flow): &(FourTuple, Flow)) -> bool {
     let noted = pairs.get(&flow.pair, 0).unwrap().request.packets > 0;
     pairs.remove(&flow.pair).unwrap();
     flows.remove(key).unwrap();
@@ -82,8 +84,8 @@ fn pin_to(cpu: usize) {
 /// Runs packets of the first flow on one CPU, while `exchange` removes one of the two and makes the other, time and again, on
 /// another. Returns what was found, and how often they were exchanged.
 fn stress(
-    flow: (FlowKey, Flow),
-    exchange: impl FnOnce(&Bpf, [(FlowKey, Flow); 2], &dyn Fn() -> bool) -> (u64, u64) + Send,
+    flow: (FourTuple, Flow),
+    exchange: impl FnOnce(&Bpf, [(FourTuple, Flow); 2], &dyn Fn() -> bool) -> (u64, u64) + Send,
 ) -> Option<(Foreign, u64)> {
     let flows = flows(flow);
     let (_bpffs, bpf) = with_flow(flow.0, flow.1, Pair::default())?;
@@ -127,7 +129,7 @@ fn stress(
 }
 
 /// Exchanges them at once, against the rule.
-fn at_once(bpf: &Bpf, [own, foreign]: [(FlowKey, Flow); 2], goes_on: &dyn Fn() -> bool) -> (u64, u64) {
+fn at_once(bpf: &Bpf, [own, foreign]: [(FourTuple, Flow); 2], goes_on: &dyn Fn() -> bool) -> (u64, u64) {
     let (mut maps, mut exchanges, mut written) = (open(bpf), 0, 0);
     while goes_on() {
         remove(&mut maps, &own);
@@ -140,10 +142,10 @@ fn at_once(bpf: &Bpf, [own, foreign]: [(FlowKey, Flow); 2], goes_on: &dyn Fn() -
 }
 
 /// Exchanges them as the agent does.
-fn by_gate(bpf: &Bpf, [own, foreign]: [(FlowKey, Flow); 2], goes_on: &dyn Fn() -> bool) -> (u64, u64) {
+fn by_gate(bpf: &Bpf, [own, foreign]: [(FourTuple, Flow); 2], goes_on: &dyn Fn() -> bool) -> (u64, u64) {
     let (mut maps, mut removed_from) = (open(bpf), open(bpf));
     let (noted, told) = std::sync::mpsc::channel();
-    let gate = Gate::start("gate", move |batch: Vec<(FlowKey, Flow)>| {
+    let gate = Gate::start("gate", move |batch: Vec<(FourTuple, Flow)>| {
         pin_to(0);
         for entry in batch {
             noted.send(remove(&mut removed_from, &entry)).unwrap();

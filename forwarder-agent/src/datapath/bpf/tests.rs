@@ -11,10 +11,13 @@ use std::thread;
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use aya::{TestRun, TestRunOptions};
-use forwarder_common::flow::{FLOWS, Flow, FlowKey, PAIRS, Pair};
-use forwarder_common::layout::{self, address_of};
+use forwarder_common::flow::{Flow, Pair};
+use forwarder_common::layout::{self};
+use forwarder_common::layout::{FLOWS, PAIRS};
+use forwarder_common::tuple::FourTuple;
+use forwarder_common::tuple::address_of;
 use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
-use forwarder_common::{ABI_VERSION, BackendKey, PROGRAM_GUARD_ETHERNET};
+use forwarder_common::{ABI_VERSION, BackendKey, PROGRAM_EGRESS_ETHERNET};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -28,8 +31,8 @@ mod cleanup_tests;
 #[path = "live_tests.rs"]
 mod live_tests;
 
-#[path = "guard_tests.rs"]
-mod guard_tests;
+#[path = "egress_tests.rs"]
+mod egress_tests;
 
 #[path = "frames.rs"]
 mod frames;
@@ -108,9 +111,9 @@ fn skip(missing: &str) {
     eprintln!("skipped: needs {missing}");
 }
 
-/// Loads the guard, which an agent does not need yet.
-fn load_guard(bpf: &mut Bpf) {
-    load_program(&mut bpf.ebpf, PROGRAM_GUARD_ETHERNET).unwrap();
+/// Loads the egress program, which an agent without pairs does not need.
+fn load_egress(bpf: &mut Bpf) {
+    load_program(&mut bpf.ebpf, PROGRAM_EGRESS_ETHERNET).unwrap();
 }
 
 /// Loaded, with maps that are pinned nowhere.
@@ -119,8 +122,8 @@ fn unpinned() -> Ebpf {
 }
 
 /// Writes directions of a pair.
-fn write_flows(bpf: &mut Bpf, flows: &[(FlowKey, Flow)]) {
-    let mut map: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map_mut(FLOWS).unwrap().try_into().unwrap();
+fn write_flows(bpf: &mut Bpf, flows: &[(FourTuple, Flow)]) {
+    let mut map: BpfHashMap<_, FourTuple, Flow> = bpf.ebpf.map_mut(FLOWS).unwrap().try_into().unwrap();
     for (key, flow) in flows {
         map.insert(key, flow, 0).unwrap();
     }
@@ -471,7 +474,7 @@ fn connections_of_another_version_are_not_run_over() {
     // Where it attached by clsact, and pinned maps alone: they have entries.
     fs::remove_file(foreign.join("links/7_ingress")).unwrap();
     fs::remove_file(foreign.join("flows")).unwrap();
-    let mut flows: BpfHashMap<_, [u8; size_of::<FlowKey>()], [u8; size_of::<Flow>()]> =
+    let mut flows: BpfHashMap<_, [u8; size_of::<FourTuple>()], [u8; size_of::<Flow>()]> =
         other.map_mut(FLOWS).unwrap().try_into().unwrap();
     flows.insert([1; _], [1; _], 0).unwrap();
     other.map(FLOWS).unwrap().pin(foreign.join("flows")).unwrap();
@@ -572,7 +575,7 @@ fn filters(namespace: &str, interface: &str) -> usize {
     String::from_utf8_lossy(&output.stdout).lines().filter(|line| line.contains(PROGRAM_ETHERNET)).count()
 }
 
-/// Connects through an interface that classifiers hang on, and expects what they count.
+/// Connects through an interface that programs hang on, and expects what they count.
 fn counts_a_connection(kind: AttachKind) {
     let Some(bpffs) = bpffs() else { return };
     in_namespace(|namespace| {

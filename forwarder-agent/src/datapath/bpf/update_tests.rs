@@ -4,15 +4,17 @@ use std::net::Ipv4Addr;
 
 use aya::maps::HashMap as BpfHashMap;
 use forwarder_common::flow::{
-    DIRECTION_RESPONSE, FLOW_BY_STACK, FLOWS, Flow, FlowKey, NextHop, STATE_OVER, STATE_RESET, STATE_SPLICED,
+    DIRECTION_RESPONSE, FLOW_BY_STACK, Flow, NextHop, STATE_OFFLOADED, STATE_OVER, STATE_RESET,
 };
+use forwarder_common::layout::FLOWS;
+use forwarder_common::tuple::FourTuple;
 
 use super::super::Bpf;
 use super::frames::{flow_v4, flow_v6, known_clocks, with_flow};
 use super::{PAIR, write_flows};
 
-fn flow_at(bpf: &Bpf, key: FlowKey) -> Flow {
-    let flows: BpfHashMap<_, FlowKey, Flow> = bpf.ebpf.map(FLOWS).unwrap().try_into().unwrap();
+fn flow_at(bpf: &Bpf, key: FourTuple) -> Flow {
+    let flows: BpfHashMap<_, FourTuple, Flow> = bpf.ebpf.map(FLOWS).unwrap().try_into().unwrap();
     flows.get(&key, 0).unwrap()
 }
 
@@ -45,7 +47,7 @@ fn a_state_never_goes_back() {
     let (key, flow) = flow_v4();
     let over = Flow { state: STATE_OVER, ..flow };
     let Some((_bpffs, bpf)) = with_flow(key, over, known_clocks()) else { return };
-    let late = Flow { state: STATE_SPLICED, interface: 9, ..flow };
+    let late = Flow { state: STATE_OFFLOADED, interface: 9, ..flow };
     bpf.updates.set_flows(&[(key, late), (flow.out.reversed(), late)]).unwrap();
     assert_eq!(flow_at(&bpf, key), over);
 }

@@ -2,13 +2,16 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use forwarder_common::flow::{Flow, FlowKey, NextHop};
-use forwarder_common::layout::address_of;
+use forwarder_common::flow::{Flow, NextHop};
+use forwarder_common::tuple::FourTuple;
+use forwarder_common::tuple::address_of;
 
 use super::super::routes::{Egress, LookupError, RouteError};
 use super::super::stack::Family;
 use super::{FlowTable, JoinedPair};
-use crate::promote::{Hop, Leg, Refusal, Way};
+use crate::datapath::join::{Hop, Way};
+use crate::datapath::leg::Leg;
+use crate::fallback_reason::FallbackReason;
 
 impl FlowTable {
     /// Whether the packets of two legs could leave now; each is told by the node's end of it, and its peer.
@@ -19,7 +22,7 @@ impl FlowTable {
         &self,
         downstream: (SocketAddr, SocketAddr),
         upstream: (SocketAddr, SocketAddr),
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), FallbackReason> {
         for (local, peer) in [downstream, upstream] {
             self.hop(downstream.1.ip().to_canonical(), local, peer)?;
         }
@@ -27,16 +30,21 @@ impl FlowTable {
     }
 
     /// Where a leg's packets leave: by an interface on which programs hang.
-    pub(super) fn hop(&self, client: IpAddr, local: SocketAddr, peer: SocketAddr) -> Result<Hop, Refusal> {
+    pub(super) fn hop(
+        &self,
+        client: IpAddr,
+        local: SocketAddr,
+        peer: SocketAddr,
+    ) -> Result<Hop, FallbackReason> {
         let egress = self.routes.egress(local.ip(), peer.ip()).map_err(|error| {
             tracing::debug!(%error, "a connection stays in userspace");
             match error {
-                RouteError::Lookup { source: LookupError::LinkLocal, .. } => Refusal::LinkLocal,
-                _ => Refusal::NoRoute,
+                RouteError::Lookup { source: LookupError::LinkLocal, .. } => FallbackReason::LinkLocal,
+                _ => FallbackReason::NoRoute,
             }
         })?;
         if egress.is_local {
-            return Err(Refusal::SameHost);
+            return Err(FallbackReason::SameHost);
         }
         let way = self.paths.check(egress.interface, client)?;
         Ok(Hop {
@@ -49,7 +57,7 @@ impl FlowTable {
     }
 
     /// Whether the stack sends on what is left to it: that arrives by the interface that the other direction leaves by.
-    pub(super) fn check_stack(&self, flows: &[(FlowKey, Flow); 2]) -> Result<(), Refusal> {
+    pub(super) fn check_stack(&self, flows: &[(FourTuple, Flow); 2]) -> Result<(), FallbackReason> {
         let [(key, request), (_, response)] = flows;
         let family = Family::of(address_of(key.source));
         for (flow, arrival) in [(request, response.interface), (response, request.interface)] {
@@ -61,13 +69,13 @@ impl FlowTable {
     }
 
     /// Whether a leg's packets have the addresses of its socket where the programs see them.
-    pub(super) fn check_translation(&self, leg: &Leg) -> Result<(), Refusal> {
+    pub(super) fn check_translation(&self, leg: &Leg) -> Result<(), FallbackReason> {
         match self.conntrack.is_translated(leg.local, leg.peer) {
             Ok(false) => Ok(()),
-            Ok(true) => Err(Refusal::Translated),
+            Ok(true) => Err(FallbackReason::Translated),
             Err(error) => {
                 tracing::debug!(%error, "connection tracking does not answer: a connection stays in userspace");
-                Err(Refusal::TranslationUnknown)
+                Err(FallbackReason::TranslationUnknown)
             }
         }
     }

@@ -15,7 +15,7 @@ const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// Bytes of an Ethernet address. It may be longer than the interface's own.
 const ETHERNET_ADDRESS: u8 = 6;
 
-/// Hands packets to interfaces. Whose they are on the link, the guard there finds out, or nobody has to, where packets begin
+/// Hands packets to interfaces. Whose they are on the link, the egress program there finds out, or nobody has to, where packets begin
 /// with the IP header.
 #[derive(Debug)]
 pub(super) struct LinkSocket(Socket);
@@ -24,7 +24,7 @@ impl LinkSocket {
     /// Opens it. Of no protocol, it receives nothing (`packet_create`).
     pub(super) fn open() -> io::Result<Self> {
         let socket = Socket::new(Domain::PACKET, Type::DGRAM, None)?;
-        // So that the guard knows who says this.
+        // So that the egress program knows who says this.
         let priority = AGENT_LINK_PRIORITY.cast_signed();
         nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Priority, &priority)?;
         Ok(Self(socket))

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use super::super::namespaces::Namespace;
 use super::*;
-use crate::promote::leg::{remainder, silence};
-use crate::promote::{Leg, LegOptions};
+use crate::datapath::leg::{Leg, LegOptions};
+use crate::datapath::leg::{remainder, silence};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -93,7 +93,7 @@ impl Connection {
         wait_until("all is acknowledged", || {
             remainder(&accepted).unwrap().is_empty && remainder(&connected).unwrap().is_empty
         });
-        let clock = crate::promote::clock::wait(&accepted);
+        let clock = crate::datapath::timestamp_clock::wait(&accepted);
         let leg = Leg::read(&accepted, WORDS[0].len() as u64, None, clock).unwrap();
         let segments = node.run(|| SegmentSocket::open().unwrap());
         Some(Self { node, peer, accepted, connected, leg, segments })

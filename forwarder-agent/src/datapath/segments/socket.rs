@@ -11,8 +11,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::link::LinkSocket;
 use super::{Bare, Ends, SegmentError, encoding};
+use crate::datapath::join::Way;
 use crate::datapath::paths::Exit;
-use crate::promote::Way;
 
 /// Sends packets in the name of connections, in the network namespace in which it was opened.
 ///
@@ -139,7 +139,7 @@ fn open(domain: Domain) -> io::Result<Socket> {
     // Of this protocol, the header is included in either family (`inet_create`, `inet6_create`).
     let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
     // It receives what is sent to the node with the number of that protocol, which nobody needs: keep little of it.
-    // So that the guard of promoted pairs knows who says this in their name.
+    // So that the egress programs know who says this in the name of offloaded pairs.
     nix::sys::socket::setsockopt(
         &socket,
         nix::sys::socket::sockopt::Priority,

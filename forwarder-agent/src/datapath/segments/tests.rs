@@ -1,8 +1,8 @@
 //! What the packets say, by the parser of the programs.
 
-use forwarder_common::layout::address_bytes;
 use forwarder_common::packet::{FLAG_ACK, FLAG_RST, IpVersion, LinkLayer, Segment, parse, tcp_field};
 use forwarder_common::translate::OptionsWalk;
+use forwarder_common::tuple::address_bytes;
 use proptest::prelude::*;
 
 use super::*;

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use super::super::core::{EndpointSlice, Namespace, SERVICE_NAME_LABEL, Service};
-use super::super::object::Kind;
 use super::{Check, NameRule, PORTS, syntax};
+use crate::object::Kind;
 use crate::problem::Problem;
 
 const PROTOCOLS: &[&str] = &["TCP", "UDP", "SCTP"];

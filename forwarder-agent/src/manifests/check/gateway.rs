@@ -7,8 +7,8 @@ use super::super::gateway::{
     AllowedRoutes, BackendRef, Gateway, GatewayAddress, GatewayClass, LabelSelector, Listener, ParametersRef,
     ParentRef, ReferenceGrant, TcpRoute,
 };
-use super::super::object::Kind;
 use super::{Check, NameRule, PORTS, syntax};
+use crate::object::Kind;
 use crate::problem::Problem;
 
 /// The longest name of an object.

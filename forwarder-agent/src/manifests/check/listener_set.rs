@@ -1,9 +1,9 @@
 //! ListenerSet, after its CRD of Gateway API 1.6.
 
 use super::super::listener_set::ListenerSet;
-use super::super::object::Kind;
 use super::gateway::{LONGEST_NAME, listeners};
 use super::{Check, NameRule};
+use crate::object::Kind;
 use crate::problem::Problem;
 
 /// What is wrong with a ListenerSet.

@@ -39,10 +39,10 @@ fn records(version: &str) -> Records {
     records
 }
 
-/// Judges the class as it stands in a version; yields what is to be written, and when to look again.
-fn judge(writer: &mut Writer, version: &str) -> (Vec<Write<Body>>, Option<Instant>) {
+/// Evaluates the class as it stands in a version; yields what is to be written, and when to look again.
+fn evaluate(writer: &mut Writer, version: &str) -> (Vec<Write<Body>>, Option<Instant>) {
     let mut queue = VecDeque::new();
-    let again = writer.judge(&outcome(), &records(version), Vec::new(), &mut queue);
+    let again = writer.evaluate(&outcome(), &records(version), Vec::new(), &mut queue);
     (queue.into(), again)
 }
 
@@ -64,14 +64,14 @@ fn conflict() -> kube::Error {
 async fn an_object_that_changes_while_it_is_written_is_looked_at_afterwards() {
     for answer in [Err(conflict()), Ok(Some("3".to_owned()))] {
         let mut writer = writer();
-        let (mut queue, _) = judge(&mut writer, "1");
+        let (mut queue, _) = evaluate(&mut writer, "1");
         let write = queue.pop().unwrap();
         // The watch is faster than the answer, and then tells nothing more.
-        let (queue, _) = judge(&mut writer, "2");
+        let (queue, _) = evaluate(&mut writer, "2");
         assert!(queue.is_empty(), "one write at a time");
         let again = settle(&mut writer, write, answer).expect("another look");
         sleep_until(again).await;
-        let (queue, _) = judge(&mut writer, "2");
+        let (queue, _) = evaluate(&mut writer, "2");
         assert_eq!(queue.first().unwrap().record.resource_version, "2");
     }
 }
@@ -80,9 +80,9 @@ async fn an_object_that_changes_while_it_is_written_is_looked_at_afterwards() {
 async fn an_object_that_stays_as_it_was_written_is_left_to_the_watch() {
     for answer in [Err(conflict()), Ok(Some("2".to_owned()))] {
         let mut writer = writer();
-        let (mut queue, _) = judge(&mut writer, "1");
+        let (mut queue, _) = evaluate(&mut writer, "1");
         assert_eq!(settle(&mut writer, queue.pop().unwrap(), answer), None);
-        let (queue, again) = judge(&mut writer, "1");
+        let (queue, again) = evaluate(&mut writer, "1");
         assert!(queue.is_empty() && again.is_none(), "the version that was written from is stale");
     }
 }

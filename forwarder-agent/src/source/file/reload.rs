@@ -70,7 +70,7 @@ impl FileSource {
     fn replace(&mut self, path: &Path, parsed: Parsed) {
         let mut problems = parsed.contents.problems.clone();
         for entry in &parsed.contents.objects {
-            let Some(new) = self.judge(entry, &mut problems) else { continue };
+            let Some(new) = self.evaluate(entry, &mut problems) else { continue };
             self.loaded.set(&entry.id, self.held.get(&entry.id), &new);
             self.held.insert(entry.id.clone(), new);
         }

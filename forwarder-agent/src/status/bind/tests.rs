@@ -128,7 +128,7 @@ fn a_listener_stays_programmed_on_the_addresses_that_are_left() {
 fn a_failure_keeps_what_was_wrong_before() {
     let mut statuses = statuses(&["mysql", "redis"], &["10.0.0.2"]);
     let status = statuses.gateways.get_mut(&gateway_name()).unwrap();
-    let verdict = GatewayVerdict { unusable_addresses: Some("bad".to_owned()), refusal: None };
+    let verdict = GatewayVerdict { unusable_addresses: Some("bad".to_owned()), rejection: None };
     status.conditions = gateway_conditions(verdict, &status.listeners, 4);
     check(
         statuses,

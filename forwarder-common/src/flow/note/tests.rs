@@ -46,7 +46,7 @@ fn each_byte_is_counted_once() {
 #[test]
 fn an_end_that_has_sent_more_than_is_read_is_still_heard() {
     let [mut request, response] = halves();
-    // In state tail it was seen to send beyond the window; now the endpoint reads nothing, and the client acknowledges on.
+    // In state handover it was seen to send beyond the window; now the endpoint reads nothing, and the client acknowledges on.
     request.sequence_end = 5_000 + 3 * WINDOW;
     let acknowledgement = seen(request.sequence_end, 0, 720, 0);
     note(&mut request, &response, &flows()[0], &acknowledgement);
@@ -235,12 +235,12 @@ fn a_blind_sweep_of_resets_ends_nothing() {
 }
 
 #[test]
-fn in_state_tail_the_local_sockets_may_have_received_more() {
+fn in_state_handover_the_local_sockets_may_have_received_more() {
     // The agent holds what the endpoint's window does not admit.
     let [request, response] = halves();
     let response = Half { edge: 4_000 + 10, ..response };
     let [flow, _] = flows();
-    for (state, is_noted) in [(STATE_TAIL, true), (STATE_SPLICED, false)] {
+    for (state, is_noted) in [(STATE_HANDOVER, true), (STATE_OFFLOADED, false)] {
         let mut half = Half { sequence_end: 90_000, ..request };
         note(&mut half, &response, &Flow { state, ..flow }, &seen(95_000, 10, 5_000, 0));
         assert_eq!((half.sequence_end == 95_010, half.acknowledged == 5_000), (is_noted, is_noted));

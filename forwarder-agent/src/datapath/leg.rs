@@ -7,9 +7,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use forwarder_common::translate::NANOSECONDS_PER_TICK;
 use socket2::{SockAddr, SockRef};
 
-use super::clock::tick;
+use super::monotonic;
 use super::tcp_info::{self, ESTABLISHED, Info, get, set, unacknowledged};
-use crate::datapath::monotonic;
+use super::timestamp_clock::tick;
 
 /// How often a consistent snapshot is tried for: bytes may arrive between two system calls.
 const ATTEMPTS: usize = 64;

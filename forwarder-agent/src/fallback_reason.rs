@@ -1,8 +1,8 @@
 //! Why a connection stays in userspace.
 
-/// Why a connection is not promoted to tier `tc` or `sockmap`, at the moment or for good.
+/// Why a connection is not offloaded to tier `tc` or `sockmap`, at the moment or for good.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Refusal {
+pub enum FallbackReason {
     /// The programs are not loaded.
     NoPrograms,
     /// One leg is IPv4, the other IPv6.
@@ -43,8 +43,8 @@ pub enum Refusal {
     UnsafeKernel,
     /// An operator has switched the tier off.
     SwitchedOff,
-    /// The agent leaves, and its sockets with it.
-    Leaving,
+    /// The agent shuts down, and its sockets go with it.
+    Shutdown,
     /// What pairs of tier `sockmap` may hold in memory is reserved.
     MemoryFull,
     /// Something else handles what a socket receives, such as kernel TLS.
@@ -59,7 +59,7 @@ pub enum Refusal {
     WindowScale,
 }
 
-impl Refusal {
+impl FallbackReason {
     /// Every one, in the order of its discriminant.
     pub const ALL: [Self; 27] = [
         Self::NoPrograms,
@@ -82,7 +82,7 @@ impl Refusal {
         Self::SelfTest,
         Self::UnsafeKernel,
         Self::SwitchedOff,
-        Self::Leaving,
+        Self::Shutdown,
         Self::MemoryFull,
         Self::SocketInUse,
         Self::MicrosecondClock,
@@ -114,7 +114,7 @@ impl Refusal {
             Self::SelfTest => "self_test_failed",
             Self::UnsafeKernel => "unsafe_kernel",
             Self::SwitchedOff => "switched_off",
-            Self::Leaving => "leaving",
+            Self::Shutdown => "shutdown",
             Self::MemoryFull => "memory_full",
             Self::SocketInUse => "socket_in_use",
             Self::MicrosecondClock => "microsecond_clock",
@@ -136,7 +136,7 @@ impl Refusal {
         )
     }
 
-    /// Whether the connection may be promoted later.
+    /// Whether the connection may be offloaded later.
     pub fn may_pass(self) -> bool {
         match self {
             Self::SlowReceiver
@@ -161,7 +161,7 @@ impl Refusal {
             | Self::Translated
             | Self::SelfTest
             | Self::UnsafeKernel
-            | Self::Leaving
+            | Self::Shutdown
             | Self::SocketInUse
             | Self::MicrosecondClock
             | Self::LinkLocal

@@ -10,7 +10,7 @@ use std::fmt;
 use aya::maps::loaded_maps;
 use aya::programs::{SchedClassifier, loaded_programs};
 use forwarder_common::layout::PINNED_MAPS;
-use forwarder_common::{PROGRAM_ETHERNET, PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP, PROGRAM_IP};
+use forwarder_common::{PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP};
 use rustix::io::Errno;
 
 use super::{CleanupError, Side, interfaces, uses};
@@ -18,20 +18,20 @@ use crate::datapath::filters::Filters;
 use crate::datapath::load_error::{errno_of, with_causes};
 
 /// The programs that hang on interfaces.
-const PROGRAMS: [&str; 4] = [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_GUARD_ETHERNET, PROGRAM_GUARD_IP];
+const PROGRAMS: [&str; 4] = [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP];
 /// How much of a program's name the kernel keeps (`BPF_OBJ_NAME_LEN`, less a null).
 const NAME_LENGTH: usize = 15;
 
 /// A program on an interface, called as an agent's, with maps that are.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Stray {
+pub struct Orphan {
     interface: String,
     side: Side,
     program: u32,
     name: String,
 }
 
-impl fmt::Display for Stray {
+impl fmt::Display for Orphan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { interface, side, program, name } = self;
         write!(f, "program {name} ({program}) at {} of interface {interface}", side.as_str())
@@ -42,13 +42,13 @@ impl fmt::Display for Stray {
 ///
 /// # Errors
 /// The kernel does not list its programs, or the interfaces.
-pub(super) async fn find(pinned: &BTreeSet<u32>) -> Result<Vec<Stray>, CleanupError> {
+pub(super) async fn find(pinned: &BTreeSet<u32>) -> Result<Vec<Orphan>, CleanupError> {
     let named = named_as_ours(pinned)?;
     if named.is_empty() {
         return Ok(Vec::new());
     }
     let mut filters = Filters::open().map_err(CleanupError::Socket)?;
-    let mut strays = Vec::new();
+    let mut orphans = Vec::new();
     for (index, interface) in interfaces().await? {
         for side in Side::ALL {
             let filters = filters.list(index, side.attach_type()).map_err(CleanupError::Socket)?;
@@ -57,13 +57,13 @@ pub(super) async fn find(pinned: &BTreeSet<u32>) -> Result<Vec<Stray>, CleanupEr
             if let Ok((_, linked)) = SchedClassifier::query_tcx(&interface, side.attach_type()) {
                 programs.extend(linked.iter().map(aya::programs::ProgramInfo::id));
             }
-            strays.extend(programs.into_iter().filter_map(|program| {
+            orphans.extend(programs.into_iter().filter_map(|program| {
                 let name = named.get(&program)?.clone();
-                Some(Stray { interface: interface.clone(), side, program, name })
+                Some(Orphan { interface: interface.clone(), side, program, name })
             }));
         }
     }
-    Ok(strays)
+    Ok(orphans)
 }
 
 /// The programs that are called as ours and use maps that are, none of which is pinned: their names by their numbers.

@@ -1,13 +1,8 @@
-//! The tail: what the local sockets of a pair had received before the promotion and still deliver. They see the
-//! acknowledgements of it as clones of the packets that are redirected.
+//! The handover of a pair: its local sockets still deliver what they had received before, and see the acknowledgements of
+//! it as clones of the packets that are redirected.
 
-use core::mem::zeroed;
-
-use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, BPF_F_INGRESS, TC_ACT_UNSPEC, bpf_sock, bpf_sock_tuple};
-use aya_ebpf::helpers::generated::{
-    bpf_clone_redirect, bpf_l3_csum_replace, bpf_sk_release, bpf_skb_change_tail, bpf_skc_lookup_tcp,
-    bpf_tcp_sock,
-};
+use aya_ebpf::bindings::BPF_F_INGRESS;
+use aya_ebpf::helpers::generated::{bpf_clone_redirect, bpf_l3_csum_replace, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::packet::{
     FLAG_ACK, FLAG_FIN, FLAG_PSH, FLAG_RST, IpVersion, PROTOCOL_TCP, Segment, tcp_field,
@@ -16,18 +11,14 @@ use forwarder_common::translate::{self, ChecksumChange, MAX_SACK_BLOCKS};
 use forwarder_common::verdict::Verdict;
 
 use crate::fragment;
-use crate::redirect::Outcome;
-use crate::rewrite::{IPV4_CHECKSUM, load, store, walk_options};
+use crate::outcome::Outcome;
+use crate::rewrite::walk_options;
+use crate::sk_lookup::local_numbers;
+use crate::skb::{IPV4_CHECKSUM, IPV4_LENGTH, IPV6_HEADER, IPV6_LENGTH, load, mark, set_mark, store};
 
 /// The mark of a packet that this program has cloned for the local socket. It is on no other packet: it is set after
 /// the packet arrived, and taken away when the clone arrives in its turn.
 const CLONE_MARK: u32 = 0x666c_6f77;
-
-/// Where the lengths stand in the IP headers, in bytes from their first.
-const IPV4_LENGTH: u32 = 2;
-const IPV6_LENGTH: u32 = 4;
-/// Bytes of the IPv6 header, which its length does not count.
-const IPV6_HEADER: u32 = 40;
 /// Words of the longest TCP header.
 const MAX_HEADER_WORDS: u32 = 15;
 
@@ -51,82 +42,19 @@ pub(crate) fn send_clone(context: &TcContext) {
 pub(crate) fn acknowledge(context: &TcContext, segment: &Segment) -> Outcome {
     set_mark(context, 0);
     if segment.flags & FLAG_RST != 0 || segment.flags & FLAG_ACK == 0 || segment.header_length < 20 {
-        return Outcome::drop(Verdict::TailIgnored);
+        return Outcome::drop(Verdict::HandoverIgnored);
     }
     let Some((sent, received)) = local_numbers(context, segment) else {
-        return Outcome::drop(Verdict::TailIgnored);
+        return Outcome::drop(Verdict::HandoverIgnored);
     };
     let acknowledgement =
         if translate::is_before(sent, segment.acknowledgement) { sent } else { segment.acknowledgement };
     let bare = limit_blocks(context, segment, acknowledgement, sent)
         .and_then(|()| bare_acknowledgement(context, segment, received, acknowledgement));
     match bare {
-        Ok(()) => Outcome { action: TC_ACT_UNSPEC, verdict: Verdict::TailAcknowledged },
+        Ok(()) => Outcome::pass(Verdict::HandoverAcknowledged),
         Err(verdict) => Outcome::drop(verdict),
     }
-}
-
-/// `snd_nxt` and `rcv_nxt` of the local socket that the packet is for.
-#[inline(always)]
-fn local_numbers(context: &TcContext, segment: &Segment) -> Option<(u32, u32)> {
-    // SAFETY: what is found is released below, on every way.
-    unsafe {
-        let socket = find_socket(context, segment, segment.tuple.source_port);
-        if socket.is_null() {
-            return None;
-        }
-        let tcp = bpf_tcp_sock(socket);
-        let numbers = if tcp.is_null() { None } else { Some(((*tcp).snd_nxt, (*tcp).rcv_nxt)) };
-        bpf_sk_release(socket.cast());
-        numbers
-    }
-}
-
-/// Whether a local socket listens where the packet goes to, whoever's it is. What else there may be for its tuple does not take
-/// it: of a request whose listening socket has been closed, the stack would tell the client that nobody listens.
-#[inline(always)]
-pub(crate) fn is_listened_to(context: &TcContext, segment: &Segment) -> bool {
-    // SAFETY: what is found is released below.
-    unsafe {
-        // Nothing but a listening socket takes what comes from port 0.
-        let socket = find_socket(context, segment, 0);
-        if socket.is_null() {
-            return false;
-        }
-        bpf_sk_release(socket.cast());
-        true
-    }
-}
-
-/// The local socket that the packet would be for if it came from `source_port`, or null.
-///
-/// # Safety
-/// What is not null must be released.
-#[inline(always)]
-unsafe fn find_socket(context: &TcContext, segment: &Segment, source_port: u16) -> *mut bpf_sock {
-    // SAFETY: a plain old structure, for which zeros are valid.
-    let mut tuple: bpf_sock_tuple = unsafe { zeroed() };
-    let words = segment.tuple.address_words();
-    let ports = [source_port.to_be(), segment.tuple.destination_port.to_be()];
-    let size = match segment.version {
-        IpVersion::V4 => {
-            // SAFETY: the union has only plain members.
-            let v4 = unsafe { &mut tuple.__bindgen_anon_1.ipv4 };
-            (v4.saddr, v4.daddr, v4.sport, v4.dport) = (words[3], words[7], ports[0], ports[1]);
-            size_of_val(v4)
-        }
-        IpVersion::V6 => {
-            // SAFETY: as above.
-            let v6 = unsafe { &mut tuple.__bindgen_anon_1.ipv6 };
-            v6.saddr = [words[0], words[1], words[2], words[3]];
-            v6.daddr = [words[4], words[5], words[6], words[7]];
-            (v6.sport, v6.dport) = (ports[0], ports[1]);
-            size_of_val(v6)
-        }
-    };
-    let netns = BPF_F_CURRENT_NETNS as u64;
-    // SAFETY: the tuple is initialised and of the size given.
-    unsafe { bpf_skc_lookup_tcp(context.skb.skb.cast(), &raw mut tuple, size as u32, netns, 0) }
 }
 
 /// Takes from the SACK blocks what lies beyond the data of the local socket, which has sent up to `sent`: it knows nothing of
@@ -244,16 +172,4 @@ pub(crate) fn take_clone(context: &TcContext) -> bool {
         set_mark(context, 0);
     }
     is_one
-}
-
-#[inline(always)]
-fn mark(context: &TcContext) -> u32 {
-    // SAFETY: the kernel hands the program a valid `__sk_buff`, whose mark may be read.
-    unsafe { (*context.skb.skb).mark }
-}
-
-#[inline(always)]
-fn set_mark(context: &TcContext, mark: u32) {
-    // SAFETY: as above; it may be written too.
-    unsafe { (*context.skb.skb).mark = mark }
 }

@@ -11,85 +11,88 @@ use tokio::net::TcpStream;
 use tokio::time::sleep;
 
 use super::Connection;
-use super::promotion::Attempt;
+use super::attempt::Attempt;
 use super::relaying::Relay;
 use crate::counters::End;
 use crate::datapath::DatapathError;
-use crate::datapath::flows::{JoinPermit, JoinedPair};
+use crate::datapath::flows::JoinPermit;
+use crate::datapath::joined_pair::JoinedPair;
+use crate::datapath::leg;
+use crate::datapath::leg::Leg;
 use crate::datapath::paths::Exit;
+use crate::datapath::timestamp_clock::Clock;
 use crate::failpoint;
-use crate::pairs::{Asked, Promoter};
-use crate::promote::clock::Clock;
-use crate::promote::{Leg, Refusal, leg};
+use crate::fallback_reason::FallbackReason;
+use crate::pairs::{Asked, Offloader};
 use crate::relay::{Direction, Tier};
-use crate::worker::Worker;
+use crate::worker_context::WorkerContext;
 
 /// How often it is looked whether the sockets of a joined pair have delivered what they had: at first, and after a while.
-const TAIL_CHECK: Duration = Duration::from_millis(3);
-const SLOW_TAIL_CHECK: Duration = Duration::from_millis(50);
+const CHECK: Duration = Duration::from_millis(3);
+const SLOW_CHECK: Duration = Duration::from_millis(50);
 /// For how long the first of them.
-const TAIL_IS_SHORT: Duration = Duration::from_millis(200);
+const CHECKED_OFTEN: Duration = Duration::from_millis(200);
 /// How long what was redirected may remain without an answer before it is taken for swallowed: longer than the first
 /// retransmissions take.
 const PROBATION: Duration = Duration::from_millis(1_500);
-/// What may be on its way through userspace at the promotion, even where that is most of the receiver's window.
-const SMALL_TAIL: u64 = 16 << 10;
+/// What may be on its way through userspace as the handover begins, even where that is most of the receiver's window.
+const SMALL_REMAINDER: u64 = 16 << 10;
 
 /// Joins the two sides at TC, and hands them over once what their sockets had received before has been delivered.
 pub(super) async fn attempt(
-    promoter: &Promoter,
-    worker: &Worker,
+    offloader: &Offloader,
+    context: &WorkerContext,
     relay: &mut Relay,
     downstream: &TcpStream,
     upstream: &TcpStream,
     connection: &Connection,
 ) -> Attempt {
-    let Ok(local) = downstream.local_addr() else { return Attempt::Refused(Refusal::Ended) };
+    let Ok(local) = downstream.local_addr() else { return Attempt::Refused(FallbackReason::Ended) };
     let permit = tokio::select! {
         biased;
-        permit = promoter.flows.ready(connection.downstream, local) => permit,
+        permit = offloader.flows.ready(connection.downstream, local) => permit,
         // What is not relayed meanwhile would be all the more to deliver afterwards.
-        end = poll_fn(|cx| relay.poll(cx, worker, downstream, upstream, connection)) => return Attempt::Ended(end),
+        end = poll_fn(|cx| relay.poll(cx, context, downstream, upstream, connection)) => return Attempt::Ended(end),
     };
     // An end may have been passed on while it waited.
     if !relay.is_open() {
-        return Attempt::Refused(Refusal::Ended);
+        return Attempt::Refused(FallbackReason::Ended);
     }
-    let (pair, first_received) = match join(promoter, &permit, downstream, upstream, connection) {
+    let (pair, first_received) = match join(offloader, &permit, downstream, upstream, connection) {
         Ok(joined) => joined,
-        Err(refusal) => return Attempt::Refused(refusal),
+        Err(fallback_reason) => return Attempt::Refused(fallback_reason),
     };
     failpoint::block("join.pair_written");
     drop(permit);
-    worker.counters().promoted.add(1);
+    context.counters().offloaded.add(1);
     let sockets = [downstream, upstream];
-    let joined = Joined { promoter, pair: Some(pair), connection, sockets, first_received };
-    connection.is_in_tail.set(true);
-    let tail = deliver_tail(worker, joined, relay).await;
-    connection.is_in_tail.set(false);
-    match tail {
-        Tail::Delivered => Attempt::HandedOver,
-        Tail::Ended(end) => Attempt::Ended(end),
-        Tail::TakenBack => Attempt::Refused(Refusal::PathBroken),
+    let joined = Joined { offloader, pair: Some(pair), connection, sockets, first_received };
+    connection.is_in_handover.set(true);
+    let delivery = deliver(context, joined, relay).await;
+    connection.is_in_handover.set(false);
+    match delivery {
+        Delivery::Delivered => Attempt::HandedOver,
+        Delivery::Ended(end) => Attempt::Ended(end),
+        Delivery::TakenBack => Attempt::Refused(FallbackReason::PathBroken),
     }
 }
 
 /// Reads both sides and joins them in the kernel. Yields the numbers of the first bytes that the sockets have received, too.
 fn join(
-    promoter: &Promoter,
+    offloader: &Offloader,
     permit: &JoinPermit,
     downstream: &TcpStream,
     upstream: &TcpStream,
     connection: &Connection,
-) -> Result<(JoinedPair, [u32; 2]), Refusal> {
+) -> Result<(JoinedPair, [u32; 2]), FallbackReason> {
     let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>, clock: &Cell<Clock>| {
-        let clock_offset = clock.get().offset().ok_or(Refusal::Unreadable)?;
+        let clock_offset = clock.get().offset().ok_or(FallbackReason::Unreadable)?;
         let leg = Leg::read(socket, written, first_sent.get(), clock_offset).map_err(|error| {
             if error.kind() == std::io::ErrorKind::NotConnected {
-                return Refusal::Ended;
+                return FallbackReason::Ended;
             }
             tracing::debug!(downstream.addr = %connection.downstream, %error, "cannot read a connection");
-            Refusal::Unreadable
+            FallbackReason::Unreadable
         })?;
         first_sent.set(Some(leg.first_sent));
         Ok(leg)
@@ -104,20 +107,20 @@ fn join(
     for (from, to, relayed) in [(&down, &up, connection.received.get()), (&up, &down, connection.sent.get())]
     {
         // What is held must lie within the receiver's window, or it stays here for as long as the receiver does not read. And the
-        // receiver drops what comes beyond its window while the tail is on its way: it would be sent again only after a
+        // receiver drops what comes beyond its window while the remainder is on its way: it would be sent again only after a
         // time-out.
-        let tail = from.received.saturating_sub(relayed) + u64::from(to.unacknowledged);
+        let remainder = from.received.saturating_sub(relayed) + u64::from(to.unacknowledged);
         let window = u64::from(to.send_window);
-        if tail > window || tail > SMALL_TAIL.max(window / 2) {
-            return Err(Refusal::SlowReceiver);
+        if remainder > window || remainder > SMALL_REMAINDER.max(window / 2) {
+            return Err(FallbackReason::SlowReceiver);
         }
     }
-    let pair = promoter.flows.join(permit, connection.opened_at(), &down, &up)?;
+    let pair = offloader.flows.join(permit, connection.opened_at(), &down, &up)?;
     Ok((pair, [down.first_received, up.first_received]))
 }
 
-/// How the time between promotion and hand-over ended.
-enum Tail {
+/// How a handover ended.
+enum Delivery {
     /// The pair is the kernel's, the sockets are gone.
     Delivered,
     /// The connection has ended meanwhile.
@@ -128,7 +131,7 @@ enum Tail {
 
 /// A joined pair that is taken out of the kernel unless it is handed over.
 struct Joined<'a> {
-    promoter: &'a Promoter,
+    offloader: &'a Offloader,
     pair: Option<JoinedPair>,
     connection: &'a Connection,
     /// Those towards the client and towards the endpoint.
@@ -142,7 +145,7 @@ impl Joined<'_> {
     fn abort(&mut self) {
         self.count();
         if let Some(pair) = self.pair.take() {
-            self.promoter.pairs.reset(&pair);
+            self.offloader.pairs.reset(&pair);
         }
     }
 
@@ -153,13 +156,13 @@ impl Joined<'_> {
         let next = |side: usize| leg::next_received(self.sockets[side], self.first_received[side]);
         // A socket that is gone tells so elsewhere.
         let (Ok(to_client), Ok(to_endpoint)) = (next(0), next(1)) else { return Ok(()) };
-        self.promoter.flows.promise(pair, [to_client, to_endpoint])
+        self.offloader.flows.promise(pair, [to_client, to_endpoint])
     }
 
     /// Counts what the kernel has forwarded of a connection that ends now, of which nobody else will: what its ends have sent
     /// that no socket has received.
     fn count(&self) {
-        let state = self.pair.as_ref().and_then(|pair| self.promoter.flows.pair(pair.number));
+        let state = self.pair.as_ref().and_then(|pair| self.offloader.flows.pair(pair.number));
         let record = &mut *self.connection.record.borrow_mut();
         let [Ok(from_client), Ok(from_endpoint)] = self.sockets.map(leg::received) else { return };
         let (Some(state), Some(record)) = (state, record) else { return };
@@ -173,35 +176,35 @@ impl Joined<'_> {
 impl Drop for Joined<'_> {
     fn drop(&mut self) {
         if let Some(pair) = &self.pair {
-            self.promoter.flows.remove(pair);
+            self.offloader.flows.remove(pair);
         }
     }
 }
 
 /// Relays what the sockets of a joined pair had received before, until nothing is left of it, and the two ends have heard
 /// each other.
-async fn deliver_tail(worker: &Worker, mut joined: Joined<'_>, relay: &mut Relay) -> Tail {
-    let Joined { promoter, connection, sockets: [downstream, upstream], .. } = joined;
+async fn deliver(context: &WorkerContext, mut joined: Joined<'_>, relay: &mut Relay) -> Delivery {
+    let Joined { offloader, connection, sockets: [downstream, upstream], .. } = joined;
     let started = Instant::now();
-    let mut landed = pin!(promoter.grace.period());
+    let mut landed = pin!(offloader.grace.period());
     let mut has_landed = false;
     let mut hearing = Hearing::default();
     let mut asked = Asked::default();
     let mut seen = 0;
     relay.hold_ends(true);
-    failpoint::reached("tail.begin").await;
+    failpoint::reached("handover.begin").await;
     loop {
-        let check = if started.elapsed() < TAIL_IS_SHORT { TAIL_CHECK } else { SLOW_TAIL_CHECK };
+        let check = if started.elapsed() < CHECKED_OFTEN { CHECK } else { SLOW_CHECK };
         tokio::select! {
             biased;
-            end = poll_fn(|cx| relay.poll(cx, worker, downstream, upstream, connection)) => {
+            end = poll_fn(|cx| relay.poll(cx, context, downstream, upstream, connection)) => {
                 // What the sockets say from now on is the stack's again; but they do not know what the kernel has passed.
                 if end == End::Finished {
                     joined.count();
                 } else {
                     joined.abort();
                 }
-                return Tail::Ended(end);
+                return Delivery::Ended(end);
             }
             () = &mut landed, if !has_landed => {
                 has_landed = true;
@@ -211,35 +214,35 @@ async fn deliver_tail(worker: &Worker, mut joined: Joined<'_>, relay: &mut Relay
             }
             () = sleep(check) => {}
         }
-        let Some(pair) = &mut joined.pair else { return Tail::Ended(End::Finished) };
-        let Some(state) = promoter.flows.pair(pair.number) else {
-            return Tail::Ended(End::Lost);
+        let Some(pair) = &mut joined.pair else { return Delivery::Ended(End::Finished) };
+        let Some(state) = offloader.flows.pair(pair.number) else {
+            return Delivery::Ended(End::Lost);
         };
         let bytes = state.request.bytes.wrapping_add(state.response.bytes);
         if bytes != seen {
             seen = bytes;
-            connection.active.set(worker.sweep());
+            connection.active.set(context.sweep());
         }
         for (half, end) in [(&state.request, End::DownstreamReset), (&state.response, End::UpstreamReset)] {
             if half.flags & HALF_RESET != 0 {
                 // The other end may have taken it for one beyond what it has received so far.
                 joined.abort();
                 silence(downstream, upstream);
-                return Tail::Ended(end);
+                return Delivery::Ended(end);
             }
         }
-        promoter.pairs.ask(pair, &mut asked, &state);
+        offloader.pairs.ask(pair, &mut asked, &state);
         if !has_landed {
             continue;
         }
-        failpoint::reached("tail.landed").await;
-        if let Err(error) = pass_ends_on(promoter, pair, relay) {
+        failpoint::reached("handover.landed").await;
+        if let Err(error) = pass_ends_on(offloader, pair, relay) {
             tracing::warn!(%error, "an end cannot be passed on: the connection is reset");
             joined.abort();
-            return Tail::Ended(End::Lost);
+            return Delivery::Ended(End::Lost);
         }
         // Where each end has acknowledged the other's end, nothing is missing. What the sockets still want to say of it, which the
-        // guard holds back, nobody needs: they would try for minutes, and hold the addresses against a new connection.
+        // egress program holds back, nobody needs: they would try for minutes, and hold the addresses against a new connection.
         let has_ended = state.has_ended(&pair.flows[0].1);
         let is_delivered = || {
             relay.is_delivered()
@@ -250,55 +253,55 @@ async fn deliver_tail(worker: &Worker, mut joined: Joined<'_>, relay: &mut Relay
             continue;
         }
         let verdict =
-            if has_ended { Verdict::Heard } else { hearing.judge(promoter, pair, &state, connection) };
+            if has_ended { Verdict::Heard } else { hearing.evaluate(offloader, pair, &state, connection) };
         match verdict {
             Verdict::Heard => {}
             Verdict::Waiting => continue,
             Verdict::Swallowed(exit) => {
-                if goes_otherwise(promoter, pair, exit, connection) {
+                if goes_otherwise(offloader, pair, exit, connection) {
                     hearing = Hearing::after(&state);
                     continue;
                 }
-                worker.counters().taken_back.add(1);
+                context.counters().taken_back.add(1);
                 relay.hold_ends(false);
-                return Tail::TakenBack;
+                return Delivery::TakenBack;
             }
             Verdict::Deaf(exit) => {
-                if goes_otherwise(promoter, pair, exit, connection) {
+                if goes_otherwise(offloader, pair, exit, connection) {
                     hearing = Hearing::after(&state);
                     continue;
                 }
                 joined.abort();
-                return Tail::Ended(End::Lost);
+                return Delivery::Ended(End::Lost);
             }
         }
-        failpoint::reached("splice.before").await;
-        if let Err(error) = promoter.flows.splice(pair) {
+        failpoint::reached("complete.before").await;
+        if let Err(error) = offloader.flows.complete(pair) {
             tracing::warn!(%error, "the kernel does not take a connection over: it is reset");
             joined.abort();
-            return Tail::Ended(End::Lost);
+            return Delivery::Ended(End::Lost);
         }
-        failpoint::reached("splice.after").await;
+        failpoint::reached("complete.after").await;
         silence(downstream, upstream);
-        failpoint::reached("splice.silenced").await;
+        failpoint::reached("complete.silenced").await;
         tracing::debug!(
             listener = %connection.serving.listener.name,
             downstream.addr = %connection.downstream,
-            tail_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
-            "promoted"
+            handover_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "offloaded"
         );
         if let (Some(pair), Some(mut record)) = (joined.pair.take(), connection.hand_over()) {
             record.tier = Tier::Tc;
-            promoter.pairs.add(&pair, Some(record));
+            offloader.pairs.add(&pair, Some(record));
         }
-        failpoint::reached("splice.handed_over").await;
-        return Tail::Delivered;
+        failpoint::reached("complete.handed_over").await;
+        return Delivery::Delivered;
     }
 }
 
 /// Has nothing sent by an exit for this client for a while; whether the pair that has found out goes on in another way.
-fn goes_otherwise(promoter: &Promoter, pair: &mut JoinedPair, exit: Exit, connection: &Connection) -> bool {
-    if promoter.flows.paths().avoid(exit, connection.downstream.ip()) {
+fn goes_otherwise(offloader: &Offloader, pair: &mut JoinedPair, exit: Exit, connection: &Connection) -> bool {
+    if offloader.flows.paths().avoid(exit, connection.downstream.ip()) {
         tracing::warn!(
             interface = exit.interface,
             way = exit.way.as_str(),
@@ -307,7 +310,7 @@ fn goes_otherwise(promoter: &Promoter, pair: &mut JoinedPair, exit: Exit, connec
              not sent so for a while"
         );
     }
-    promoter.flows.change_ways(pair).unwrap_or_else(|error| {
+    offloader.flows.change_ways(pair).unwrap_or_else(|error| {
         tracing::warn!(
             listener = %connection.serving.listener.name,
             downstream.addr = %connection.downstream,
@@ -319,13 +322,17 @@ fn goes_otherwise(promoter: &Promoter, pair: &mut JoinedPair, exit: Exit, connec
     })
 }
 
-/// Passes on the ends that reached a local socket before the promotion.
-fn pass_ends_on(promoter: &Promoter, pair: &mut JoinedPair, relay: &mut Relay) -> Result<(), DatapathError> {
+/// Passes on the ends that reached a local socket before the handover.
+fn pass_ends_on(
+    offloader: &Offloader,
+    pair: &mut JoinedPair,
+    relay: &mut Relay,
+) -> Result<(), DatapathError> {
     for (direction, number) in
         [(&mut relay.request, DIRECTION_REQUEST), (&mut relay.response, DIRECTION_RESPONSE)]
     {
         if direction.is_at_end() && direction.holds_end() {
-            promoter.flows.pass_end_on(pair, number)?;
+            offloader.flows.pass_end_on(pair, number)?;
             direction.hold_end(false);
         }
     }
@@ -375,16 +382,16 @@ impl Hearing {
         Self { repeated: [state.request.repeated, state.response.repeated], ..Self::default() }
     }
 
-    fn judge(
+    fn evaluate(
         &mut self,
-        promoter: &Promoter,
+        offloader: &Offloader,
         pair: &JoinedPair,
         state: &Pair,
         connection: &Connection,
     ) -> Verdict {
         let [request, response] = pair.flows.map(|(_, flow)| flow);
         let exits = [Exit::of(&response), Exit::of(&request)];
-        if promoter.flows.paths().is_proven(exits) {
+        if offloader.flows.paths().is_proven(exits) {
             return Verdict::Heard;
         }
         let (client, endpoint) = (&state.request, &state.response);
@@ -398,14 +405,14 @@ impl Hearing {
             let sent = ([client.sequence_end, endpoint.sequence_end], [client.repeated, endpoint.repeated]);
             let goes_on = self.first.is_some_and(|first| first.0 != sent.0 && first.1 == sent.1);
             if up.is_heard && down.is_heard || goes_on {
-                promoter.flows.paths().prove(exits);
+                offloader.flows.paths().prove(exits);
                 return Verdict::Heard;
             }
             if self.first.is_none_or(|first| first.1 != sent.1) {
                 self.first = Some(sent);
             }
         }
-        // Sent more than once, and no answer of any kind since. What has acknowledged the tail before is no answer.
+        // Sent more than once, and no answer of any kind since. What has acknowledged the remainder before is no answer.
         let directions = [(client, endpoint, &request), (endpoint, client, &response)];
         for ((silent, repeated), (half, other, flow)) in
             self.silent.iter_mut().zip(self.repeated).zip(directions)

@@ -2,10 +2,10 @@
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
-use super::Leg;
-use crate::datapath::routes::Routes;
-use crate::datapath::segments::SegmentSocket;
-use crate::datapath::{bpf, kernel_obstacle};
+use super::leg::Leg;
+use super::routes::Routes;
+use super::segments::SegmentSocket;
+use super::{bpf, kernel_obstacle};
 
 /// Tries everything that tier `tc` needs, without leaving anything behind; says how programs would be attached.
 ///

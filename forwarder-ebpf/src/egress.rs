@@ -1,49 +1,49 @@
-//! The guard: keeps what the local sockets of a promoted pair say from reaching the two ends, who now speak with each
-//! other.
+//! The programs at the egress of interfaces: keep what the local sockets of an offloaded pair say from reaching the two ends, who
+//! now speak with each other.
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    AGENT_LINK_PRIORITY, AGENT_PRIORITY, FLOW_REVERSE_ENDED, Flow, Half, STATE_OVER, STATE_TAIL,
+    AGENT_LINK_PRIORITY, AGENT_PRIORITY, FLOW_REVERSE_ENDED, Flow, Half, STATE_HANDOVER, STATE_OVER,
 };
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, LinkLayer, Segment, tcp_field};
 use forwarder_common::translate::{self, ChecksumChange};
 use forwarder_common::verdict::Verdict;
 
-use crate::classify::{EGRESS, Found, count_verdict, find_segment};
-use crate::maps::{FLOWS, PAIRS};
-use crate::redirect::redirect_to_neighbour;
-use crate::rewrite::{checksum, store};
+use crate::frame::find_segment;
+use crate::maps::{EGRESS, FLOWS, Frame, PAIRS};
+use crate::outcome::{count_verdict, redirect_to_neighbour};
+use crate::skb::{checksum, store};
 
 /// For interfaces whose packets begin with an Ethernet header.
 #[classifier]
 pub fn fwd_egress_eth(context: TcContext) -> i32 {
-    guard(&context, LinkLayer::Ethernet)
+    egress(&context, LinkLayer::Ethernet)
 }
 
 /// For interfaces whose packets begin with the IP header.
 #[classifier]
 pub fn fwd_egress_ip(context: TcContext) -> i32 {
-    guard(&context, LinkLayer::Ip)
+    egress(&context, LinkLayer::Ip)
 }
 
 #[inline(always)]
-fn guard(context: &TcContext, link: LinkLayer) -> i32 {
+fn egress(context: &TcContext, link: LinkLayer) -> i32 {
     // SAFETY: the kernel hands the program a valid `__sk_buff`; the fields may be read.
     let (ingress, priority) = unsafe { ((*context.skb.skb).ingress_ifindex, (*context.skb.skb).priority) };
     // What is forwarded, and what the agent itself says in the name of a pair.
     if ingress != 0 || priority == AGENT_PRIORITY {
         return TC_ACT_UNSPEC;
     }
-    let Ok(Found { segment, .. }) = find_segment(context, link, EGRESS) else { return TC_ACT_UNSPEC };
+    let Ok(Frame { segment, .. }) = find_segment(context, link, EGRESS) else { return TC_ACT_UNSPEC };
     if priority == AGENT_LINK_PRIORITY {
         return hand_over(context, link, segment);
     }
-    let Some(verdict) = judge(context, segment) else { return TC_ACT_UNSPEC };
+    let Some(verdict) = verdict_of(context, segment) else { return TC_ACT_UNSPEC };
     count_verdict(verdict);
     match verdict {
-        Verdict::TailSent => TC_ACT_UNSPEC,
+        Verdict::HandoverSent => TC_ACT_UNSPEC,
         _ => TC_ACT_SHOT,
     }
 }
@@ -66,7 +66,7 @@ fn hand_over(context: &TcContext, link: LinkLayer, segment: &Segment) -> i32 {
 
 /// What becomes of a packet that a local socket of a flow sends; `None` for all others.
 #[inline(always)]
-fn judge(context: &TcContext, segment: &Segment) -> Option<Verdict> {
+fn verdict_of(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     let flow = FLOWS.get_ptr(segment.tuple.reversed())?;
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let flow = unsafe { &*flow };
@@ -80,16 +80,17 @@ fn judge(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     if flow.has_ended(half, other) {
         return Some(Verdict::Guarded);
     }
-    // What the socket had received before the promotion it still delivers and acknowledges. An end it passes on only if
-    // it came before the promotion too, as the agent has noted then; the one that a dying agent's socket sends would
+    // What the socket had received before the handover it still delivers and acknowledges. An end it passes on only if
+    // it came before the handover too, as the agent has noted then; the one that a dying agent's socket sends would
     // make a cut stream look whole.
     let is_end = segment.flags & FLAG_FIN != 0 && flow.flags & FLOW_REVERSE_ENDED == 0;
-    let is_tail = flow.state == STATE_TAIL && segment.flags & (FLAG_RST | FLAG_SYN) == 0 && !is_end;
-    if !is_tail {
+    let is_in_handover =
+        flow.state == STATE_HANDOVER && segment.flags & (FLAG_RST | FLAG_SYN) == 0 && !is_end;
+    if !is_in_handover {
         return Some(Verdict::Guarded);
     }
     Some(match bring_up_to_date(context, segment, flow, other) {
-        Ok(()) => Verdict::TailSent,
+        Ok(()) => Verdict::HandoverSent,
         Err(verdict) => verdict,
     })
 }

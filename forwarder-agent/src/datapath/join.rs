@@ -2,23 +2,17 @@
 //!
 //! What joins them is in `datapath::flows`, and when, in `connection`.
 
-pub(crate) mod clock;
-pub mod leg;
-mod probe;
-mod refusal;
-pub(crate) mod tcp_info;
-
 use std::net::SocketAddr;
 
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOW_BY_STACK, FLOW_CLEAR_ECN, FLOW_TIMESTAMPS, Flow, FlowKey,
-    Half, NextHop, Pair, STATE_TAIL,
+    DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOW_BY_STACK, FLOW_CLEAR_ECN, FLOW_TIMESTAMPS, Flow, Half,
+    NextHop, Pair, STATE_HANDOVER,
 };
-use forwarder_common::layout::address_bytes;
+use forwarder_common::tuple::FourTuple;
+use forwarder_common::tuple::address_bytes;
 
-pub use self::leg::{Leg, LegOptions};
-pub use self::probe::probe;
-pub use self::refusal::Refusal;
+use super::leg::Leg;
+use crate::fallback_reason::FallbackReason;
 
 /// Bytes that the timestamps take from each segment's payload (RFC 7323, appendix A).
 const TIMESTAMPS_LENGTH: u32 = 12;
@@ -88,34 +82,34 @@ impl Way {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Joint {
     /// The two directions, from the client first.
-    pub flows: [(FlowKey, Flow); 2],
+    pub flows: [(FourTuple, Flow); 2],
     /// What is known of them at first.
     pub pair: Pair,
 }
 
-/// Computes what joins two legs, in state tail.
+/// Computes what joins two legs, in state handover.
 ///
 /// What differs between the legs is the same from the first byte on: the agent has written to one leg what it read from
 /// the other, byte for byte, so that the first bytes correspond, and the legs may be read at any moment.
 ///
 /// # Errors
 /// Why packets of one leg would not be understood on the other.
-pub fn join(downstream: &Leg, upstream: &Leg, placement: Placement) -> Result<Joint, Refusal> {
+pub fn join(downstream: &Leg, upstream: &Leg, placement: Placement) -> Result<Joint, FallbackReason> {
     if downstream.peer.is_ipv4() != upstream.peer.is_ipv4() {
-        return Err(Refusal::Families);
+        return Err(FallbackReason::Families);
     }
     let (down, up) = (downstream.options, upstream.options);
     if down.timestamps != up.timestamps {
-        return Err(Refusal::Timestamps);
+        return Err(FallbackReason::Timestamps);
     }
     if down.selective != up.selective {
-        return Err(Refusal::SelectiveAcknowledgements);
+        return Err(FallbackReason::SelectiveAcknowledgements);
     }
     if !fits(downstream, upstream) || !fits(upstream, downstream) {
-        return Err(Refusal::SegmentSizes);
+        return Err(FallbackReason::SegmentSizes);
     }
     if !tells_windows(downstream, upstream) || !tells_windows(upstream, downstream) {
-        return Err(Refusal::WindowScale);
+        return Err(FallbackReason::WindowScale);
     }
     let now = downstream.clock_time.max(upstream.clock_time);
     Ok(Joint {
@@ -125,7 +119,7 @@ pub fn join(downstream: &Leg, upstream: &Leg, placement: Placement) -> Result<Jo
         ],
         pair: Pair {
             opened: now,
-            promoted: now,
+            offloaded: now,
             request: half(downstream, now),
             response: half(upstream, now),
         },
@@ -164,7 +158,7 @@ fn half(from: &Leg, now: u64) -> Half {
 }
 
 /// What arrives on `from` and leaves on `to`.
-fn direction(from: &Leg, to: &Leg, direction: u32, placement: Placement) -> (FlowKey, Flow) {
+fn direction(from: &Leg, to: &Leg, direction: u32, placement: Placement) -> (FourTuple, Flow) {
     let Placement { downstream, upstream, pair } = placement;
     let (arrival, hop) =
         if direction == DIRECTION_REQUEST { (downstream, upstream) } else { (upstream, downstream) };
@@ -178,7 +172,7 @@ fn direction(from: &Leg, to: &Leg, direction: u32, placement: Placement) -> (Flo
         clock: to.clock,
         pair,
         direction,
-        state: STATE_TAIL,
+        state: STATE_HANDOVER,
         sequence_shift: to.first_sent.wrapping_sub(from.first_received),
         acknowledgement_shift: to.first_received.wrapping_sub(from.first_sent),
         source_scale: from.peer_scale,
@@ -195,8 +189,8 @@ fn direction(from: &Leg, to: &Leg, direction: u32, placement: Placement) -> (Flo
     (tuple(from.peer, from.local), flow)
 }
 
-fn tuple(source: SocketAddr, destination: SocketAddr) -> FlowKey {
-    FlowKey {
+fn tuple(source: SocketAddr, destination: SocketAddr) -> FourTuple {
+    FourTuple {
         source: address_bytes(source.ip()),
         destination: address_bytes(destination.ip()),
         source_port: source.port(),
@@ -206,6 +200,7 @@ fn tuple(source: SocketAddr, destination: SocketAddr) -> FlowKey {
 
 #[cfg(test)]
 mod tests {
+    use super::super::leg::LegOptions;
     use super::*;
 
     const fn hop(interface: u32) -> Hop {
@@ -269,17 +264,17 @@ mod tests {
 
     #[test]
     fn legs_that_do_not_understand_each_other_are_refused() {
-        let check = |change: fn(&mut Leg), expected: Refusal| {
+        let check = |change: fn(&mut Leg), expected: FallbackReason| {
             let (downstream, mut upstream) = legs();
             change(&mut upstream);
             assert_eq!(join(&downstream, &upstream, PLACEMENT), Err(expected));
         };
-        check(|leg| leg.peer = "[2001:db8::1]:1".parse().unwrap(), Refusal::Families);
-        check(|leg| leg.options.timestamps = false, Refusal::Timestamps);
-        check(|leg| leg.options.selective = false, Refusal::SelectiveAcknowledgements);
-        check(|leg| leg.segment = 1400, Refusal::SegmentSizes);
-        check(|leg| leg.advertised_segment = 8960, Refusal::SegmentSizes);
-        check(|leg| (leg.peer_scale, leg.send_window) = (0, 4 * 512 - 1), Refusal::WindowScale);
+        check(|leg| leg.peer = "[2001:db8::1]:1".parse().unwrap(), FallbackReason::Families);
+        check(|leg| leg.options.timestamps = false, FallbackReason::Timestamps);
+        check(|leg| leg.options.selective = false, FallbackReason::SelectiveAcknowledgements);
+        check(|leg| leg.segment = 1400, FallbackReason::SegmentSizes);
+        check(|leg| leg.advertised_segment = 8960, FallbackReason::SegmentSizes);
+        check(|leg| (leg.peer_scale, leg.send_window) = (0, 4 * 512 - 1), FallbackReason::WindowScale);
     }
 
     #[test]
@@ -290,18 +285,22 @@ mod tests {
         for (peer_scale, own_scale, is_told) in [(9, 9, true), (0, 9, false), (8, 9, false), (0, 0, true)] {
             (upstream.peer_scale, downstream.own_scale) = (peer_scale, own_scale);
             let joined = join(&downstream, &upstream, PLACEMENT);
-            assert_eq!(joined.err(), (!is_told).then_some(Refusal::WindowScale), "{peer_scale} {own_scale}");
+            assert_eq!(
+                joined.err(),
+                (!is_told).then_some(FallbackReason::WindowScale),
+                "{peer_scale} {own_scale}"
+            );
         }
         // A client that has asked for few bytes behind a node with scale 14: nothing would ever be let through.
         (upstream.peer_scale, upstream.send_window, downstream.own_scale) = (0, 8192, 14);
-        assert_eq!(join(&downstream, &upstream, PLACEMENT), Err(Refusal::WindowScale));
+        assert_eq!(join(&downstream, &upstream, PLACEMENT), Err(FallbackReason::WindowScale));
     }
 
     #[test]
     fn a_leg_of_smaller_packets_may_be_joined_where_the_other_asks_for_no_larger_ones() {
         let (mut downstream, mut upstream) = legs();
         (upstream.segment, upstream.advertised_segment) = (1348, 1360);
-        assert_eq!(join(&downstream, &upstream, PLACEMENT), Err(Refusal::SegmentSizes));
+        assert_eq!(join(&downstream, &upstream, PLACEMENT), Err(FallbackReason::SegmentSizes));
         downstream.advertised_segment = 1360;
         join(&downstream, &upstream, PLACEMENT).unwrap();
     }

@@ -6,18 +6,18 @@ use crate::relay::Tier;
 
 /// Which of the kernel's tiers take new connections. What they have taken they keep.
 #[derive(Debug)]
-pub struct Switches {
+pub struct TierToggles {
     tc: AtomicBool,
     sockmap: AtomicBool,
 }
 
-impl Default for Switches {
+impl Default for TierToggles {
     fn default() -> Self {
         Self { tc: AtomicBool::new(true), sockmap: AtomicBool::new(true) }
     }
 }
 
-impl Switches {
+impl TierToggles {
     /// Whether a tier takes new connections. What userspace does cannot be switched off.
     pub fn is_on(&self, tier: Tier) -> bool {
         self.of(tier).is_none_or(|switch| switch.load(Ordering::Relaxed))

@@ -1,15 +1,15 @@
-//! The guard, run by the kernel over crafted packets.
+//! The egress program, run by the kernel over crafted packets.
 
 use std::collections::BTreeMap;
 
-use forwarder_common::flow::{DIRECTION_RESPONSE, FLOW_REVERSE_ENDED, Flow, STATE_SPLICED, STATE_TAIL};
+use forwarder_common::flow::{DIRECTION_RESPONSE, FLOW_REVERSE_ENDED, Flow, STATE_HANDOVER, STATE_OFFLOADED};
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
-use forwarder_common::{PROGRAM_GUARD_ETHERNET, Verdict};
+use forwarder_common::{PROGRAM_EGRESS_ETHERNET, Verdict};
 
 use super::frames::{Frame, SEQUENCE_SHIFT, TC_ACT_SHOT, flow_v4, known_clocks, with_flow};
 use super::{TC_ACT_UNSPEC, bpffs, run, verdicts, write_flows};
 
-/// What the guard makes of what the local socket on a leg sends.
+/// What the egress program makes of what the local socket on a leg sends.
 fn guarded(state: u32, flags: u8, payload: &[u8]) -> (i32, BTreeMap<Verdict, u64>) {
     guarded_with(Flow { state, ..flow_v4().1 }, flags, payload)
 }
@@ -20,35 +20,35 @@ fn guarded_with(flow: Flow, flags: u8, payload: &[u8]) -> (i32, BTreeMap<Verdict
         return (TC_ACT_UNSPEC, BTreeMap::new());
     };
     let frame = Frame { flags, payload: payload.to_vec(), ..Frame::new(key.reversed()) }.encode();
-    let (action, out) = run(&bpf, PROGRAM_GUARD_ETHERNET, &frame);
+    let (action, out) = run(&bpf, PROGRAM_EGRESS_ETHERNET, &frame);
     assert_eq!(out, frame);
     (action, verdicts(&bpf))
 }
 
 #[test]
-fn the_guard_lets_only_the_tail_out() {
+fn egress_lets_only_the_remainder_out() {
     if bpffs().is_none() {
         return;
     }
     let sent = |action, verdict| (action, BTreeMap::from([(verdict, 1)]));
-    let passes = sent(TC_ACT_UNSPEC, Verdict::TailSent);
+    let passes = sent(TC_ACT_UNSPEC, Verdict::HandoverSent);
     let drops = sent(TC_ACT_SHOT, Verdict::Guarded);
-    assert_eq!(guarded(STATE_TAIL, FLAG_ACK, b"tail"), passes);
-    assert_eq!(guarded(STATE_TAIL, FLAG_ACK, b""), passes);
-    assert_eq!(guarded(STATE_TAIL, FLAG_RST, b""), drops);
-    assert_eq!(guarded(STATE_TAIL, FLAG_SYN, b""), drops);
-    // Only an end that came before the promotion is passed on; a dying agent's is none.
-    assert_eq!(guarded(STATE_TAIL, FLAG_ACK | FLAG_FIN, b""), drops);
-    let ended = Flow { state: STATE_TAIL, flags: FLOW_REVERSE_ENDED, ..flow_v4().1 };
-    assert_eq!(guarded_with(ended, FLAG_ACK | FLAG_FIN, b"tail"), passes);
-    assert_eq!(guarded(STATE_SPLICED, FLAG_ACK, b"late"), drops);
-    assert_eq!(guarded(STATE_SPLICED, FLAG_RST | FLAG_ACK, b""), drops);
+    assert_eq!(guarded(STATE_HANDOVER, FLAG_ACK, b"rest"), passes);
+    assert_eq!(guarded(STATE_HANDOVER, FLAG_ACK, b""), passes);
+    assert_eq!(guarded(STATE_HANDOVER, FLAG_RST, b""), drops);
+    assert_eq!(guarded(STATE_HANDOVER, FLAG_SYN, b""), drops);
+    // Only an end that came before the handover is passed on; a dying agent's is none.
+    assert_eq!(guarded(STATE_HANDOVER, FLAG_ACK | FLAG_FIN, b""), drops);
+    let ended = Flow { state: STATE_HANDOVER, flags: FLOW_REVERSE_ENDED, ..flow_v4().1 };
+    assert_eq!(guarded_with(ended, FLAG_ACK | FLAG_FIN, b"rest"), passes);
+    assert_eq!(guarded(STATE_OFFLOADED, FLAG_ACK, b"late"), drops);
+    assert_eq!(guarded(STATE_OFFLOADED, FLAG_RST | FLAG_ACK, b""), drops);
 }
 
 #[test]
-fn the_guard_lets_nothing_out_once_both_ends_have_ended() {
+fn egress_lets_nothing_out_once_both_ends_have_ended() {
     let (key, flow) = flow_v4();
-    let flow = Flow { state: STATE_TAIL, ..flow };
+    let flow = Flow { state: STATE_HANDOVER, ..flow };
     // The sender's end at 1,000, the other's at 2,000, each in its own numbers, and acknowledged in those of the other.
     let mut over = known_clocks();
     for (half, end, acknowledged) in [
@@ -60,18 +60,18 @@ fn the_guard_lets_nothing_out_once_both_ends_have_ended() {
     }
     let mut unacknowledged = over;
     unacknowledged.response.acknowledged = unacknowledged.response.acknowledged.wrapping_sub(1);
-    for (pair, expected) in [(over, Verdict::Guarded), (unacknowledged, Verdict::TailSent)] {
+    for (pair, expected) in [(over, Verdict::Guarded), (unacknowledged, Verdict::HandoverSent)] {
         let Some((_bpffs, bpf)) = with_flow(key, flow, pair) else { return };
         let frame = Frame::new(key.reversed()).encode();
-        run(&bpf, PROGRAM_GUARD_ETHERNET, &frame);
+        run(&bpf, PROGRAM_EGRESS_ETHERNET, &frame);
         assert_eq!(verdicts(&bpf), BTreeMap::from([(expected, 1)]));
     }
 }
 
 #[test]
-fn the_guard_has_the_tail_acknowledge_what_the_other_end_has() {
+fn egress_has_the_remainder_acknowledge_what_the_other_end_has() {
     let (key, flow) = flow_v4();
-    let flow = Flow { state: STATE_TAIL, ..flow };
+    let flow = Flow { state: STATE_HANDOVER, ..flow };
     let reverse = Flow { direction: DIRECTION_RESPONSE, source_scale: 3, target_scale: 4, ..flow };
     let frame = Frame::new(key.reversed());
     for ahead in [1_000_u32, 0, u32::MAX] {
@@ -80,7 +80,7 @@ fn the_guard_has_the_tail_acknowledge_what_the_other_end_has() {
         pair.response.window = 500;
         let Some((_bpffs, mut bpf)) = with_flow(key, flow, pair) else { return };
         write_flows(&mut bpf, &[(flow.out.reversed(), reverse)]);
-        let (action, out) = run(&bpf, PROGRAM_GUARD_ETHERNET, &frame.encode());
+        let (action, out) = run(&bpf, PROGRAM_EGRESS_ETHERNET, &frame.encode());
         assert_eq!(action, TC_ACT_UNSPEC);
         let mut expected = Frame::new(key.reversed());
         if ahead == 1_000 {
@@ -92,11 +92,11 @@ fn the_guard_has_the_tail_acknowledge_what_the_other_end_has() {
 }
 
 #[test]
-fn the_guard_touches_nothing_else() {
+fn egress_touches_nothing_else() {
     let (key, flow) = flow_v4();
     let Some((_bpffs, bpf)) = with_flow(key, flow, known_clocks()) else { return };
     // The direction of the flow itself is what other hosts send.
     let frame = Frame::new(key).encode();
-    assert_eq!(run(&bpf, PROGRAM_GUARD_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
+    assert_eq!(run(&bpf, PROGRAM_EGRESS_ETHERNET, &frame), (TC_ACT_UNSPEC, frame));
     assert_eq!(verdicts(&bpf), BTreeMap::new());
 }

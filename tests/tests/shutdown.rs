@@ -115,7 +115,7 @@ fn another_program_is_served_at_once_while_the_agent_still_drains() {
     let arguments = at_once(&["--max-pairs", "1", "--drain-timeout", "60s"]);
     let mut forwarding = Forwarding::start(&arguments, peer::echo).expect("it works");
     // One that the kernel forwards, and one for which it has no room.
-    let _promoted = forwarding.connect_promoted(1);
+    let _offloaded = forwarding.connect_offloaded(1);
     let session = forwarding.connect().expect("it works");
     client::ping(&session, b"before").expect("it works");
     forwarding.agent.terminate().expect("it works");
@@ -271,7 +271,7 @@ fn nothing_is_left_of_an_agent_whom_nobody_has_to_wait_for() {
         let mut forwarding = Forwarding::start(arguments, peer::echo).expect("it works");
         if when.ends_with("ended") {
             // It stands in the maps for a while, for what is sent again.
-            drop(forwarding.connect_promoted(1));
+            drop(forwarding.connect_offloaded(1));
         }
         let programs = programs_of(forwarding.agent.pin_dir());
         assert_classifies(&programs);
@@ -350,7 +350,7 @@ fn after_the_removal_of_its_daemon_set_an_agent_leaves_nothing_in_the_kernel() {
             served.agent.log().contains("once this DaemonSet is removed")
         });
         let session = served.session().expect("a connection");
-        served.agent.promote(std::slice::from_ref(&session));
+        served.agent.offload(std::slice::from_ref(&session));
         if is_removed {
             served.cluster.api.delete(&daemon_set(INSTANCE)).expect("it works");
         }

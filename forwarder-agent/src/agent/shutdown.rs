@@ -7,13 +7,13 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
-use super::Shared;
 use super::sockmap::SockmapTier;
-use crate::pairs::{Pairs, Promoter};
+use crate::pairs::{Offloader, Pairs};
 use crate::reconciler::Reconciler;
 use crate::source::kube::daemon_set::OwnDaemonSet;
+use crate::state::AgentState;
 
-/// How long the handshakes that have begun may take when the agent leaves.
+/// How long the handshakes that have begun may take when the agent shuts down.
 const LAST_HANDSHAKES: Duration = Duration::from_millis(200);
 
 /// How long pairs are waited for that are over, so that nothing has to stay for them, and how often they are looked at.
@@ -66,15 +66,15 @@ async fn see_out(pairs: &Pairs) {
 }
 
 /// How an agent ends.
-pub(super) struct Leaving {
+pub(super) struct Shutdown {
     pub(super) signal: SignalKind,
     pub(super) daemon_set: Arc<OnceLock<OwnDaemonSet>>,
-    pub(super) promoter: Option<Arc<Promoter>>,
+    pub(super) offloader: Option<Arc<Offloader>>,
     pub(super) sockmap: Arc<SockmapTier>,
     pub(super) window: Duration,
 }
 
-impl Leaving {
+impl Shutdown {
     async fn is_removed(&self) -> bool {
         let Some(daemon_set) = self.daemon_set.get() else { return false };
         let is_removed = daemon_set.is_removed().await;
@@ -90,32 +90,32 @@ impl Leaving {
     ///
     /// At SIGTERM a successor is expected: connections that can be are taken into the kernel, where they live on, and new
     /// ones are held back for it. At SIGINT nothing is left behind, nor after the removal of the agent's `DaemonSet`.
-    pub(super) async fn end(self, signals: &mut Signals, reconciler: Reconciler, shared: &Shared) {
+    pub(super) async fn end(self, signals: &mut Signals, reconciler: Reconciler, shared: &AgentState) {
         shared.report().draining = true;
         self.sockmap.leave();
         let is_handing_over = self.signal == SignalKind::terminate() && !self.is_removed().await;
-        let successor = self.promoter.as_ref().filter(|_| is_handing_over);
+        let successor = self.offloader.as_ref().filter(|_| is_handing_over);
         tracing::info!(
             window = %humantime::format_duration(self.window),
             hands_over = successor.is_some(),
             "draining: no new connections; a second signal ends at once"
         );
         let has_listeners = !shared.in_force().table.listeners.is_empty();
-        let holds = successor.is_some_and(|promoter| has_listeners && promoter.pairs.holds());
-        if let Some(promoter) = successor {
-            promoter.pairs.leave();
+        let holds = successor.is_some_and(|offloader| has_listeners && offloader.pairs.holds());
+        if let Some(offloader) = successor {
+            offloader.pairs.leave();
             // Handshakes that were on their way are completed and their connections accepted.
             sleep(LAST_HANDSHAKES).await;
-            reconciler.promote_all();
+            reconciler.offload_all();
         }
         let drained = async {
             reconciler.stop_listening().await;
-            if let Some(promoter) = successor {
-                promoter.pairs.have_left();
+            if let Some(offloader) = successor {
+                offloader.pairs.have_left();
             }
             tokio::join!(reconciler.drain(self.window), self.sockmap.drain(self.window));
-            if let Some(promoter) = successor.filter(|_| !holds) {
-                see_out(&promoter.pairs).await;
+            if let Some(offloader) = successor.filter(|_| !holds) {
+                see_out(&offloader.pairs).await;
             }
         };
         tokio::select! {
@@ -124,14 +124,14 @@ impl Leaving {
         }
         reconciler.into_workers().stop();
         self.sockmap.stop();
-        if let Some(promoter) = successor {
+        if let Some(offloader) = successor {
             // If it has not been said yet: no socket listens now, however the drain ended.
-            promoter.pairs.have_left();
+            offloader.pairs.have_left();
         }
         // Before the table of listeners is locked: who looks after the pairs locks it while the pairs are.
-        let connections = successor.map_or(0, |promoter| promoter.pairs.count());
-        if let (Some(promoter), None) = (&self.promoter, successor) {
-            promoter.pairs.reset_all();
+        let connections = successor.map_or(0, |offloader| offloader.pairs.count());
+        if let (Some(offloader), None) = (&self.offloader, successor) {
+            offloader.pairs.reset_all();
         }
         let mut in_force = shared.in_force();
         if (connections > 0 || holds)

@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use forwarder_common::translate::NANOSECONDS_PER_TICK;
 
-use super::Refusal;
 use super::tcp_info::{Info, get};
 use crate::datapath::monotonic;
+use crate::fallback_reason::FallbackReason;
 
 /// How often a reading within one tick is tried for.
 const ATTEMPTS: usize = 64;
@@ -55,15 +55,15 @@ impl Clock {
     ///
     /// # Errors
     /// The clock cannot be read, or is not one of milliseconds.
-    pub(crate) fn learn(&mut self, socket: impl AsFd) -> Result<bool, Refusal> {
+    pub(crate) fn learn(&mut self, socket: impl AsFd) -> Result<bool, FallbackReason> {
         if self.offset.is_some() {
             return Ok(true);
         }
         let fd = socket.as_fd().as_raw_fd();
         if self.first.is_none() {
-            let options = Info::read(fd).map_err(|_| Refusal::Unreadable)?.options;
+            let options = Info::read(fd).map_err(|_| FallbackReason::Unreadable)?.options;
             if options & OPTION_MICROSECONDS != 0 {
-                return Err(Refusal::MicrosecondClock);
+                return Err(FallbackReason::MicrosecondClock);
             }
             if options & OPTION_TIMESTAMPS == 0 {
                 // Nobody asks what it says.
@@ -71,7 +71,7 @@ impl Clock {
                 return Ok(true);
             }
         }
-        let reading = Reading::of(fd).map_err(|_| Refusal::Unreadable)?;
+        let reading = Reading::of(fd).map_err(|_| FallbackReason::Unreadable)?;
         let first = *self.first.get_or_insert(reading);
         self.offset = offset(first, reading, TELLS_EVERY_BIT.load(Ordering::Relaxed));
         if reading.value % 2 == 1 {

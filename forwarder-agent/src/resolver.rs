@@ -1,0 +1,93 @@
+//! Resolves what a source has loaded, with the settings of an agent.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use crate::allowed::{AllowedAddresses, AllowedPorts};
+use crate::manifests::NamespacedName;
+use crate::plan::Op;
+use crate::report::InputProblems;
+use crate::resolve::{self, OwnSockets, ResolveSettings, Resolved};
+use crate::settings::{Settings, SourceSettings};
+use crate::source::Loaded;
+use crate::view;
+
+/// Resolves what a source has loaded.
+#[derive(Clone, Debug)]
+pub struct Resolver(ResolveSettings);
+
+/// What a source has loaded, resolved.
+#[derive(Debug)]
+pub struct Resolution {
+    /// The result.
+    pub resolved: Resolved,
+    /// What is wrong.
+    pub problems: InputProblems,
+}
+
+impl Resolver {
+    /// A resolver without an agent.
+    pub fn new(settings: ResolveSettings) -> Self {
+        Self(settings)
+    }
+
+    /// A resolver for what the agent follows.
+    pub(crate) fn of_agent(settings: &Settings) -> Self {
+        let (defaults, cidrs) = (settings.listener_defaults.clone(), settings.endpoint_cidrs.clone());
+        let (base, endpoint_addresses) = match settings.source {
+            SourceSettings::Files { .. } => {
+                (ResolveSettings::for_files(defaults), AllowedAddresses::for_files(cidrs))
+            }
+            SourceSettings::Kube(_) => {
+                (ResolveSettings::for_cluster(defaults), AllowedAddresses::for_cluster(cidrs))
+            }
+        };
+        Self(ResolveSettings {
+            controller_name: settings.controller_name.clone(),
+            listener_ports: AllowedPorts::new(settings.listener_ports.clone()),
+            endpoint_addresses,
+            own: OwnSockets { admin: settings.admin.address, ..OwnSockets::default() },
+            ..base
+        })
+    }
+
+    /// Sets by which addresses the node is reached; tells whether they are others than before.
+    pub(crate) fn set_addresses(&mut self, addresses: BTreeSet<IpAddr>) -> bool {
+        let before = std::mem::replace(&mut self.0.own.addresses, addresses);
+        before != self.0.own.addresses
+    }
+
+    /// Brings what was resolved up to date with what was loaded, which differs in the EndpointSlices of `services` alone.
+    pub(crate) fn update_endpoints(
+        &self,
+        resolved: &mut Resolved,
+        loaded: &Loaded,
+        services: &BTreeSet<NamespacedName>,
+    ) -> Vec<Op> {
+        resolve::update_endpoints(resolved, &loaded.manifests, &self.0, services)
+    }
+
+    /// Resolves.
+    pub fn resolve(&self, loaded: &Loaded) -> Resolution {
+        let resolved = resolve::resolve(&loaded.manifests, &self.0);
+        Resolution { problems: InputProblems::new(loaded, resolved.problems.clone()), resolved }
+    }
+}
+
+impl Resolution {
+    /// The state that an agent would have, without anything live.
+    pub fn state(&self) -> view::State {
+        let table = &self.resolved.table;
+        view::State {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            listeners: table
+                .listeners
+                .iter()
+                .map(|(key, listener)| view::listener(*key, listener, table))
+                .collect(),
+            problems: self.problems.list().iter().map(Into::into).collect(),
+            datapath: None,
+            statuses: view::statuses(&self.resolved.statuses),
+        }
+    }
+}

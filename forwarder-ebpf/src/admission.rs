@@ -1,0 +1,94 @@
+//! New connections and packets for the agent's listeners: counted, and SYNs held back while no agent accepts.
+
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
+use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::trace;
+use forwarder_common::layout::{ANY_ADDRESS, AgentState, ListenerKey, ListenerValue, STATE_REMOVED};
+use forwarder_common::packet::Segment;
+use forwarder_common::verdict::Verdict;
+
+use crate::maps::{AGENT, COUNTERS, LISTENERS, LOCAL_ADDRESSES};
+use crate::sk_lookup::is_listened_to;
+
+/// Where the agent's log takes the records for its own, whatever this crate is called.
+const LOG_TARGET: &str = "forwarder_agent::datapath";
+
+/// What becomes of a packet that is not one of a flow.
+pub(crate) enum Admission {
+    /// It is counted for a listener, and goes on to its socket.
+    Counted,
+    /// It opens a connection that has to wait for the agent's successor.
+    Held,
+    /// It is for none of the listeners, or cannot be counted.
+    NotOurs(Verdict),
+}
+
+/// Counts the packet for its listener, and decides whether it may go on.
+#[inline(never)]
+pub(crate) fn admit(context: &TcContext, segment: &Segment) -> Admission {
+    let listener_id = match find_listener(segment) {
+        Ok(listener_id) => listener_id,
+        Err(verdict) => return Admission::NotOurs(verdict),
+    };
+    // Also while a new agent has not given the listener its counters yet.
+    let is_held = segment.is_attempt() && is_held(context, segment);
+    let Some(counters) = COUNTERS.get_ptr_mut(listener_id) else {
+        return if is_held { Admission::Held } else { Admission::NotOurs(Verdict::CounterMissing) };
+    };
+    // SAFETY: the pointer is to this CPU's value, which no program interrupts here, and which is allocated to nobody else
+    // while this program runs: see `maps`.
+    let counters = unsafe { &mut *counters };
+    counters.packets += 1;
+    counters.bytes += u64::from(context.len().wrapping_sub(segment.ip_offset));
+    if segment.is_attempt() {
+        counters.syns += 1;
+        trace!(
+            context,
+            target: LOG_TARGET,
+            "connection attempt: listener {} [{:i}]:{} from [{:i}]:{}",
+            listener_id,
+            segment.tuple.destination,
+            segment.tuple.destination_port,
+            segment.tuple.source,
+            segment.tuple.source_port
+        );
+    }
+    if is_held { Admission::Held } else { Admission::Counted }
+}
+
+/// Whether a new connection has to wait for the agent's successor: see [`AgentState`].
+#[inline(always)]
+fn is_held(context: &TcContext, segment: &Segment) -> bool {
+    let Some(agent) = AGENT.get_ptr(0) else { return false };
+    // SAFETY: the element of an array lives as long as the map; the agent may write it meanwhile, word by word.
+    let AgentState { hold_until, is_leaving, .. } = unsafe { *agent };
+    // SAFETY: the helper has no conditions.
+    if hold_until == 0 || unsafe { bpf_ktime_get_ns() } >= hold_until {
+        return false;
+    }
+    is_leaving != 0 || !is_listened_to(context, segment)
+}
+
+/// The number of the listener that the segment is for: one on its very address first, as the kernel chooses.
+#[inline(always)]
+fn find_listener(segment: &Segment) -> Result<u32, Verdict> {
+    let key = ListenerKey::new(segment.tuple.destination, segment.tuple.destination_port);
+    if let Some(listener) = listener_at(&key) {
+        return Ok(listener.listener_id);
+    }
+    let key = ListenerKey::new(ANY_ADDRESS, segment.tuple.destination_port);
+    let Some(listener) = listener_at(&key) else { return Err(Verdict::NoListener) };
+    if LOCAL_ADDRESSES.get_ptr(segment.tuple.destination).is_none() {
+        return Err(Verdict::NotLocal);
+    }
+    Ok(listener.listener_id)
+}
+
+#[inline(always)]
+fn listener_at(key: &ListenerKey) -> Option<ListenerValue> {
+    let listener = LISTENERS.get_ptr(key)?;
+    // SAFETY: the element is allocated to nobody else while this program runs: see `maps`. The agent may change words of it
+    // meanwhile.
+    let listener = unsafe { *listener };
+    if listener.state == STATE_REMOVED { None } else { Some(listener) }
+}

@@ -1,0 +1,54 @@
+//! The TCP segment in a packet.
+
+use aya_ebpf::programs::TcContext;
+use forwarder_common::packet::{LinkLayer, Segment, USUAL_OFFSET, parse, parse_usual};
+use forwarder_common::verdict::Verdict;
+
+use crate::maps::{FRAME, Frame};
+use crate::skb::{SocketBuffer, load_into};
+
+/// Finds the TCP segment in the packet. `side` is [`INGRESS`] or [`EGRESS`].
+///
+/// # Errors
+/// The verdict on a packet in which there is none.
+#[inline(always)]
+pub(crate) fn find_segment<'a>(
+    context: &TcContext,
+    link: LinkLayer,
+    side: u32,
+) -> Result<&'a mut Frame, Verdict> {
+    let frame = FRAME.get_ptr_mut(side).ok_or(Verdict::Truncated)?;
+    // SAFETY: the pointer is to this CPU's value, and of programs that do not interrupt each other; it begins as zeros, which
+    // are valid.
+    let frame = unsafe { &mut *frame };
+    if let LinkLayer::Ethernet = link
+        && load_into(context, USUAL_OFFSET as u32, &mut frame.headers)
+        && let Some(segment) = parse_usual(&frame.headers)
+    {
+        frame.segment = segment;
+        frame.is_usual = true;
+    } else {
+        walk_headers(context, link, &mut frame.segment)?;
+        frame.is_usual = false;
+    }
+    Ok(frame)
+}
+
+/// The same for any headers: a function of its own, so that those that it reads leave the stack with it. (A segment as part of
+/// its result would need a type whose description the kernel refuses.)
+#[inline(never)]
+fn walk_headers(context: &TcContext, link: LinkLayer, segment: &mut Segment) -> Result<(), Verdict> {
+    *segment = parse(&SocketBuffer(context), link)?;
+    Ok(())
+}
+
+/// Bytes of TCP payload, without what pads a short frame.
+#[inline(always)]
+pub(crate) fn payload_length(context: &TcContext, segment: &Segment) -> u32 {
+    let total = match segment.ip_length {
+        0 => context.len().wrapping_sub(segment.ip_offset),
+        length => length,
+    };
+    let headers = segment.tcp_offset.wrapping_sub(segment.ip_offset) + segment.header_length;
+    total.saturating_sub(headers)
+}

@@ -1,0 +1,71 @@
+//! The node's own sockets, looked up by the addresses of a packet.
+
+use core::mem::zeroed;
+
+use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_tuple};
+use aya_ebpf::helpers::generated::{bpf_sk_release, bpf_skc_lookup_tcp, bpf_tcp_sock};
+use aya_ebpf::programs::TcContext;
+use forwarder_common::packet::{IpVersion, Segment};
+
+/// `snd_nxt` and `rcv_nxt` of the local socket that the packet is for.
+#[inline(always)]
+pub(crate) fn local_numbers(context: &TcContext, segment: &Segment) -> Option<(u32, u32)> {
+    // SAFETY: what is found is released below, on every way.
+    unsafe {
+        let socket = find_socket(context, segment, segment.tuple.source_port);
+        if socket.is_null() {
+            return None;
+        }
+        let tcp = bpf_tcp_sock(socket);
+        let numbers = if tcp.is_null() { None } else { Some(((*tcp).snd_nxt, (*tcp).rcv_nxt)) };
+        bpf_sk_release(socket.cast());
+        numbers
+    }
+}
+
+/// Whether a local socket listens where the packet goes to, whoever's it is. What else there may be for its tuple does not take
+/// it: of a request whose listening socket has been closed, the stack would tell the client that nobody listens.
+#[inline(always)]
+pub(crate) fn is_listened_to(context: &TcContext, segment: &Segment) -> bool {
+    // SAFETY: what is found is released below.
+    unsafe {
+        // Nothing but a listening socket takes what comes from port 0.
+        let socket = find_socket(context, segment, 0);
+        if socket.is_null() {
+            return false;
+        }
+        bpf_sk_release(socket.cast());
+        true
+    }
+}
+
+/// The local socket that the packet would be for if it came from `source_port`, or null.
+///
+/// # Safety
+/// What is not null must be released.
+#[inline(always)]
+unsafe fn find_socket(context: &TcContext, segment: &Segment, source_port: u16) -> *mut bpf_sock {
+    // SAFETY: a plain old structure, for which zeros are valid.
+    let mut tuple: bpf_sock_tuple = unsafe { zeroed() };
+    let words = segment.tuple.address_words();
+    let ports = [source_port.to_be(), segment.tuple.destination_port.to_be()];
+    let size = match segment.version {
+        IpVersion::V4 => {
+            // SAFETY: the union has only plain members.
+            let v4 = unsafe { &mut tuple.__bindgen_anon_1.ipv4 };
+            (v4.saddr, v4.daddr, v4.sport, v4.dport) = (words[3], words[7], ports[0], ports[1]);
+            size_of_val(v4)
+        }
+        IpVersion::V6 => {
+            // SAFETY: as above.
+            let v6 = unsafe { &mut tuple.__bindgen_anon_1.ipv6 };
+            v6.saddr = [words[0], words[1], words[2], words[3]];
+            v6.daddr = [words[4], words[5], words[6], words[7]];
+            (v6.sport, v6.dport) = (ports[0], ports[1]);
+            size_of_val(v6)
+        }
+    };
+    let netns = BPF_F_CURRENT_NETNS as u64;
+    // SAFETY: the tuple is initialised and of the size given.
+    unsafe { bpf_skc_lookup_tcp(context.skb.skb.cast(), &raw mut tuple, size as u32, netns, 0) }
+}

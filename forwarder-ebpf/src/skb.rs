@@ -1,0 +1,102 @@
+//! Access to the packet that the kernel hands to a program (`__sk_buff`), and where fields stand in its IP headers.
+
+use aya_ebpf::bindings::BPF_F_RECOMPUTE_CSUM;
+use aya_ebpf::helpers::generated::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes};
+use aya_ebpf::programs::TcContext;
+use forwarder_common::packet::{Header, Packet, Segment, tcp_field};
+use forwarder_common::translate::ChecksumChange;
+use forwarder_common::verdict::Verdict;
+
+/// Where fields stand in the IPv4 header, in bytes from its first, and the bytes of a header without options.
+pub(crate) const IPV4_LENGTH: u32 = 2;
+pub(crate) const IPV4_TTL: u32 = 8;
+pub(crate) const IPV4_CHECKSUM: u32 = 10;
+pub(crate) const IPV4_SOURCE: u32 = 12;
+pub(crate) const IPV4_HEADER: u32 = 20;
+/// "Don't fragment" in the word that IPv4's identification begins: with it, there needs to be none (RFC 6864, 4.1).
+pub(crate) const DONT_FRAGMENT: u32 = 0x4000;
+/// The same of the IPv6 header, whose length does not count itself.
+pub(crate) const IPV6_LENGTH: u32 = 4;
+pub(crate) const IPV6_HOP_LIMIT: u32 = 7;
+pub(crate) const IPV6_SOURCE: u32 = 8;
+pub(crate) const IPV6_HEADER: u32 = 40;
+/// Bytes of the TCP header without options.
+pub(crate) const TCP_HEADER: u32 = 20;
+/// The bits of explicit congestion notification in the type of service.
+pub(crate) const ECN_MASK: u8 = 3;
+
+/// The packet, of which the kernel copies what is read: headers lie at odd places, and a copy, which does not, is cheaper
+/// than putting words together byte by byte.
+pub(crate) struct SocketBuffer<'a>(pub(crate) &'a TcContext);
+
+impl Packet for SocketBuffer<'_> {
+    #[inline(always)]
+    fn read<T: Header>(&self, offset: usize) -> Option<T> {
+        let Self(context) = self;
+        context.load(offset).ok()
+    }
+}
+
+#[inline(always)]
+pub(crate) fn load<T>(context: &TcContext, offset: u32) -> Result<T, Verdict> {
+    context.load(offset as usize).map_err(|_| Verdict::Truncated)
+}
+
+/// Reads into `place`, which keeps what it was where the packet ends before.
+#[inline(always)]
+pub(crate) fn load_into<T>(context: &TcContext, offset: u32, place: &mut T) -> bool {
+    // SAFETY: the place is of its own size; of what is read there any bits are valid.
+    unsafe {
+        bpf_skb_load_bytes(context.skb.skb.cast(), offset, (&raw mut *place).cast(), size_of::<T>() as u32)
+            == 0
+    }
+}
+
+#[inline(always)]
+pub(crate) fn store<T>(context: &TcContext, offset: u32, value: &T) -> Result<(), Verdict> {
+    // SAFETY: the value is initialised and of its own size; the helper checks the offset.
+    let result = unsafe {
+        bpf_skb_store_bytes(context.skb.skb, offset, (&raw const *value).cast(), size_of::<T>() as u32, 0)
+    };
+    if result == 0 { Ok(()) } else { Err(Verdict::Unwritable) }
+}
+
+/// Updates the TCP checksum.
+#[inline(always)]
+pub(crate) fn checksum(
+    context: &TcContext,
+    segment: &Segment,
+    change: ChecksumChange,
+    flags: u64,
+) -> Result<(), Verdict> {
+    let offset = segment.tcp_offset + tcp_field::CHECKSUM as u32;
+    let change = u64::from(change.folded());
+    // SAFETY: the context is the program's own; the helper checks the offset.
+    match unsafe { bpf_l4_csum_replace(context.skb.skb, offset, 0, change, flags) } {
+        0 => Ok(()),
+        _ => Err(Verdict::Unwritable),
+    }
+}
+
+/// Writes into the packet, and keeps what a device has summed up of it current.
+#[inline(always)]
+pub(crate) fn write<T>(context: &TcContext, at: u32, value: &T) -> Result<(), Verdict> {
+    let (value, size) = ((&raw const *value).cast(), size_of::<T>() as u32);
+    // SAFETY: the value is initialised and of its own size; the helper checks the offset.
+    match unsafe { bpf_skb_store_bytes(context.skb.skb, at, value, size, u64::from(BPF_F_RECOMPUTE_CSUM)) } {
+        0 => Ok(()),
+        _ => Err(Verdict::Unwritable),
+    }
+}
+
+#[inline(always)]
+pub(crate) fn mark(context: &TcContext) -> u32 {
+    // SAFETY: the kernel hands the program a valid `__sk_buff`, whose mark may be read.
+    unsafe { (*context.skb.skb).mark }
+}
+
+#[inline(always)]
+pub(crate) fn set_mark(context: &TcContext, mark: u32) {
+    // SAFETY: as above; it may be written too.
+    unsafe { (*context.skb.skb).mark = mark }
+}
