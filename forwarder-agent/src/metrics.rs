@@ -3,7 +3,7 @@
 mod cluster;
 
 use std::fmt;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
@@ -14,6 +14,7 @@ use crate::counters::{
     BackendCounters, ConnectFailure, Counter, End, ListenerCounters, PerWorker, WorkerCounters,
 };
 use crate::fallback_reason::FallbackReason;
+use crate::lock::lock;
 use crate::reconciler::{InForce, SocketState};
 use crate::relay::{Fallback, Tier};
 use crate::state::{AdminHealth, AgentState};
@@ -58,7 +59,7 @@ impl Collector for AgentCollector {
         )?;
         info.encode_info(&[("version", env!("CARGO_PKG_VERSION"))])?;
 
-        let in_force = shared.in_force.lock().unwrap_or_else(PoisonError::into_inner);
+        let in_force = lock(&shared.in_force);
         let listeners = Listeners::of(&in_force);
         listeners.encode(&mut encoder)?;
         listeners.encode_kernel(&mut encoder, &in_force)?;
@@ -419,7 +420,7 @@ fn encode_admin(encoder: &mut DescriptorEncoder<'_>, admin: &AdminHealth) -> fmt
 }
 
 fn encode_control(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> fmt::Result {
-    let report = shared.report.lock().unwrap_or_else(PoisonError::into_inner);
+    let report = lock(&shared.report);
     let mut problems = encoder.encode_descriptor(
         "forwarder_problems",
         "Problems in the input at present: severity error where something that was asked for is not served",

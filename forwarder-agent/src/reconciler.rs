@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -17,6 +17,7 @@ use crate::datapath::{BackendEntry, Datapath, ListenerId, ListenerState};
 use crate::listener::failure::{Failure, Occasion};
 use crate::listener::occupied::{ListeningSocket, listening_sockets};
 use crate::listener::{self, BoundListener, ListenSettings, RouteSnapshot};
+use crate::lock::lock;
 use crate::model::{BackendKey, Listener, ListenerKey, ListenerName, RouteTable, Target};
 use crate::plan::{self, Op};
 use crate::removal::{Removals, Removed};
@@ -235,7 +236,7 @@ impl Reconciler {
     }
 
     fn lock(&self) -> MutexGuard<'_, InForce> {
-        self.in_force.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.in_force)
     }
 
     /// Brings `want` into force. Listeners, routes and endpoints that do not change are not touched.

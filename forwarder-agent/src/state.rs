@@ -1,6 +1,6 @@
 //! The state of a running agent, as the admin endpoint and the metrics read it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::counters::{Counter, ListenerCounters, PerWorker, WorkerCounters};
 use crate::live::LiveConnections;
@@ -45,11 +45,11 @@ pub struct AgentState {
 
 impl AgentState {
     pub(crate) fn report(&self) -> MutexGuard<'_, Report> {
-        self.report.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.report)
     }
 
     pub(crate) fn in_force(&self) -> MutexGuard<'_, InForce> {
-        self.in_force.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.in_force)
     }
 
     /// Why the agent is not ready; empty if it is: every listener that can be programmed is bound.

@@ -172,13 +172,14 @@ struct Worker {
 
 impl Worker {
     fn load(&self) -> &AtomicUsize {
-        self.loads.get(self.context.index).expect("a load for each worker")
+        self.loads.get(self.context.index()).expect("a load for each worker")
     }
 
     fn is_full(&self) -> bool {
         let relayed: usize = self.loads.iter().map(|load| load.load(Ordering::Relaxed)).sum();
-        let joined = self.context.settings.sockmap.get().and_then(|pairs| Some(pairs.as_ref().ok()?.count()));
-        relayed + joined.unwrap_or_default() >= self.context.settings.descriptors.max_connections()
+        let joined =
+            self.context.settings().sockmap.get().and_then(|pairs| Some(pairs.as_ref().ok()?.count()));
+        relayed + joined.unwrap_or_default() >= self.context.settings().descriptors.max_connections()
     }
 
     /// The least busy other worker, where this one has clearly more connections.
@@ -214,7 +215,7 @@ impl Worker {
     /// Serves a connection that is counted in this worker's load.
     fn serve(self: &Rc<Self>, downstream: TcpStream, peer: SocketAddr, listener: &Arc<BoundListener>) {
         let connection =
-            Rc::new(Connection::new(Arc::clone(listener), peer, self.context.index, self.context.sweep()));
+            Rc::new(Connection::new(Arc::clone(listener), peer, self.context.index(), self.context.sweep()));
         let slot = self.connections.borrow_mut().insert(Rc::clone(&connection));
         let worker = Rc::clone(self);
         tokio::task::spawn_local(async move {
@@ -235,7 +236,7 @@ impl Worker {
     /// Gives every connection what is due to it.
     fn sweep_connections(&self) {
         let sweep = self.context.next_sweep();
-        let patience = self.context.settings.connect.keepalive.map(upstream::patience);
+        let patience = self.context.settings().connect.keepalive.map(upstream::patience);
         for (_, connection) in self.connections.borrow().iter() {
             if let Some(order) = connection.due(sweep, SWEEP_PERIOD, patience) {
                 connection.order(order);

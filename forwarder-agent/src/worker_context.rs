@@ -30,8 +30,8 @@ pub struct WorkerSettings {
 
 /// What a connection needs of the worker that serves it.
 pub(crate) struct WorkerContext {
-    pub(crate) index: usize,
-    pub(crate) settings: WorkerSettings,
+    index: usize,
+    settings: WorkerSettings,
     counters: Arc<PerWorker<WorkerCounters>>,
     scratch: RefCell<RelayScratch>,
     sweep: Cell<u32>,

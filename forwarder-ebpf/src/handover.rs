@@ -14,7 +14,9 @@ use crate::fragment;
 use crate::outcome::Outcome;
 use crate::rewrite::walk_options;
 use crate::sk_lookup::local_numbers;
-use crate::skb::{IPV4_CHECKSUM, IPV4_LENGTH, IPV6_HEADER, IPV6_LENGTH, load, mark, set_mark, store};
+use crate::skb::{
+    IPV4_CHECKSUM, IPV4_LENGTH, IPV6_HEADER, IPV6_LENGTH, TCP_HEADER, load, mark, set_mark, store,
+};
 
 /// The mark of a packet that this program has cloned for the local socket. It is on no other packet: it is set after
 /// the packet arrived, and taken away when the clone arrives in its turn.
@@ -41,7 +43,7 @@ pub(crate) fn send_clone(context: &TcContext) {
 #[inline(never)]
 pub(crate) fn acknowledge(context: &TcContext, segment: &Segment) -> Outcome {
     set_mark(context, 0);
-    if segment.flags & FLAG_RST != 0 || segment.flags & FLAG_ACK == 0 || segment.header_length < 20 {
+    if segment.flags & FLAG_RST != 0 || segment.flags & FLAG_ACK == 0 || segment.header_length < TCP_HEADER {
         return Outcome::drop(Verdict::HandoverIgnored);
     }
     let Some((sent, received)) = local_numbers(context, segment) else {

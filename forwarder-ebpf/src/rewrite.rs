@@ -14,9 +14,10 @@ use forwarder_common::translate::{
 use forwarder_common::verdict::Verdict;
 
 use crate::maps::{Frame, OPTIONS_WALK};
-use crate::skb::{ECN_MASK, IPV4_CHECKSUM, IPV4_TTL, IPV6_HOP_LIMIT, IPV6_SOURCE, checksum, load, store};
-/// Bytes of the TCP header before the options, and 32-bit words of it.
-const FIXED_HEADER: u32 = 20;
+use crate::skb::{
+    ECN_MASK, IPV4_CHECKSUM, IPV4_TTL, IPV6_HOP_LIMIT, IPV6_SOURCE, TCP_HEADER, checksum, load, store,
+};
+/// 32-bit words of the TCP header before the options.
 const FIXED_WORDS: usize = 5;
 /// The first word of `UsualHeaders` that changes: the one with the checksum of IPv4.
 const USUAL_CHANGED: usize = 3;
@@ -163,7 +164,7 @@ fn rewrite_any(
         change = change.and(old[word], new[word]);
     }
     let options: [u32; 3] =
-        if segment.header_length == USUAL_TCP_HEADER { load(context, tcp + FIXED_HEADER)? } else { [0; 3] };
+        if segment.header_length == USUAL_TCP_HEADER { load(context, tcp + TCP_HEADER)? } else { [0; 3] };
     if options[0] == USUAL_OPTIONS.to_be() {
         let [kinds, value, echo] = options;
         let [new_value, new_echo] = timestamps(frame, flow, half, reverse, [value, echo]);
@@ -173,7 +174,7 @@ fn rewrite_any(
         store(context, tcp, &new)?;
     } else {
         store(context, tcp, &new)?;
-        if segment.header_length > FIXED_HEADER {
+        if segment.header_length > TCP_HEADER {
             change = translate_options(context, frame, flow, half, reverse, change)?;
         }
     }

@@ -79,7 +79,7 @@ fn check_file(name: &str, text: &str, findings: &mut Vec<String>) {
         if is_rust && is_ignored_test(line) {
             find(number, "no test is ignored: assert what holds today, with a FIXME");
         }
-        let code = line.split("//").next().unwrap_or_default();
+        let code = without_comment(line);
         if number < length
             && let Some(path) = name.strip_prefix(AGENT)
         {
@@ -101,7 +101,11 @@ fn check_file(name: &str, text: &str, findings: &mut Vec<String>) {
 }
 
 fn is_rust(name: &str) -> bool {
-    Path::new(name).extension().is_some_and(|extension| extension == "rs")
+    has_extension(name, "rs")
+}
+
+fn has_extension(name: &str, extension: &str) -> bool {
+    Path::new(name).extension().is_some_and(|it| it == extension)
 }
 
 fn is_pure(path: &str) -> bool {
@@ -120,6 +124,10 @@ fn code_length(text: &str) -> usize {
         .windows(2)
         .position(|pair| matches!(pair, [attribute, module] if *attribute == "#[cfg(test)]" && module.starts_with("mod ")))
         .unwrap_or(lines.len())
+}
+
+fn without_comment(line: &str) -> &str {
+    line.split("//").next().unwrap_or_default()
 }
 
 fn is_ignored_test(line: &str) -> bool {

@@ -1,6 +1,6 @@
 //! The kernel's part of an agent: what is loaded, and what a former agent has left there.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -14,6 +14,7 @@ use crate::datapath::segments::SegmentSocket;
 use crate::datapath::{Datapath, kernel_obstacle};
 use crate::drain::SWEEP_PERIOD;
 use crate::failpoint;
+use crate::lock::lock;
 use crate::model::{BindAddress, Datapath as DatapathChoice, ListenerKey};
 use crate::pairs::{FindListener, Found, OffloadAfter, Offloader, PairSettings, Pairs};
 use crate::reconciler::SocketState;
@@ -187,7 +188,7 @@ pub(super) fn inherit(offloader: &Offloader, shared: &AgentState, slot: usize) {
 pub(super) fn find_listener(shared: &Arc<AgentState>) -> FindListener {
     let in_force = Arc::clone(&shared.in_force);
     Box::new(move |address| {
-        let in_force = in_force.lock().unwrap_or_else(PoisonError::into_inner);
+        let in_force = lock(&in_force);
         let Some(port) = std::num::NonZeroU16::new(address.port()) else { return Found::Gone };
         let keys =
             [BindAddress::Ip(address.ip()), BindAddress::Any].map(|address| ListenerKey { address, port });

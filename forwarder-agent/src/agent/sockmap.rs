@@ -1,6 +1,6 @@
 //! Tier `sockmap` of an agent: started when the first listener wants it.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use tokio::time::{Instant, sleep};
 use crate::datapath::sockmap::SockmapError;
 use crate::drain::{DRAIN_SWEEP_PERIOD, left_of_drain};
 use crate::fallback_reason::FallbackReason;
+use crate::lock::lock;
 use crate::model::{Datapath, RouteTable};
 use crate::sockmap::{SockmapCell, SockmapPairs, SockmapPairsError, SockmapSettings};
 
@@ -40,7 +41,7 @@ impl SockmapTier {
         let started = tokio::task::spawn_blocking(move || SockmapPairs::start(settings)).await.ok()?;
         let (outcome, reason) = match started {
             Ok((pairs, thread)) => {
-                *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+                *lock(&self.thread) = Some(thread);
                 (Ok(pairs), None)
             }
             Err(error) => {
@@ -84,7 +85,7 @@ impl SockmapTier {
     pub(super) fn stop(&self) {
         let Some(Ok(pairs)) = self.cell.get() else { return };
         pairs.stop();
-        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(thread) = lock(&self.thread).take() {
             // A panic of the thread has been printed.
             let _ = thread.join();
         }

@@ -93,14 +93,14 @@ impl Relay {
         }
         let (mut received, mut sent) = (Moved::default(), Moved::default());
         let (up, down) = {
-            let mut shared = context.scratch();
-            let up = request.poll(cx, downstream, upstream, &mut shared, &mut received);
+            let mut scratch = context.scratch();
+            let up = request.poll(cx, downstream, upstream, &mut scratch, &mut received);
             // A socket tells an error once, and to the next one who asks, the end of the stream: to read from the one that
             // has just failed would make a cut stream look whole.
             let down = match up {
                 Poll::Ready(Err(_)) => Poll::Pending,
                 Poll::Ready(Ok(())) | Poll::Pending => {
-                    response.poll(cx, upstream, downstream, &mut shared, &mut sent)
+                    response.poll(cx, upstream, downstream, &mut scratch, &mut sent)
                 }
             };
             (up, down)

@@ -7,13 +7,14 @@
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use forwarder_common::packet::PROTOCOL_TCP;
 use rustix::io::Errno;
 use rustix::net::netlink::NETFILTER;
 
 use super::netlink::{self, Channel, Message, NLMSG_ERROR, attributes, word, write_attribute};
+use crate::lock::lock;
 
 /// Is there where connections are tracked in this network namespace (`nf_conntrack_standalone_init_sysctl`).
 const TRACKED: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
@@ -74,7 +75,7 @@ impl Conntrack {
         }
         let channel = self.channel.as_ref().ok_or(io::ErrorKind::Unsupported)?;
         // Whatever a panic left behind: each question has a number of its own.
-        let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut channel = lock(channel);
         channel.ask(|question, sequence| write_question(question, sequence, local, peer), read_answer)?
     }
 
@@ -88,7 +89,7 @@ impl Conntrack {
             return Ok(());
         }
         let channel = self.channel.as_ref().ok_or(io::ErrorKind::Unsupported)?;
-        let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut channel = lock(channel);
         channel.ask(|order, sequence| write_order(order, sequence, local, peer), read_acknowledgement)?
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use forwarder_common::flow::{
@@ -30,6 +30,7 @@ use super::{DatapathError, monotonic};
 use crate::datapath::join::{Placement, join};
 use crate::datapath::leg::Leg;
 use crate::fallback_reason::FallbackReason;
+use crate::lock::lock;
 
 mod ways;
 
@@ -113,7 +114,7 @@ impl FlowTable {
     }
 
     fn maps(&self) -> MutexGuard<'_, FlowMaps> {
-        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.maps)
     }
 
     /// What is known of the interfaces.

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use forwarder_common::flow::Flow;
@@ -16,6 +16,7 @@ use super::interfaces::Interface;
 use super::stack::{self, Family, Obstacle};
 use crate::datapath::join::Way;
 use crate::fallback_reason::FallbackReason;
+use crate::lock::lock;
 use crate::model::Egress;
 
 /// How long an interface is not used in a way in which packets did not arrive.
@@ -122,7 +123,7 @@ impl Known {
 
 impl Paths {
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.known)
     }
 
     /// Chooses how packets leave, whatever the interface.
@@ -236,7 +237,7 @@ impl Paths {
     }
 
     fn filters(&self) -> MutexGuard<'_, Filters> {
-        self.filters.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.filters)
     }
 
     /// Reads anew where the stack takes packets from, unless that was done just now.

@@ -1,9 +1,10 @@
 //! The local ports that offloaded pairs use, by endpoint: what the kernel does not know, since a pair has no socket.
 
+use crate::lock::lock;
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// How many ports stand in one word.
 const BLOCK: u16 = 64;
@@ -68,7 +69,7 @@ impl TakenPorts {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<SocketAddr, HashMap<IpAddr, Ports>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

@@ -2,11 +2,12 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use rustix::io::Errno;
 
 use super::netlink::Channel;
+use crate::lock::lock;
 
 mod changes;
 mod message;
@@ -131,7 +132,7 @@ impl Routes {
                 return Err(LookupError::LinkLocal);
             }
             // Whatever a panic left behind: each question has a number of its own.
-            let mut channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut channel = lock(&self.channel);
             let answer = channel.ask(
                 |question, sequence| message::write_question(question, sequence, local, peer),
                 |answer, sequence| message::read_answer(answer, sequence, peer).transpose(),

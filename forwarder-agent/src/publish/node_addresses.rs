@@ -7,7 +7,7 @@ use std::time::Duration;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 
 use super::{AGAIN, FIELD_MANAGER, RETRY};
 use crate::error::one_line;
@@ -31,7 +31,7 @@ pub(super) struct NodeAddresses {
 impl NodeAddresses {
     pub(super) fn new(client: Client, lease: NodesLease) -> Self {
         let leases = Api::namespaced(client, &lease.namespace);
-        let (current, written) = Default::default();
+        let (current, written) = (BTreeSet::new(), BTreeSet::new());
         Self { leases, lease, current, written, due: None, has_failed: false }
     }
 
@@ -46,12 +46,9 @@ impl NodeAddresses {
         self.due = Some(self.due.map_or(at, |due| due.min(at)));
     }
 
-    /// Waits until it is time to write.
-    pub(super) async fn due(&self) {
-        match self.due {
-            Some(due) => sleep_until(due).await,
-            None => std::future::pending().await,
-        }
+    /// When it is time to write.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due
     }
 
     /// Writes.

@@ -21,7 +21,7 @@ use tokio::time::{sleep, timeout};
 use super::node_addresses::NodeAddresses;
 use super::{AGAIN, FIELD_MANAGER, Identity, Outcome, RETRY};
 use crate::error::one_line;
-use crate::source::kube::{WATCH_SECONDS, events};
+use crate::source::kube::{WATCH_SECONDS, at, events};
 use crate::status::nodes::{Node, NodeReport};
 
 /// The label of the Leases with reports: the installation.
@@ -112,7 +112,7 @@ pub(super) async fn follow(client: Client, identity: Arc<Identity>, nodes: watch
         tokio::select! {
             Some(event) = pods.recv() => agents.take_in(event),
             Some(event) = leases.recv() => reports.take_in(event),
-            () = addresses.due() => {
+            () = at(addresses.due()) => {
                 addresses.write().await;
                 continue;
             }

@@ -61,7 +61,7 @@ impl<'a> EndpointRules<'a> {
     /// The listener that they would reach at another node of this installation: its agents listen as this one does.
     fn listener_elsewhere_at(&self, endpoint: SocketAddr) -> Option<&'a Listener> {
         let is_there = self.manifests.node_addresses.contains(&endpoint.ip().to_canonical());
-        self.listener_of_any_address(endpoint).filter(|_| is_there)
+        if is_there { self.listener_of_any_address(endpoint) } else { None }
     }
 
     /// The listener at the endpoint's port that is bound to every address.

@@ -6,7 +6,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd as _;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -15,6 +15,7 @@ use socket2::Socket;
 use super::{ConnectSettings, open};
 use crate::datapath::flows::FlowTable;
 use crate::datapath::ports::Free;
+use crate::lock::lock;
 
 /// How many gaps between the ports of pairs are tried for one connection: sockets may use what lies there.
 const GAPS: usize = 256;
@@ -34,7 +35,7 @@ pub struct PortRange(Mutex<Option<(Instant, RangeInclusive<u16>)>>);
 impl PortRange {
     /// The range that is set, a second ago at most.
     fn get(&self) -> RangeInclusive<u16> {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.0);
         if let Some((read, range)) = &*known
             && read.elapsed() < RANGE_HOLDS
         {

@@ -31,7 +31,7 @@ pub(super) async fn accept(
         let accepted = if worker.is_full() {
             Err(io::Error::other(format!(
                 "{} connections are open",
-                worker.context.settings.descriptors.max_connections()
+                worker.context.settings().descriptors.max_connections()
             )))
         } else {
             tokio::select! {

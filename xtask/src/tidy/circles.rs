@@ -6,6 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::{code_length, without_comment};
+
 /// The sources of each crate of the workspace.
 const CRATES: [&str; 6] = [
     "forwarder-agent/src/",
@@ -54,8 +56,8 @@ fn module_of(path: &str) -> Option<Module> {
 
 /// The text without comments, and without the test module that ends it.
 fn code_of(text: &str) -> String {
-    let code = text.split("\n#[cfg(test)]\nmod ").next().unwrap_or_default();
-    code.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
+    let code = text.lines().take(code_length(text)).map(without_comment);
+    code.collect::<Vec<_>>().join("\n")
 }
 
 /// What a module names, by absolute paths in the crate.

@@ -1,7 +1,6 @@
 //! What documents refer to is there: files, headings, and tests.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 /// References of the documents among `files` that lead nowhere, each as a sentence. `files` are named from the top of the workspace;
 /// `exists` says whether there is a file or folder of a name that is not among them.
@@ -37,7 +36,7 @@ pub(super) fn find(files: &BTreeMap<String, String>, exists: impl Fn(&str) -> bo
 }
 
 fn is_document(name: &str) -> bool {
-    Path::new(name).extension().is_some_and(|extension| extension == "md")
+    super::has_extension(name, "md")
 }
 
 /// The lines that are not code, with their numbers.

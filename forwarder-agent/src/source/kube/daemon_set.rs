@@ -54,8 +54,8 @@ pub(crate) fn find(client: Client, namespace: String, pod: String) -> Arc<OnceLo
 
 async fn look(client: &Client, namespace: &str, pod: &str) -> Result<Option<OwnDaemonSet>, kube::Error> {
     let pod = Api::<Pod>::namespaced(client.clone(), namespace).get_metadata(pod).await?;
-    let owners = pod.meta().owner_references.iter().flatten();
-    let Some(owner) = owners.into_iter().find(|owner| owner.kind == DaemonSet::kind(&())) else {
+    let mut owners = pod.meta().owner_references.iter().flatten();
+    let Some(owner) = owners.find(|owner| owner.kind == DaemonSet::kind(&())) else {
         return Ok(None);
     };
     let api = Api::<DaemonSet>::namespaced(client.clone(), namespace);

@@ -447,7 +447,7 @@ impl Follower {
 }
 
 /// Waits until a time; for ever if there is none.
-async fn at(time: Option<Instant>) {
+pub(crate) async fn at(time: Option<Instant>) {
     match time {
         Some(time) => sleep_until(time).await,
         None => std::future::pending().await,
