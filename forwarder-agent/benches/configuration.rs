@@ -9,15 +9,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use forwarder_agent::balancer::Balancer;
-use forwarder_agent::manifests::{
+use forwarder_dataplane::upstream::balancer::Balancer;
+use forwarder_gateway::manifests::{
     BackendRef, Change, Endpoint, EndpointPort, EndpointSlice, Gateway, GatewayAddress, GatewayClass,
     GatewayClassSpec, GatewaySpec, Listener, Manifests, Metadata, NamespacedName, ParentRef,
     SERVICE_NAME_LABEL, Service, ServicePort, ServiceSpec, TcpRoute, TcpRouteRule, TcpRouteSpec,
 };
-use forwarder_agent::model::{Datapath, ListenerSettings, OnRemoval, RouteTable};
-use forwarder_agent::plan;
-use forwarder_agent::resolve::{CONTROLLER_NAME, ResolveSettings, resolve, update_endpoints};
+use forwarder_gateway::model::{Datapath, ListenerSettings, OnRemoval, RouteTable};
+use forwarder_gateway::plan;
+use forwarder_gateway::resolve::{CONTROLLER_NAME, ResolveSettings, resolve, update_endpoints};
 
 /// Listeners, and routes, of a Gateway.
 const PER_GATEWAY: usize = 50;

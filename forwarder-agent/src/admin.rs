@@ -6,7 +6,7 @@
 //! | `GET /readyz` | 200 once every listener that can be programmed is bound, or 503 and why not |
 //! | `GET /metrics` | OpenMetrics text |
 //! | `GET /v1/state` | listeners, routes, endpoints and problems, as [`crate::view::State`] |
-//! | `GET /v1/connections` | open connections, as [`ConnectionList`](crate::view::ConnectionList); see below |
+//! | `GET /v1/connections` | open connections, as [`ConnectionList`](forwarder_dataplane::view::ConnectionList); see below |
 //! | `GET /v1/datapath` | which of the kernel's tiers take new connections, as [`DatapathTiers`] |
 //! | `POST /v1/datapath` | switches tiers, as JSON says, such as `{"sockmap": false}` ([`TierToggleRequest`]); answers as above |
 //! | `POST /v1/connections/reset` | resets connections: `{"reset": 3}`; see below |
@@ -42,7 +42,7 @@ use self::serve::{Service, serve};
 use crate::metrics;
 use crate::settings::AdminSettings;
 use crate::state::{AgentState, By};
-use crate::view::{DatapathTiers, ResetReport, Selector, TierToggleRequest};
+use forwarder_dataplane::view::{DatapathTiers, ResetReport, Selector, TierToggleRequest};
 
 /// How many connections each way may have at once, where the process may open many files.
 const MAX_CONNECTIONS: u64 = 64;

@@ -16,22 +16,22 @@ use self::kernel::{Kernel, find_listener, inherit, offload_after};
 use self::shutdown::{Shutdown, Signals};
 use self::sockmap::SockmapTier;
 use crate::admin;
-use crate::datapath::interfaces::smallest_mtu;
-use crate::descriptors::Descriptors;
-use crate::listener::ListenSettings;
-use crate::live::LiveConnections;
-use crate::panics;
-use crate::reconciler::{InForce, Reconciler};
 use crate::report::Report;
-use crate::segment_size::SegmentSize;
 use crate::settings::Settings;
-use crate::sockmap::SockmapSettings;
-use crate::source::kube::ConnectError;
 use crate::state::{AdminHealth, AgentState};
-use crate::tier_toggles::TierToggles;
-use crate::upstream::ConnectSettings;
-use crate::worker::Workers;
-use crate::worker_context::WorkerSettings;
+use forwarder_dataplane::descriptors::Descriptors;
+use forwarder_dataplane::listener::ListenSettings;
+use forwarder_dataplane::live::LiveConnections;
+use forwarder_dataplane::offload::sockmap::SockmapSettings;
+use forwarder_dataplane::offload::tier_toggles::TierToggles;
+use forwarder_dataplane::reconciler::{InForce, Reconciler};
+use forwarder_dataplane::upstream::ConnectSettings;
+use forwarder_dataplane::upstream::segment_size::SegmentSize;
+use forwarder_dataplane::worker::Workers;
+use forwarder_dataplane::worker_context::WorkerSettings;
+use forwarder_kernel::net::interfaces::smallest_mtu;
+use forwarder_kube::watch::ConnectError;
+use forwarder_runtime::panics;
 
 /// An agent that cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +77,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         memory: settings.sockmap_memory,
         pairs: settings.max_pairs.min(STREAMS_CAPACITY / 2),
         slot: settings.workers + 1,
-        patience: settings.keepalive.map(crate::upstream::patience),
+        patience: settings.keepalive.map(forwarder_dataplane::upstream::patience),
     }));
     let toggles = Arc::<TierToggles>::default();
     let descriptors = Arc::new(Descriptors::raise());

@@ -1,10 +1,9 @@
 //! The forwarder agent: turns Gateway API objects into listeners, forwards connections, and says what it did.
 //!
-//! Flow of data: a [`source`] reads [`manifests`]; [`resolve`] (pure) makes a [`model::RouteTable`], statuses and
-//! problems of them; [`plan`] (pure) orders the operations from the table in force to the wanted one; the
-//! [`reconciler`] applies these to the listeners and to the [`datapath`]'s maps; [`worker`]s accept connections, connect
-//! an endpoint and [`relay`] bytes. Where the objects come from a Kubernetes API, [`publish`] writes the statuses there.
-//! ARCHITECTURE.md states the invariants.
+//! This crate is the command line ([`cli`]), what an [`agent`] starts and joins, and what it shows of itself ([`admin`], [`metrics`]). Flow of data:
+//! `forwarder_source` or `forwarder_kube` reads manifests; `forwarder_gateway` (pure) makes a table of routes, statuses and problems
+//! of them, and a plan from the table in force to the wanted one; the reconciler of `forwarder_dataplane` applies it to the listeners
+//! and, through `forwarder_kernel`, to the maps. ARCHITECTURE.md states the invariants.
 
 /// That of the C library keeps in pieces what thousands of objects have left: half as much again as is in use (docs/adr/019).
 #[global_allocator]
@@ -12,46 +11,11 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 pub mod admin;
 pub mod agent;
-pub mod allowed;
-pub mod balancer;
 pub mod cli;
-mod connection;
-pub mod counters;
-pub mod datapath;
-pub mod descriptors;
-mod drain;
-mod error;
-mod failpoint;
-pub mod fallback_reason;
-pub mod listener;
-pub mod live;
-mod lock;
-pub mod manifests;
 pub mod metrics;
-pub mod model;
-pub mod object;
-pub mod pairs;
-mod panics;
-pub mod plan;
-pub mod problem;
-pub mod publish;
-pub mod reconciler;
-mod record;
-pub mod relay;
-pub mod removal;
 pub mod report;
-pub mod resolve;
 pub mod resolver;
-pub mod segment_size;
 pub mod settings;
-pub mod sockmap;
-pub mod source;
-mod spelling;
 pub mod state;
-pub mod status;
 pub mod telemetry;
-pub mod tier_toggles;
-pub mod upstream;
 pub mod view;
-pub mod worker;
-pub mod worker_context;

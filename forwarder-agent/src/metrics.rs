@@ -10,14 +10,14 @@ use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use crate::counters::{
+use crate::state::{AdminHealth, AgentState};
+use forwarder_dataplane::counters::{
     BackendCounters, ConnectFailure, Counter, End, ListenerCounters, PerWorker, WorkerCounters,
 };
-use crate::fallback_reason::FallbackReason;
-use crate::lock::lock;
-use crate::reconciler::{InForce, SocketState};
-use crate::relay::{Fallback, Tier};
-use crate::state::{AdminHealth, AgentState};
+use forwarder_dataplane::reconciler::{InForce, SocketState};
+use forwarder_dataplane::relay::{Fallback, Tier};
+use forwarder_kernel::fallback_reason::FallbackReason;
+use forwarder_runtime::lock::lock;
 
 /// A registry that yields all metrics of an agent.
 pub fn registry(shared: Arc<AgentState>) -> Registry {

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 
-use crate::problem::{Problem, Reason, Severity};
-use crate::resolve;
-use crate::source::{Loaded, Locations};
-use crate::status::Statuses;
 use crate::view;
+use forwarder_gateway::problem::{Problem, Reason, Severity};
+use forwarder_gateway::resolve;
+use forwarder_gateway::status::Statuses;
+use forwarder_source::{Loaded, Locations};
 
 /// What the input amounts to.
 #[derive(Debug, Default)]

@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::allowed::{AllowedAddresses, AllowedPorts};
-use crate::manifests::NamespacedName;
-use crate::plan::Op;
 use crate::report::InputProblems;
-use crate::resolve::{self, OwnSockets, ResolveSettings, Resolved};
 use crate::settings::{Settings, SourceSettings};
-use crate::source::Loaded;
 use crate::view;
+use forwarder_gateway::allowed::{AllowedAddresses, AllowedPorts};
+use forwarder_gateway::manifests::NamespacedName;
+use forwarder_gateway::plan::Op;
+use forwarder_gateway::resolve::{self, OwnSockets, ResolveSettings, Resolved};
+use forwarder_source::Loaded;
 
 /// Resolves what a source has loaded.
 #[derive(Clone, Debug)]

@@ -3,7 +3,6 @@
 mod admin;
 mod file;
 mod kube;
-mod values;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -14,14 +13,15 @@ use forwarder_common::flow::PAIRS_CAPACITY;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::allowed::{Ports, Rule};
-use crate::model::{Datapath, Egress, ListenerSettings, OnRemoval};
-use crate::problem::Location;
-use crate::resolve::CONTROLLER_NAME;
+use forwarder_gateway::allowed::{Ports, Rule};
+use forwarder_gateway::model::{Datapath, Egress, ListenerSettings, OnRemoval};
+use forwarder_gateway::problem::Location;
+use forwarder_gateway::resolve::CONTROLLER_NAME;
 
 pub use self::admin::{ADMIN, ADMIN_SOCKET, AdminAddress, AdminSettings, AdminSocketPath, GroupName};
-pub use self::kube::{KubeOptions, KubeSettings, POD_SELECTOR};
-pub use self::values::{BytesText, DurationText, OffloadAfter};
+pub use self::kube::KubeOptions;
+use forwarder_kube::KubeSettings;
+use forwarder_runtime::values::{BytesText, DurationText, OffloadAfter};
 
 /// Where settings come from; everything is optional, and what nobody sets has the default that its description names.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
@@ -317,7 +317,8 @@ impl Options {
     /// # Errors
     /// A value that cannot be used.
     pub fn listener_defaults(&self) -> Result<ListenerSettings, SettingsError> {
-        let connect_timeout = or_default(self.connect_timeout, Duration::from_secs(3));
+        let defaults = ListenerSettings::default();
+        let connect_timeout = or_default(self.connect_timeout, defaults.connect_timeout);
         if connect_timeout.is_zero() {
             return Err(SettingsError::Value {
                 setting: "connect-timeout",
@@ -325,13 +326,17 @@ impl Options {
                 remedy: "set how long an attempt may take, such as 3s",
             });
         }
+        let or_off = |set: Option<DurationText>, default: Option<Duration>| match set {
+            Some(set) => off_if_zero(set.0),
+            None => default,
+        };
         Ok(ListenerSettings {
-            datapath: self.datapath.unwrap_or_default(),
-            idle_timeout: off_if_zero(or_default(self.idle_timeout, Duration::ZERO)),
-            half_closed_timeout: off_if_zero(or_default(self.half_closed_timeout, Duration::from_mins(15))),
+            datapath: self.datapath.unwrap_or(defaults.datapath),
+            idle_timeout: or_off(self.idle_timeout, defaults.idle_timeout),
+            half_closed_timeout: or_off(self.half_closed_timeout, defaults.half_closed_timeout),
             connect_timeout,
-            on_removal: self.on_removal.unwrap_or_default(),
-            removal_drain: or_default(self.removal_drain, REMOVAL_DRAIN),
+            on_removal: self.on_removal.unwrap_or(defaults.on_removal),
+            removal_drain: or_default(self.removal_drain, defaults.removal_drain),
         })
     }
 

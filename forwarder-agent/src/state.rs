@@ -2,19 +2,20 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::counters::{Counter, ListenerCounters, PerWorker, WorkerCounters};
-use crate::live::LiveConnections;
-use crate::lock::lock;
-use crate::problem::Severity;
-use crate::publish::PublishHealth;
-use crate::reconciler::{InForce, SharedInForce, SocketState};
-use crate::relay::Tier;
 use crate::report::Report;
 use crate::settings::AdminSettings;
-use crate::sockmap::SockmapPairs;
-use crate::source::kube::KubeHealth;
-use crate::tier_toggles::TierToggles;
-use crate::view::{self, DatapathTiers, TierState, TierView};
+use crate::view;
+use forwarder_dataplane::counters::{Counter, ListenerCounters, PerWorker, WorkerCounters};
+use forwarder_dataplane::live::LiveConnections;
+use forwarder_dataplane::offload::sockmap::SockmapPairs;
+use forwarder_dataplane::offload::tier_toggles::TierToggles;
+use forwarder_dataplane::reconciler::{InForce, SharedInForce, SocketState};
+use forwarder_dataplane::relay::Tier;
+use forwarder_dataplane::view::{DatapathTiers, TierState, TierView};
+use forwarder_gateway::problem::Severity;
+use forwarder_kube::publish::PublishHealth;
+use forwarder_kube::watch::KubeHealth;
+use forwarder_runtime::lock::lock;
 
 /// How reading from a Kubernetes API, and writing to it, go.
 #[derive(Debug)]

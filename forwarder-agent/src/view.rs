@@ -1,22 +1,13 @@
 //! What the agent shows of itself: the JSON of `/v1/state`, which `forwarder explain` prints as a table,
 //! and the connections that `forwarder conns` lists.
 
-mod connection;
-mod selector;
-mod tiers;
-
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::model::{Listener, ListenerKey, RouteTable, Target};
-use crate::object::Plain;
-use crate::problem::Problem;
-use crate::status::Statuses;
-
-pub use self::connection::{ConnectionList, ConnectionState, ConnectionTotals, ConnectionView, ResetReport};
-pub(crate) use self::connection::{canonical, milliseconds};
-pub use self::selector::{Peer, Selector};
-pub use self::tiers::{DatapathTiers, TierState, TierToggleRequest, TierView};
+use forwarder_gateway::model::{Listener, ListenerKey, RouteTable, Target};
+use forwarder_gateway::object::Plain;
+use forwarder_gateway::problem::Problem;
+use forwarder_gateway::status::Statuses;
 
 /// The state of an agent, or what the state would be for a folder of manifests.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]

@@ -5,11 +5,11 @@ use std::fs;
 use std::path::Path;
 
 use clap::{Args as _, Command};
-use forwarder_agent::counters::End;
-use forwarder_agent::fallback_reason::FallbackReason;
-use forwarder_agent::relay::Fallback;
 use forwarder_agent::settings::Options;
 use forwarder_common::Verdict;
+use forwarder_dataplane::counters::End;
+use forwarder_dataplane::relay::Fallback;
+use forwarder_kernel::fallback_reason::FallbackReason;
 
 /// The rows of the tables of a page, each as its cells.
 fn rows(page: &str) -> Vec<Vec<String>> {

@@ -11,7 +11,7 @@ use crate::maps::{AGENT, COUNTERS, LISTENERS, LOCAL_ADDRESSES};
 use crate::sk_lookup::is_listened_to;
 
 /// Where the agent's log takes the records for its own, whatever this crate is called.
-const LOG_TARGET: &str = "forwarder_agent::datapath";
+const LOG_TARGET: &str = "forwarder_kernel::programs";
 
 /// What becomes of a packet that is not one of a flow.
 pub(crate) enum Admission {

@@ -8,7 +8,7 @@ use forwarder_tests::ApiServer;
 use forwarder_tests::apiserver::{fields, require_kubernetes};
 
 /// Where the agent has them.
-const TABLE: &str = "../forwarder-agent/src/source/fields.txt";
+const TABLE: &str = "../forwarder-source/src/fields.txt";
 const HEAD: &str = "\
 # The fields of the kinds that the forwarder reads, in any release of Gateway API and in Kubernetes: facts taken from their schemas
 # (both under the Apache License 2.0) by `FORWARDER_WRITE_FIELDS=1 cargo xtask test fields`, which also checks them.

@@ -262,7 +262,7 @@ fn an_agent_whose_watches_have_expired_ends_up_with_what_is_there() {
     let cluster = Cluster::start("v1.6.1", Channel::Standard).unwrap();
     let topology: Topology = cluster.topology.clone();
     let node = cluster.nodes()[1].clone();
-    let mut served = Served::start_on(cluster, node, &["--log", "info,forwarder_agent=debug"]).unwrap();
+    let mut served = Served::start_on(cluster, node, &["--log", "info,forwarder=debug"]).unwrap();
     served.cluster.create_backend("default", "b", &[served.two.address()]).unwrap();
     served.cluster.create_route("b", "gw", ("default", "b")).unwrap();
     served.cluster.set_listeners("gw", &[("a", PORT), ("b", 9002), ("c", 9003)]).unwrap();

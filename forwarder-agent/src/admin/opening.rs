@@ -9,9 +9,9 @@ use rustix::io::Errno;
 use tokio::net::{TcpListener, UnixListener};
 
 use super::socket::{self, SocketError, SocketFile};
-use crate::error::one_line;
 use crate::settings::GroupName;
 use crate::state::{AdminHealth, By};
+use forwarder_runtime::error::one_line;
 
 /// How long to wait between two attempts.
 const AGAIN: Duration = Duration::from_secs(1);

@@ -8,19 +8,20 @@ use tokio::time::MissedTickBehavior;
 
 use super::input::OutcomeSender;
 use super::sockmap::SockmapTier;
-use crate::datapath::interfaces::{Interface, node_addresses, smallest_mtu};
-use crate::manifests::Change;
-use crate::pairs::Offloader;
-use crate::publish::Outcome;
-use crate::reconciler::Reconciler;
 use crate::report::InputProblems;
 use crate::resolver::{Resolution, Resolver};
-use crate::segment_size::SegmentSize;
-use crate::source::Loaded;
 use crate::state::AgentState;
-use crate::status::nodes::NodeReport;
-use crate::status::{self, BindFailure};
-use crate::{panics, view};
+use crate::view;
+use forwarder_dataplane::offload::tc::Offloader;
+use forwarder_dataplane::reconciler::Reconciler;
+use forwarder_dataplane::upstream::segment_size::SegmentSize;
+use forwarder_gateway::manifests::Change;
+use forwarder_gateway::status::nodes::NodeReport;
+use forwarder_gateway::status::{self, BindFailure};
+use forwarder_kernel::net::interfaces::{Interface, node_addresses, smallest_mtu};
+use forwarder_kube::publish::Outcome;
+use forwarder_runtime::panics;
+use forwarder_source::Loaded;
 
 /// How often listeners that could not be bound are tried again.
 const BIND_RETRY: Duration = Duration::from_secs(1);

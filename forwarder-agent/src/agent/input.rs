@@ -4,13 +4,13 @@ use std::sync::{Arc, OnceLock};
 
 use tokio::sync::{Notify, watch};
 
-use crate::publish::{self, Identity, Outcome};
 use crate::resolver::Resolver;
 use crate::settings::{Settings, SourceSettings};
-use crate::source::kube::ConnectError;
-use crate::source::kube::daemon_set::{self, OwnDaemonSet};
-use crate::source::{self, Loaded};
 use crate::state::ClusterHealth;
+use forwarder_kube::publish::{self, Identity, Outcome};
+use forwarder_kube::watch::daemon_set::{self, OwnDaemonSet};
+use forwarder_kube::watch::{self as kube_watch, ConnectError};
+use forwarder_source::Loaded;
 
 /// The source, opened.
 pub(super) struct Input {
@@ -44,7 +44,12 @@ pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
         SourceSettings::Files { path, state_dir } => {
             let (updates, loaded) = watch::channel(Arc::default());
             let again = Arc::<Notify>::default();
-            tokio::spawn(source::watch(path.clone(), state_dir.clone(), updates, Arc::clone(&again)));
+            tokio::spawn(forwarder_source::watch(
+                path.clone(),
+                state_dir.clone(),
+                updates,
+                Arc::clone(&again),
+            ));
             tracing::info!(manifests = %path.display(), "following files");
             Ok(Input {
                 loaded,
@@ -56,7 +61,7 @@ pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
             })
         }
         SourceSettings::Kube(kube) => {
-            let client = source::kube::connect(kube.kubeconfig.as_deref()).await?;
+            let client = kube_watch::connect(kube.kubeconfig.as_deref()).await?;
             let identity = Identity::new(kube, &settings.controller_name, &client);
             tracing::info!(
                 node = kube.node_name,
@@ -64,7 +69,7 @@ pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
                 namespaces = ?kube.watch_namespaces,
                 "following the Kubernetes API"
             );
-            let source = source::kube::watch(client.clone(), kube, identity.nodes_lease());
+            let source = kube_watch::watch(client.clone(), kube, identity.nodes_lease());
             let daemon_set = match &kube.pod_name {
                 Some(pod) => daemon_set::find(client.clone(), identity.namespace.clone(), pod.clone()),
                 None => Arc::default(),

@@ -5,26 +5,27 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use crate::datapath::bpf::{Bpf, BpfOptions};
-use crate::datapath::flows::{FlowTable, FlowTableError};
-use crate::datapath::grace::Grace;
-use crate::datapath::interfaces::{self, Interface, InterfacesError};
-use crate::datapath::routes;
-use crate::datapath::segments::SegmentSocket;
-use crate::datapath::{Datapath, kernel_obstacle};
-use crate::drain::SWEEP_PERIOD;
-use crate::failpoint;
-use crate::lock::lock;
-use crate::model::{BindAddress, Datapath as DatapathChoice, ListenerKey};
-use crate::pairs::{FindListener, Found, OffloadAfter, Offloader, PairSettings, Pairs};
-use crate::reconciler::SocketState;
 use crate::settings::Settings;
 use crate::state::AgentState;
 use crate::view;
+use forwarder_dataplane::offload::tc::{FindListener, Found, OffloadTrigger, Offloader, PairSettings, Pairs};
+use forwarder_dataplane::reconciler::SocketState;
+use forwarder_dataplane::worker::drain::SWEEP_PERIOD;
+use forwarder_gateway::model::{BindAddress, Datapath as DatapathChoice, ListenerKey};
+use forwarder_kernel::bpf::{Bpf, BpfOptions};
+use forwarder_kernel::flows::{FlowTable, FlowTableError};
+use forwarder_kernel::listener_maps::ListenerMaps;
+use forwarder_kernel::maps::grace::Grace;
+use forwarder_kernel::net::interfaces::{self, Interface, InterfacesError};
+use forwarder_kernel::net::routes;
+use forwarder_kernel::probe::kernel_obstacle;
+use forwarder_kernel::tcp::segments::SegmentSocket;
+use forwarder_runtime::failpoint;
+use forwarder_runtime::lock::lock;
 
 /// The kernel's part, where it can be had.
 pub(super) struct Kernel {
-    pub(super) datapath: Option<Box<dyn Datapath>>,
+    pub(super) datapath: Option<Box<dyn ListenerMaps>>,
     pub(super) routes: Option<watch::Receiver<u64>>,
     pub(super) offloader: Option<Arc<Offloader>>,
     pub(super) view: view::DatapathView,
@@ -44,7 +45,7 @@ impl Kernel {
         let options = BpfOptions {
             most_pairs: (is_wanted && obstacle.is_none()).then_some(settings.max_pairs),
             pin_dir: settings.pin_dir.clone(),
-            trace: tracing::enabled!(target: "forwarder_agent::datapath", tracing::Level::TRACE),
+            trace: tracing::enabled!(target: "forwarder_kernel::programs", tracing::Level::TRACE),
         };
         if let Err(error) = interfaces {
             return Self::without(error);
@@ -125,10 +126,10 @@ fn make_offloader(
 }
 
 /// When connections are taken into the kernel, in sweeps of their workers.
-pub(super) fn offload_after(settings: &Settings) -> OffloadAfter {
+pub(super) fn offload_after(settings: &Settings) -> OffloadTrigger {
     let sweeps =
         |age: Duration| u32::try_from(age.as_millis().div_ceil(SWEEP_PERIOD.as_millis())).unwrap_or(u32::MAX);
-    OffloadAfter { bytes: settings.offload_after.bytes, sweeps: settings.offload_after.age.map(sweeps) }
+    OffloadTrigger { bytes: settings.offload_after.bytes, sweeps: settings.offload_after.age.map(sweeps) }
 }
 
 /// A number that rises whenever routes change.
@@ -163,7 +164,7 @@ pub(super) fn inherit(offloader: &Offloader, shared: &AgentState, slot: usize) {
     let (mut adopted, mut reset) = (0_u64, 0_usize);
     for pair in inherited.pairs {
         if pair.is_offloaded() {
-            offloader.pairs.add(&pair, None);
+            offloader.pairs.adopt(&pair);
             adopted += 1;
         } else {
             // What its agent had read and not passed on died with it: a gap that nobody can fill.

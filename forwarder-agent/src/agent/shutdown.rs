@@ -8,10 +8,10 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
 use super::sockmap::SockmapTier;
-use crate::pairs::{Offloader, Pairs};
-use crate::reconciler::Reconciler;
-use crate::source::kube::daemon_set::OwnDaemonSet;
 use crate::state::AgentState;
+use forwarder_dataplane::offload::tc::{Offloader, Pairs};
+use forwarder_dataplane::reconciler::Reconciler;
+use forwarder_kube::watch::daemon_set::OwnDaemonSet;
 
 /// How long the handshakes that have begun may take when the agent shuts down.
 const LAST_HANDSHAKES: Duration = Duration::from_millis(200);

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use crate::datapath::sockmap::SockmapError;
-use crate::drain::{DRAIN_SWEEP_PERIOD, left_of_drain};
-use crate::fallback_reason::FallbackReason;
-use crate::lock::lock;
-use crate::model::{Datapath, RouteTable};
-use crate::sockmap::{SockmapCell, SockmapPairs, SockmapPairsError, SockmapSettings};
+use forwarder_dataplane::offload::sockmap::{SockmapCell, SockmapPairs, SockmapPairsError, SockmapSettings};
+use forwarder_dataplane::worker::drain::{DRAIN_SWEEP_PERIOD, left_of_drain};
+use forwarder_gateway::model::{Datapath, RouteTable};
+use forwarder_kernel::fallback_reason::FallbackReason;
+use forwarder_kernel::sockmap::SockmapError;
+use forwarder_runtime::lock::lock;
 
 /// How long after a drain's window its last pairs may take to be reset.
 const LAST_PAIRS: Duration = Duration::from_secs(1);

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use crate::datapath::cleanup::{self, CleanupError, Leftovers, Search};
+use forwarder_kernel::programs::cleanup::{self, CleanupError, Leftovers, Search};
 
 #[derive(Args, Debug)]
 pub(crate) struct CleanupArgs {

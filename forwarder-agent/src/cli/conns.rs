@@ -12,10 +12,11 @@ use serde_json::Value;
 
 use super::admin::{self, AgentArgs, AskError};
 use super::{print_json, table};
-use crate::pairs;
 use crate::settings::PIN_DIR;
-use crate::spelling;
-use crate::view::{ConnectionList, ConnectionTotals, ConnectionView, ResetReport, Selector, State};
+use crate::view::State;
+use forwarder_dataplane::offload::tc;
+use forwarder_dataplane::view::{ConnectionList, ConnectionTotals, ConnectionView, ResetReport, Selector};
+use forwarder_gateway::spelling;
 
 #[derive(Args, Debug)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -99,7 +100,7 @@ fn list(agent: &AgentArgs, args: &ListArgs) -> anyhow::Result<ExitCode> {
     let list: ConnectionList = match admin::get(agent, &path) {
         Ok(list) => list,
         // What a dead agent has left in the kernel lives on.
-        Err(error @ AskError::NoAgent(_)) => match pairs::from_pins(&args.kernel.pin_dir) {
+        Err(error @ AskError::NoAgent(_)) => match tc::from_pins(&args.kernel.pin_dir) {
             Ok(mut connections) => {
                 eprintln!("{error}; these are the connections that the kernel forwards without one");
                 connections.retain(|connection| args.selector.matches(connection));
@@ -130,15 +131,13 @@ fn reset(agent: &AgentArgs, args: &ResetArgs) -> anyhow::Result<ExitCode> {
     let asked = admin::post(agent, "/v1/connections/reset", &args.selector);
     let report: ResetReport = match asked {
         Ok(report) => report,
-        Err(error @ AskError::NoAgent(_)) => {
-            match pairs::reset_pinned(&args.kernel.pin_dir, &args.selector)? {
-                Some(reset) => {
-                    eprintln!("{error}; these were connections that the kernel forwarded without one");
-                    ResetReport { reset, unanswered: 0 }
-                }
-                None => return Err(error.into()),
+        Err(error @ AskError::NoAgent(_)) => match tc::reset_pinned(&args.kernel.pin_dir, &args.selector)? {
+            Some(reset) => {
+                eprintln!("{error}; these were connections that the kernel forwarded without one");
+                ResetReport { reset, unanswered: 0 }
             }
-        }
+            None => return Err(error.into()),
+        },
         Err(error) => return Err(error.into()),
     };
     if report.reset == 0

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::admin::{self, AgentArgs, AskError};
 use super::{Output, print_json, table};
-use crate::view::{DatapathTiers, TierToggleRequest};
+use forwarder_dataplane::view::{DatapathTiers, TierToggleRequest};
 
 /// Where an agent answers for its tiers.
 const PATH: &str = "/v1/datapath";

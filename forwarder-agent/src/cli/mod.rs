@@ -16,9 +16,9 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::agent;
-use crate::error::one_line;
 use crate::settings::Options;
 use crate::telemetry::{self, LogFormat};
+use forwarder_runtime::error::one_line;
 
 /// Forwards TCP connections as Gateway API TCPRoutes say.
 #[derive(Debug, Parser)]

@@ -10,10 +10,11 @@ use rustix::thread::{CapabilitySet, capabilities};
 use serde::Serialize;
 
 use super::{Output, print_json, table};
-use crate::descriptors::Descriptors;
-use crate::error::one_line;
-use crate::source;
-use crate::{relay, sockmap};
+use forwarder_dataplane::descriptors::Descriptors;
+use forwarder_dataplane::offload::sockmap;
+use forwarder_dataplane::relay;
+use forwarder_kube::watch;
+use forwarder_runtime::error::one_line;
 
 /// How long the Kubernetes API may take to answer.
 const KUBERNETES: Duration = Duration::from_secs(5);
@@ -55,7 +56,7 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
     let findings = [
         Finding::new("tier copy", Ok("read(2) and write(2): always".to_owned())),
         Finding::new("tier splice", relay::probe_splice().map_err(|error| error.to_string())),
-        Finding::new("tier tc", crate::datapath::probe::probe()),
+        Finding::new("tier tc", forwarder_kernel::probe::probe()),
         Finding::new("tier sockmap", sockmap::probe(args.sockmap_unsafe_kernel)),
         Finding::new("eBPF programs", programs()),
         Finding::new("low ports", low_ports()),
@@ -78,7 +79,7 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn programs() -> Result<String, String> {
-    crate::datapath::bpf::probe()
+    forwarder_kernel::bpf::probe()
         .map(|report| {
             let btf = if report.btf { "BTF" } else { "no BTF: bpftool prints maps without names" };
             format!("attached by {}, {btf}", report.attach.as_str())
@@ -118,14 +119,14 @@ fn kubernetes(kubeconfig: Option<&Path>) -> Result<String, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot make an event loop: {error}"))?;
     let ask = async {
-        let client = source::kube::connect(kubeconfig).await.map_err(|error| one_line(&error))?;
-        source::kube::discover(&client).await.map_err(|error| one_line(&error))
+        let client = watch::connect(kubeconfig).await.map_err(|error| one_line(&error))?;
+        watch::discover(&client).await.map_err(|error| one_line(&error))
     };
     let answer = runtime.block_on(async { tokio::time::timeout(KUBERNETES, ask).await });
     // Where nobody answers, neither does the resolver of names, on a thread of its own.
     runtime.shutdown_background();
     let served = answer.map_err(|_| format!("no answer within {} seconds", KUBERNETES.as_secs()))??;
-    let missing: Vec<&str> = source::kube::GATEWAY_KINDS
+    let missing: Vec<&str> = watch::GATEWAY_KINDS
         .iter()
         .filter(|kind| !served.contains_key(kind))
         .map(|kind| kind.as_str())

@@ -7,12 +7,12 @@ use clap::Args;
 use ipnet::IpNet;
 
 use super::{Output, print_json};
-use crate::allowed::{AllowedAddresses, AllowedPorts, Ports, Rule};
-use crate::resolve::{CONTROLLER_NAME, ResolveSettings};
 use crate::resolver::Resolver;
 use crate::settings::Options;
-use crate::source::FileSource;
 use crate::view::{ProblemView, State};
+use forwarder_gateway::allowed::{AllowedAddresses, AllowedPorts, Ports, Rule};
+use forwarder_gateway::resolve::{CONTROLLER_NAME, ResolveSettings};
+use forwarder_source::FileSource;
 
 #[derive(Args, Debug)]
 pub(crate) struct ValidateArgs {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use serde_saphyr::{Error, MessageFormatter, UserMessageFormatter};
 
 use super::SettingsError;
-use crate::problem::Location;
-use crate::spelling;
+use forwarder_gateway::problem::Location;
+use forwarder_gateway::spelling;
 
 impl SettingsError {
     /// A file that cannot be parsed.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use forwarder_kube::{KubeSettings, POD_SELECTOR};
 use serde::Deserialize;
 
 use super::SettingsError;
@@ -52,28 +53,6 @@ pub struct KubeOptions {
     #[arg(long, env = "FORWARDER_POD_SELECTOR", value_name = "SELECTOR")]
     pub pod_selector: Option<String>,
 }
-
-/// The settings of an agent that reads a Kubernetes API, complete.
-#[derive(Clone, Debug)]
-pub struct KubeSettings {
-    /// The kubeconfig file; without one, that of the environment, or the service account of the Pod.
-    pub kubeconfig: Option<PathBuf>,
-    /// The namespaces whose objects are read; empty means all.
-    pub watch_namespaces: Vec<String>,
-    /// The folder in which the last known state is kept for the next agent.
-    pub state_dir: Option<PathBuf>,
-    /// The name of this node.
-    pub node_name: String,
-    /// The name of the agent's Pod, if it runs in one.
-    pub pod_name: Option<String>,
-    /// The namespace of the agent's Pod; `None` is that of the client's configuration.
-    pub pod_namespace: Option<String>,
-    /// The label selector of the agents' Pods.
-    pub pod_selector: String,
-}
-
-/// The label by which agents' Pods are found by default.
-pub const POD_SELECTOR: &str = "app.kubernetes.io/name=forwarder";
 
 impl KubeOptions {
     /// What `self` sets, and what `other` sets where `self` does not.

@@ -22,7 +22,7 @@ const HEAVY: [&str; 11] = [
     "steps",
     "kubernetes_scale",
     "transfer",
-    "forwarder_agent",
+    "forwarder_kernel",
     "legs",
     "unread",
     "scale",

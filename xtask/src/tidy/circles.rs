@@ -8,15 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{code_length, without_comment};
 
-/// The sources of each crate of the workspace.
-const CRATES: [&str; 6] = [
-    "forwarder-agent/src/",
-    "forwarder-common/src/",
-    "forwarder-ebpf/src/",
-    "forwarder-ebpf/src/sockmap/",
-    "tests/src/",
-    "xtask/src/",
-];
+/// Sources that are a crate of their own although they lie in another one's folder.
+const INNER: [&str; 1] = ["forwarder-ebpf/src/sockmap/"];
 
 /// A module, by its path in the crate; the root has none.
 type Module = Vec<String>;
@@ -26,11 +19,11 @@ type Arrows = BTreeMap<Module, BTreeMap<Module, BTreeSet<String>>>;
 /// The circles of every crate, each as a sentence. `files` are named from the top of the workspace.
 pub(super) fn find(files: &BTreeMap<String, String>) -> Vec<String> {
     let mut findings = Vec::new();
-    for root in CRATES {
+    let crates: BTreeSet<&str> = files.keys().filter_map(|name| crate_of(name)).collect();
+    for root in crates {
         let of_crate = |(name, text): (&String, &String)| {
-            let path = name.strip_prefix(root)?;
-            let is_others = CRATES.iter().any(|other| other.len() > root.len() && name.starts_with(other));
-            if is_others { None } else { Some((module_of(path)?, code_of(text))) }
+            let path = name.strip_prefix(root).filter(|_| crate_of(name) == Some(root))?;
+            Some((module_of(path)?, code_of(text)))
         };
         let modules: BTreeMap<Module, String> = files.iter().filter_map(of_crate).collect();
         let arrows = arrows(&modules);
@@ -39,6 +32,12 @@ pub(super) fn find(files: &BTreeMap<String, String>) -> Vec<String> {
         findings.extend(circles(&top).iter().map(|circle| sentence(root, circle, &top)));
     }
     findings
+}
+
+/// The folder of the crate's sources that a file is of, such as `xtask/src/`.
+fn crate_of(name: &str) -> Option<&str> {
+    let inner = INNER.iter().find(|root| name.starts_with(**root));
+    inner.copied().or_else(|| name.find("/src/").and_then(|at| name.get(..at + "/src/".len())))
 }
 
 /// The module of a file below `src/`; `None` for tests.

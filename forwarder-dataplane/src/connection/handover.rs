@@ -1,0 +1,454 @@
+//! The way of a connection to tier `tc`: how both sides are joined, how their last bytes leave userspace, and the way back.
+
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::time::{Duration, Instant};
+
+use forwarder_common::flow::{DIRECTION_REQUEST, DIRECTION_RESPONSE, Flow, HALF_RESET, Half, Pair};
+use forwarder_common::translate::is_before;
+use tokio::net::TcpStream;
+use tokio::time::sleep;
+
+use super::Connection;
+use super::attempt::Attempt;
+use super::relaying::Relay;
+use crate::counters::End;
+use crate::offload::tc::{Asked, Offloader};
+use crate::relay::{Direction, Tier};
+use crate::worker_context::WorkerContext;
+use forwarder_kernel::fallback_reason::FallbackReason;
+use forwarder_kernel::flows::JoinPermit;
+use forwarder_kernel::flows::joined_pair::JoinedPair;
+use forwarder_kernel::maps::DatapathError;
+use forwarder_kernel::tcp::exit::Exit;
+use forwarder_kernel::tcp::leg;
+use forwarder_kernel::tcp::leg::Leg;
+use forwarder_kernel::tcp::timestamp_clock::Clock;
+use forwarder_runtime::failpoint;
+
+/// How often it is looked whether the sockets of a joined pair have delivered what they had: at first, and after a while.
+const CHECK: Duration = Duration::from_millis(3);
+const SLOW_CHECK: Duration = Duration::from_millis(50);
+/// For how long the first of them.
+const CHECKED_OFTEN: Duration = Duration::from_millis(200);
+/// How long what was redirected may remain without an answer before it is taken for swallowed: longer than the first
+/// retransmissions take.
+const PROBATION: Duration = Duration::from_millis(1_500);
+/// What may be on its way through userspace as the handover begins, even where that is most of the receiver's window.
+const SMALL_REMAINDER: u64 = 16 << 10;
+
+/// Joins the two sides at TC, and hands them over once what their sockets had received before has been delivered.
+pub(super) async fn attempt(
+    offloader: &Offloader,
+    context: &WorkerContext,
+    relay: &mut Relay,
+    downstream: &TcpStream,
+    upstream: &TcpStream,
+    connection: &Connection,
+) -> Attempt {
+    let Ok(local) = downstream.local_addr() else { return Attempt::Refused(FallbackReason::Ended) };
+    let permit = tokio::select! {
+        biased;
+        permit = offloader.flows.ready(connection.downstream, local) => permit,
+        // What is not relayed meanwhile would be all the more to deliver afterwards.
+        end = poll_fn(|cx| relay.poll(cx, context, downstream, upstream, connection)) => return Attempt::Ended(end),
+    };
+    // An end may have been passed on while it waited.
+    if !relay.is_open() {
+        return Attempt::Refused(FallbackReason::Ended);
+    }
+    let (pair, first_received) = match join(offloader, &permit, downstream, upstream, connection) {
+        Ok(joined) => joined,
+        Err(fallback_reason) => return Attempt::Refused(fallback_reason),
+    };
+    failpoint::block("join.pair_written");
+    drop(permit);
+    context.counters().offloaded.add(1);
+    let sockets = [downstream, upstream];
+    let joined = Joined { offloader, pair: Some(pair), connection, sockets, first_received };
+    connection.is_in_handover.set(true);
+    let delivery = deliver(context, joined, relay).await;
+    connection.is_in_handover.set(false);
+    match delivery {
+        Delivery::Delivered => Attempt::HandedOver,
+        Delivery::Ended(end) => Attempt::Ended(end),
+        Delivery::TakenBack => Attempt::Refused(FallbackReason::PathBroken),
+    }
+}
+
+/// Reads both sides and joins them in the kernel. Yields the numbers of the first bytes that the sockets have received, too.
+fn join(
+    offloader: &Offloader,
+    permit: &JoinPermit,
+    downstream: &TcpStream,
+    upstream: &TcpStream,
+    connection: &Connection,
+) -> Result<(JoinedPair, [u32; 2]), FallbackReason> {
+    let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>, clock: &Cell<Clock>| {
+        let clock_offset = clock.get().offset().ok_or(FallbackReason::Unreadable)?;
+        let leg = Leg::read(socket, written, first_sent.get(), clock_offset).map_err(|error| {
+            if error.kind() == std::io::ErrorKind::NotConnected {
+                return FallbackReason::Ended;
+            }
+            tracing::debug!(downstream.addr = %connection.downstream, %error, "cannot read a connection");
+            FallbackReason::Unreadable
+        })?;
+        first_sent.set(Some(leg.first_sent));
+        Ok(leg)
+    };
+    failpoint::block("join.begin");
+    let [to_downstream, to_upstream] = &connection.first_sent;
+    let [downstream_clock, upstream_clock] = &connection.clocks;
+    let down = leg(downstream, connection.sent.get(), to_downstream, downstream_clock)?;
+    failpoint::block("join.downstream_read");
+    let up = leg(upstream, connection.received.get(), to_upstream, upstream_clock)?;
+    failpoint::block("join.upstream_read");
+    for (from, to, relayed) in [(&down, &up, connection.received.get()), (&up, &down, connection.sent.get())]
+    {
+        // What is held must lie within the receiver's window, or it stays here for as long as the receiver does not read. And the
+        // receiver drops what comes beyond its window while the remainder is on its way: it would be sent again only after a
+        // time-out.
+        let remainder = from.received.saturating_sub(relayed) + u64::from(to.unacknowledged);
+        let window = u64::from(to.send_window);
+        if remainder > window || remainder > SMALL_REMAINDER.max(window / 2) {
+            return Err(FallbackReason::SlowReceiver);
+        }
+    }
+    let pair = offloader.flows.join(permit, connection.opened_at(), &down, &up)?;
+    Ok((pair, [down.first_received, up.first_received]))
+}
+
+/// How a handover ended.
+enum Delivery {
+    /// The pair is the kernel's, the sockets are gone.
+    Delivered,
+    /// The connection has ended meanwhile.
+    Ended(End),
+    /// What was redirected did not arrive; the connection goes on in userspace.
+    TakenBack,
+}
+
+/// A joined pair that is taken out of the kernel unless it is handed over.
+struct Joined<'a> {
+    offloader: &'a Offloader,
+    pair: Option<JoinedPair>,
+    connection: &'a Connection,
+    /// Those towards the client and towards the endpoint.
+    sockets: [&'a TcpStream; 2],
+    /// The numbers of the first bytes that they have received.
+    first_received: [u32; 2],
+}
+
+impl Joined<'_> {
+    /// Ends the pair from outside: its sockets do not know the numbers that its ends expect.
+    fn abort(&mut self) {
+        self.count();
+        if let Some(pair) = self.pair.take() {
+            self.offloader.pairs.reset(&pair);
+        }
+    }
+
+    /// Has nothing less acknowledged than the sockets have: until now packets of before may have reached them, of which the
+    /// snapshots do not know.
+    fn promise(&mut self) -> Result<(), DatapathError> {
+        let Some(pair) = &mut self.pair else { return Ok(()) };
+        let next = |side: usize| leg::next_received(self.sockets[side], self.first_received[side]);
+        // A socket that is gone tells so elsewhere.
+        let (Ok(to_client), Ok(to_endpoint)) = (next(0), next(1)) else { return Ok(()) };
+        self.offloader.flows.promise(pair, [to_client, to_endpoint])
+    }
+
+    /// Counts what the kernel has forwarded of a connection that ends now, of which nobody else will: what its ends have sent
+    /// that no socket has received.
+    fn count(&self) {
+        let state = self.pair.as_ref().and_then(|pair| self.offloader.flows.pair(pair.number));
+        let record = &mut *self.connection.record.borrow_mut();
+        let [Ok(from_client), Ok(from_endpoint)] = self.sockets.map(leg::received) else { return };
+        let (Some(state), Some(record)) = (state, record) else { return };
+        record.count_forwarded(
+            record.received + state.request.bytes.saturating_sub(from_client),
+            record.sent + state.response.bytes.saturating_sub(from_endpoint),
+        );
+    }
+}
+
+impl Drop for Joined<'_> {
+    fn drop(&mut self) {
+        if let Some(pair) = &self.pair {
+            self.offloader.flows.remove(pair);
+        }
+    }
+}
+
+/// Relays what the sockets of a joined pair had received before, until nothing is left of it, and the two ends have heard
+/// each other.
+async fn deliver(context: &WorkerContext, mut joined: Joined<'_>, relay: &mut Relay) -> Delivery {
+    let Joined { offloader, connection, sockets: [downstream, upstream], .. } = joined;
+    let started = Instant::now();
+    let mut landed = pin!(offloader.grace.period());
+    let mut has_landed = false;
+    let mut hearing = Hearing::default();
+    let mut asked = Asked::default();
+    let mut seen = 0;
+    relay.hold_ends(true);
+    failpoint::reached("handover.begin").await;
+    loop {
+        let check = if started.elapsed() < CHECKED_OFTEN { CHECK } else { SLOW_CHECK };
+        tokio::select! {
+            biased;
+            end = poll_fn(|cx| relay.poll(cx, context, downstream, upstream, connection)) => {
+                // What the sockets say from now on is the stack's again; but they do not know what the kernel has passed.
+                if end == End::Finished {
+                    joined.count();
+                } else {
+                    joined.abort();
+                }
+                return Delivery::Ended(end);
+            }
+            () = &mut landed, if !has_landed => {
+                has_landed = true;
+                if let Err(error) = joined.promise() {
+                    tracing::warn!(%error, "an end may take acknowledgements for old for a while");
+                }
+            }
+            () = sleep(check) => {}
+        }
+        let Some(pair) = &mut joined.pair else { return Delivery::Ended(End::Finished) };
+        let Some(state) = offloader.flows.pair(pair.number) else {
+            return Delivery::Ended(End::Lost);
+        };
+        let bytes = state.request.bytes.wrapping_add(state.response.bytes);
+        if bytes != seen {
+            seen = bytes;
+            connection.active.set(context.sweep());
+        }
+        for (half, end) in [(&state.request, End::DownstreamReset), (&state.response, End::UpstreamReset)] {
+            if half.flags & HALF_RESET != 0 {
+                // The other end may have taken it for one beyond what it has received so far.
+                joined.abort();
+                silence(downstream, upstream);
+                return Delivery::Ended(end);
+            }
+        }
+        offloader.pairs.ask(pair, &mut asked, &state);
+        if !has_landed {
+            continue;
+        }
+        failpoint::reached("handover.landed").await;
+        if let Err(error) = pass_ends_on(offloader, pair, relay) {
+            tracing::warn!(%error, "an end cannot be passed on: the connection is reset");
+            joined.abort();
+            return Delivery::Ended(End::Lost);
+        }
+        // Where each end has acknowledged the other's end, nothing is missing. What the sockets still want to say of it, which the
+        // egress program holds back, nobody needs: they would try for minutes, and hold the addresses against a new connection.
+        let has_ended = state.has_ended(&pair.flows[0].1);
+        let is_delivered = || {
+            relay.is_delivered()
+                && is_delivered(downstream, &relay.request)
+                && is_delivered(upstream, &relay.response)
+        };
+        if !has_ended && !is_delivered() {
+            continue;
+        }
+        let verdict =
+            if has_ended { Verdict::Heard } else { hearing.evaluate(offloader, pair, &state, connection) };
+        match verdict {
+            Verdict::Heard => {}
+            Verdict::Waiting => continue,
+            Verdict::Swallowed(exit) => {
+                if goes_otherwise(offloader, pair, exit, connection) {
+                    hearing = Hearing::after(&state);
+                    continue;
+                }
+                context.counters().taken_back.add(1);
+                relay.hold_ends(false);
+                return Delivery::TakenBack;
+            }
+            Verdict::Deaf(exit) => {
+                if goes_otherwise(offloader, pair, exit, connection) {
+                    hearing = Hearing::after(&state);
+                    continue;
+                }
+                joined.abort();
+                return Delivery::Ended(End::Lost);
+            }
+        }
+        failpoint::reached("complete.before").await;
+        if let Err(error) = offloader.flows.complete(pair) {
+            tracing::warn!(%error, "the kernel does not take a connection over: it is reset");
+            joined.abort();
+            return Delivery::Ended(End::Lost);
+        }
+        failpoint::reached("complete.after").await;
+        silence(downstream, upstream);
+        failpoint::reached("complete.silenced").await;
+        tracing::debug!(
+            listener = %connection.serving.listener.name,
+            downstream.addr = %connection.downstream,
+            handover_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "offloaded"
+        );
+        if let (Some(pair), Some(mut record)) = (joined.pair.take(), connection.hand_over()) {
+            record.tier = Tier::Tc;
+            offloader.pairs.add(&pair, Some(record));
+        }
+        failpoint::reached("complete.handed_over").await;
+        return Delivery::Delivered;
+    }
+}
+
+/// Has nothing sent by an exit for this client for a while; whether the pair that has found out goes on in another way.
+fn goes_otherwise(offloader: &Offloader, pair: &mut JoinedPair, exit: Exit, connection: &Connection) -> bool {
+    if offloader.flows.paths().avoid(exit, connection.downstream.ip()) {
+        tracing::warn!(
+            interface = exit.interface,
+            way = exit.way.as_str(),
+            client = %connection.downstream.ip(),
+            "what is sent through this interface does not arrive: for this client, and for all once several find so, it is \
+             not sent so for a while"
+        );
+    }
+    offloader.flows.change_ways(pair).unwrap_or_else(|error| {
+        tracing::warn!(
+            listener = %connection.serving.listener.name,
+            downstream.addr = %connection.downstream,
+            %error,
+            "packets of a connection do not arrive, and it cannot be sent another way: it may hang; `forwarder conns reset` \
+             ends it"
+        );
+        false
+    })
+}
+
+/// Passes on the ends that reached a local socket before the handover.
+fn pass_ends_on(
+    offloader: &Offloader,
+    pair: &mut JoinedPair,
+    relay: &mut Relay,
+) -> Result<(), DatapathError> {
+    for (direction, number) in
+        [(&mut relay.request, DIRECTION_REQUEST), (&mut relay.response, DIRECTION_RESPONSE)]
+    {
+        if direction.is_at_end() && direction.holds_end() {
+            offloader.flows.pass_end_on(pair, number)?;
+            direction.hold_end(false);
+        }
+    }
+    Ok(())
+}
+
+/// Whether a socket, which `direction` reads, has nothing left to do.
+fn is_delivered(socket: &TcpStream, direction: &Direction) -> bool {
+    // A socket that cannot be asked is asked again.
+    leg::remainder(socket).is_ok_and(|left| left.is_empty && (direction.is_done() || !left.has_ended))
+}
+
+/// Makes the closes that follow silent: the connection is the kernel's, or gone.
+fn silence(downstream: &TcpStream, upstream: &TcpStream) {
+    for socket in [downstream, upstream] {
+        if let Err(error) = leg::silence(socket) {
+            tracing::debug!(%error, "a socket may speak when it is closed");
+        }
+        failpoint::block("silence.downstream");
+    }
+}
+
+/// Whether the two ends of a joined pair hear each other.
+#[derive(Debug, Default)]
+struct Hearing {
+    /// How far the ends had sent, and how much of it again, when one was first seen to be acknowledged by the other.
+    first: Option<([u32; 2], [u64; 2])>,
+    /// How many packets had come from the other end of each direction when the last of them was seen, and when that was, or
+    /// when something was first sent again after that.
+    silent: [Option<(u64, Instant)>; 2],
+    /// How many bytes had been sent again when the present way was taken.
+    repeated: [u64; 2],
+}
+
+enum Verdict {
+    Heard,
+    Waiting,
+    /// Nothing that was sent on has arrived; how it left.
+    Swallowed(Exit),
+    /// Nothing of one direction has arrived, but something of the other has, so that the sockets do not know all.
+    Deaf(Exit),
+}
+
+impl Hearing {
+    /// Anew, of a pair that goes another way from now on.
+    fn after(state: &Pair) -> Self {
+        Self { repeated: [state.request.repeated, state.response.repeated], ..Self::default() }
+    }
+
+    fn evaluate(
+        &mut self,
+        offloader: &Offloader,
+        pair: &JoinedPair,
+        state: &Pair,
+        connection: &Connection,
+    ) -> Verdict {
+        let [request, response] = pair.flows.map(|(_, flow)| flow);
+        let exits = [Exit::of(&response), Exit::of(&request)];
+        if offloader.flows.paths().is_proven(exits) {
+            return Verdict::Heard;
+        }
+        let (client, endpoint) = (&state.request, &state.response);
+        let up = Way::of(client, endpoint, &request, connection.received.get());
+        let down = Way::of(endpoint, client, &response, connection.sent.get());
+        let ways = [up, down];
+        let is_heard = ways.iter().any(|way| way.is_heard);
+        if ways.iter().all(|way| way.is_heard || !way.is_used) && is_heard {
+            // Acknowledgements of the direction that is heard have to arrive too: where they do not, it does not go on, or
+            // only again.
+            let sent = ([client.sequence_end, endpoint.sequence_end], [client.repeated, endpoint.repeated]);
+            let goes_on = self.first.is_some_and(|first| first.0 != sent.0 && first.1 == sent.1);
+            if up.is_heard && down.is_heard || goes_on {
+                offloader.flows.paths().prove(exits);
+                return Verdict::Heard;
+            }
+            if self.first.is_none_or(|first| first.1 != sent.1) {
+                self.first = Some(sent);
+            }
+        }
+        // Sent more than once, and no answer of any kind since. What has acknowledged the remainder before is no answer.
+        let directions = [(client, endpoint, &request), (endpoint, client, &response)];
+        for ((silent, repeated), (half, other, flow)) in
+            self.silent.iter_mut().zip(self.repeated).zip(directions)
+        {
+            let is_repeated = half.repeated > repeated;
+            let since = match *silent {
+                Some((packets, since)) if packets == other.packets && is_repeated => since,
+                _ => silent.insert((other.packets, Instant::now())).1,
+            };
+            let end = half.sequence_end.wrapping_add(flow.sequence_shift);
+            if since.elapsed() >= PROBATION && is_before(other.acknowledged, end) {
+                let verdict = if is_heard { Verdict::Deaf } else { Verdict::Swallowed };
+                return verdict(Exit::of(flow));
+            }
+        }
+        Verdict::Waiting
+    }
+}
+
+/// What is known of one direction of a pair on probation.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    /// Something of it was redirected.
+    is_used: bool,
+    /// Something of that was acknowledged.
+    is_heard: bool,
+}
+
+impl Way {
+    /// Of what comes from `half`'s end, of which the local sockets have passed on `relayed` bytes.
+    fn of(half: &Half, other: &Half, flow: &Flow, relayed: u64) -> Self {
+        // The end of what the local sockets have sent, in the numbers of their leg.
+        let beyond = half.bytes.wrapping_sub(relayed);
+        #[expect(clippy::cast_possible_truncation, reason = "modulo 2^32")]
+        let local_end = half.sequence_end.wrapping_sub(beyond as u32).wrapping_add(flow.sequence_shift);
+        let end = half.sequence_end.wrapping_add(flow.sequence_shift);
+        Self { is_used: is_before(local_end, end), is_heard: is_before(local_end, other.acknowledged) }
+    }
+}

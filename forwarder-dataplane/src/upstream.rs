@@ -1,0 +1,245 @@
+//! Connecting an endpoint of a backend, and another one when that fails.
+
+pub mod balancer;
+mod port;
+pub mod segment_size;
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use rustix::io::Errno;
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::counters::{BackendCounters, ConnectFailure, PerWorker};
+use crate::relay;
+use crate::upstream::segment_size::SegmentSize;
+use forwarder_gateway::model::{BackendKey, Endpoints};
+use forwarder_kernel::flows::FlowTable;
+
+pub use self::port::PortRange;
+
+/// How many endpoints are tried for one connection.
+const ATTEMPTS: usize = 3;
+/// How long to wait for a local port to become free before the next attempt.
+const LOCAL_PORT_BACKOFF: Duration = Duration::from_millis(50);
+
+/// A backend in use: its endpoints of the moment, whose turn it is, and its counters. Shared by every listener whose
+/// route refers to it; it lives on while connections use it.
+#[derive(Debug)]
+pub struct Upstream {
+    /// Which Service port.
+    pub key: BackendKey,
+    /// The endpoints that take new connections.
+    pub endpoints: ArcSwap<Endpoints>,
+    /// What was counted.
+    pub counters: PerWorker<BackendCounters>,
+    turn: AtomicUsize,
+    /// Whether no endpoint could be connected the last time that one was wanted.
+    is_down: AtomicBool,
+}
+
+impl Upstream {
+    /// A backend that nothing was counted for yet.
+    pub fn new(key: BackendKey, endpoints: &Endpoints, workers: usize) -> Self {
+        Self {
+            key,
+            endpoints: ArcSwap::from_pointee(Arc::clone(endpoints)),
+            counters: PerWorker::new(workers),
+            turn: AtomicUsize::new(0),
+            is_down: AtomicBool::new(false),
+        }
+    }
+
+    /// Replaces the endpoints; what becomes of connections to former ones, their listeners decide.
+    pub fn set_endpoints(&self, endpoints: &Endpoints) {
+        self.endpoints.store(Arc::new(Arc::clone(endpoints)));
+    }
+
+    /// Notes that an endpoint was connected; logs it where none could be before.
+    fn is_reached(&self, endpoint: SocketAddr) {
+        if self.is_down.load(Ordering::Relaxed) && self.is_down.swap(false, Ordering::Relaxed) {
+            tracing::info!(backend = %self.key, %endpoint, "the backend is reached again");
+        }
+    }
+
+    /// Notes that no endpoint could be connected; logs it the first time.
+    fn is_not_reached(&self, endpoint: SocketAddr, failure: ConnectFailure, error: &io::Error) {
+        if !self.is_down.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                backend = %self.key,
+                %endpoint,
+                reason = failure.as_str(),
+                %error,
+                "no endpoint of the backend takes a connection: its clients are reset until one does"
+            );
+        }
+    }
+}
+
+/// How endpoints are connected: settings of the agent.
+#[derive(Clone, Default)]
+pub struct ConnectSettings {
+    /// The flows of offloaded pairs: no connection may have the addresses and ports of one.
+    pub flows: Option<Arc<FlowTable>>,
+    /// The segment size that sockets announce.
+    pub segment_size: Arc<SegmentSize>,
+    /// Local addresses to connect from, in turn, so that more connections to one endpoint fit than there are local
+    /// ports (some 28,000 by default); none leaves the choice to the kernel.
+    pub source_addresses: Vec<IpAddr>,
+    /// The ports that the kernel chooses from.
+    pub port_range: Arc<PortRange>,
+    /// Keepalive of both sides; `None` is off.
+    pub keepalive: Option<Duration>,
+}
+
+impl ConnectSettings {
+    /// The local address whose turn it is to connect an endpoint; `None` leaves the choice to the kernel.
+    fn source(&self, endpoint: SocketAddr, turn: usize) -> Option<IpAddr> {
+        let sources = self.source_addresses.iter().filter(|source| source.is_ipv4() == endpoint.is_ipv4());
+        let count = sources.clone().count();
+        sources.cycle().nth(turn % count.max(1)).copied()
+    }
+}
+
+/// How many probes may go without an answer before a peer is taken for dead.
+const PROBES: u32 = 6;
+
+/// How long after the last probe the next one is sent, with keepalive after `idle`.
+fn probe_interval(idle: Duration) -> Duration {
+    (idle / PROBES).max(Duration::from_secs(1))
+}
+
+/// TCP keepalive that finds a dead peer in about twice `idle`.
+pub fn keepalive(idle: Duration) -> TcpKeepalive {
+    TcpKeepalive::new().with_time(idle).with_interval(probe_interval(idle)).with_retries(PROBES)
+}
+
+/// How long a peer may say nothing before it is taken for dead, at every tier, with keepalive after `idle`.
+pub fn patience(idle: Duration) -> Duration {
+    idle + probe_interval(idle) * PROBES
+}
+
+/// Connects an endpoint of `backend`: the one whose turn it is, or the next ones when that fails, each within
+/// `connect_timeout`.
+///
+/// # Errors
+/// The last failure, where no endpoint could be connected; `None` where there is no endpoint.
+pub async fn connect(
+    backend: &Upstream,
+    settings: &ConnectSettings,
+    connect_timeout: Duration,
+    worker: usize,
+) -> Result<(TcpStream, SocketAddr), Option<ConnectFailure>> {
+    let endpoints = backend.endpoints.load_full();
+    let turn = backend.turn.fetch_add(1, Ordering::Relaxed);
+    let mut last = None;
+    for attempt in 0..ATTEMPTS.min(endpoints.len().max(2)) {
+        let Some(endpoint) = endpoints.get(turn.wrapping_add(attempt) % endpoints.len().max(1)) else {
+            return Err(None);
+        };
+        match connect_patiently(*endpoint, settings, turn, connect_timeout).await {
+            Ok(stream) => {
+                backend.is_reached(*endpoint);
+                return Ok((stream, *endpoint));
+            }
+            Err(error) => {
+                let failure = classify(&error);
+                backend.counters.of(worker).failures[failure as usize].add(1);
+                tracing::debug!(
+                    backend = %backend.key,
+                    endpoint = %endpoint,
+                    attempt = attempt + 1,
+                    error = %error,
+                    "cannot connect to endpoint"
+                );
+                last = Some((failure, *endpoint, error));
+                // The only endpoint is tried again once where it refused: it may just be restarting its listener.
+                if endpoints.len() == 1 && failure != ConnectFailure::Refused {
+                    break;
+                }
+            }
+        }
+    }
+    let Some((failure, endpoint, error)) = last else { return Err(None) };
+    backend.is_not_reached(endpoint, failure, &error);
+    Err(Some(failure))
+}
+
+/// One attempt; waits for a local port for as long as `connect_timeout` where none is free.
+async fn connect_patiently(
+    endpoint: SocketAddr,
+    settings: &ConnectSettings,
+    turn: usize,
+    connect_timeout: Duration,
+) -> io::Result<TcpStream> {
+    let deadline = Instant::now() + connect_timeout;
+    loop {
+        let attempt = connect_once(endpoint, settings, turn);
+        match timeout(connect_timeout, attempt).await.unwrap_or(Err(io::ErrorKind::TimedOut.into())) {
+            Err(error) if is_no_local_port(&error) && Instant::now() + LOCAL_PORT_BACKOFF < deadline => {
+                sleep(LOCAL_PORT_BACKOFF).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+async fn connect_once(
+    endpoint: SocketAddr,
+    settings: &ConnectSettings,
+    turn: usize,
+) -> io::Result<TcpStream> {
+    let socket = port::start_connecting(endpoint, settings, turn)?;
+    let stream = TcpStream::from_std(socket.into())?;
+    let ready = stream.ready(Interest::WRITABLE | Interest::ERROR).await?;
+    if ready.is_error() || ready.is_write_closed() {
+        return Err(stream.take_error()?.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()));
+    }
+    Ok(stream)
+}
+
+/// A socket that is to connect an endpoint.
+fn open(endpoint: SocketAddr, settings: &ConnectSettings) -> io::Result<Socket> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(endpoint), kind, Some(Protocol::TCP))?;
+    socket.set_tcp_nodelay(true)?;
+    // The last ACK of the handshake waits for the client's first bytes, which often lie ready: see `send_ack`. A packet
+    // less for each connection.
+    socket.set_tcp_quickack(false)?;
+    settings.segment_size.apply(&socket)?;
+    relay::prepare(&socket)?;
+    relay::reset_on_close(&socket)?;
+    Ok(socket)
+}
+
+/// Sends the ACK that completes the handshake, where no data carried it: the endpoint may be the one to speak first.
+pub fn send_ack(stream: &TcpStream) {
+    // Fails only on a socket that is gone; then there is nobody to tell.
+    let _ = SockRef::from(stream).set_tcp_quickack(true);
+}
+
+fn is_no_local_port(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::ADDRNOTAVAIL)
+}
+
+fn classify(error: &io::Error) -> ConnectFailure {
+    if error.kind() == io::ErrorKind::TimedOut {
+        return ConnectFailure::TimedOut;
+    }
+    match Errno::from_io_error(error) {
+        Some(Errno::CONNREFUSED | Errno::CONNRESET) => ConnectFailure::Refused,
+        Some(Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::NETDOWN | Errno::HOSTDOWN) => {
+            ConnectFailure::Unreachable
+        }
+        Some(Errno::ADDRNOTAVAIL) => ConnectFailure::NoLocalPort,
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => ConnectFailure::NoResources,
+        _ => ConnectFailure::Other,
+    }
+}

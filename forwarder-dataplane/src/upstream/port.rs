@@ -1,0 +1,239 @@
+//! The local port of a connection to an endpoint: one that neither a socket nor an offloaded pair uses.
+#![expect(unsafe_code, reason = "an option of sockets that no crate offers")]
+
+use std::hash::{BuildHasher as _, RandomState};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::os::fd::AsRawFd as _;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use socket2::Socket;
+
+use super::{ConnectSettings, open};
+use forwarder_kernel::flows::FlowTable;
+use forwarder_kernel::flows::ports::Free;
+use forwarder_runtime::lock::lock;
+
+/// How many gaps between the ports of pairs are tried for one connection: sockets may use what lies there.
+const GAPS: usize = 256;
+/// `IP_LOCAL_PORT_RANGE` (`linux/in.h`), since Linux 6.3.
+const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
+/// Where the kernel says from which ports it chooses.
+const RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+/// What it chooses from by default.
+const DEFAULT_RANGE: RangeInclusive<u16> = 32_768..=60_999;
+/// How long what was read there is taken to hold.
+const RANGE_HOLDS: Duration = Duration::from_secs(1);
+
+/// The ports that the kernel chooses from.
+#[derive(Debug, Default)]
+pub struct PortRange(Mutex<Option<(Instant, RangeInclusive<u16>)>>);
+
+impl PortRange {
+    /// The range that is set, a second ago at most.
+    fn get(&self) -> RangeInclusive<u16> {
+        let mut known = lock(&self.0);
+        if let Some((read, range)) = &*known
+            && read.elapsed() < RANGE_HOLDS
+        {
+            return range.clone();
+        }
+        let range =
+            std::fs::read_to_string(RANGE).ok().and_then(|text| parse(&text)).unwrap_or(DEFAULT_RANGE);
+        *known = Some((Instant::now(), range.clone()));
+        range
+    }
+}
+
+fn parse(text: &str) -> Option<RangeInclusive<u16>> {
+    let (low, high) = text.trim().split_once(char::is_whitespace)?;
+    let (low, high) = (low.parse().ok()?, high.trim().parse().ok()?);
+    (low <= high).then_some(low..=high)
+}
+
+/// A socket that has sent its SYN from addresses and ports that no offloaded pair uses.
+///
+/// # Errors
+/// `EADDRNOTAVAIL` where no port is free, or what else the kernel said.
+pub(super) fn start_connecting(
+    endpoint: SocketAddr,
+    settings: &ConnectSettings,
+    turn: usize,
+) -> io::Result<Socket> {
+    let source = settings.source(endpoint, turn);
+    let Some(flows) = settings.flows.as_ref().filter(|flows| flows.count() > 0) else {
+        let socket = open(endpoint, settings)?;
+        bind(&socket, source)?;
+        start(&socket, endpoint)?;
+        return Ok(socket);
+    };
+    let range = settings.port_range.get();
+    let (low, high) = (*range.start(), *range.end());
+    let random = RandomState::new().hash_one(turn) % (u64::from(high - low) + 1);
+    let middle = u16::try_from(random).map_or(low, |random| low + random);
+    let mut gaps = 0;
+    // From somewhere within the range to its end, and then what lies before.
+    for mut rest in [middle..=high, low..=middle] {
+        while gaps < GAPS && !rest.is_empty() {
+            gaps += 1;
+            let free = flows.ports().find(endpoint, source, &rest);
+            let socket = open(endpoint, settings)?;
+            let last = match free {
+                Free::All => bind(&socket, source).map(|()| high)?,
+                Free::Gap(gap) => match restrict(&socket, endpoint, source, &gap) {
+                    Ok(last) => last,
+                    Err(error) => {
+                        rest = after(*gap.start(), &rest);
+                        match Errno::from_io_error(&error) {
+                            Some(Errno::ADDRINUSE) => continue,
+                            _ => return Err(error),
+                        }
+                    }
+                },
+                Free::Nothing => break,
+            };
+            match start(&socket, endpoint) {
+                Ok(()) if !is_taken(flows, &socket, endpoint)? => return Ok(socket),
+                // A pair was joined on it meanwhile: the egress program has stopped the SYN.
+                Ok(()) => {}
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::ADDRNOTAVAIL) => {}
+                Err(error) => return Err(error),
+            }
+            rest = after(last, &rest);
+        }
+    }
+    Err(Errno::ADDRNOTAVAIL.into())
+}
+
+/// The part of a range that lies behind a port.
+#[expect(clippy::reversed_empty_ranges, reason = "nothing may lie there")]
+fn after(port: u16, range: &RangeInclusive<u16>) -> RangeInclusive<u16> {
+    port.checked_add(1).map_or(1..=0, |next| next..=*range.end())
+}
+
+fn start(socket: &Socket, endpoint: SocketAddr) -> io::Result<()> {
+    match socket.connect(&endpoint.into()) {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::INPROGRESS) => Ok(()),
+        result => result,
+    }
+}
+
+fn is_taken(flows: &FlowTable, socket: &Socket, endpoint: SocketAddr) -> io::Result<bool> {
+    Ok(socket.local_addr()?.as_socket().is_some_and(|local| flows.is_taken(local, endpoint)))
+}
+
+/// Has a socket connect from an address, if that is not the kernel's choice.
+fn bind(socket: &Socket, source: Option<IpAddr>) -> io::Result<()> {
+    let Some(source) = source else { return Ok(()) };
+    // The port is chosen at connect, by the whole 4-tuple, instead of being taken for every destination at bind.
+    nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
+    socket.bind(&SocketAddr::new(source, 0).into())
+}
+
+/// Has a socket connect from one of some ports; tells up to which of them it may.
+fn restrict(
+    socket: &Socket,
+    endpoint: SocketAddr,
+    source: Option<IpAddr>,
+    ports: &RangeInclusive<u16>,
+) -> io::Result<u16> {
+    match set_range(socket, ports) {
+        Ok(()) => bind(socket, source).map(|()| *ports.end()),
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::NOPROTOOPT) => {
+            bind_port(socket, endpoint, source, *ports.start()).map(|()| *ports.start())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Has the kernel choose among these ports at connect, by the whole 4-tuple, and leave out those that are reserved.
+fn set_range(socket: &Socket, ports: &RangeInclusive<u16>) -> io::Result<()> {
+    let value = u32::from(*ports.end()) << 16 | u32::from(*ports.start());
+    let length = libc::socklen_t::try_from(size_of_val(&value)).map_err(io::Error::other)?;
+    // SAFETY: the pointer is to an integer of the length given; the descriptor is open as long as the socket is borrowed.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            IP_LOCAL_PORT_RANGE,
+            (&raw const value).cast(),
+            length,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The same for one port, on kernels before 6.3: refused with `EADDRINUSE` where another socket has it, to any endpoint.
+fn bind_port(socket: &Socket, endpoint: SocketAddr, source: Option<IpAddr>, port: u16) -> io::Result<()> {
+    let any = match endpoint {
+        SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    socket.set_reuse_address(true)?;
+    socket.bind(&SocketAddr::new(source.unwrap_or(any), port).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn connect(endpoint: SocketAddr, restrict: impl Fn(&Socket) -> io::Result<()>) -> io::Result<Socket> {
+        let socket = open(endpoint, &ConnectSettings::default())?;
+        restrict(&socket)?;
+        start(&socket, endpoint)?;
+        Ok(socket)
+    }
+
+    fn port(socket: &Socket) -> u16 {
+        socket.local_addr().unwrap().as_socket().unwrap().port()
+    }
+
+    /// A port that was free a moment ago.
+    fn free_port() -> u16 {
+        TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    }
+
+    #[test]
+    fn a_socket_connects_from_the_ports_that_it_is_given() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let endpoint = listener.local_addr().unwrap();
+            let given = free_port();
+            let restricted = || connect(endpoint, |socket| set_range(socket, &(given..=given)));
+            let first = match restricted() {
+                Ok(first) => first,
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOPROTOOPT) => return,
+                Err(error) => panic!("from {given} to {endpoint}: {error}"),
+            };
+            assert_eq!(port(&first), given);
+            let second = restricted().unwrap_err();
+            assert_eq!(Errno::from_io_error(&second), Some(Errno::ADDRNOTAVAIL));
+        }
+    }
+
+    #[test]
+    fn a_port_is_bound_where_the_kernel_takes_no_range() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = listener.local_addr().unwrap();
+        let given = free_port();
+        let bound = connect(endpoint, |socket| bind_port(socket, endpoint, None, given)).unwrap();
+        assert_eq!(port(&bound), given);
+        let socket = open(endpoint, &ConnectSettings::default()).unwrap();
+        let own = bind_port(&socket, endpoint, None, endpoint.port());
+        assert_eq!(Errno::from_io_error(&own.unwrap_err()), Some(Errno::ADDRINUSE), "it is the listener's");
+    }
+
+    #[test]
+    fn the_kernels_range_is_understood() {
+        assert_eq!(parse("32768\t60999\n"), Some(32_768..=60_999));
+        assert_eq!(parse("1 65535"), Some(1..=u16::MAX));
+        for bad in ["", "1", "2 1", "a b", "1 70000"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+}

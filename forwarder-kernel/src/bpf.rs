@@ -1,0 +1,351 @@
+//! The kernel's maps and programs, through aya.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use aya::programs::SchedClassifier;
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use aya_log::EbpfLogger;
+use forwarder_common::flow::PAIRS_CAPACITY;
+use forwarder_common::layout::{FLOWS, PAIRS};
+use forwarder_common::layout::{LOOSE_INTERFACES, PINNED_MAPS};
+use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
+use forwarder_common::{
+    ListenerCounters, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP, Verdict,
+};
+use rustix::process::{Resource, Rlimit, setrlimit};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+pub use crate::load_error::LoadError;
+pub use crate::programs::attach::{AttachKind, AttachProblem, Attachment};
+
+use crate::flows::arrival::LooseInterfaces;
+use crate::flows::paths::Paths;
+use crate::flows::{FlowTable, FlowTableError};
+use crate::listener_maps::ListenerMaps;
+use crate::load_error::kernel_release;
+use crate::maps::listeners::{self, Maps};
+use crate::maps::updates::Updates;
+use crate::maps::{BackendEntry, DatapathError, ListenerId, ListenerState};
+use crate::net::interfaces::{Interface, arrivals, wanted};
+use crate::net::routes::Routes;
+use crate::programs::attach::{Attachments, Stay};
+use crate::programs::pins::Pins;
+use forwarder_gateway::model::{BindAddress, ListenerKey};
+
+/// The programs, as `cargo xtask build-ebpf` compiled them; empty if it did not.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder.bpf.o"));
+
+/// Where the records of the programs' logs go from; see `aya_log_common::Level`.
+const LOG_OFF: u8 = 0;
+const LOG_TRACE: u8 = aya_log::Level::Trace as u8;
+
+/// How the programs are loaded.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct BpfOptions {
+    /// Where the maps are pinned, under `v{ABI_VERSION}`; on a BPF file system, such as `/sys/fs/bpf/forwarder`.
+    pub pin_dir: PathBuf,
+    /// Whether the programs log each connection attempt; read it with [`Bpf::take_log`].
+    pub trace: bool,
+    /// How many connections may be joined at most; `None` where none may be. Otherwise programs hang at the egress of
+    /// the interfaces too, and programs, maps and pins outlive the process.
+    pub most_pairs: Option<u32>,
+}
+
+/// What [`probe`] found.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ProbeReport {
+    /// How programs would be attached.
+    pub attach: AttachKind,
+    /// Whether the kernel describes its types: `bpftool` then prints the maps' fields by name.
+    pub btf: bool,
+    /// The kernel's release.
+    pub kernel: String,
+}
+
+/// Loads the programs, without pinning or attaching anything, and unloads them.
+///
+/// # Errors
+/// As [`Bpf::load`].
+pub fn probe() -> Result<ProbeReport, LoadError> {
+    let settings = LoadSettings { log_level: LOG_OFF, pins: None, most_pairs: PAIRS_CAPACITY };
+    let mut ebpf = load(&settings)?;
+    for name in [PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP] {
+        load_program(&mut ebpf, name)?;
+    }
+    Ok(ProbeReport {
+        attach: AttachKind::of_kernel(),
+        btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
+        kernel: kernel_release(),
+    })
+}
+
+/// The loaded programs, their maps and pins, and the interfaces that the programs are attached to. Dropping it detaches
+/// the programs and removes the pins.
+// Fields are dropped in order: what is attached first, the pins before the maps.
+pub struct Bpf {
+    attachments: Attachments,
+    paths: Arc<Paths>,
+    has_flows: bool,
+    pins: Pins,
+    maps: Maps,
+    updates: Arc<Updates>,
+    /// The problems that were told and last.
+    told: BTreeSet<String>,
+    ebpf: Ebpf,
+}
+
+impl Bpf {
+    /// Loads the programs, creates their maps, and pins these. Pins that a dead agent left are removed.
+    ///
+    /// # Errors
+    /// The kernel or the pin directory does not allow it; the message says what to do. Nothing is left behind but what a
+    /// former agent has left, which the next one may still take over.
+    pub fn load(options: &BpfOptions) -> Result<Self, LoadError> {
+        if OBJECT.is_empty() {
+            return Err(LoadError::NoPrograms);
+        }
+        let mut pins = Pins::acquire(&options.pin_dir)?;
+        // What another agent has left is served, whatever this one does for connections of its own.
+        let has_flows = options.most_pairs.is_some() || pins.has_connections();
+        let settings = LoadSettings {
+            log_level: if options.trace { LOG_TRACE } else { LOG_OFF },
+            pins: Some(pins.directory()),
+            most_pairs: options.most_pairs.unwrap_or(PAIRS_CAPACITY),
+        };
+        let mut ebpf = load(&settings)?;
+        if has_flows {
+            for name in [PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP] {
+                load_program(&mut ebpf, name)?;
+            }
+        }
+        let kind = AttachKind::of_kernel();
+        let stay = match (has_flows, kind) {
+            (true, _) => Stay::Programs(pins.links()?),
+            (false, AttachKind::Clsact) => Stay::Nothing(Some(pins.links()?)),
+            (false, AttachKind::Tcx) => Stay::Nothing(None),
+        };
+        let updates = Arc::new(Updates::take(&mut ebpf, pins.directory())?);
+        let maps = Maps::take(&mut ebpf, pins.directory(), Arc::clone(&updates))?;
+        let paths: Arc<Paths> = Arc::default();
+        paths.set_filters(LooseInterfaces::new(listeners::table(&mut ebpf, LOOSE_INTERFACES)?));
+        pins.take_over();
+        Ok(Self {
+            attachments: Attachments::new(kind, stay),
+            paths,
+            has_flows,
+            maps,
+            updates,
+            pins,
+            told: BTreeSet::new(),
+            ebpf,
+        })
+    }
+
+    /// The pairs that the kernel forwards or may forward; `None` where it may not.
+    ///
+    /// # Errors
+    /// The maps cannot be opened, or routes cannot be asked for.
+    pub fn flows(&self) -> Option<Result<FlowTable, FlowTableError>> {
+        let open = || {
+            let routes = Routes::open()?;
+            let (updates, paths) = (Arc::clone(&self.updates), Arc::clone(&self.paths));
+            FlowTable::open(self.pins.directory(), updates, routes, paths)
+        };
+        self.has_flows.then(open)
+    }
+
+    /// What is known of the interfaces that redirected packets use.
+    pub fn paths(&self) -> &Arc<Paths> {
+        &self.paths
+    }
+
+    /// Leaves programs, maps and pins to the next agent, if connections could be joined.
+    pub fn leave(&mut self) {
+        if self.has_flows {
+            self.attachments.leave();
+            self.pins.leave();
+        }
+    }
+
+    /// Detaches the programs, unloads them and removes the pins, as dropping does.
+    pub fn close(self) {}
+
+    /// Where the maps are pinned: the directory of this version.
+    pub fn pin_directory(&self) -> &Path {
+        self.pins.directory()
+    }
+
+    /// How programs are attached on this kernel.
+    pub fn attach_kind(&self) -> AttachKind {
+        self.attachments.kind()
+    }
+
+    /// The interfaces that ingress programs hang on.
+    pub fn attachments(&self) -> Vec<Attachment> {
+        self.attachments.iter().collect()
+    }
+
+    /// Attaches the programs to the interfaces through which connections to listeners on `bound` arrive, see
+    /// [`wanted`], where connections may be joined also to all through which their packets may, see [`arrivals`], detaches them from all others, and tells them the addresses of `interfaces` (all of the node's). To
+    /// be called whenever one of these changes, and now and then: what somebody has removed is attached again. Returns what fails now and did not in the call before; what fails on one
+    /// interface does not concern the others, and is tried again in each call.
+    pub fn attach(&mut self, interfaces: &[Interface], bound: &BTreeSet<BindAddress>) -> Vec<AttachProblem> {
+        let mut wanted = wanted(interfaces, bound);
+        if self.has_flows {
+            let demanded = self.paths.wanted();
+            let missing = |interface: &&Interface| {
+                demanded.contains(&interface.index) && !wanted.iter().any(|one| one.index == interface.index)
+            };
+            wanted.extend(interfaces.iter().filter(missing).collect::<Vec<_>>());
+            if !wanted.is_empty() {
+                let known: BTreeSet<u32> = wanted.iter().map(|interface| interface.index).collect();
+                wanted.extend(arrivals(interfaces).filter(|interface| !known.contains(&interface.index)));
+            }
+        }
+        // Before programs hang there: until then they take from an interface only what is expected by it.
+        self.paths.set_links(interfaces);
+        let mut problems = self.attachments.update(&mut self.ebpf, &wanted);
+        let arrivals = arrivals(interfaces).map(|interface| interface.index);
+        self.paths.set_attached(self.attachments.indices(), arrivals);
+        problems.extend(self.maps.set_local_addresses(interfaces).into_iter().map(AttachProblem::from));
+        let before = std::mem::take(&mut self.told);
+        problems.retain(|problem| {
+            let message = problem.to_string();
+            let is_new = !before.contains(&message);
+            self.told.insert(message);
+            is_new
+        });
+        problems
+    }
+
+    /// How many packets met with each verdict since the programs were loaded, over all CPUs and interfaces.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn verdicts(&self) -> Result<Vec<(Verdict, u64)>, DatapathError> {
+        self.maps.verdicts()
+    }
+
+    /// What passes on the programs' log records, to be spawned on a runtime: they go to the crate `log`, at level trace. It ends
+    /// only when it is dropped. `None` when it was taken before.
+    ///
+    /// # Errors
+    /// The ring buffer cannot be waited for. Must be called within a tokio runtime.
+    pub fn take_log(&mut self) -> io::Result<Option<impl Future<Output = ()> + Send + 'static + use<>>> {
+        let Ok(logger) = EbpfLogger::init(&mut self.ebpf) else {
+            return Ok(None);
+        };
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe; the logger owns its one descriptor, so both are sound"
+        )]
+        let mut logger = AsyncFd::with_interest(logger, Interest::READABLE)?;
+        Ok(Some(async move {
+            while let Ok(mut ready) = logger.readable_mut().await {
+                ready.get_inner_mut().flush();
+                ready.clear_ready();
+            }
+        }))
+    }
+}
+
+impl ListenerMaps for Bpf {
+    fn attach(&mut self, interfaces: &[Interface], bound: &BTreeSet<BindAddress>) -> Vec<AttachProblem> {
+        Bpf::attach(self, interfaces, bound)
+    }
+
+    fn attachments(&self) -> Vec<Attachment> {
+        Bpf::attachments(self)
+    }
+
+    fn restored(&self) -> u64 {
+        self.attachments.restored()
+    }
+
+    fn verdicts(&self) -> Result<Vec<(Verdict, u64)>, DatapathError> {
+        Bpf::verdicts(self)
+    }
+
+    fn set_listener(
+        &mut self,
+        key: ListenerKey,
+        id: ListenerId,
+        state: ListenerState,
+    ) -> Result<(), DatapathError> {
+        self.maps.set_listener(key, id, state)
+    }
+
+    fn set_backends(&mut self, id: ListenerId, backends: Vec<BackendEntry>) -> Result<(), DatapathError> {
+        self.maps.set_backends(id, backends)
+    }
+
+    fn remove_listener(&mut self, key: ListenerKey, id: ListenerId) -> Result<(), DatapathError> {
+        self.maps.remove_listener(key, id)
+    }
+
+    fn remove_former_listeners(&mut self) -> Result<(), DatapathError> {
+        self.maps.remove_former_listeners()
+    }
+
+    fn leave(&mut self) {
+        Bpf::leave(self);
+    }
+
+    fn counters(&self, id: ListenerId) -> Result<ListenerCounters, DatapathError> {
+        self.maps.counters(id)
+    }
+}
+
+/// How the object is loaded.
+struct LoadSettings<'a> {
+    log_level: u8,
+    /// Where maps are pinned, and taken from if they are there.
+    pins: Option<&'a Path>,
+    most_pairs: u32,
+}
+
+/// Before 5.11 maps count as locked memory. Where raising the limit fails, so may creating the maps, with a reason.
+pub(super) fn raise_memory_limit() {
+    let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
+}
+
+/// Creates the maps and loads the programs.
+fn load(settings: &LoadSettings<'_>) -> Result<Ebpf, LoadError> {
+    if OBJECT.is_empty() {
+        return Err(LoadError::NoPrograms);
+    }
+    raise_memory_limit();
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global(aya_log::LEVEL, &settings.log_level, true)
+        .map_max_entries(PAIRS, settings.most_pairs)
+        .map_max_entries(FLOWS, settings.most_pairs.saturating_mul(2));
+    if let Some(pins) = settings.pins {
+        for name in PINNED_MAPS {
+            loader.map_pin_path(name, pins.join(name));
+        }
+    }
+    let mut ebpf =
+        loader.load(OBJECT).map_err(|error| LoadError::new("create the BPF maps".to_owned(), "", error))?;
+    for name in [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER] {
+        load_program(&mut ebpf, name)?;
+    }
+    Ok(ebpf)
+}
+
+/// Has the kernel verify a program.
+fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), LoadError> {
+    let program = ebpf
+        .program_mut(name)
+        .ok_or_else(|| LoadError::Object { reason: format!("they have no program {name}") })?;
+    <&mut SchedClassifier>::try_from(program)
+        .and_then(SchedClassifier::load)
+        .map_err(|error| LoadError::new(format!("load program {name}"), name, EbpfError::from(error)))
+}
+
+#[cfg(test)]
+mod tests;

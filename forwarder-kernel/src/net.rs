@@ -1,0 +1,10 @@
+//! The network as the kernel tells it, most of it by netlink.
+
+pub mod conntrack;
+pub mod filters;
+pub mod interfaces;
+#[cfg(test)]
+pub mod namespaces;
+mod netlink;
+pub mod routes;
+pub mod stack;
