@@ -6,6 +6,7 @@
 //! and, through `forwarder_kernel`, to the maps. ARCHITECTURE.md states the invariants.
 
 /// That of the C library keeps in pieces what thousands of objects have left: half as much again as is in use (docs/adr/019).
+#[cfg(feature = "jemalloc")]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

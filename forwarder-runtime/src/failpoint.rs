@@ -65,16 +65,16 @@ mod stopping {
 
     /// Comes to a step inside of which nothing else happens on this thread.
     pub fn block(step: &str) {
-        let Some(stop) = Stop::at(step) else { return };
-        while stop.stands() {
+        let Some(halt) = Stop::at(step) else { return };
+        while halt.stands() {
             thread::sleep(LOOK);
         }
     }
 
     /// Comes to a step at which the connection's task waits.
     pub async fn reached(step: &str) {
-        let Some(stop) = Stop::at(step) else { return };
-        while stop.stands() {
+        let Some(halt) = Stop::at(step) else { return };
+        while halt.stands() {
             tokio::time::sleep(LOOK).await;
         }
     }

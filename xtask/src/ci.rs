@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::setup::{Mode, Need, cargo_deny, setup};
+use crate::test::programs;
 use crate::{ebpf, process, test, tidy, vm, workspace};
 
 struct Step {
@@ -24,24 +25,13 @@ const STEPS: [Step; 10] = [
     Step { name: "build-ebpf", repeat: "cargo xtask build-ebpf", perform: || ebpf::build().map(drop) },
     Step {
         name: "clippy",
-        repeat: "cargo clippy --workspace --exclude forwarder-ebpf --all-targets -- -D warnings",
-        perform: || {
-            cargo(&[
-                "clippy",
-                "--workspace",
-                "--exclude",
-                "forwarder-ebpf",
-                "--all-targets",
-                "--",
-                "-D",
-                "warnings",
-            ])
-        },
+        repeat: "cargo clippy --workspace --exclude forwarder-ebpf --all-targets --no-default-features -- -D warnings",
+        perform: || cargo_for_all("clippy", &["--all-targets", "--", "-D", "warnings"]),
     },
     Step {
         name: "doc",
-        repeat: "RUSTDOCFLAGS='-D warnings' cargo doc --workspace --exclude forwarder-ebpf --no-deps",
-        perform: || cargo(&["doc", "--workspace", "--exclude", "forwarder-ebpf", "--no-deps"]),
+        repeat: "RUSTDOCFLAGS='-D warnings' cargo doc --workspace --exclude forwarder-ebpf --no-deps --no-default-features",
+        perform: || cargo_for_all("doc", &["--no-deps"]),
     },
     Step { name: "test", repeat: "cargo xtask test", perform: || test::test(None, &[]) },
     Step { name: "vm", repeat: "cargo xtask vm", perform: vm },
@@ -75,6 +65,11 @@ pub(crate) fn ci() -> Result<()> {
 fn vm() -> Result<()> {
     setup(Need::Vm, Mode::Install)?;
     vm::short()
+}
+
+/// Performs a subcommand on every crate but the programs, with what the tests are built with.
+fn cargo_for_all(subcommand: &str, arguments: &[&str]) -> Result<()> {
+    cargo(&[&[subcommand], &programs::WHOLE[..], arguments].concat())
 }
 
 fn cargo(arguments: &[&str]) -> Result<()> {

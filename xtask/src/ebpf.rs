@@ -13,6 +13,10 @@ use crate::workspace::{self, Profile};
 /// The variable by which the agent's build script learns where the objects to embed are.
 pub(crate) const OBJECTS_VARIABLE: &str = "FORWARDER_EBPF_OBJECTS";
 
+/// The features of everything that is built without optimisations: no allocator that takes minutes to build, and the steps at which
+/// tests stop the agent. Always the same, so that nothing is built twice.
+pub(crate) const DEV_FEATURES: [&str; 2] = ["--no-default-features", "--features=forwarder-agent/failpoints"];
+
 const TARGET: &str = "bpfel-unknown-none";
 
 /// Builds the eBPF programs and yields the folder of the objects.
@@ -51,7 +55,9 @@ pub(crate) fn build_agent(profile: Profile, objects: Option<&Path>) -> Result<Pa
     let mut command = Command::new(workspace::cargo());
     command.args(["build", "--package", "forwarder-agent"]).current_dir(workspace::root());
     match profile {
-        Profile::Dev => {}
+        Profile::Dev => {
+            command.arg("--no-default-features");
+        }
         Profile::Release => {
             command.arg("--release");
         }
@@ -67,12 +73,17 @@ pub(crate) fn build_agent(profile: Profile, objects: Option<&Path>) -> Result<Pa
 pub(crate) fn build_stepped_agent(objects: &Path) -> Result<PathBuf> {
     let mut command = Command::new(workspace::cargo());
     command
-        .args(["build", "--package", "forwarder-agent", "--features", "failpoints"])
-        .args(["--bin", "forwarder-stepped"])
+        .args(["build", "--package", "forwarder-agent", "--bin", "forwarder-stepped"])
+        .args(DEV_FEATURES)
         .current_dir(workspace::root())
         .env(OBJECTS_VARIABLE, objects);
     process::run(&mut command)?;
-    Ok(workspace::target_directory().join("debug/forwarder-stepped"))
+    Ok(stepped_agent())
+}
+
+/// The agent that tests stop at steps, which the build of all tests makes too.
+pub(crate) fn stepped_agent() -> PathBuf {
+    workspace::target_directory().join("debug/forwarder-stepped")
 }
 
 /// Builds the agent with optimisations and with the C library inside, and yields the binary: it runs in an empty folder.

@@ -19,7 +19,10 @@ pub(crate) fn test(package: Option<&str>, filters: &[OsString]) -> Result<()> {
     let objects = ebpf::build()?;
     // Integration tests put load on the agent: it is the one that users run.
     let agent = ebpf::build_agent(Profile::Release, Some(&objects))?;
-    let stepped = ebpf::build_stepped_agent(&objects)?;
+    let stepped = match package {
+        Some(_) => ebpf::build_stepped_agent(&objects)?,
+        None => ebpf::stepped_agent(),
+    };
     let prepare = |command: &mut Command| {
         command.env("FORWARDER_BIN", &agent).env("FORWARDER_STEPPED_BIN", &stepped);
         command.env(ebpf::OBJECTS_VARIABLE, &objects).envs(apiserver::environment());
@@ -28,15 +31,14 @@ pub(crate) fn test(package: Option<&str>, filters: &[OsString]) -> Result<()> {
             command.env("REQUIRE_NETNS", "1");
         }
     };
-    let whole = ["--workspace", "--exclude", "forwarder-ebpf"];
     if package.is_none() && filters.is_empty() {
-        return lanes::run(programs::build(&whole)?, prepare);
+        return lanes::run(programs::build(&[])?, prepare);
     }
     let mut command = Command::new(workspace::cargo());
     command.arg("test").current_dir(workspace::root());
     match package {
         Some(package) => command.args(["--package", package]),
-        None => command.args(whole),
+        None => command.args(programs::WHOLE),
     };
     if !filters.is_empty() {
         command.arg("--").args(filters);

@@ -20,10 +20,14 @@ pub(crate) struct Program {
     pub(crate) path: PathBuf,
 }
 
-/// Builds the programs that `cargo test` with these arguments would run.
+/// What every build of tests selects, so that none builds anew what another one has built with other features.
+pub(crate) const WHOLE: [&str; 5] =
+    ["--workspace", "--exclude", "forwarder-ebpf", ebpf::DEV_FEATURES[0], ebpf::DEV_FEATURES[1]];
+
+/// Builds the programs that `cargo test` of all crates with these arguments would run.
 pub(crate) fn build(arguments: &[&str]) -> Result<Vec<Program>> {
     let mut command = Command::new(workspace::cargo());
-    command.arg("test").args(arguments).arg("--no-run").current_dir(workspace::root());
+    command.arg("test").args(WHOLE).args(arguments).arg("--no-run").current_dir(workspace::root());
     command.arg("--message-format=json-render-diagnostics");
     // Always the same, so that nothing is built anew.
     command.env(ebpf::OBJECTS_VARIABLE, workspace::ebpf_objects());

@@ -90,8 +90,7 @@ pub(super) fn build(items: &[Item]) -> Result<Vec<(String, PathBuf)>> {
     if names.is_empty() {
         return Ok(Vec::new());
     }
-    let mut arguments = vec!["--package", "forwarder-tests"];
-    arguments.extend(names.iter().flat_map(|name| ["--test", name]));
+    let arguments: Vec<&str> = names.iter().flat_map(|name| ["--test", name]).collect();
     let programs: Vec<_> = programs::build(&arguments)?
         .into_iter()
         .filter(|program| program.is_integration)
