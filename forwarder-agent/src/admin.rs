@@ -143,7 +143,7 @@ async fn switch(
     let axum::Json(toggles) = toggles.map_err(|rejection| ApiError::json("switch", rejection))?;
     for (tier, is_on) in toggles.named() {
         if context.shared.toggles.set(tier, is_on) {
-            tracing::info!(tier = tier.as_str(), is_on, "a tier was switched, as an operator asked");
+            tracing::info!(tier = tier.as_str(), is_on, "an operator has switched a tier");
         }
     }
     Ok(axum::Json(context.shared.tiers()))
@@ -174,7 +174,7 @@ async fn reset_connections(
     tracing::info!(
         selector = serde_json::to_string(&selector).unwrap_or_default(),
         connections = report.reset,
-        "connections are reset, as an operator asked"
+        "an operator has reset connections"
     );
     Ok(axum::Json(report))
 }

@@ -147,7 +147,7 @@ impl<'a> Listeners<'a> {
         }
         let mut ended = encoder.encode_descriptor(
             "forwarder_connections_ended",
-            "Connections that ended, by how: what is neither finished nor reset by a peer was reset by the agent",
+            "Connections that ended, by close reason",
             None,
             MetricType::Counter,
         )?;
@@ -219,7 +219,7 @@ impl<'a> Listeners<'a> {
         }
         let mut verdicts = encoder.encode_descriptor(
             "forwarder_ingress_verdicts",
-            "Packets that the eBPF programs saw, by what they made of them",
+            "Packets that the eBPF programs saw, by what became of them",
             None,
             MetricType::Counter,
         )?;
@@ -228,7 +228,7 @@ impl<'a> Listeners<'a> {
         }
         let mut restored = encoder.encode_descriptor(
             "forwarder_attachments_restored",
-            "How often programs were attached again that somebody had removed from an interface",
+            "Times that programs were attached again because somebody had removed them from an interface",
             None,
             MetricType::Counter,
         )?;
@@ -297,7 +297,7 @@ fn encode_workers(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> f
     let counters = &shared.worker_counters;
     let mut fallbacks = encoder.encode_descriptor(
         "forwarder_tier_fallbacks",
-        "Times that a connection was not moved by the tier that was wanted, by reason",
+        "Connections not moved by the tier that was wanted, by reason",
         None,
         MetricType::Counter,
     )?;
@@ -331,15 +331,15 @@ fn encode_offloads(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> 
     for (name, help, field) in [
         (
             "forwarder_offloads",
-            "Connections joined in the kernel",
+            "Connections offloaded",
             (|own| own.offloaded.get()) as fn(&WorkerCounters) -> u64,
         ),
         (
             "forwarder_offloads_taken_back",
-            "Connections taken back from the kernel, since what was redirected did not arrive",
+            "Connections taken back from the kernel because redirected packets did not arrive",
             |own| own.taken_back.get(),
         ),
-        ("forwarder_pairs_inherited", "Connections in the kernel taken over from a former agent", |own| {
+        ("forwarder_pairs_inherited", "Offloaded connections taken over from a former agent", |own| {
             own.inherited.get()
         }),
     ] {
@@ -356,7 +356,7 @@ fn encode_offloads(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> 
         gauge(&mut metric, [], pairs.count() as u64)?;
         let mut metric = encoder.encode_descriptor(
             "forwarder_probes_suppressed",
-            "Times that asking an end of a connection in the kernel was put off, because too much was asked",
+            "Probes of offloaded connections that were put off because there were too many",
             None,
             MetricType::Counter,
         )?;
@@ -368,7 +368,7 @@ fn encode_offloads(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> 
 fn encode_sockmap(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> fmt::Result {
     let mut up = encoder.encode_descriptor(
         "forwarder_tier_on",
-        "Whether a tier takes new connections, as far as it was not switched off",
+        "Whether a tier takes new connections: 0 after an operator has switched it off",
         None,
         MetricType::Gauge,
     )?;
@@ -377,7 +377,7 @@ fn encode_sockmap(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> f
     }
     let Some(pairs) = shared.connections.sockmap() else { return Ok(()) };
     for (name, help, value) in [
-        ("forwarder_sockmap_pairs", "Connections whose sockets the kernel joins", pairs.count() as u64),
+        ("forwarder_sockmap_pairs", "Connections at tier sockmap", pairs.count() as u64),
         (
             "forwarder_sockmap_reserved_bytes",
             "Memory that the kernel may hold for these connections",
@@ -389,14 +389,14 @@ fn encode_sockmap(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> f
     }
     let mut stalled = encoder.encode_descriptor(
         "forwarder_sockmap_stalled",
-        "Such connections that were reset since bytes did not arrive",
+        "Connections at tier sockmap that were reset because bytes did not arrive",
         None,
         MetricType::Counter,
     )?;
     counter(&mut stalled, [], pairs.stalled())?;
     let mut verdicts = encoder.encode_descriptor(
         "forwarder_sockmap_verdicts",
-        "Segments that these sockets received, by what the eBPF program made of them",
+        "Segments that these sockets received, by what became of them",
         None,
         MetricType::Counter,
     )?;
@@ -409,7 +409,7 @@ fn encode_sockmap(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> f
 fn encode_admin(encoder: &mut DescriptorEncoder<'_>, admin: &AdminHealth) -> fmt::Result {
     let mut up = encoder.encode_descriptor(
         "forwarder_admin_up",
-        "Whether the admin endpoint is open, by each way that was asked for",
+        "Whether the admin endpoint is open, by tcp and by socket",
         None,
         MetricType::Gauge,
     )?;
@@ -423,7 +423,7 @@ fn encode_control(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> f
     let report = lock(&shared.report);
     let mut problems = encoder.encode_descriptor(
         "forwarder_problems",
-        "Problems in the input at present: severity error where something that was asked for is not served",
+        "Problems at present; severity error: something that was asked for is not served",
         None,
         MetricType::Gauge,
     )?;
@@ -436,7 +436,7 @@ fn encode_control(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> f
     }
     let mut updates = encoder.encode_descriptor(
         "forwarder_configuration_updates",
-        "Times that the input was put into force: in full, or, where nothing else had changed, its endpoints only",
+        "Times that the input was put into force: in full, or its endpoints only because nothing else had changed",
         None,
         MetricType::Counter,
     )?;

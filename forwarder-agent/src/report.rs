@@ -17,8 +17,8 @@ use forwarder_source::{Loaded, Locations};
 pub struct Report {
     /// What is wrong with the input.
     pub input: InputProblems,
-    /// The listeners that could not be bound.
-    pub bind_problems: Vec<Problem>,
+    /// What this node cannot do of it: bind a listener, or serve it at the tier that it asks for.
+    pub node_problems: Vec<Problem>,
     /// The statuses, bind failures included.
     pub statuses: Arc<Statuses>,
     /// How often the input was put into force.
@@ -42,7 +42,7 @@ impl Report {
     /// All problems: those of the input first, with their places.
     pub fn problems(&self) -> Vec<Problem> {
         let mut problems = self.input.list();
-        problems.extend(self.bind_problems.iter().cloned());
+        problems.extend(self.node_problems.iter().cloned());
         problems
     }
 
@@ -52,10 +52,10 @@ impl Report {
         self.input = input;
     }
 
-    /// Replaces the problems of listeners, and logs those that are new, and those that are over.
-    pub fn set_bind_problems(&mut self, problems: Vec<Problem>) {
-        log_changes(&self.bind_problems, &problems);
-        self.bind_problems = problems;
+    /// Replaces the problems of this node, and logs those that are new, and those that are over.
+    pub fn set_node_problems(&mut self, problems: Vec<Problem>) {
+        log_changes(&self.node_problems, &problems);
+        self.node_problems = problems;
     }
 }
 

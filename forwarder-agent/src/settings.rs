@@ -13,7 +13,7 @@ use forwarder_common::flow::PAIRS_CAPACITY;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use forwarder_gateway::allowed::{Ports, Rule};
+use forwarder_gateway::allowed::{AllowedAddresses, AllowedPorts, Ports, Rule};
 use forwarder_gateway::model::{Datapath, Egress, ListenerSettings, OnRemoval};
 use forwarder_gateway::problem::Location;
 use forwarder_gateway::resolve::CONTROLLER_NAME;
@@ -32,8 +32,8 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_MANIFESTS", value_name = "PATH")]
     pub manifests: Option<PathBuf>,
 
-    /// Folder in which the agent keeps what is in force for the next one: the last good version of each object, for a manifest that
-    /// has an error when that one starts, or an API server that is away [default: none]
+    /// Folder for the last good version of each object. An agent uses these at its start if a manifest has an error or the API server
+    /// does not answer [default: none]
     #[arg(long, env = "FORWARDER_STATE_DIR", value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
 
@@ -41,21 +41,21 @@ pub struct Options {
     #[command(flatten)]
     pub kube: KubeOptions,
 
-    /// TCP address of the admin endpoint (/healthz, /readyz, /metrics, /v1/...), which changes nothing there, or `off`
+    /// TCP address of the admin endpoint (/healthz, /readyz, /metrics, /v1/...), read-only; `off` closes it
     /// [default: 127.0.0.1:9902]
     #[arg(long, env = "FORWARDER_ADMIN", value_name = "ADDR:PORT")]
     pub admin: Option<AdminAddress>,
 
-    /// Names by which requests may address that endpoint, beside IP addresses and `localhost`; `*` is any
+    /// Host names allowed in requests to --admin, besides IP addresses and `localhost`; `*` allows any
     #[arg(long, env = "FORWARDER_ADMIN_HOSTS", value_name = "NAME", value_delimiter = ',')]
     pub admin_hosts: Vec<String>,
 
-    /// Socket of the admin endpoint, for its owner alone, by which it also resets and switches, or `off`
+    /// Unix socket of the admin endpoint, for reads and changes, open to its owner only; `off` closes it
     /// [default: /run/forwarder/admin.sock]
     #[arg(long, env = "FORWARDER_ADMIN_SOCKET", value_name = "PATH")]
     pub admin_socket: Option<AdminSocketPath>,
 
-    /// Group, by name or number, whose members may use the socket too [default: none]
+    /// Group (name or GID) that may use the admin socket too [default: none]
     #[arg(long, env = "FORWARDER_ADMIN_SOCKET_GROUP", value_name = "GROUP")]
     pub admin_socket_group: Option<GroupName>,
 
@@ -63,29 +63,29 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_CONTROLLER_NAME", value_name = "NAME")]
     pub controller_name: Option<String>,
 
-    /// How bytes are moved, where a Gateway's annotation says nothing else [default: auto]
+    /// How data is forwarded, unless an annotation of the Gateway says otherwise [default: auto]
     #[arg(long, env = "FORWARDER_DATAPATH", value_enum)]
     pub datapath: Option<Datapath>,
 
-    /// When a connection is taken into the kernel: after it has moved so many bytes (`64KiB`) or lasted so long (`500ms`),
-    /// or whichever comes first (`64KiB,500ms`) [default: 64KiB,500ms]
+    /// When a connection is offloaded to the kernel: after a number of bytes (`64KiB`), after a time (`500ms`), or whichever
+    /// comes first (`64KiB,500ms`) [default: 64KiB,500ms]
     #[arg(long, env = "FORWARDER_OFFLOAD_AFTER", value_name = "BYTES,DURATION")]
     pub offload_after: Option<OffloadAfter>,
 
-    /// How packets of connections in the kernel leave the node [default: auto]
+    /// How packets of offloaded connections leave the node [default: auto]
     #[arg(long, env = "FORWARDER_EGRESS", value_enum)]
     pub egress: Option<Egress>,
 
-    /// How many connections the kernel may forward at once; more stay in userspace [default: 262144]
+    /// Maximum number of offloaded connections; others stay in userspace [default: 262144]
     #[arg(long, env = "FORWARDER_MAX_PAIRS", value_name = "N")]
     pub max_pairs: Option<u32>,
 
-    /// How much memory the kernel may hold for connections of tier `sockmap`; more of them stay in userspace
+    /// Maximum kernel memory for connections of tier `sockmap`; beyond it, connections stay in userspace
     /// [default: 256MiB]
     #[arg(long, env = "FORWARDER_SOCKMAP_MEMORY", value_name = "BYTES")]
     pub sockmap_memory: Option<BytesText>,
 
-    /// Have tier `sockmap` also on kernels before 6.18, which may lose or double bytes [default: false]
+    /// Allow tier `sockmap` on kernels before 6.18, which may lose or repeat data [default: false]
     #[arg(
         long,
         env = "FORWARDER_SOCKMAP_UNSAFE_KERNEL",
@@ -96,12 +96,12 @@ pub struct Options {
     )]
     pub sockmap_unsafe_kernel: Option<bool>,
 
-    /// How long after the agent's end new connections are held back for its successor, instead of being refused; 0 is off
+    /// How long new connections wait for the next agent after this one has stopped, instead of being refused; 0 is off
     /// [default: 30s]
     #[arg(long, env = "FORWARDER_HOLD", value_name = "DURATION")]
     pub hold: Option<DurationText>,
 
-    /// Folder on a BPF file system in which maps are pinned [default: /sys/fs/bpf/forwarder]
+    /// Folder on a BPF file system for pinned maps and programs [default: /sys/fs/bpf/forwarder]
     #[arg(long, env = "FORWARDER_PIN_DIR", value_name = "DIR")]
     pub pin_dir: Option<PathBuf>,
 
@@ -109,11 +109,11 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_WORKERS", value_name = "N")]
     pub workers: Option<usize>,
 
-    /// Reset a connection after this long without a byte in either direction; 0 is off [default: 0]
+    /// Reset a connection after both directions were idle this long; 0 is off [default: 0]
     #[arg(long, env = "FORWARDER_IDLE_TIMEOUT", value_name = "DURATION")]
     pub idle_timeout: Option<DurationText>,
 
-    /// The same for a connection of which one direction has ended; 0 is off [default: 15m]
+    /// Reset a connection of which one side has closed after this long without a byte; 0 is off [default: 15m]
     #[arg(long, env = "FORWARDER_HALF_CLOSED_TIMEOUT", value_name = "DURATION")]
     pub half_closed_timeout: Option<DurationText>,
 
@@ -125,40 +125,39 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_KEEPALIVE", value_name = "DURATION")]
     pub keepalive: Option<DurationText>,
 
-    /// How long connections may go on after SIGTERM; what is left is reset, spread over the last quarter [default: 30s]
+    /// How long connections may go on after SIGTERM; those left are reset during its last quarter [default: 30s]
     #[arg(long, env = "FORWARDER_DRAIN_TIMEOUT", value_name = "DURATION")]
     pub drain_timeout: Option<DurationText>,
 
-    /// What becomes of open connections whose listener, backend or endpoint is removed from the manifests, where a
-    /// Gateway's annotation says nothing else: `keep` lets them go on, `drain` resets them after --removal-drain unless
-    /// what was removed comes back, `reset` does so at once [default: keep]
+    /// What happens to open connections if their listener, backend or endpoint is removed, unless an annotation of the Gateway
+    /// says otherwise: `keep` lets them go on, `drain` resets them after --removal-drain unless the removed object comes back,
+    /// `reset` resets them at once [default: keep]
     #[arg(long, env = "FORWARDER_ON_REMOVAL", value_enum)]
     pub on_removal: Option<OnRemoval>,
 
-    /// How long such connections may go on with `--on-removal drain`; what is left is reset, spread over the last quarter
-    /// [default: 30s]
+    /// How long `--on-removal drain` lets connections go on; those left are reset during its last quarter [default: 30s]
     #[arg(long, env = "FORWARDER_REMOVAL_DRAIN", value_name = "DURATION")]
     pub removal_drain: Option<DurationText>,
 
-    /// Ports that listeners may take, such as `1024-65535`; with `!` in front, such as `!10250`, those that they may not. The narrowest
-    /// range decides; what none says anything of is allowed [default: all]
+    /// Ports that listeners may not use, such as `!1-1023`, and exceptions, such as `443`. The narrowest range that contains a port
+    /// decides; a port in no range is allowed [default: all]
     #[arg(long, env = "FORWARDER_LISTENER_PORTS", value_name = "PORTS", value_delimiter = ',')]
     #[serde(default)]
     pub listener_ports: Vec<Rule<Ports>>,
 
-    /// Networks that endpoints may lie in, such as `10.0.0.0/8`; with `!` in front, those that they may not. The narrowest one
-    /// decides; what none says anything of is allowed [default: all, and from a Kubernetes API not those of loopback, of single links,
-    /// of multicast, and of IPv4 mapped into IPv6]
+    /// Networks that endpoints may not be in, such as `!10.0.0.0/8`, and exceptions, such as `10.1.0.0/16`. The narrowest network
+    /// that contains an address decides; an address in no network is allowed. With a Kubernetes API, loopback, link-local, multicast
+    /// and IPv4-mapped networks are refused too, unless named as exceptions [default: all]
     #[arg(long, env = "FORWARDER_ENDPOINT_CIDRS", value_name = "CIDR", value_delimiter = ',')]
     #[serde(default)]
     pub endpoint_cidrs: Vec<Rule<IpNet>>,
 
-    /// How long a port that another process had must have been free before a listener takes it, so that a daemon that is restarted
-    /// finds its port again [default: 10s]
+    /// How long a port that another process used must be free before a listener takes it, so that a restarted daemon gets its
+    /// port back [default: 10s]
     #[arg(long, env = "FORWARDER_PORT_WAIT", value_name = "DURATION")]
     pub port_wait: Option<DurationText>,
 
-    /// Local addresses to connect to endpoints from, in turn: each adds some 28,000 connections per endpoint
+    /// Source addresses for connections to endpoints, used in turn; each allows about 28,000 per endpoint
     #[arg(long, env = "FORWARDER_SOURCE_ADDRESSES", value_name = "ADDR", value_delimiter = ',')]
     #[serde(default)]
     pub source_addresses: Vec<IpAddr>,
@@ -371,6 +370,7 @@ impl Options {
             (Some(path), Some(_)) => return Err(SettingsError::TwoSources { path }),
             (None, None) => return Err(SettingsError::NoSource),
         };
+        check_rules(&source, &self.listener_ports, &self.endpoint_cidrs)?;
         Ok(Settings {
             source,
             admin: AdminSettings::new(
@@ -428,6 +428,33 @@ fn outside(state_dir: Option<PathBuf>, manifests: &Path) -> Result<Option<PathBu
     }
 }
 
+/// Refuses a rule that allows what is allowed anyway: whoever wrote it expects that all else is refused.
+fn check_rules(
+    source: &SourceSettings,
+    ports: &[Rule<Ports>],
+    networks: &[Rule<IpNet>],
+) -> Result<(), SettingsError> {
+    if let Some(ports) = AllowedPorts::new(ports.to_vec()).without_effect() {
+        return Err(SettingsError::Value {
+            setting: "listener-ports",
+            value: format!("`{ports}` without a wider range with `!`"),
+            remedy: "all ports are allowed anyway; add `!1-65535` to refuse all others",
+        });
+    }
+    let addresses = match source {
+        SourceSettings::Files { .. } => AllowedAddresses::for_files(networks.to_vec()),
+        SourceSettings::Kube(_) => AllowedAddresses::for_cluster(networks.to_vec()),
+    };
+    if let Some(network) = addresses.without_effect() {
+        return Err(SettingsError::Value {
+            setting: "endpoint-cidrs",
+            value: format!("`{network}` without a wider network with `!`"),
+            remedy: "all its addresses are allowed anyway; add `!0.0.0.0/0` and `!::/0` to refuse all others",
+        });
+    }
+    Ok(())
+}
+
 fn or_default(value: Option<DurationText>, default: Duration) -> Duration {
     value.map_or(default, |text| text.0)
 }
@@ -459,6 +486,24 @@ mod tests {
         assert_eq!(settings.workers, 2);
         assert_eq!(settings.listener_defaults.idle_timeout, Some(Duration::from_hours(1)));
         assert_eq!(settings.admin.address, None);
+    }
+
+    #[test]
+    fn a_rule_that_refuses_nothing_by_itself_is_refused() {
+        let outcome = |text: &str| {
+            let options = Options { manifests: Some("m".into()), ..from_text(text).unwrap() };
+            options.validate().map(drop).map_err(|error| error.to_string())
+        };
+        let message = "setting listener-ports cannot be `1024-65535` without a wider range with `!`: all ports are allowed anyway; add \
+                       `!1-65535` to refuse all others";
+        assert_eq!(outcome("listenerPorts: ['1024-65535']\n"), Err(message.to_owned()));
+        assert_eq!(outcome("listenerPorts: ['!1-65535', '1024-65535']\n"), Ok(()));
+        assert!(
+            outcome("endpointCidrs: [10.0.0.0/8]\n")
+                .unwrap_err()
+                .contains("endpoint-cidrs cannot be `10.0.0.0/8`")
+        );
+        assert_eq!(outcome("endpointCidrs: ['!0.0.0.0/0', 10.0.0.0/8]\n"), Ok(()));
     }
 
     #[test]

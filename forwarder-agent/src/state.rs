@@ -80,7 +80,7 @@ impl AgentState {
     pub fn tiers(&self) -> DatapathTiers {
         let (tc_error, sockmap_error) = {
             let report = self.report();
-            (report.datapath.error.clone(), report.datapath.sockmap_error.clone())
+            (report.datapath.tc_error.clone(), report.datapath.sockmap_error.clone())
         };
         let (pairs, sockmap) = (&self.connections.pairs, self.connections.sockmap.get());
         let state = |tier, is_available: Option<bool>| match is_available {

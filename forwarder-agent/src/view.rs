@@ -107,6 +107,9 @@ pub struct DatapathView {
     /// Why not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Why tier `tc` does not work.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tc_error: Option<String>,
     /// Why tier `sockmap` does not work.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sockmap_error: Option<String>,

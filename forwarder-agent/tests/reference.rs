@@ -7,8 +7,12 @@ use std::path::Path;
 use clap::{Args as _, Command};
 use forwarder_agent::settings::Options;
 use forwarder_common::Verdict;
+use forwarder_common::layout::PINNED_MAPS;
+use forwarder_common::sockmap::{CREDITS, NOTICES, SOCK_VERDICTS, SOURCES, STREAMS, TARGETS};
 use forwarder_dataplane::counters::End;
 use forwarder_dataplane::relay::Fallback;
+use forwarder_gateway::problem::Reason;
+use forwarder_gateway::resolve::ANNOTATIONS;
 use forwarder_kernel::fallback_reason::FallbackReason;
 
 /// The rows of the tables of a page, each as its cells.
@@ -34,6 +38,67 @@ fn every_fallback_reason_is_explained() {
     let reasons = FallbackReason::ALL.map(FallbackReason::as_str);
     let of_userspace = Fallback::ALL.map(Fallback::as_str);
     assert_eq!(names("fallback-reasons.md", 0), set(reasons.into_iter().chain(of_userspace)));
+}
+
+#[test]
+fn every_reason_of_a_problem_is_explained() {
+    assert_eq!(names("problems.md", 0), set(Reason::ALL.map(Reason::as_str)));
+}
+
+#[test]
+fn every_annotation_is_explained() {
+    assert_eq!(names("annotations.md", 0), set(ANNOTATIONS));
+}
+
+#[test]
+fn every_map_is_explained() {
+    let of_sockmap = [SOURCES, TARGETS, STREAMS, CREDITS, NOTICES, SOCK_VERDICTS];
+    assert_eq!(names("maps.md", 0), set(PINNED_MAPS.into_iter().chain(of_sockmap)));
+}
+
+/// The names stand in the source alone: a metric appears once there is something to count.
+#[test]
+fn every_metric_is_explained() {
+    let source = ["metrics.rs", "metrics/cluster.rs"].map(|file| {
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(file)).expect("a source")
+    });
+    let known: BTreeSet<&str> = source
+        .iter()
+        .flat_map(|text| text.split('"'))
+        .filter(|text| {
+            text.starts_with("forwarder_") && text.bytes().all(|it| it.is_ascii_lowercase() || it == b'_')
+        })
+        .collect();
+    assert!(known.len() > 30, "{known:?}");
+    let explained = names("metrics.md", 0);
+    let bare = |name: &str| {
+        let name = name.strip_suffix("_total").or_else(|| name.strip_suffix("_info")).unwrap_or(name);
+        name.to_owned()
+    };
+    assert_eq!(explained.iter().map(|name| bare(name)).collect::<BTreeSet<_>>(), set(known));
+}
+
+/// `UPDATE_EXPECT=1 cargo test -p forwarder-agent --test reference` writes the page.
+#[test]
+fn every_command_is_shown_as_it_explains_itself() {
+    let mut page = "# Command line\n\nWhat `--help` prints.\n".to_owned();
+    let mut command = forwarder_agent::cli::command();
+    command.build();
+    show(&mut page, &mut command);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/reference/cli.md");
+    expect_test::expect_file![path].assert_eq(&page);
+}
+
+/// The help of a command, and below it that of its subcommands.
+fn show(page: &mut String, command: &mut Command) {
+    let shown = command.clone().term_width(100).mut_args(|argument| argument.hide_env_values(true));
+    let help = { shown }.render_long_help().to_string();
+    let lines = help.lines().map(str::trim_end).collect::<Vec<_>>().join("\n");
+    let name = command.get_bin_name().unwrap_or("forwarder").to_owned();
+    page.extend(["\n## ", &name, "\n\n```text\n", lines.trim_end(), "\n```\n"]);
+    for subcommand in command.get_subcommands_mut().filter(|subcommand| subcommand.get_name() != "help") {
+        show(page, subcommand);
+    }
 }
 
 #[test]

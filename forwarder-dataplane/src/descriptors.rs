@@ -41,7 +41,7 @@ impl Descriptors {
         let limit = getrlimit(Resource::Nofile);
         let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
         if let Err(errno) = setrlimit(Resource::Nofile, raised) {
-            tracing::warn!(%errno, "cannot raise the limit on open files");
+            tracing::warn!(%errno, "cannot raise the limit on open files: it stays as it is; raise LimitNOFILE or `ulimit -n`");
         }
         Self::new(getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX))
     }

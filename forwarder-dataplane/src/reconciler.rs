@@ -122,7 +122,7 @@ impl InForce {
         if let Some(datapath) = &mut self.datapath
             && let Err(error) = operation(datapath.as_mut())
         {
-            tracing::warn!(%error, "the kernel's view of the listeners is incomplete; traffic is not affected");
+            tracing::warn!(%error, "cannot write a listener to the BPF maps: its packets are not counted; traffic is not affected");
         }
     }
 
@@ -191,11 +191,11 @@ fn log_route(before: Option<&Listener>, after: &Listener) {
     let listener = &after.name;
     match (before.and_then(route), route(after)) {
         (Some(route), None) => {
-            tracing::warn!(%listener, former = %route, "no TCPRoute serves the listener any more: new connections are reset; see the conditions of the route, if it is still there");
+            tracing::warn!(%listener, former = %route, "no TCPRoute serves the listener any more: new connections are reset; the conditions of the route say why, if it is still there");
         }
-        (None, Some(route)) => tracing::info!(%listener, %route, "a listener has got a route"),
+        (None, Some(route)) => tracing::info!(%listener, %route, "a route now serves the listener"),
         (Some(former), Some(route)) if former != route => {
-            tracing::info!(%listener, %route, %former, "another route serves a listener");
+            tracing::info!(%listener, %route, %former, "another route now serves the listener");
         }
         (Some(route), Some(_)) if before.map(|before| &before.route) != Some(&after.route) => {
             tracing::info!(%listener, %route, "the backends of a listener's route have changed");
@@ -214,7 +214,7 @@ fn log_failure(key: ListenerKey, listener: &ListenerName, failure: &Failure) {
         address = %key,
         error = %failure.message(key),
         holder,
-        "cannot listen; trying again until it works"
+        "cannot listen: the listener's clients are refused; trying again until it works"
     );
 }
 

@@ -65,7 +65,7 @@ impl Upstream {
     /// Notes that an endpoint was connected; logs it where none could be before.
     fn is_reached(&self, endpoint: SocketAddr) {
         if self.is_down.load(Ordering::Relaxed) && self.is_down.swap(false, Ordering::Relaxed) {
-            tracing::info!(backend = %self.key, %endpoint, "the backend is reached again");
+            tracing::info!(backend = %self.key, %endpoint, "an endpoint of the backend accepts connections again");
         }
     }
 
@@ -77,7 +77,7 @@ impl Upstream {
                 %endpoint,
                 reason = failure.as_str(),
                 %error,
-                "no endpoint of the backend takes a connection: its clients are reset until one does"
+                "no endpoint of the backend accepts connections: its clients are reset until one does"
             );
         }
     }

@@ -263,7 +263,7 @@ async fn command_loop(worker: Rc<Worker>, mut commands: mpsc::UnboundedReceiver<
                     ));
                 }
                 Err(error) => {
-                    tracing::error!(listener = %listener.key, %error, "cannot watch the listener's socket; a worker does not accept on it");
+                    tracing::error!(listener = %listener.key, %error, "cannot watch a listener's socket: one worker does not accept on it");
                 }
             },
             Command::Unlisten { id, done } => {
@@ -274,7 +274,7 @@ async fn command_loop(worker: Rc<Worker>, mut commands: mpsc::UnboundedReceiver<
             Command::Adopt { socket, peer, listener } => match TcpStream::from_std(socket) {
                 Ok(downstream) => worker.serve(downstream, peer, &listener),
                 Err(error) => {
-                    tracing::error!(%error, "cannot watch a connection that was handed over; it is closed");
+                    tracing::warn!(%error, "cannot watch a connection that another worker accepted: it is reset");
                     worker.load().fetch_sub(1, Ordering::Relaxed);
                 }
             },

@@ -64,6 +64,11 @@ impl AllowedAddresses {
         Self(rules)
     }
 
+    /// A network that a rule allows although none of it is refused, if there is one: the rule changes nothing.
+    pub fn without_effect(&self) -> Option<IpNet> {
+        without_effect(&self.0, |inner, outer| outer.contains(&inner))
+    }
+
     /// The network because of which `ip` is refused, if it is. One of IPv4 that is mapped into IPv6 has to be allowed as both.
     pub fn refusing(&self, ip: IpAddr) -> Option<IpNet> {
         let refusing = |ip: IpAddr| {
@@ -82,11 +87,24 @@ impl AllowedPorts {
         Self(rules)
     }
 
+    /// Ports that a rule allows although none of them is refused, if there are: the rule changes nothing.
+    pub fn without_effect(&self) -> Option<Ports> {
+        without_effect(&self.0, |inner, outer| outer.first <= inner.first && inner.last <= outer.last)
+    }
+
     /// The ports because of which `port` is refused, if it is.
     pub fn refusing(&self, port: u16) -> Option<Ports> {
         let holds = |rule: &&Rule<Ports>| rule.range.range().contains(&port);
         decide(self.0.iter().filter(holds), |range| u32::from(range.last - range.first))
     }
+}
+
+/// The first rule that allows what no wider one refuses: whoever wrote it expects that something is refused.
+fn without_effect<R: Copy>(rules: &[Rule<R>], is_within: impl Fn(R, R) -> bool) -> Option<R> {
+    let has_effect =
+        |rule: &&Rule<R>| rules.iter().any(|other| !other.is_allowed && is_within(rule.range, other.range));
+    let allowing = rules.iter().filter(|rule| rule.is_allowed);
+    allowing.filter(|rule| !has_effect(rule)).map(|rule| rule.range).next()
 }
 
 /// The range that refuses what lies in all of these, if the narrowest one does; of two that are as wide, the one that refuses.
@@ -203,6 +221,26 @@ mod tests {
         assert!(refuses("127.0.0.0/8", "::ffff:127.0.0.1"));
         assert!(refuses("::ffff:0:0/96", "::ffff:127.0.0.1"));
         assert!(!refuses("127.0.0.0/8 ::ffff:0:0/96", "::ffff:127.0.0.1"));
+    }
+
+    #[test]
+    fn a_rule_that_allows_what_is_allowed_anyway_is_found() {
+        for (text, found) in [
+            ("", None),
+            ("!1-1023 443", None),
+            ("!1-65535 1024-65535", None),
+            ("1024-65535", Some("1024-65535")),
+            ("!1-1023 443 3306", Some("3306")),
+            ("!1-1023 1000-2000", Some("1000-2000")),
+        ] {
+            let ports = AllowedPorts::new(rules(text));
+            assert_eq!(ports.without_effect().map(|ports| ports.to_string()).as_deref(), found, "{text}");
+        }
+        let [of_files, of_cluster] = [AllowedAddresses::for_files, AllowedAddresses::for_cluster]
+            .map(|make| make(rules("127.0.0.0/8")).without_effect().map(|network| network.to_string()));
+        assert_eq!((of_files.as_deref(), of_cluster), (Some("127.0.0.0/8"), None));
+        assert_eq!(AllowedAddresses::for_files(rules("!0.0.0.0/0 10.0.0.0/8")).without_effect(), None);
+        assert!(AllowedAddresses::for_cluster(rules("0.0.0.0/0")).without_effect().is_some());
     }
 
     #[test]

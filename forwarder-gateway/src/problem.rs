@@ -91,11 +91,47 @@ pub enum Reason {
     Loop,
     /// An endpoint has an address that was refused by setting: it is ignored.
     AddressNotAllowed,
+    /// A listener asks for a tier of the kernel that this node does not have: it is served by another one.
+    TierUnavailable,
     /// Every weight of the route is zero, or it has no backend: connections are rejected.
     NoDestination,
 }
 
 impl Reason {
+    /// All of them.
+    pub const ALL: [Self; 30] = [
+        Self::Unreadable,
+        Self::Malformed,
+        Self::Invalid,
+        Self::DuplicateObject,
+        Self::Refused,
+        Self::UnsupportedKind,
+        Self::UnknownField,
+        Self::UnsupportedValue,
+        Self::UnsupportedProtocol,
+        Self::GatewayClassNotFound,
+        Self::InvalidParameters,
+        Self::UnsupportedAddress,
+        Self::AddressNotUsable,
+        Self::NotAllowed,
+        Self::PortUnavailable,
+        Self::ProtocolConflict,
+        Self::InvalidRouteKinds,
+        Self::NoMatchingParent,
+        Self::NotAllowedByListeners,
+        Self::NoRoute,
+        Self::Superseded,
+        Self::DroppedRule,
+        Self::RefNotPermitted,
+        Self::InvalidKind,
+        Self::BackendNotFound,
+        Self::NoEndpoints,
+        Self::Loop,
+        Self::AddressNotAllowed,
+        Self::TierUnavailable,
+        Self::NoDestination,
+    ];
+
     /// The reason's name, as it stands in metrics, JSON and conditions.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -127,6 +163,7 @@ impl Reason {
             Self::NoEndpoints => "NoEndpoints",
             Self::Loop => "Loop",
             Self::AddressNotAllowed => "AddressNotAllowed",
+            Self::TierUnavailable => "TierUnavailable",
             Self::NoDestination => "NoDestination",
         }
     }

@@ -3,6 +3,7 @@
 mod bind;
 mod listener_set;
 pub mod nodes;
+mod tiers;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -17,6 +18,7 @@ use self::bind::verdict_of;
 pub use self::bind::{BindFailure, apply_bind_failures};
 pub use self::listener_set::ListenerSetStatus;
 pub(crate) use self::listener_set::{SetVerdict, listener_set_conditions, unprogrammed_reason};
+pub use self::tiers::MissingTiers;
 
 /// The status of a condition.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq, Serialize)]

@@ -320,7 +320,7 @@ impl FlowTable {
     /// later. To be called once for each pair that was joined or inherited.
     pub fn remove(&self, pair: &JoinedPair) {
         if let Err(error) = self.updates.set_flows(&pair.in_state(STATE_OVER)) {
-            tracing::warn!(%error, "a pair goes on until it is removed");
+            tracing::warn!(%error, "cannot end an offloaded connection at once: it goes on until its map entries are removed");
         }
         self.gate.condemn(pair.condemned());
     }

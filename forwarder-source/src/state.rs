@@ -160,17 +160,19 @@ pub async fn keep(file: StateFile, spares_former: bool, mut state: watch::Receiv
         match panics::survived(move || to.write(&objects)).await {
             Ok(Ok(())) => {
                 if std::mem::take(&mut has_failed) {
-                    tracing::info!(state = %file.path().display(), "the state is kept again");
+                    tracing::info!(state = %file.path().display(), "the kept state is written again");
                 }
                 written = Some(loaded);
             }
             Ok(Err(error)) => {
                 if !std::mem::replace(&mut has_failed, true) {
-                    tracing::warn!(%error, "the state is not kept; trying again");
+                    tracing::warn!(%error, "cannot write the kept state: the next agent may start with an older one, or none; trying again");
                 }
                 state.mark_changed();
             }
-            Err(error) => tracing::error!(%error, "writing the state panicked"),
+            Err(error) => {
+                tracing::error!(%error, "BUG: writing the kept state panicked: the next agent may start with an older one; please report it");
+            }
         }
         sleep(interval.max(started.elapsed() * REST)).await;
     }

@@ -83,7 +83,7 @@ async fn resume(path: PathBuf, file: &StateFile) -> (FileSource, bool) {
             tracing::info!(
                 state = %file.path().display(),
                 objects = source.count(),
-                "holding the last good version of each object until the manifests say otherwise"
+                "found the kept state: an object with an error is served in its last good version"
             );
             (source, false)
         }
@@ -91,7 +91,7 @@ async fn resume(path: PathBuf, file: &StateFile) -> (FileSource, bool) {
         Err(error) => {
             tracing::warn!(
                 %error,
-                "the kept state cannot be used: an object whose manifest has an error now is not served in its last good version"
+                "cannot use the kept state: an object whose manifest has an error now is not served; correct the manifest"
             );
             (FileSource::new(path), true)
         }
@@ -129,8 +129,7 @@ async fn watch_at(
         } else {
             tracing::error!(
                 manifests = %path.display(),
-                "BUG: the agent cannot read the manifests: what was in force stays so; they are tried again; please report it with \
-                 the manifests"
+                "BUG: the agent cannot read the manifests: the former configuration stays in force; trying again; please report it with the manifests"
             );
             (source, watcher) = (FileSource::resume(&path, Loaded::clone(&updates.borrow())), None);
         }
@@ -181,14 +180,14 @@ fn watcher(path: &Path, source_path: &Path, notices: &Arc<Notices>) -> Option<Re
     let watcher = notify::recommended_watcher(move |event| notices.tell(&path, &source_path, event));
     watcher
         .inspect_err(
-            |error| tracing::warn!(%error, "cannot watch files: changes are noticed by looking only"),
+            |error| tracing::warn!(%error, "cannot watch files: changes are noticed by polling only"),
         )
         .ok()
 }
 
 fn add(watcher: &mut RecommendedWatcher, folder: &Path) {
     if let Err(error) = watcher.watch(folder, RecursiveMode::NonRecursive) {
-        tracing::debug!(path = %folder.display(), %error, "cannot watch: changes are noticed by looking only");
+        tracing::debug!(path = %folder.display(), %error, "cannot watch a folder: changes are noticed by polling only");
     }
 }
 

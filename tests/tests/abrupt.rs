@@ -160,7 +160,7 @@ fn a_hangup_has_the_manifests_read_and_ends_nothing() {
     for time in 1..=2 {
         forwarding.agent.hang_up().expect("it works");
         wait_until("it says so", WAIT, || {
-            forwarding.agent.log().matches("SIGHUP: the manifests are read").count() == time
+            forwarding.agent.log().matches("SIGHUP: reading the manifests again").count() == time
         });
     }
     client::ping(&stream, b"still here").expect("an echo");

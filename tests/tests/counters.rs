@@ -158,6 +158,38 @@ fn without_capabilities_it_forwards_all_the_same_and_says_so_once() {
     assert_eq!(reasons.len(), 1, "{reasons:#?}\n{log}");
 }
 
+/// A tier that is asked for by its name is not replaced silently by another one.
+#[test]
+fn a_listener_that_asks_for_a_tier_that_is_missing_is_a_problem() {
+    if !require_root() {
+        return;
+    }
+    let command = AgentCommand::new(&["--datapath", "tc"]).wrapped(&[
+        "setpriv",
+        "--bounding-set=-all",
+        "--inh-caps=-all",
+        "--no-new-privs",
+    ]);
+    let forwarding = Forwarding::start_with(&command, peer::transfer).unwrap();
+    let agent = &forwarding.agent;
+    client::transfer(&forwarding.connect().unwrap(), 1, 100_000, 100_000).unwrap();
+    let count = || {
+        let labels = [("severity", "warning"), ("reason", "TierUnavailable")];
+        agent.metrics().map(|metrics| metrics.sum("forwarder_problems", &labels))
+    };
+    wait_until("the problem is told", WAIT, || count().is_ok_and(|count| count == 1));
+    let problems = agent.state().unwrap()["problems"].to_string();
+    assert!(problems.contains("listener a asks for tier tc, which does not work on this node"), "{problems}");
+    // Who asks for `auto` has no problem.
+    let gateway = format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\n\
+         metadata: {{name: gw, annotations: {{forwarder.dev/datapath: auto}}}}\n\
+         spec:\n  gatewayClassName: forwarder\n  listeners:\n  - {{name: a, port: {LISTENER_PORT}, protocol: TCP}}\n"
+    );
+    forwarding.manifests.write("gateway-gw", &gateway).unwrap();
+    wait_until("the problem is over", WAIT, || count().is_ok_and(|count| count == 0));
+}
+
 #[test]
 fn metrics_count_connections_and_bytes_while_they_flow() {
     const CONNECTIONS: usize = 20;

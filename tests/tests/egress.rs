@@ -180,7 +180,7 @@ fn where_neither_arrives_connections_stay_in_userspace() {
         let agent = &forwarding.agent;
         swallow(&forwarding, family, true);
         let first = connect(&forwarding, family, 1).remove(0);
-        let avoided = || agent.log().matches("does not arrive").count();
+        let avoided = || agent.log().matches("packets sent by this interface do not arrive").count();
         wait_until("neither way arrives", LONG, || {
             client::ping(&first, b"where to?").expect("an echo");
             agent.log().contains("way=\"redirect\"")

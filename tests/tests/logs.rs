@@ -50,7 +50,7 @@ fn a_backend_that_is_not_reached_is_told_once_and_so_is_that_it_is_again() {
     let address = fixture.topology.node_address(LISTENER_PORT);
     let (down, up) = (
         ["WARN", "no endpoint of the backend", "default/a:3306", "refused"],
-        ["INFO", "is reached again", "default/a:3306"],
+        ["INFO", "an endpoint of the backend accepts connections again", "default/a:3306"],
     );
     for round in 1..=2 {
         for _ in 0..3 {
@@ -89,7 +89,7 @@ fn what_changes_is_told() {
     fixture.wait_lines(&["WARN", "no TCPRoute serves the listener any more", "default/gw/a", "default/a"], 1);
     fixture.wait_lines(&["WARN", "NoRoute"], 1);
     manifests.route("a", &[BackendRef { service: "a", weight: 1 }]).expect("a route");
-    fixture.wait_lines(&["INFO", "has got a route", "default/gw/a"], 1);
+    fixture.wait_lines(&["INFO", "a route now serves the listener", "default/gw/a"], 1);
     fixture.wait_lines(&["INFO", "solved: ", "NoRoute"], 1);
     // The same at another line is nothing new.
     manifests

@@ -356,7 +356,7 @@ spec: {parentRefs: [{name: gw, sectionname: b}]}
     pair.session(9001, "one");
     pair.session(9002, "two");
     let log = pair.agent.log();
-    assert!(log.contains("holding the last good version of each object"), "{log}");
+    assert!(log.contains("an object with an error is served in its last good version"), "{log}");
     assert!(log.contains("the version before stays in force"), "{log}");
 
     // The folder is gone, as before its volume is mounted.

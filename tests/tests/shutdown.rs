@@ -347,7 +347,7 @@ fn after_the_removal_of_its_daemon_set_an_agent_leaves_nothing_in_the_kernel() {
     for is_removed in [false, true] {
         let mut served = Served::start(&at_once(&["--drain-timeout", "1s"])).expect("an agent");
         wait_until("it knows its DaemonSet", WAIT, || {
-            served.agent.log().contains("once this DaemonSet is removed")
+            served.agent.log().contains("once it is removed, its agents leave nothing")
         });
         let session = served.session().expect("a connection");
         served.agent.offload(std::slice::from_ref(&session));

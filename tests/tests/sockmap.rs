@@ -123,7 +123,7 @@ fn without_capabilities_connections_stay_at_splice() {
     let forwarding = Forwarding::start_with(&command, peer::transfer).unwrap();
     client::transfer(&forwarding.connect().unwrap(), 1, 500_000, 500_000).unwrap();
     assert!(forwarding.agent.fallbacks("no_programs") > 0);
-    assert_eq!(forwarding.agent.log().matches("tier sockmap is off").count(), 1);
+    assert_eq!(forwarding.agent.log().matches("tier sockmap does not work").count(), 1);
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod apiserver;
 mod bench;
 mod ci;
 mod demo;
+mod docs;
 mod ebpf;
 mod image;
 mod keyring;
@@ -87,6 +88,8 @@ enum Task {
     },
     /// Run every check that a change must pass, then the tests.
     Ci,
+    /// Make a book of the documents: target/book/index.html.
+    Docs,
     /// Check the rules of the source tree that no compiler knows.
     Tidy,
 }
@@ -120,6 +123,7 @@ fn perform(task: Task) -> Result<()> {
         }
         Task::Bench { arguments } => bench::bench(&arguments),
         Task::Ci => ci::ci(),
+        Task::Docs => docs::docs(),
         Task::Tidy => tidy::tidy(),
     }
 }

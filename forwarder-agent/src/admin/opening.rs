@@ -108,7 +108,7 @@ impl Attempts {
     fn succeeded(&self, health: &AdminHealth) {
         health.set_up(self.by);
         if self.told.is_some() {
-            tracing::info!(by = self.by.as_str(), "the admin endpoint is open now on {}", self.place);
+            tracing::info!(by = self.by.as_str(), "the admin endpoint now listens on {}", self.place);
         }
     }
 

@@ -96,8 +96,7 @@ pub(super) async fn serve(listener: impl Accept, limit: usize, service: Service)
                         tracing::warn!(
                             by = service.by.as_str(),
                             limit,
-                            "the admin endpoint has as many connections as it may: the oldest is closed for each new one, and no \
-                             forwarded connection is concerned; look with `ss -xtnp` who holds them"
+                            "the admin endpoint has its maximum of connections: each new one closes the oldest; forwarded connections are not affected; `ss -xtnp` shows who holds them"
                         );
                     });
                 }
@@ -112,7 +111,7 @@ pub(super) async fn serve(listener: impl Accept, limit: usize, service: Service)
                     tracing::warn!(
                         by = service.by.as_str(),
                         reason = %error,
-                        "the admin endpoint cannot accept: its clients wait; raise the limit on open files"
+                        "the admin endpoint cannot accept connections: its clients wait, forwarded connections are not affected; raise the limit on open files"
                     );
                 });
                 connections.forget_ended();

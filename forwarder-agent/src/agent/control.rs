@@ -17,7 +17,7 @@ use forwarder_dataplane::reconciler::Reconciler;
 use forwarder_dataplane::upstream::segment_size::SegmentSize;
 use forwarder_gateway::manifests::Change;
 use forwarder_gateway::status::nodes::NodeReport;
-use forwarder_gateway::status::{self, BindFailure};
+use forwarder_gateway::status::{self, BindFailure, MissingTiers};
 use forwarder_kernel::net::interfaces::{Interface, node_addresses, smallest_mtu};
 use forwarder_kube::publish::Outcome;
 use forwarder_runtime::panics;
@@ -67,7 +67,7 @@ impl Control {
             tokio::select! {
                 changed = loaded.changed() => {
                     if changed.is_err() {
-                        tracing::error!("BUG: the configuration source has stopped: the agent ends, for another one to be started");
+                        tracing::error!("BUG: the configuration source has stopped: the agent exits, so that another one is started; please report it");
                         return;
                     }
                     let started = Instant::now();
@@ -163,8 +163,7 @@ impl Control {
             Err(error) => {
                 tracing::error!(
                     %error,
-                    "BUG: the agent cannot resolve the manifests: what was in force stays so, until they change; please report it with the \
-                     manifests"
+                    "BUG: the agent cannot process the manifests: the former configuration stays in force until they change; please report it with the manifests"
                 );
             }
         }
@@ -200,7 +199,7 @@ impl Control {
         let mut in_force = self.shared.in_force();
         let Some(datapath) = &mut in_force.datapath else { return };
         for problem in datapath.attach(&interfaces, &bound) {
-            tracing::warn!(%problem, "packets of this interface are not counted");
+            tracing::warn!(%problem, "cannot attach the eBPF programs to an interface: its packets are not counted, and its connections are forwarded in userspace");
         }
         let attachments = datapath.attachments();
         drop(in_force);
@@ -220,11 +219,28 @@ impl Control {
             status::apply_bind_failures(Arc::make_mut(&mut statuses), &failures);
         }
         self.publish(resolution);
-        let bind_problems = failures.iter().map(|failure| failure.problem(&statuses)).collect();
+        let mut problems: Vec<_> = failures.iter().map(|failure| failure.problem(&statuses)).collect();
+        problems.extend(self.missing_tiers().problems(&resolution.resolved.table.listeners));
         let mut report = self.shared.report();
         report.set_input(resolution.problems.clone());
-        report.set_bind_problems(bind_problems);
+        report.set_node_problems(problems);
         report.statuses = statuses;
+    }
+
+    /// The tiers that do not work here, and why.
+    fn missing_tiers(&self) -> MissingTiers {
+        let report = self.shared.report();
+        let sockmap = report.datapath.sockmap_error.clone();
+        if self.offloader.is_some() {
+            return MissingTiers { tc: None, sockmap };
+        }
+        // By annotation a listener may ask for what the agent was told not to prepare.
+        let unprepared = || {
+            "the agent's own setting --datapath is another tier, so it has no map of pairs; start it with `auto`, and name other tiers in \
+             annotations"
+                .to_owned()
+        };
+        MissingTiers { tc: Some(report.datapath.tc_error.clone().unwrap_or_else(unprepared)), sockmap }
     }
 
     /// The listeners that have been without their port for longer than while agents are replaced.

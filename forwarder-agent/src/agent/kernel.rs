@@ -38,12 +38,9 @@ impl Kernel {
             DatapathChoice::Auto | DatapathChoice::Tc => true,
             DatapathChoice::Sockmap | DatapathChoice::Splice | DatapathChoice::Copy => false,
         };
-        let obstacle = kernel_obstacle().filter(|_| is_wanted);
-        if let Some(reason) = obstacle {
-            tracing::warn!(reason, "no connection is taken into the kernel: all stay at tier splice");
-        }
+        let mut tc_error = kernel_obstacle().filter(|_| is_wanted).map(str::to_owned);
         let options = BpfOptions {
-            most_pairs: (is_wanted && obstacle.is_none()).then_some(settings.max_pairs),
+            most_pairs: (is_wanted && tc_error.is_none()).then_some(settings.max_pairs),
             pin_dir: settings.pin_dir.clone(),
             trace: tracing::enabled!(target: "forwarder_kernel::programs", tracing::Level::TRACE),
         };
@@ -57,26 +54,30 @@ impl Kernel {
         match bpf.take_log() {
             Ok(Some(log)) if options.trace => drop(tokio::spawn(log)),
             Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "the log of the eBPF programs cannot be read"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot read the log of the eBPF programs: their trace lines are missing; traffic is not affected");
+            }
         }
         tracing::info!(pins = %bpf.pin_directory().display(), attach = bpf.attach_kind().as_str(), "eBPF programs loaded");
         let offloader = bpf.flows().and_then(|flows| match make_offloader(flows, settings) {
             Ok(made) => Some(Arc::new(made)),
             Err(error) => {
-                tracing::warn!(%error, "no connection is taken into the kernel: all stay at tier splice");
+                tc_error = Some(error.to_string());
                 None
             }
         });
+        if let Some(reason) = &tc_error {
+            tracing::warn!(
+                reason,
+                "tier tc does not work: connections are forwarded in userspace, at tier splice"
+            );
+        }
         let routes = if offloader.is_some() { follow_routes() } else { None };
         Self {
             offloader,
             routes,
             datapath: Some(Box::new(bpf)),
-            view: view::DatapathView {
-                programs: true,
-                error: obstacle.map(str::to_owned),
-                ..view::DatapathView::default()
-            },
+            view: view::DatapathView { programs: true, tc_error, ..view::DatapathView::default() },
         }
     }
 
@@ -87,7 +88,11 @@ impl Kernel {
             offloader: None,
             routes: None,
             datapath: None,
-            view: view::DatapathView { error: Some(error), ..view::DatapathView::default() },
+            view: view::DatapathView {
+                error: Some(error.clone()),
+                tc_error: Some(error),
+                ..view::DatapathView::default()
+            },
         }
     }
 }
@@ -100,7 +105,7 @@ pub(super) async fn follow_interfaces() -> Result<watch::Receiver<Vec<Interface>
     let (interfaces, follow) = interfaces::watch().await?;
     tokio::spawn(async move {
         if let Err(error) = follow.await {
-            tracing::error!(%error, "interfaces are no longer followed: the programs stay where they are");
+            tracing::error!(%error, "cannot follow the node's interfaces any longer: new ones get no programs, and their connections are forwarded in userspace; restart the agent");
         }
     });
     Ok(interfaces)
@@ -138,13 +143,13 @@ fn follow_routes() -> Option<watch::Receiver<u64>> {
         Ok((changes, follow)) => {
             tokio::spawn(async move {
                 if let Err(error) = follow.await {
-                    tracing::error!(%error, "routes are no longer followed: connections in the kernel keep their ways");
+                    tracing::error!(%error, "cannot follow the node's routes any longer: offloaded connections do not follow changes of routes; restart the agent");
                 }
             });
             Some(changes)
         }
         Err(error) => {
-            tracing::warn!(%error, "routes are not followed: connections in the kernel keep their ways");
+            tracing::warn!(%error, "cannot follow the node's routes: offloaded connections do not follow changes of routes");
             None
         }
     }
@@ -156,7 +161,7 @@ pub(super) fn inherit(offloader: &Offloader, shared: &AgentState, slot: usize) {
     let inherited = match offloader.flows.inherit() {
         Ok(inherited) => inherited,
         Err(error) => {
-            tracing::error!(%error, "what a former agent has left is not looked after");
+            tracing::error!(%error, "cannot take over the connections that a former agent offloaded: the kernel forwards them, but they are neither counted nor timed out");
             return;
         }
     };

@@ -49,10 +49,10 @@ impl Signals {
 pub(super) async fn read_at_hangup(mut hangup: Signal, again: Option<Arc<Notify>>) {
     while hangup.recv().await.is_some() {
         if let Some(again) = &again {
-            tracing::info!("SIGHUP: the manifests are read again");
+            tracing::info!("SIGHUP: reading the manifests again");
             again.notify_one();
         } else {
-            tracing::info!("SIGHUP: nothing has to be read again, since the API server tells every change");
+            tracing::info!("SIGHUP: nothing to read again, because the API server reports every change");
         }
     }
 }
@@ -80,7 +80,7 @@ impl Shutdown {
         let is_removed = daemon_set.is_removed().await;
         if is_removed {
             tracing::info!(
-                "the DaemonSet of this agent is removed: no other comes, and nothing is left in the kernel"
+                "the DaemonSet of this agent was removed, so no agent follows: offloaded connections end, and nothing is left in the kernel"
             );
         }
         is_removed
@@ -120,7 +120,7 @@ impl Shutdown {
         };
         tokio::select! {
             () = drained => tracing::info!("drained"),
-            _ = signals.next() => tracing::warn!("ending at once: open connections are reset"),
+            _ = signals.next() => tracing::warn!("stopping at once: open connections are reset"),
         }
         reconciler.into_workers().stop();
         self.sockmap.stop();
@@ -140,8 +140,7 @@ impl Shutdown {
             tracing::info!(
                 connections,
                 new_connections_wait = holds,
-                "the agent ends: what it has in the kernel stays there for the next agent with this pin directory; `forwarder \
-                 cleanup` lists it and ends it"
+                "the agent stops: offloaded connections stay in the kernel for the next agent with this pin directory; `forwarder cleanup` lists and ends them"
             );
             datapath.leave();
         }

@@ -45,7 +45,7 @@ impl SockmapTier {
                 (Ok(pairs), None)
             }
             Err(error) => {
-                tracing::warn!(reason = %error, "tier sockmap is off: connections that ask for it work as well in userspace, at tier splice");
+                tracing::warn!(reason = %error, "tier sockmap does not work: connections that ask for it are forwarded in userspace, at tier splice");
                 let fallback_reason = match error {
                     SockmapPairsError::SelfTest(_) => FallbackReason::SelfTest,
                     SockmapPairsError::Sockmap(SockmapError::UnsafeKernel { .. }) => {

@@ -9,11 +9,11 @@ use forwarder_kernel::programs::cleanup::{self, CleanupError, Leftovers, Search}
 
 #[derive(Args, Debug)]
 pub(crate) struct CleanupArgs {
-    /// Folder in which agents pinned their maps; otherwise all BPF file systems that are mounted are searched for such folders
+    /// Folder for pinned maps of the agents [default: search all mounted BPF file systems]
     #[arg(long, env = "FORWARDER_PIN_DIR", value_name = "DIR")]
     pin_dir: Option<PathBuf>,
 
-    /// Remove; otherwise what would be removed is listed
+    /// Remove what is found; without it, only list it
     #[arg(long)]
     yes: bool,
 }

@@ -1,8 +1,6 @@
 //! `forwarder completions`.
 
-use clap::{Args, CommandFactory};
-
-use super::Cli;
+use clap::Args;
 
 #[derive(Args, Debug)]
 pub(crate) struct CompletionsArgs {
@@ -11,5 +9,5 @@ pub(crate) struct CompletionsArgs {
 }
 
 pub(crate) fn run(args: &CompletionsArgs) {
-    clap_complete::generate(args.shell, &mut Cli::command(), "forwarder", &mut std::io::stdout());
+    clap_complete::generate(args.shell, &mut super::command(), "forwarder", &mut std::io::stdout());
 }

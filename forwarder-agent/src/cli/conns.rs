@@ -33,7 +33,7 @@ pub(crate) struct ConnsArgs {
 
 #[derive(Debug, Subcommand)]
 enum ConnsCommand {
-    /// Reset both sides of the connections that match all that is given
+    /// Reset both sides of the connections that match every selector given
     Reset(ResetArgs),
 }
 
@@ -45,11 +45,11 @@ struct ListArgs {
     #[command(flatten)]
     selector: Selector,
 
-    /// Show no more than this many
+    /// Show at most this many
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
 
-    /// How to print the answer
+    /// Output format
     #[arg(long, short, value_enum, default_value = "table")]
     output: ListOutput,
 }
@@ -65,7 +65,7 @@ struct ResetArgs {
 
 #[derive(Args, Debug)]
 struct KernelArgs {
-    /// Where the maps are pinned, for when no agent runs
+    /// Folder for pinned maps, used if no agent runs
     #[arg(long, env = "FORWARDER_PIN_DIR", value_name = "DIR", default_value = PIN_DIR)]
     pin_dir: PathBuf,
 }

@@ -16,7 +16,7 @@ pub(crate) struct DatapathArgs {
     #[command(flatten)]
     agent: AgentArgs,
 
-    /// How to print the answer
+    /// Output format
     #[arg(long, short, value_enum, default_value = "table", global = true)]
     output: Output,
 
@@ -26,12 +26,12 @@ pub(crate) struct DatapathArgs {
 
 #[derive(Debug, Subcommand)]
 enum DatapathCommand {
-    /// Have a tier take new connections again
+    /// Let a tier take new connections again
     On {
         /// The tier
         tier: KernelTier,
     },
-    /// Have a tier take no more new connections, until it is switched on again or the agent ends; those that it has stay
+    /// Stop a tier from taking new connections until it is switched on again or the agent stops; its open connections stay
     Off {
         /// The tier
         tier: KernelTier,

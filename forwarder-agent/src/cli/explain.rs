@@ -13,7 +13,7 @@ use crate::view::{ListenerView, State};
 
 #[derive(Args, Debug)]
 pub(crate) struct ExplainArgs {
-    /// File or folder of manifests; without it, the running agent is asked
+    /// File or folder of manifests; without it, ask the running agent
     #[arg(conflicts_with_all = ["admin", "admin_socket"])]
     path: Option<PathBuf>,
 
@@ -23,7 +23,7 @@ pub(crate) struct ExplainArgs {
     #[command(flatten)]
     served: ServedArgs,
 
-    /// How to print the answer
+    /// Output format
     #[arg(long, short, value_enum, default_value = "table")]
     output: Output,
 }
@@ -79,6 +79,9 @@ fn print(state: &State) {
             let interfaces: Vec<_> =
                 interfaces.map(|one| format!("{} ({})", one.name, one.attachment)).collect();
             println!("\neBPF programs: on {}", interfaces.join(", "));
+            if let Some(error) = &datapath.tc_error {
+                println!("tier tc: off: {error}");
+            }
         }
     }
     if !state.problems.is_empty() {

@@ -13,7 +13,7 @@ mod validate;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::agent;
 use crate::settings::Options;
@@ -24,11 +24,11 @@ use forwarder_runtime::error::one_line;
 #[derive(Debug, Parser)]
 #[command(name = "forwarder", version, about, max_term_width = 110)]
 pub struct Cli {
-    /// What to log: a level, or levels by target such as `info,access=debug` (one line for each connection)
+    /// Log level, or levels by target such as `info,access=debug` (one line for each connection that ends)
     #[arg(long, env = "FORWARDER_LOG", global = true, default_value = "info", value_name = "FILTER")]
     log: String,
 
-    /// How log lines look
+    /// Log format
     #[arg(long, env = "FORWARDER_LOG_FORMAT", global = true, value_enum, default_value = "text")]
     log_format: LogFormat,
 
@@ -41,17 +41,17 @@ pub struct Cli {
 enum Command {
     /// Run the agent: listen, forward, follow changes
     Agent(AgentArgs),
-    /// Check manifests and report every problem; exit code 1 if anything asked for would not be served
+    /// Check manifests and report every problem; exit code 1 if something would not be served
     Validate(validate::ValidateArgs),
-    /// Show which listener leads to which endpoints, and why something is not served
+    /// Show the endpoints of each listener, and why something is not served
     Explain(explain::ExplainArgs),
-    /// List the connections that an agent keeps, or reset some of them
+    /// List open connections, or reset some of them
     Conns(conns::ConnsArgs),
-    /// Show which of the kernel's tiers take new connections, or switch one on or off
+    /// Show which kernel tiers (tc, sockmap) take new connections, or switch one on or off
     Datapath(datapath::DatapathArgs),
-    /// Remove from the kernel what agents left there that did not end properly
+    /// List or remove what stopped agents left in the kernel
     Cleanup(cleanup::CleanupArgs),
-    /// Show what this kernel and these privileges allow, with the reason for each no
+    /// Show which features work with this kernel and these privileges, and why others do not
     Probe(probe::ProbeArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
@@ -65,6 +65,11 @@ struct AgentArgs {
 
     #[command(flatten)]
     options: Options,
+}
+
+/// The command line, for what describes it: completions, and the reference.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// How a command prints its answer.

@@ -21,15 +21,15 @@ const KUBERNETES: Duration = Duration::from_secs(5);
 
 #[derive(Args, Debug)]
 pub(crate) struct ProbeArgs {
-    /// How to print the answer
+    /// Output format
     #[arg(long, short, value_enum, default_value = "table")]
     output: Output,
 
-    /// Kubeconfig file [default: KUBECONFIG, then ~/.kube/config, then the Pod's service account]
+    /// Kubeconfig file [default: KUBECONFIG, ~/.kube/config, or the Pod's service account]
     #[arg(long, env = "FORWARDER_KUBECONFIG", value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
 
-    /// Try tier `sockmap` also on kernels before 6.18, which may lose or double bytes
+    /// Test tier `sockmap` even on kernels before 6.18, which may lose or repeat data
     #[arg(long)]
     sockmap_unsafe_kernel: bool,
 }

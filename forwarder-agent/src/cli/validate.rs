@@ -19,11 +19,11 @@ pub(crate) struct ValidateArgs {
     /// File or folder of manifests
     path: PathBuf,
 
-    /// How to print the report
+    /// Output format
     #[arg(long, short, value_enum, default_value = "table")]
     output: Output,
 
-    /// Exit with code 1 on warnings too, such as a Service without endpoints: for CI
+    /// Exit with code 1 on warnings too, such as a Service without endpoints (for CI)
     #[arg(long)]
     strict: bool,
 
@@ -34,15 +34,15 @@ pub(crate) struct ValidateArgs {
 /// What the agent is told that decides what of its manifests it serves: as its own flags.
 #[derive(Args, Debug)]
 pub(crate) struct ServedArgs {
-    /// Controller whose GatewayClasses are served
+    /// Name of the controller whose GatewayClasses are served
     #[arg(long, env = "FORWARDER_CONTROLLER_NAME", value_name = "NAME", default_value = CONTROLLER_NAME)]
     controller_name: String,
 
-    /// Ports that the agent lets listeners take: what it is told itself [default: all]
+    /// Ports that listeners may not use, and exceptions, as for `forwarder agent` [default: all]
     #[arg(long, env = "FORWARDER_LISTENER_PORTS", value_name = "PORTS", value_delimiter = ',')]
     listener_ports: Vec<Rule<Ports>>,
 
-    /// Networks that the agent lets endpoints lie in: what it is told itself [default: all]
+    /// Networks that endpoints may not be in, and exceptions, as for `forwarder agent` [default: all]
     #[arg(long, env = "FORWARDER_ENDPOINT_CIDRS", value_name = "CIDR", value_delimiter = ',')]
     endpoint_cidrs: Vec<Rule<IpNet>>,
 }

@@ -21,7 +21,7 @@ pub(super) fn encode(encoder: &mut DescriptorEncoder<'_>, cluster: &ClusterHealt
     }
     let mut failures = encoder.encode_descriptor(
         "forwarder_kube_watch_failures",
-        "Requests for the objects of a kind that the Kubernetes API did not answer as it should",
+        "Requests for objects that the Kubernetes API did not answer as it should, by kind",
         None,
         MetricType::Counter,
     )?;
@@ -30,7 +30,7 @@ pub(super) fn encode(encoder: &mut DescriptorEncoder<'_>, cluster: &ClusterHealt
     }
     let mut stale = encoder.encode_descriptor(
         "forwarder_kube_state_stale",
-        "Whether the state of a former agent is in force, since the Kubernetes API has not been read yet",
+        "Whether the state that a former agent kept is in force because the Kubernetes API has not answered yet",
         None,
         MetricType::Gauge,
     )?;
@@ -44,7 +44,7 @@ pub(super) fn encode(encoder: &mut DescriptorEncoder<'_>, cluster: &ClusterHealt
     gauge(&mut leader, [], u64::from(cluster.publish.is_leader()))?;
     let mut writes = encoder.encode_descriptor(
         "forwarder_kube_status_writes",
-        "Attempts to write the status of an object, by what became of them",
+        "Attempts to write the status of an object, by result",
         None,
         MetricType::Counter,
     )?;

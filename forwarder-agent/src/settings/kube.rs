@@ -12,7 +12,7 @@ use super::SettingsError;
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct KubeOptions {
-    /// Read a Kubernetes API instead of files: that of the Pod's service account, or of the kubeconfig
+    /// Read the objects from a Kubernetes API (that of the Pod's service account or of the kubeconfig) instead of files
     #[arg(
         id = "kube",
         long = "kube",
@@ -24,7 +24,7 @@ pub struct KubeOptions {
     )]
     pub enabled: Option<bool>,
 
-    /// Kubeconfig file [default: KUBECONFIG, then ~/.kube/config, then the Pod's service account]
+    /// Kubeconfig file [default: KUBECONFIG, ~/.kube/config, or the Pod's service account]
     #[arg(long, env = "FORWARDER_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
 
@@ -36,20 +36,20 @@ pub struct KubeOptions {
     #[arg(skip)]
     pub state_dir: Option<PathBuf>,
 
-    /// Name of this node, as statuses name it [default: the host's name]
+    /// Name of this node in statuses [default: the host's name]
     #[arg(long, env = "FORWARDER_NODE_NAME", value_name = "NAME")]
     pub node_name: Option<String>,
 
-    /// Name of the agent's Pod [default: none, and the agent counts for itself only]
+    /// Name of the agent's Pod [default: none: the agent reports for itself only]
     #[arg(long, env = "FORWARDER_POD_NAME", value_name = "NAME")]
     pub pod_name: Option<String>,
 
-    /// Namespace of the agent's Pod, in which the agents of an installation elect the one that writes statuses, and
-    /// report to it what they bound [default: that of the kubeconfig or the service account]
+    /// Namespace of the agent's Pod. There the agents elect one of them to write statuses, and tell it which ports they have bound
+    /// [default: that of the kubeconfig or the service account]
     #[arg(long, env = "FORWARDER_POD_NAMESPACE", value_name = "NAMESPACE")]
     pub pod_namespace: Option<String>,
 
-    /// Label selector of this installation's Pods [default: app.kubernetes.io/name=forwarder]
+    /// Label selector of the Pods of this installation [default: app.kubernetes.io/name=forwarder]
     #[arg(long, env = "FORWARDER_POD_SELECTOR", value_name = "SELECTOR")]
     pub pod_selector: Option<String>,
 }

@@ -91,7 +91,7 @@ fn join(
             if error.kind() == std::io::ErrorKind::NotConnected {
                 return FallbackReason::Ended;
             }
-            tracing::debug!(downstream.addr = %connection.downstream, %error, "cannot read a connection");
+            tracing::debug!(downstream.addr = %connection.downstream, %error, "cannot read the state of a connection: it stays in userspace");
             FallbackReason::Unreadable
         })?;
         first_sent.set(Some(leg.first_sent));
@@ -209,7 +209,7 @@ async fn deliver(context: &WorkerContext, mut joined: Joined<'_>, relay: &mut Re
             () = &mut landed, if !has_landed => {
                 has_landed = true;
                 if let Err(error) = joined.promise() {
-                    tracing::warn!(%error, "an end may take acknowledgements for old for a while");
+                    tracing::warn!(%error, "cannot note the timestamps that a peer has seen: it may ignore acknowledgements for a while, and retransmit");
                 }
             }
             () = sleep(check) => {}
@@ -237,7 +237,7 @@ async fn deliver(context: &WorkerContext, mut joined: Joined<'_>, relay: &mut Re
         }
         failpoint::reached("handover.landed").await;
         if let Err(error) = pass_ends_on(offloader, pair, relay) {
-            tracing::warn!(%error, "an end cannot be passed on: the connection is reset");
+            tracing::warn!(%error, "cannot pass on the end of a stream: the connection is reset");
             joined.abort();
             return Delivery::Ended(End::Lost);
         }
@@ -277,7 +277,7 @@ async fn deliver(context: &WorkerContext, mut joined: Joined<'_>, relay: &mut Re
         }
         failpoint::reached("complete.before").await;
         if let Err(error) = offloader.flows.complete(pair) {
-            tracing::warn!(%error, "the kernel does not take a connection over: it is reset");
+            tracing::warn!(%error, "cannot complete the handover of a connection to the kernel: it is reset");
             joined.abort();
             return Delivery::Ended(End::Lost);
         }
@@ -306,8 +306,7 @@ fn goes_otherwise(offloader: &Offloader, pair: &mut JoinedPair, exit: Exit, conn
             interface = exit.interface,
             way = exit.way.as_str(),
             client = %connection.downstream.ip(),
-            "what is sent through this interface does not arrive: for this client, and for all once several find so, it is \
-             not sent so for a while"
+            "packets sent by this interface do not arrive: for a while this client avoids it, or all clients do if several are affected"
         );
     }
     offloader.flows.change_ways(pair).unwrap_or_else(|error| {
@@ -315,8 +314,7 @@ fn goes_otherwise(offloader: &Offloader, pair: &mut JoinedPair, exit: Exit, conn
             listener = %connection.serving.listener.name,
             downstream.addr = %connection.downstream,
             %error,
-            "packets of a connection do not arrive, and it cannot be sent another way: it may hang; `forwarder conns reset` \
-             ends it"
+            "packets of a connection do not arrive, and there is no other way: the connection may hang; `forwarder conns reset` ends it"
         );
         false
     })
@@ -349,7 +347,7 @@ fn is_delivered(socket: &TcpStream, direction: &Direction) -> bool {
 fn silence(downstream: &TcpStream, upstream: &TcpStream) {
     for socket in [downstream, upstream] {
         if let Err(error) = leg::silence(socket) {
-            tracing::debug!(%error, "a socket may speak when it is closed");
+            tracing::debug!(%error, "cannot silence a socket before it is closed: it may send a reset");
         }
         failpoint::block("silence.downstream");
     }

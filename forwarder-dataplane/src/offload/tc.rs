@@ -267,7 +267,7 @@ impl Pairs {
         if self.holds()
             && let Err(error) = self.flows.hold(self.settings.hold, *is_leaving)
         {
-            tracing::warn!(%error, "new connections may be refused while no agent runs");
+            tracing::warn!(%error, "cannot tell the programs to hold SYNs back: new connections may be refused while no agent runs");
         }
     }
 
@@ -434,16 +434,20 @@ impl Pairs {
 
     fn reroute(&self, entry: &mut Entry) {
         match self.flows.reroute(&mut entry.pair) {
-            Ok(true) => tracing::debug!(pair = entry.pair.number, "a pair takes another way"),
+            Ok(true) => {
+                tracing::debug!(pair = entry.pair.number, "an offloaded connection has another next hop");
+            }
             Ok(false) => {}
-            Err(error) => tracing::warn!(%error, "a pair may go a way that is none any more"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot change the next hop of an offloaded connection: its packets may be lost; `forwarder conns reset` ends it");
+            }
         }
     }
 
     fn send(&self, segments: &[Said]) {
         for said in segments {
             if let Err(error) = said.send(&self.socket) {
-                tracing::debug!(%error, "an end of a pair is not told");
+                tracing::debug!(%error, "cannot send a segment to a peer of an offloaded connection");
             }
         }
     }

@@ -58,8 +58,7 @@ pub(super) async fn accept(
                     tracing::warn!(
                         listener = %listener.key,
                         reason = %error,
-                        "no new connection can be accepted for a moment: clients wait; raise the forwarder's limit on open files (LimitNOFILE, \
-                         ulimit -n)"
+                        "cannot accept connections for a moment: clients wait; raise the forwarder's limit on open files (LimitNOFILE, ulimit -n)"
                     );
                 }
                 tokio::select! {
@@ -90,7 +89,7 @@ fn accept_rest(worker: &Rc<Worker>, socket: &std::net::TcpListener, listener: &A
                 match accepted {
                     Ok(downstream) => worker.take(downstream, peer, listener),
                     Err(error) => {
-                        tracing::error!(%error, "cannot watch an accepted connection; it is closed");
+                        tracing::warn!(%error, "cannot watch an accepted connection: it is reset");
                     }
                 }
             }
@@ -100,7 +99,7 @@ fn accept_rest(worker: &Rc<Worker>, socket: &std::net::TcpListener, listener: &A
                 tracing::warn!(
                     listener = %listener.key,
                     reason = %error,
-                    "cannot accept what waits in the backlog of a listener that stops: those clients are reset"
+                    "cannot accept the last connections in the backlog of a listener that stops: these clients are reset"
                 );
                 return;
             }

@@ -42,6 +42,7 @@ use crate::status::Statuses;
 pub use self::endpoint_rules::EndpointRules;
 pub use self::incremental::update_endpoints;
 pub use self::problems::Problems;
+pub use self::settings::ANNOTATIONS;
 
 /// The controller name that stands in a GatewayClass of the forwarder unless it is told another.
 pub const CONTROLLER_NAME: &str = "forwarder.dev/tcp";

@@ -16,6 +16,16 @@ use crate::problem::{Problem, Reason};
 /// What all annotations of the forwarder begin with.
 const PREFIX: &str = "forwarder.dev/";
 
+/// What they set, in the order in which they are listed to whoever mistypes one.
+pub const ANNOTATIONS: [&str; 6] = [
+    "forwarder.dev/idle-timeout",
+    "forwarder.dev/half-closed-timeout",
+    "forwarder.dev/connect-timeout",
+    "forwarder.dev/datapath",
+    "forwarder.dev/on-removal",
+    "forwarder.dev/removal-drain",
+];
+
 /// Longer time-outs are mistakes, and would overflow clocks.
 const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
 

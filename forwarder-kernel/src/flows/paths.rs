@@ -240,7 +240,7 @@ impl Paths {
         if let Err(error) = &result
             && !filters.has_failed
         {
-            tracing::warn!(%error, "packets of offloaded connections may be taken from other interfaces than the stack takes them from");
+            tracing::warn!(%error, "cannot tell the eBPF programs which interfaces rp_filter refuses: offloaded connections may accept packets from these");
         }
         filters.has_failed = result.is_err();
     }
@@ -306,8 +306,7 @@ fn warn_closed(interface: &str, obstacle: &Obstacle) {
     tracing::warn!(
         interface,
         %obstacle,
-        "this node does not forward packets that arrive by the interface: its connections are served in userspace, as they would be \
-         without the kernel's help"
+        "this node's stack does not forward packets that arrive by the interface: connections through it stay in userspace; set the sysctl that `obstacle` names"
     );
 }
 

@@ -75,7 +75,7 @@ impl FlowTable {
             Ok(false) => Ok(()),
             Ok(true) => Err(FallbackReason::Translated),
             Err(error) => {
-                tracing::debug!(%error, "connection tracking does not answer: a connection stays in userspace");
+                tracing::debug!(%error, "cannot ask connection tracking whether a connection is translated: it stays in userspace");
                 Err(FallbackReason::TranslationUnknown)
             }
         }
@@ -89,7 +89,7 @@ impl FlowTable {
         }
         for (peer, local) in [pair.downstream(), pair.upstream()] {
             if let Err(error) = self.conntrack.be_liberal(local, peer) {
-                tracing::debug!(%error, %peer, "the node may take packets of a connection for invalid");
+                tracing::debug!(%error, %peer, "cannot make connection tracking accept the packets of an offloaded connection: a rule that drops invalid packets may drop them");
             }
         }
     }

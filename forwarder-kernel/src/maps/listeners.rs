@@ -91,7 +91,7 @@ impl Remover {
             }
         };
         if let Err(error) = removed {
-            tracing::warn!(%error, "the programs know what is not there any more");
+            tracing::warn!(%error, "cannot remove an entry from the BPF maps: the programs keep it");
         }
     }
 }

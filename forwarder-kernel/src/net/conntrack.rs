@@ -57,7 +57,7 @@ impl Conntrack {
     pub(crate) fn open() -> Self {
         let channel = Channel::open(Some(NETFILTER));
         if let Err(error) = &channel {
-            tracing::debug!(%error, "connection tracking cannot be asked");
+            tracing::debug!(%error, "cannot ask connection tracking");
         }
         Self { channel: channel.ok().map(Mutex::new) }
     }

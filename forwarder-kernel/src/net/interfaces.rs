@@ -203,7 +203,7 @@ pub async fn watch() -> Result<
                     match list(&handle).await {
                         Ok(listed) => break listed,
                         Err(error) => {
-                            tracing::warn!(%error, "the interfaces are not known anew; trying again");
+                            tracing::warn!(%error, "cannot list the node's interfaces; trying again");
                             tokio::time::sleep(RETRY).await;
                         }
                     }

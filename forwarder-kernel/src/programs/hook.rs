@@ -68,7 +68,7 @@ impl Hook {
                 // The link of an interface that had the index before, or one that somebody has detached.
                 Err(error) => {
                     let interface = &place.interface.name;
-                    tracing::debug!(interface, error = with_causes(&error), "attaching anew");
+                    tracing::debug!(interface, error = with_causes(&error), "attaching again");
                     former = pinned_program(&path);
                     unpin(&path);
                 }
@@ -160,7 +160,7 @@ impl Hook {
         };
         // It fails where the interface is gone, and the program with it.
         if let Some(Err(error)) = link.map(Link::detach) {
-            tracing::debug!(interface, error = with_causes(&error), "detaching was of no use");
+            tracing::debug!(interface, error = with_causes(&error), "cannot detach a program");
         }
         if let Some(path) = path {
             unpin(&path);

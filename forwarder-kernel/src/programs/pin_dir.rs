@@ -70,7 +70,7 @@ pub(super) fn take(path: &Path) -> Result<File, LoadError> {
         // Before the lock, which whoever may open it can have.
         if permissions & OF_OTHERS != 0 {
             directory.set_permissions(Permissions::from_mode(MODE))?;
-            tracing::info!(path = %path.display(), "the pin directory is the agent's alone now: its mode is 0700");
+            tracing::info!(path = %path.display(), "changed the mode of the pin directory to 0700");
         }
         Ok(())
     })
@@ -135,8 +135,7 @@ pub(super) fn check_folders_above(path: &Path) -> Result<(), LoadError> {
     if let Some(folder) = open_to_all {
         tracing::info!(
             folder = %folder.display(),
-            "everybody on this node may write here, and make the pin directory while there is none, which the agent then refuses: \
-             run `chmod 0700 {0}`, and mount the BPF file system with `-o mode=0700`",
+            "every user of this node may create the pin directory here before the agent does, and the agent then refuses it: run `chmod 0700 {0}`, and mount the BPF file system with `-o mode=0700`",
             folder.display()
         );
     }

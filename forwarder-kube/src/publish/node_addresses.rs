@@ -63,8 +63,7 @@ impl NodeAddresses {
             tracing::warn!(
                 lease = self.lease.name,
                 error = one_line(&error),
-                "cannot write down at which addresses agents listen: until then an endpoint that leads to a new node's listener is not \
-                 refused; trying again"
+                "cannot write the addresses of the agents to their Lease: meanwhile an endpoint at a listener of a new node (a loop) is not refused; trying again"
             );
         }
         if !has_failed {

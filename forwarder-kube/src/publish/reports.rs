@@ -67,7 +67,10 @@ pub(super) async fn write_own(
                 }
                 Err(error) => {
                     if !std::mem::replace(&mut has_failed, true) {
-                        tracing::warn!(error = one_line(&error), "cannot report what is bound; trying again");
+                        tracing::warn!(
+                            error = one_line(&error),
+                            "cannot report which listeners this node has bound: their statuses may be out of date; trying again"
+                        );
                     }
                     sleep(RETRY).await;
                 }

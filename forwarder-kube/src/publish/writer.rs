@@ -356,7 +356,7 @@ impl Writer {
         match &error {
             kube::Error::Api(status) if status.code == 409 => {
                 self.health.count(kind, WriteResult::Conflict);
-                tracing::debug!(object = %id, "somebody was faster: looking again");
+                tracing::debug!(object = %id, "another agent changed the status meanwhile: reading it again");
                 return is_passed_over.then(Instant::now);
             }
             // It is gone, or it is served in another version now: the watches will tell.

@@ -34,15 +34,14 @@ pub fn find(client: Client, namespace: String, pod: String) -> Arc<OnceLock<OwnD
                 Ok(Some(daemon_set)) => {
                     tracing::info!(
                         daemon_set = daemon_set.name,
-                        "once this DaemonSet is removed, its agents leave nothing in the kernel"
+                        "found this agent's DaemonSet: once it is removed, its agents leave nothing in the kernel"
                     );
                     return drop(finder.set(daemon_set));
                 }
                 Err(kube::Error::Api(status)) if status.code == 403 => {
                     return tracing::info!(
                         error = one_line(&status),
-                        "cannot see the DaemonSet of this agent: its removal would look like an upgrade, and `forwarder cleanup` would have \
-                         to take away what is in the kernel"
+                        "cannot read this agent's DaemonSet: if it is removed, offloaded connections stay in the kernel until `forwarder cleanup`"
                     );
                 }
                 Err(_) => sleep(RETRY).await,

@@ -320,12 +320,14 @@ impl Follower {
             Ok(Some(loaded)) => {
                 tracing::warn!(
                     path = %file.path().display(),
-                    "the Kubernetes API has not been read yet: the last known state is put into force"
+                    "the Kubernetes API does not answer: the last known state is put into force"
                 );
                 self.health.is_stale.store(true, Ordering::Relaxed);
                 self.loaded.send_replace(Arc::new(loaded));
             }
-            Ok(None) => tracing::warn!("the Kubernetes API has not been read yet, and no state was kept"),
+            Ok(None) => tracing::warn!(
+                "the Kubernetes API does not answer, and no state was kept: nothing is served until it does"
+            ),
             Err(error) => tracing::error!(
                 %error,
                 "the kept state cannot be used: nothing is served until the Kubernetes API answers"

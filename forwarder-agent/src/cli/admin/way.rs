@@ -14,12 +14,12 @@ use crate::settings::{ADMIN, ADMIN_SOCKET, AdminAddress, AdminSocketPath};
 /// Which agent is asked.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct AgentArgs {
-    /// Socket of the running agent, by which it may also be changed, or `FORWARDER_ADMIN_SOCKET` [default:
-    /// /run/forwarder/admin.sock, and the default of --admin where that is not there]
+    /// Unix socket of the running agent, for reads and changes; also `FORWARDER_ADMIN_SOCKET` [default:
+    /// /run/forwarder/admin.sock, or the default of --admin if it does not exist]
     #[arg(long, value_name = "PATH", global = true)]
     admin_socket: Option<PathBuf>,
 
-    /// Ask by TCP, at this address, where an agent shows all and changes nothing, or `FORWARDER_ADMIN` [default: 127.0.0.1:9902]
+    /// TCP address of the running agent, for reads only; also `FORWARDER_ADMIN` [default: 127.0.0.1:9902]
     #[arg(long, value_name = "ADDR:PORT", global = true, conflicts_with = "admin_socket")]
     admin: Option<SocketAddr>,
 }

@@ -165,7 +165,7 @@ impl Direction {
         if self.pace < pace {
             self.pace = pace;
             if let Err(error) = slow_down(self.size, source) {
-                tracing::debug!(%error, "a sender is not held back");
+                tracing::debug!(%error, "cannot shrink the window of a sender");
             }
         }
     }
@@ -175,7 +175,7 @@ impl Direction {
         if std::mem::replace(&mut self.pace, Pace::Free) != Pace::Free
             && let Err(error) = self.size.open(source)
         {
-            tracing::warn!(%error, "a sender stays held back");
+            tracing::warn!(%error, "cannot open the window of a sender again: the connection stays slow");
         }
     }
 
@@ -352,7 +352,7 @@ impl Direction {
         if std::mem::replace(&mut self.told, told) != told
             && let Err(error) = sockmap.set_credit(self.cookie, self.size.credits(self.relayed))
         {
-            tracing::warn!(%error, "the kernel leaves bytes to the agent that it could redirect");
+            tracing::warn!(%error, "the eBPF program does not redirect all bytes of a connection: the agent copies them, more slowly");
         }
     }
 

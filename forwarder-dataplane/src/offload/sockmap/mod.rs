@@ -217,7 +217,7 @@ impl SockmapPairs {
     fn run(&self) {
         // It has little to do, but where it comes late, senders fill memory.
         if let Err(error) = rustix::process::setpriority_process(None, NICE) {
-            tracing::debug!(%error, "pairs of tier sockmap are looked after without priority");
+            tracing::debug!(%error, "cannot raise the priority of the thread of tier sockmap");
         }
         let mut scratch = vec![0; SCRATCH].into_boxed_slice();
         let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
@@ -230,7 +230,7 @@ impl SockmapPairs {
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => {
-                    tracing::error!(%error, "pairs of tier sockmap are not looked after");
+                    tracing::error!(%error, "cannot wait for the sockets of tier sockmap: its connections are neither counted nor timed out");
                     break;
                 }
             }
@@ -267,7 +267,7 @@ impl SockmapPairs {
                 // A notice may have come before the entry.
                 Ok(()) => self.step_if_noticed(table, slot, scratch),
                 Err(error) => {
-                    tracing::error!(%error, "a pair cannot be looked after: it is reset");
+                    tracing::warn!(%error, "cannot watch a connection of tier sockmap: it is reset");
                     self.end(table, slot, End::Lost);
                 }
             }
@@ -342,7 +342,7 @@ impl SockmapPairs {
             entry.watched[side] = interest;
             let data = EventData::new_u64(data_of(slot, side));
             if let Err(error) = epoll::modify(&self.epoll, entry.pair.socket(side), data, interest) {
-                tracing::error!(%error, "a pair cannot be looked after: it is reset");
+                tracing::warn!(%error, "cannot watch a connection of tier sockmap: it is reset");
                 return self.end(table, slot, End::Lost);
             }
         }
@@ -381,7 +381,7 @@ impl SockmapPairs {
             tracing::warn!(
                 listener = %entry.record.serving.listener.name,
                 downstream.addr = %entry.record.downstream,
-                "bytes of a pair at tier sockmap do not arrive: it is reset"
+                "bytes of a connection at tier sockmap do not arrive: it is reset"
             );
         }
         self.end(table, slot, End::Lost);

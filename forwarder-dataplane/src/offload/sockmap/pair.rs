@@ -124,7 +124,7 @@ impl SockPair {
         {
             direction.is_redirected = is_redirected;
             if let Err(error) = direction.size.apply(source, target, buffer) {
-                tracing::debug!(%error, "a pair keeps the buffers that it has");
+                tracing::debug!(%error, "cannot size the socket buffers of a connection: it keeps those that it has");
             }
         }
         let sockets = <[OwnedFd; 2]>::try_from(owned).map_err(|_| FallbackReason::Unreadable)?;
@@ -266,7 +266,7 @@ impl SockPair {
             None
         };
         if let Err(error) = wanted.apply(source, target, buffer) {
-            tracing::debug!(%error, "a pair keeps the buffers that it has");
+            tracing::debug!(%error, "cannot size the socket buffers of a connection: it keeps those that it has");
             return false;
         }
         match reservation {

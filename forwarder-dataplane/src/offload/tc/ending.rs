@@ -36,7 +36,7 @@ impl Pairs {
     /// the right number if that of the reset is wrong (RFC 5961, 3.2).
     pub fn reset(&self, pair: &JoinedPair) {
         if let Err(error) = self.flows.end(pair) {
-            tracing::debug!(%error, "the ends of a pair are not told of its end");
+            tracing::debug!(%error, "cannot mark an offloaded connection as ended: its peers learn it from their own next segments");
             return self.flows.remove(pair);
         }
         let Some(state) = self.flows.pair(pair.number) else { return self.flows.remove(pair) };

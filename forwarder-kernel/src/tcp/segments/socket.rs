@@ -42,7 +42,7 @@ impl SegmentSocket {
         let link = match LinkSocket::open() {
             Ok(link) => Some(link),
             Err(error) => {
-                tracing::debug!(%error, "what is said in the name of pairs passes through netfilter");
+                tracing::debug!(%error, "cannot open a packet socket: segments that the agent sends for offloaded connections pass through netfilter");
                 None
             }
         };
@@ -73,7 +73,9 @@ impl SegmentSocket {
         {
             match link.send(&ends, exit.interface, &packet) {
                 Ok(()) => return Ok(()),
-                Err(error) => tracing::debug!(%error, interface = exit.interface, "sent by the stack"),
+                Err(error) => {
+                    tracing::debug!(%error, interface = exit.interface, "cannot send a segment by the interface: it is sent by the stack");
+                }
             }
         }
         self.transmit(bare.what(), bare.from, bare.to, &ends, &packet)

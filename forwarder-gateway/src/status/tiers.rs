@@ -1,0 +1,101 @@
+//! Listeners that ask for a tier which this node does not have.
+
+use std::collections::BTreeMap;
+
+use super::list;
+use crate::model::{Datapath, ListenerParent, Listeners};
+use crate::problem::{Problem, Reason};
+
+/// Why tiers of the kernel do not work on this node, each as a sentence without a final period. `None` for one that works, and for one
+/// that nobody has tried.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct MissingTiers {
+    /// Tier `tc`.
+    pub tc: Option<String>,
+    /// Tier `sockmap`.
+    pub sockmap: Option<String>,
+}
+
+impl MissingTiers {
+    /// A warning for each Gateway and ListenerSet with listeners that ask for a missing tier by its name. They are served all the same, at
+    /// another tier; who asks for `auto` leaves the choice to the agent, and is told nothing.
+    pub fn problems(&self, listeners: &Listeners) -> Vec<Problem> {
+        if *self == Self::default() {
+            return Vec::new();
+        }
+        let mut asking: BTreeMap<(&ListenerParent, &str, &str), Vec<&str>> = BTreeMap::new();
+        for listener in listeners.values() {
+            let reason = match listener.settings.datapath {
+                Datapath::Tc => self.tc.as_deref(),
+                Datapath::Sockmap => self.sockmap.as_deref(),
+                Datapath::Auto | Datapath::Splice | Datapath::Copy => None,
+            };
+            if let Some(reason) = reason {
+                let tier = listener.settings.datapath.as_str();
+                let name = listener.name.section.as_str();
+                let names = asking.entry((&listener.name.parent, tier, reason)).or_default();
+                // One that is bound at several addresses is one listener.
+                if !names.contains(&name) {
+                    names.push(name);
+                }
+            }
+        }
+        let problem = |((parent, tier, reason), names): ((&ListenerParent, &str, &str), Vec<&str>)| {
+            let (listeners, ask) = if names.len() == 1 { ("listener", "asks") } else { ("listeners", "ask") };
+            let message = format!(
+                "{listeners} {} {ask} for tier {tier}, which does not work on this node: {reason}; connections are forwarded at tier splice \
+                 instead; see `forwarder probe`, or ask for `auto`",
+                list(&names)
+            );
+            Problem::warning(Reason::TierUnavailable, parent.object(), "spec.listeners", message)
+        };
+        asking.into_iter().map(problem).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU16;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::manifests::NamespacedName;
+    use crate::model::{BindAddress, Listener, ListenerKey, ListenerName, ListenerSettings};
+
+    fn listeners(wanted: &[(&str, u16, Datapath)]) -> Listeners {
+        let listener = |(section, port, datapath): &(&str, u16, Datapath)| {
+            let key = ListenerKey { address: BindAddress::Any, port: NonZeroU16::new(*port).unwrap() };
+            let parent = ListenerParent::Gateway(NamespacedName::new("db", "gw"));
+            let name = ListenerName { parent, section: (*section).to_owned() };
+            let settings = ListenerSettings { datapath: *datapath, ..ListenerSettings::default() };
+            (key, Arc::new(Listener { name, settings, route: None }))
+        };
+        wanted.iter().map(listener).collect()
+    }
+
+    #[test]
+    fn who_asks_for_a_missing_tier_by_name_is_told_why_it_is_missing() {
+        let listeners = listeners(&[
+            ("a", 1, Datapath::Tc),
+            ("b", 2, Datapath::Auto),
+            ("c", 3, Datapath::Tc),
+            ("d", 4, Datapath::Sockmap),
+        ]);
+        let missing = MissingTiers { tc: Some("no BTF".to_owned()), sockmap: None };
+        let problems: Vec<String> = missing.problems(&listeners).iter().map(ToString::to_string).collect();
+        let expected = "Gateway db/gw: spec.listeners: listeners a, c ask for tier tc, which does not work on this node: no BTF; connections \
+                        are forwarded at tier splice instead; see `forwarder probe`, or ask for `auto` (TierUnavailable)";
+        assert_eq!(problems, [expected]);
+        assert_eq!(MissingTiers::default().problems(&listeners), []);
+        let sockmap = MissingTiers { sockmap: Some("an old kernel".to_owned()), ..missing };
+        assert_eq!(sockmap.problems(&listeners).len(), 2);
+    }
+
+    #[test]
+    fn a_listener_at_two_addresses_is_named_once() {
+        let listeners = listeners(&[("a", 1, Datapath::Tc), ("a", 2, Datapath::Tc)]);
+        let missing = MissingTiers { tc: Some("no BTF".to_owned()), sockmap: None };
+        let [problem] = &missing.problems(&listeners)[..] else { panic!("one problem") };
+        assert!(problem.message.starts_with("listener a asks for tier tc"), "{}", problem.message);
+    }
+}
