@@ -29,7 +29,12 @@ pub struct Ports {
 
 /// Which addresses endpoints may have.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct AllowedAddresses(Vec<Rule<IpNet>>);
+pub struct AllowedAddresses {
+    /// With those of `special` that no rule is about.
+    rules: Vec<Rule<IpNet>>,
+    /// What is refused without any rule.
+    special: Vec<Rule<IpNet>>,
+}
 
 /// Which ports listeners may take.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -52,28 +57,29 @@ const SPECIAL: [&str; 7] = [
 impl AllowedAddresses {
     /// All addresses, as `rules` say.
     pub fn for_files(rules: Vec<Rule<IpNet>>) -> Self {
-        Self(rules)
+        Self { rules, special: Vec::new() }
     }
 
     /// All but the special ones, unless `rules` say otherwise.
     pub fn for_cluster(mut rules: Vec<Rule<IpNet>>) -> Self {
         let special = SPECIAL.map(|text| text.parse::<Rule<IpNet>>().expect("a network"));
         let is_told = |range| rules.iter().any(|rule| rule.range == range);
-        let special: Vec<_> = special.into_iter().filter(|rule| !is_told(rule.range)).collect();
-        rules.extend(special);
-        Self(rules)
+        let others: Vec<_> = special.iter().copied().filter(|rule| !is_told(rule.range)).collect();
+        rules.extend(others);
+        Self { rules, special: special.into() }
     }
 
     /// A network that a rule allows although none of it is refused, if there is one: the rule changes nothing.
     pub fn without_effect(&self) -> Option<IpNet> {
-        without_effect(&self.0, |inner, outer| outer.contains(&inner))
+        let rules = [&self.rules[..], &self.special].concat();
+        without_effect(&rules, |inner, outer| outer.contains(&inner))
     }
 
     /// The network because of which `ip` is refused, if it is. One of IPv4 that is mapped into IPv6 has to be allowed as both.
     pub fn refusing(&self, ip: IpAddr) -> Option<IpNet> {
         let refusing = |ip: IpAddr| {
             let holds = |rule: &&Rule<IpNet>| rule.range.contains(&ip);
-            decide(self.0.iter().filter(holds), |range| {
+            decide(self.rules.iter().filter(holds), |range| {
                 u32::from(range.max_prefix_len() - range.prefix_len())
             })
         };
