@@ -248,7 +248,7 @@ fn the_agent_knows_every_variable_that_it_is_given() {
         "onRemoval" => "keep",
         "maxPairs" | "workers" => "1",
         "sockmapMemory" => "1MiB",
-        "listenerPorts" => "{!1-1023,443}",
+        "listenerPorts" => "{!1-1023,80-88}",
         "endpointCidrs" => "{!10.0.0.0/8,10.1.0.0/16}",
         _ => "1s",
     };
