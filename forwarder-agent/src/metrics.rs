@@ -297,7 +297,7 @@ fn encode_workers(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> f
     let counters = &shared.worker_counters;
     let mut fallbacks = encoder.encode_descriptor(
         "forwarder_tier_fallbacks",
-        "Connections not moved by the tier that was wanted, by reason",
+        "Times that a connection was not moved by the tier that was wanted, by reason",
         None,
         MetricType::Counter,
     )?;

@@ -370,7 +370,11 @@ impl Options {
             (Some(path), Some(_)) => return Err(SettingsError::TwoSources { path }),
             (None, None) => return Err(SettingsError::NoSource),
         };
-        check_rules(&source, &self.listener_ports, &self.endpoint_cidrs)?;
+        let addresses = match &source {
+            SourceSettings::Files { .. } => AllowedAddresses::for_files(self.endpoint_cidrs.clone()),
+            SourceSettings::Kube(_) => AllowedAddresses::for_cluster(self.endpoint_cidrs.clone()),
+        };
+        check_rules(&AllowedPorts::new(self.listener_ports.clone()), &addresses)?;
         Ok(Settings {
             source,
             admin: AdminSettings::new(
@@ -403,9 +407,6 @@ impl Options {
 pub const OFFLOAD_AFTER: OffloadAfter =
     OffloadAfter { bytes: Some(64 << 10), age: Some(Duration::from_millis(500)) };
 
-/// How long connections may go on by default after what they relied on was removed, where they are drained.
-pub const REMOVAL_DRAIN: Duration = Duration::from_secs(30);
-
 /// How many bytes of memory the kernel may hold for connections of tier `sockmap` by default.
 pub const SOCKMAP_MEMORY: u64 = 256 << 20;
 
@@ -428,28 +429,23 @@ fn outside(state_dir: Option<PathBuf>, manifests: &Path) -> Result<Option<PathBu
     }
 }
 
-/// Refuses a rule that allows what is allowed anyway: whoever wrote it expects that all else is refused.
-fn check_rules(
-    source: &SourceSettings,
-    ports: &[Rule<Ports>],
-    networks: &[Rule<IpNet>],
-) -> Result<(), SettingsError> {
-    if let Some(ports) = AllowedPorts::new(ports.to_vec()).without_effect() {
+/// Refuses a rule that changes nothing, such as `1024-65535` alone: whoever wrote it expects that all else is refused.
+///
+/// # Errors
+/// The first such rule.
+pub(crate) fn check_rules(ports: &AllowedPorts, addresses: &AllowedAddresses) -> Result<(), SettingsError> {
+    if let Some(ports) = ports.without_effect() {
         return Err(SettingsError::Value {
             setting: "listener-ports",
-            value: format!("`{ports}` without a wider range with `!`"),
-            remedy: "all ports are allowed anyway; add `!1-65535` to refuse all others",
+            value: format!("`{ports}`"),
+            remedy: "it changes nothing, because no rule with `!` refuses one of these ports; remove it, or add `!1-65535` to refuse all others",
         });
     }
-    let addresses = match source {
-        SourceSettings::Files { .. } => AllowedAddresses::for_files(networks.to_vec()),
-        SourceSettings::Kube(_) => AllowedAddresses::for_cluster(networks.to_vec()),
-    };
     if let Some(network) = addresses.without_effect() {
         return Err(SettingsError::Value {
             setting: "endpoint-cidrs",
-            value: format!("`{network}` without a wider network with `!`"),
-            remedy: "all its addresses are allowed anyway; add `!0.0.0.0/0` and `!::/0` to refuse all others",
+            value: format!("`{network}`"),
+            remedy: "it changes nothing, because no wider network with `!` refuses it; remove it, or add `!0.0.0.0/0` or `!::/0` to refuse all others",
         });
     }
     Ok(())
@@ -494,8 +490,8 @@ mod tests {
             let options = Options { manifests: Some("m".into()), ..from_text(text).unwrap() };
             options.validate().map(drop).map_err(|error| error.to_string())
         };
-        let message = "setting listener-ports cannot be `1024-65535` without a wider range with `!`: all ports are allowed anyway; add \
-                       `!1-65535` to refuse all others";
+        let message = "setting listener-ports cannot be `1024-65535`: it changes nothing, because no rule with `!` refuses one of these \
+                       ports; remove it, or add `!1-65535` to refuse all others";
         assert_eq!(outcome("listenerPorts: ['1024-65535']\n"), Err(message.to_owned()));
         assert_eq!(outcome("listenerPorts: ['!1-65535', '1024-65535']\n"), Ok(()));
         assert!(
@@ -551,7 +547,7 @@ mod tests {
         for (text, window) in [
             ("", None),
             ("onRemoval: keep\nremovalDrain: 5s\n", None),
-            ("onRemoval: drain\n", Some(REMOVAL_DRAIN)),
+            ("onRemoval: drain\n", Some(ListenerSettings::default().removal_drain)),
             ("onRemoval: drain\nremovalDrain: 5s\n", Some(Duration::from_secs(5))),
             ("onRemoval: reset\nremovalDrain: 5s\n", Some(Duration::ZERO)),
         ] {

@@ -12,7 +12,9 @@ use forwarder_dataplane::offload::tier_toggles::TierToggles;
 use forwarder_dataplane::reconciler::{InForce, SharedInForce, SocketState};
 use forwarder_dataplane::relay::Tier;
 use forwarder_dataplane::view::{DatapathTiers, TierState, TierView};
+use forwarder_gateway::model::Datapath;
 use forwarder_gateway::problem::Severity;
+use forwarder_gateway::status::MissingTiers;
 use forwarder_kube::publish::PublishHealth;
 use forwarder_kube::watch::KubeHealth;
 use forwarder_runtime::lock::lock;
@@ -83,6 +85,10 @@ impl AgentState {
             (report.datapath.tc_error.clone(), report.datapath.sockmap_error.clone())
         };
         let (pairs, sockmap) = (&self.connections.pairs, self.connections.sockmap.get());
+        let is_tc_wanted =
+            || self.in_force().table.listeners.values().any(|it| it.settings.datapath == Datapath::Tc);
+        let tc_error = tc_error
+            .or_else(|| (pairs.is_none() && is_tc_wanted()).then(|| MissingTiers::UNPREPARED.to_owned()));
         let state = |tier, is_available: Option<bool>| match is_available {
             None => TierState::Unused,
             Some(false) => TierState::Unavailable,

@@ -69,7 +69,7 @@ impl AllowedAddresses {
         Self { rules, special: special.into() }
     }
 
-    /// A network that a rule allows although none of it is refused, if there is one: the rule changes nothing.
+    /// A network that a rule allows although no network around it is refused, if there is one: the rule changes nothing.
     pub fn without_effect(&self) -> Option<IpNet> {
         let rules = [&self.rules[..], &self.special].concat();
         without_effect(&rules, |inner, outer| outer.contains(&inner))
@@ -93,9 +93,9 @@ impl AllowedPorts {
         Self(rules)
     }
 
-    /// Ports that a rule allows although none of them is refused, if there are: the rule changes nothing.
+    /// Ports that a rule allows although no rule refuses any of them, if there are: the rule changes nothing.
     pub fn without_effect(&self) -> Option<Ports> {
-        without_effect(&self.0, |inner, outer| outer.first <= inner.first && inner.last <= outer.last)
+        without_effect(&self.0, |one, other| one.first <= other.last && other.first <= one.last)
     }
 
     /// The ports because of which `port` is refused, if it is.
@@ -105,10 +105,10 @@ impl AllowedPorts {
     }
 }
 
-/// The first rule that allows what no wider one refuses: whoever wrote it expects that something is refused.
-fn without_effect<R: Copy>(rules: &[Rule<R>], is_within: impl Fn(R, R) -> bool) -> Option<R> {
+/// The first rule that allows only what no other one refuses: whoever wrote it expects that something is refused.
+fn without_effect<R: Copy>(rules: &[Rule<R>], takes_from: impl Fn(R, R) -> bool) -> Option<R> {
     let has_effect =
-        |rule: &&Rule<R>| rules.iter().any(|other| !other.is_allowed && is_within(rule.range, other.range));
+        |rule: &&Rule<R>| rules.iter().any(|other| !other.is_allowed && takes_from(rule.range, other.range));
     let allowing = rules.iter().filter(|rule| rule.is_allowed);
     allowing.filter(|rule| !has_effect(rule)).map(|rule| rule.range).next()
 }
@@ -237,7 +237,8 @@ mod tests {
             ("!1-65535 1024-65535", None),
             ("1024-65535", Some("1024-65535")),
             ("!1-1023 443 3306", Some("3306")),
-            ("!1-1023 1000-2000", Some("1000-2000")),
+            ("!1-1023 1000-2000", None),
+            ("!1-1023 1024-2000", Some("1024-2000")),
         ] {
             let ports = AllowedPorts::new(rules(text));
             assert_eq!(ports.without_effect().map(|ports| ports.to_string()).as_deref(), found, "{text}");

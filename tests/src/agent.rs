@@ -50,7 +50,7 @@ pub fn stepped_binary() -> PathBuf {
     let path = target().join("debug/forwarder-stepped");
     assert!(
         path.exists(),
-        "no {}: run `cargo build -p forwarder-agent --features failpoints --bin forwarder-stepped`",
+        "no {}: run `cargo build -p forwarder-agent --no-default-features --features failpoints --bin forwarder-stepped`",
         path.display()
     );
     path

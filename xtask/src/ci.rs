@@ -25,12 +25,12 @@ const STEPS: [Step; 10] = [
     Step { name: "build-ebpf", repeat: "cargo xtask build-ebpf", perform: || ebpf::build().map(drop) },
     Step {
         name: "clippy",
-        repeat: "cargo clippy --workspace --exclude forwarder-ebpf --all-targets --no-default-features -- -D warnings",
+        repeat: "cargo clippy --workspace --exclude forwarder-ebpf --no-default-features --features=forwarder-agent/failpoints --all-targets -- -D warnings",
         perform: || cargo_for_all("clippy", &["--all-targets", "--", "-D", "warnings"]),
     },
     Step {
         name: "doc",
-        repeat: "RUSTDOCFLAGS='-D warnings' cargo doc --workspace --exclude forwarder-ebpf --no-deps --no-default-features",
+        repeat: "RUSTDOCFLAGS='-D warnings' cargo doc --workspace --exclude forwarder-ebpf --no-default-features --features=forwarder-agent/failpoints --no-deps",
         perform: || cargo_for_all("doc", &["--no-deps"]),
     },
     Step { name: "test", repeat: "cargo xtask test", perform: || test::test(None, &[]) },

@@ -1,7 +1,7 @@
 //! The documents as a book, `target/book/index.html`, made by mdBook.
 //!
 //! docs/README.md lists the pages once: its table is the book's outline. The book is made of a copy of every document of the tree, each
-//! at its place, so that links between them work in the book as they do in the tree.
+//! at its place, so that links from page to page work in the book as they do in the tree. (Those to folders and licences do not.)
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,8 +17,7 @@ const MDBOOK_VERSION: &str = "0.5.4";
 const COPIED: [&str; 2] = ["md", "svg"];
 /// The list of pages.
 const INDEX: &str = "docs/README.md";
-const CONFIGURATION: &str =
-    "[book]\ntitle = \"forwarder\"\nsrc = \".\"\n\n[build]\nbuild-dir = \"../book\"\n";
+const CONFIGURATION: &str = "[book]\ntitle = \"forwarder\"\nsrc = \".\"\n\n[build]\nbuild-dir = \"../book\"\n# A README stays README.html, as links say.\nuse-default-preprocessors = false\n";
 
 /// Makes the book.
 pub(crate) fn docs() -> Result<()> {

@@ -13,7 +13,7 @@ use crate::workspace::{self, Profile};
 /// The variable by which the agent's build script learns where the objects to embed are.
 pub(crate) const OBJECTS_VARIABLE: &str = "FORWARDER_EBPF_OBJECTS";
 
-/// The features of everything that is built without optimisations: no allocator that takes minutes to build, and the steps at which
+/// The features of what is built to lint and to test: no allocator that takes minutes to build, and the steps at which
 /// tests stop the agent. Always the same, so that nothing is built twice.
 pub(crate) const DEV_FEATURES: [&str; 2] = ["--no-default-features", "--features=forwarder-agent/failpoints"];
 

@@ -14,7 +14,7 @@ use crate::workspace;
 /// The crate that computes and does nothing else. What does input and output in other crates, its manifest keeps from it.
 const PURE: &str = "forwarder-gateway/src/";
 /// What it must not name of the standard library.
-const IMPURE: [&str; 8] = [
+const IMPURE: [&str; 10] = [
     "std::env",
     "std::fs",
     "std::process",
@@ -23,6 +23,8 @@ const IMPURE: [&str; 8] = [
     "TcpStream",
     "Instant::now",
     "SystemTime::now",
+    "Timestamp::now",
+    "UdpSocket",
 ];
 
 const MAX_LINES: usize = 500;

@@ -234,13 +234,12 @@ impl Control {
         if self.offloader.is_some() {
             return MissingTiers { tc: None, sockmap };
         }
-        // By annotation a listener may ask for what the agent was told not to prepare.
-        let unprepared = || {
-            "the agent's own setting --datapath is another tier, so it has no map of pairs; start it with `auto`, and name other tiers in \
-             annotations"
-                .to_owned()
-        };
-        MissingTiers { tc: Some(report.datapath.tc_error.clone().unwrap_or_else(unprepared)), sockmap }
+        let reason = report.datapath.tc_error.as_deref();
+        let tc = reason.map_or_else(
+            || MissingTiers::UNPREPARED.to_owned(),
+            |reason| format!("{reason} (`forwarder probe` says more)"),
+        );
+        MissingTiers { tc: Some(tc), sockmap }
     }
 
     /// The listeners that have been without their port for longer than while agents are replaced.

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use super::{Output, print_json};
 use crate::resolver::Resolver;
-use crate::settings::Options;
+use crate::settings::{Options, check_rules};
 use crate::view::{ProblemView, State};
 use forwarder_gateway::allowed::{AllowedAddresses, AllowedPorts, Ports, Rule};
 use forwarder_gateway::resolve::{CONTROLLER_NAME, ResolveSettings};
@@ -81,11 +81,14 @@ fn count(number: usize, thing: &str) -> String {
 
 /// The state that an agent would have with these manifests.
 pub(crate) fn load(path: &Path, served: &ServedArgs) -> anyhow::Result<State> {
+    let listener_ports = AllowedPorts::new(served.listener_ports.clone());
+    let endpoint_addresses = AllowedAddresses::for_files(served.endpoint_cidrs.clone());
+    check_rules(&listener_ports, &endpoint_addresses)?;
     let loaded = FileSource::new(path).load();
     let resolver = Resolver::new(ResolveSettings {
         controller_name: served.controller_name.clone(),
-        listener_ports: AllowedPorts::new(served.listener_ports.clone()),
-        endpoint_addresses: AllowedAddresses::for_files(served.endpoint_cidrs.clone()),
+        listener_ports,
+        endpoint_addresses,
         ..ResolveSettings::for_files(Options::default().listener_defaults()?)
     });
     Ok(resolver.resolve(&loaded).state())

@@ -17,6 +17,10 @@ pub struct MissingTiers {
 }
 
 impl MissingTiers {
+    /// Why there is no tier `tc` for a listener that asks for it by annotation, if the agent's own setting is another tier.
+    pub const UNPREPARED: &str = "the agent's own --datapath is another tier, so that it has no map of pairs; start it with --datapath auto, and \
+                                  name other tiers in annotations";
+
     /// A warning for each Gateway and ListenerSet with listeners that ask for a missing tier by its name. They are served all the same, at
     /// another tier; who asks for `auto` leaves the choice to the agent, and is told nothing.
     pub fn problems(&self, listeners: &Listeners) -> Vec<Problem> {
@@ -44,10 +48,11 @@ impl MissingTiers {
             let (listeners, ask) = if names.len() == 1 { ("listener", "asks") } else { ("listeners", "ask") };
             let message = format!(
                 "{listeners} {} {ask} for tier {tier}, which does not work on this node: {reason}; connections are forwarded at tier splice \
-                 instead; see `forwarder probe`, or ask for `auto`",
+                 instead",
                 list(&names)
             );
-            Problem::warning(Reason::TierUnavailable, parent.object(), "spec.listeners", message)
+            // By annotation, or by a setting of the agent: no field of the object has to be wrong.
+            Problem::warning(Reason::TierUnavailable, parent.object(), "", message)
         };
         asking.into_iter().map(problem).collect()
     }
@@ -83,8 +88,8 @@ mod tests {
         ]);
         let missing = MissingTiers { tc: Some("no BTF".to_owned()), sockmap: None };
         let problems: Vec<String> = missing.problems(&listeners).iter().map(ToString::to_string).collect();
-        let expected = "Gateway db/gw: spec.listeners: listeners a, c ask for tier tc, which does not work on this node: no BTF; connections \
-                        are forwarded at tier splice instead; see `forwarder probe`, or ask for `auto` (TierUnavailable)";
+        let expected = "Gateway db/gw: listeners a, c ask for tier tc, which does not work on this node: no BTF; connections \
+                        are forwarded at tier splice instead (TierUnavailable)";
         assert_eq!(problems, [expected]);
         assert_eq!(MissingTiers::default().problems(&listeners), []);
         let sockmap = MissingTiers { sockmap: Some("an old kernel".to_owned()), ..missing };

@@ -40,10 +40,6 @@ pub struct Leg {
     pub first_sent: u32,
     /// The sequence number of the first byte that it has received.
     pub first_received: u32,
-    /// How many bytes the agent has sent first that no byte of the other leg corresponds to, such as a PROXY header.
-    pub sent_prelude: u32,
-    /// How many bytes it has received first and not passed on to the other leg.
-    pub received_prelude: u32,
     /// The sequence number after the last byte that was written to it.
     pub next_sent: u32,
     /// The sequence number of the next byte that it expects.
@@ -82,16 +78,6 @@ pub struct LegOptions {
 }
 
 impl Leg {
-    /// The sequence number of the first byte sent that corresponds to one of the other leg.
-    pub const fn first_forwarded(&self) -> u32 {
-        self.first_sent.wrapping_add(self.sent_prelude)
-    }
-
-    /// The sequence number of the first byte received that corresponds to one of the other leg.
-    pub const fn first_passed_on(&self) -> u32 {
-        self.first_received.wrapping_add(self.received_prelude)
-    }
-
     /// Reads a connected socket, to which `written` bytes have been written since it was opened, and whose first byte has the
     /// number `first_sent` if it was read before. Its timestamp clock is ahead of `CLOCK_MONOTONIC` by `clock_offset` ticks. It
     /// sends nothing, and nothing about the connection changes.
@@ -138,8 +124,6 @@ impl Leg {
                 peer,
                 first_sent: numbers.next_sent.wrapping_sub(low_half(written)),
                 first_received: numbers.next_received.wrapping_sub(low_half(after.received)),
-                sent_prelude: 0,
-                received_prelude: 0,
                 next_sent: numbers.next_sent,
                 next_received: numbers.next_received,
                 received: after.received,

@@ -37,7 +37,7 @@ pub(crate) fn test(package: Option<&str>, filters: &[OsString]) -> Result<()> {
     let mut command = Command::new(workspace::cargo());
     command.arg("test").current_dir(workspace::root());
     match package {
-        Some(package) => command.args(["--package", package]),
+        Some(package) => command.args(["--package", package, "--no-default-features"]),
         None => command.args(programs::WHOLE),
     };
     if !filters.is_empty() {
