@@ -6,7 +6,6 @@ use std::net::IpAddr;
 use crate::report::InputProblems;
 use crate::settings::{Settings, SourceSettings};
 use crate::view;
-use forwarder_gateway::allowed::{AllowedAddresses, AllowedPorts};
 use forwarder_gateway::manifests::NamespacedName;
 use forwarder_gateway::plan::Op;
 use forwarder_gateway::resolve::{self, OwnSockets, ResolveSettings, Resolved};
@@ -33,19 +32,15 @@ impl Resolver {
 
     /// A resolver for what the agent follows.
     pub(crate) fn of_agent(settings: &Settings) -> Self {
-        let (defaults, cidrs) = (settings.listener_defaults.clone(), settings.endpoint_cidrs.clone());
-        let (base, endpoint_addresses) = match settings.source {
-            SourceSettings::Files { .. } => {
-                (ResolveSettings::for_files(defaults), AllowedAddresses::for_files(cidrs))
-            }
-            SourceSettings::Kube(_) => {
-                (ResolveSettings::for_cluster(defaults), AllowedAddresses::for_cluster(cidrs))
-            }
+        let defaults = settings.listener_defaults.clone();
+        let base = match settings.source {
+            SourceSettings::Files { .. } => ResolveSettings::for_files(defaults),
+            SourceSettings::Kube(_) => ResolveSettings::for_cluster(defaults),
         };
         Self(ResolveSettings {
             controller_name: settings.controller_name.clone(),
-            listener_ports: AllowedPorts::new(settings.listener_ports.clone()),
-            endpoint_addresses,
+            listener_ports: settings.listener_ports.clone(),
+            endpoint_addresses: settings.endpoint_addresses.clone(),
             own: OwnSockets { admin: settings.admin.address, ..OwnSockets::default() },
             ..base
         })

@@ -197,9 +197,9 @@ pub struct Settings {
     /// Where upstream connections come from; empty leaves the choice to the kernel.
     pub source_addresses: Vec<IpAddr>,
     /// Which ports listeners may take.
-    pub listener_ports: Vec<Rule<Ports>>,
+    pub listener_ports: AllowedPorts,
     /// Which addresses endpoints may have.
-    pub endpoint_cidrs: Vec<Rule<IpNet>>,
+    pub endpoint_addresses: AllowedAddresses,
     /// How long a port that another process had must have been free before it is taken.
     pub port_wait: Duration,
 }
@@ -325,14 +325,16 @@ impl Options {
                 remedy: "set how long an attempt may take, such as 3s",
             });
         }
-        let or_off = |set: Option<DurationText>, default: Option<Duration>| match set {
-            Some(set) => off_if_zero(set.0),
-            None => default,
-        };
         Ok(ListenerSettings {
             datapath: self.datapath.unwrap_or(defaults.datapath),
-            idle_timeout: or_off(self.idle_timeout, defaults.idle_timeout),
-            half_closed_timeout: or_off(self.half_closed_timeout, defaults.half_closed_timeout),
+            idle_timeout: off_if_zero(or_default(
+                self.idle_timeout,
+                defaults.idle_timeout.unwrap_or_default(),
+            )),
+            half_closed_timeout: off_if_zero(or_default(
+                self.half_closed_timeout,
+                defaults.half_closed_timeout.unwrap_or_default(),
+            )),
             connect_timeout,
             on_removal: self.on_removal.unwrap_or(defaults.on_removal),
             removal_drain: or_default(self.removal_drain, defaults.removal_drain),
@@ -370,11 +372,12 @@ impl Options {
             (Some(path), Some(_)) => return Err(SettingsError::TwoSources { path }),
             (None, None) => return Err(SettingsError::NoSource),
         };
-        let addresses = match &source {
-            SourceSettings::Files { .. } => AllowedAddresses::for_files(self.endpoint_cidrs.clone()),
-            SourceSettings::Kube(_) => AllowedAddresses::for_cluster(self.endpoint_cidrs.clone()),
+        let listener_ports = AllowedPorts::new(self.listener_ports);
+        let endpoint_addresses = match source {
+            SourceSettings::Files { .. } => AllowedAddresses::for_files(self.endpoint_cidrs),
+            SourceSettings::Kube(_) => AllowedAddresses::for_cluster(self.endpoint_cidrs),
         };
-        check_rules(&AllowedPorts::new(self.listener_ports.clone()), &addresses)?;
+        check_rules(&listener_ports, &endpoint_addresses)?;
         Ok(Settings {
             source,
             admin: AdminSettings::new(
@@ -396,8 +399,8 @@ impl Options {
             keepalive: off_if_zero(or_default(self.keepalive, Duration::from_mins(1))),
             drain_timeout: or_default(self.drain_timeout, Duration::from_secs(30)),
             source_addresses: self.source_addresses,
-            listener_ports: self.listener_ports,
-            endpoint_cidrs: self.endpoint_cidrs,
+            listener_ports,
+            endpoint_addresses,
             port_wait: or_default(self.port_wait, PORT_WAIT),
         })
     }

@@ -14,6 +14,10 @@ use serde_json::Value;
 
 const WAIT: Duration = Duration::from_secs(10);
 
+/// What takes every privilege from an agent.
+const WITHOUT_CAPABILITIES: [&str; 4] =
+    ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"];
+
 /// Whether the agent has its eBPF programs. If not, says that the test is skipped, or fails it where `REQUIRE_NETNS=1`
 /// demands that no test is skipped.
 fn require_programs(agent: &Agent) -> bool {
@@ -134,12 +138,7 @@ fn without_capabilities_it_forwards_all_the_same_and_says_so_once() {
     if !require_root() {
         return;
     }
-    let command = AgentCommand::new(&[]).wrapped(&[
-        "setpriv",
-        "--bounding-set=-all",
-        "--inh-caps=-all",
-        "--no-new-privs",
-    ]);
+    let command = AgentCommand::new(&[]).wrapped(&WITHOUT_CAPABILITIES);
     let forwarding = Forwarding::start_with(&command, peer::transfer).unwrap();
     client::transfer(&forwarding.connect().unwrap(), 1, 100_000, 100_000).unwrap();
     forwarding.manifests.gateway(&[("a", LISTENER_PORT), ("b", 9002)]).unwrap();
@@ -164,12 +163,7 @@ fn a_listener_that_asks_for_a_tier_that_is_missing_is_a_problem() {
     if !require_root() {
         return;
     }
-    let command = AgentCommand::new(&["--datapath", "tc"]).wrapped(&[
-        "setpriv",
-        "--bounding-set=-all",
-        "--inh-caps=-all",
-        "--no-new-privs",
-    ]);
+    let command = AgentCommand::new(&["--datapath", "tc"]).wrapped(&WITHOUT_CAPABILITIES);
     let forwarding = Forwarding::start_with(&command, peer::transfer).unwrap();
     let agent = &forwarding.agent;
     client::transfer(&forwarding.connect().unwrap(), 1, 100_000, 100_000).unwrap();

@@ -3,100 +3,59 @@
 //! docs/README.md lists the pages once: its table is the book's outline. The book is made of a copy of every document of the tree, each
 //! at its place, so that links from page to page work in the book as they do in the tree. (Those to folders and licences do not.)
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{process, workspace};
+use crate::tidy::{has_extension, visit};
+use crate::{process, setup, workspace};
 
-const MDBOOK_VERSION: &str = "0.5.4";
 /// What a document may be or show.
-const COPIED: [&str; 2] = ["md", "svg"];
+const SHOWN: [&str; 2] = ["md", "svg"];
 /// The list of pages.
 const INDEX: &str = "docs/README.md";
-const CONFIGURATION: &str = "[book]\ntitle = \"forwarder\"\nsrc = \".\"\n\n[build]\nbuild-dir = \"../book\"\n# A README stays README.html, as links say.\nuse-default-preprocessors = false\n";
+const CONFIGURATION: &str = "[book]\ntitle = \"forwarder\"\nsrc = \".\"\n\n[build]\nbuild-dir = \"../book\"\n\
+                             # A README stays README.html, as links say.\nuse-default-preprocessors = false\n";
 
 /// Makes the book.
 pub(crate) fn docs() -> Result<()> {
-    let mdbook = mdbook()?;
+    let mdbook = setup::mdbook()?;
+    let mut files = documents()?;
+    let outline = outline(&files);
+    ensure!(outline.lines().count() > 10, "{INDEX} has no table of pages");
+    files.insert("SUMMARY.md".to_owned(), outline);
+    files.insert("book.toml".to_owned(), CONFIGURATION.to_owned());
     let sources = workspace::target_directory().join("book-sources");
     if sources.exists() {
         fs::remove_dir_all(&sources).with_context(|| format!("removing {}", sources.display()))?;
     }
-    copy(&workspace::root(), &sources)?;
-    let index = fs::read_to_string(sources.join(INDEX)).context("reading the list of pages")?;
-    let outline = outline(&index, |folder| pages_of(&sources.join("docs").join(folder)));
-    ensure!(outline.lines().count() > 10, "{INDEX} has no table of pages");
-    fs::write(sources.join("SUMMARY.md"), outline)?;
-    fs::write(sources.join("book.toml"), CONFIGURATION)?;
+    for (name, text) in files {
+        let path = sources.join(name);
+        fs::create_dir_all(path.parent().unwrap_or(&sources))?;
+        fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+    }
     process::run(Command::new(mdbook).arg("build").arg(&sources))?;
     println!("{}", workspace::target_directory().join("book/index.html").display());
     Ok(())
 }
 
-/// mdBook: our own, the one on the search path, or a new one.
-fn mdbook() -> Result<PathBuf> {
-    let own = workspace::tools_directory().join("bin/mdbook");
-    if own.is_file() {
-        return Ok(own);
-    }
-    if let Some(found) = process::find("mdbook") {
-        return Ok(found);
-    }
-    let mut command = Command::new(workspace::cargo());
-    command
-        .args([
-            "install",
-            "mdbook",
-            "--version",
-            MDBOOK_VERSION,
-            "--locked",
-            "--debug",
-            "--no-default-features",
-            "--root",
-        ])
-        .arg(workspace::tools_directory())
-        .current_dir(Path::new("/"));
-    process::run_within(&mut command, Duration::from_mins(15))
-        .context("install mdbook, or put it on PATH")?;
-    Ok(own)
-}
-
-/// Copies the documents below a folder, each to its place below another.
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    for entry in fs::read_dir(from).with_context(|| format!("reading {}", from.display()))? {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if path.is_dir() && !name.starts_with('.') && name != "target" {
-            copy(&path, &to.join(&name))?;
-        } else if path.extension().is_some_and(|it| COPIED.iter().any(|extension| it == *extension)) {
-            fs::create_dir_all(to)?;
-            fs::copy(&path, to.join(&name)).with_context(|| format!("copying {}", path.display()))?;
+/// The documents of the tree, named from its top.
+fn documents() -> Result<BTreeMap<String, String>> {
+    let mut files = BTreeMap::new();
+    visit(&workspace::root(), "", &mut |name, text| {
+        if SHOWN.iter().any(|extension| has_extension(name, extension)) {
+            files.insert(name.to_owned(), text.to_owned());
         }
-    }
-    Ok(())
-}
-
-/// The pages in a folder and their headings, by name.
-fn pages_of(folder: &Path) -> Vec<(String, String)> {
-    let entries = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
-    let page = |entry: fs::DirEntry| {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let text = fs::read_to_string(entry.path()).ok()?;
-        let heading = text.lines().find_map(|line| line.strip_prefix("# "))?;
-        entry.path().extension().is_some_and(|it| it == "md").then(|| (name.clone(), heading.to_owned()))
-    };
-    let mut pages: Vec<(String, String)> = entries.filter_map(page).collect();
-    pages.sort();
-    pages
+    })?;
+    Ok(files)
 }
 
 /// mdBook's outline of the table in docs/README.md: a row in bold begins a part, a row with a link is a page, and one that links a
 /// folder is all pages of it. Links are from the top of the tree.
-fn outline(index: &str, pages_of: impl Fn(&str) -> Vec<(String, String)>) -> String {
+fn outline(files: &BTreeMap<String, String>) -> String {
+    let index = files.get(INDEX).map(String::as_str).unwrap_or_default();
     let mut outline = format!("# Summary\n\n[Overview](README.md)\n[Pages]({INDEX})\n\n");
     for line in index.lines().filter_map(|line| line.strip_prefix("| ")) {
         let cell = line.split(" |").next().unwrap_or_default();
@@ -106,13 +65,14 @@ fn outline(index: &str, pages_of: impl Fn(&str) -> Vec<(String, String)>) -> Str
             let link = link.trim_end_matches(')');
             let title = line.split(" | ").nth(1).unwrap_or_default().trim_end_matches(" |");
             let title = capitalised(title);
-            if let Some(folder) = link.strip_suffix('/') {
+            let path = link.strip_prefix("../").map_or_else(|| format!("docs/{link}"), str::to_owned);
+            if path.ends_with('/') {
                 outline.extend(["- [", &title, "]()\n"]);
-                for (name, heading) in pages_of(folder) {
-                    outline.extend(["  - [", &heading, "](docs/", folder, "/", &name, ")\n"]);
+                for (name, text) in files.iter().filter(|(name, _)| name.starts_with(&path)) {
+                    let heading = text.lines().find_map(|line| line.strip_prefix("# ")).unwrap_or(name);
+                    outline.extend(["  - [", heading, "](", name, ")\n"]);
                 }
             } else {
-                let path = link.strip_prefix("../").map_or_else(|| format!("docs/{link}"), str::to_owned);
                 outline.extend(["- [", &title, "](", &path, ")\n"]);
             }
         }
@@ -133,33 +93,21 @@ mod tests {
     fn the_outline_follows_the_table_of_pages() {
         let index = "# Documents\n\n| page | content |\n|---|---|\n| [install.md](install.md) | build, commands |\n| **More** | |\n\
                      | [adr/](adr/) | decisions |\n| [../deploy/README.md](../deploy/README.md) | the chart |\n";
-        let pages = |folder: &str| {
-            assert_eq!(folder, "adr");
-            vec![("001-a.md".to_owned(), "1. A".to_owned())]
-        };
+        let files = [(INDEX, index), ("docs/adr/001-a.md", "# 1. A\n")];
+        let files = files.map(|(name, text)| (name.to_owned(), text.to_owned())).into();
         let expected = "# Summary\n\n[Overview](README.md)\n[Pages](docs/README.md)\n\n- [Build, commands](docs/install.md)\n\n# More\n\n\
                         - [Decisions]()\n  - [1. A](docs/adr/001-a.md)\n- [The chart](deploy/README.md)\n";
-        assert_eq!(outline(index, pages), expected);
+        assert_eq!(outline(&files), expected);
     }
 
     #[test]
     fn every_page_below_docs_is_in_the_outline() {
-        let docs = workspace::root().join("docs");
-        let index = fs::read_to_string(docs.join("README.md")).unwrap();
-        let outline = outline(&index, |folder| pages_of(&docs.join(folder)));
-        let mut folders = vec![docs.clone()];
+        let files = documents().unwrap();
+        let outline = outline(&files);
         let mut pages = 0;
-        while let Some(folder) = folders.pop() {
-            for entry in fs::read_dir(folder).unwrap() {
-                let path = entry.unwrap().path();
-                if path.is_dir() {
-                    folders.push(path);
-                } else if path.extension().is_some_and(|it| it == "md") {
-                    let name = path.strip_prefix(workspace::root()).unwrap().display().to_string();
-                    assert!(outline.contains(&format!("({name})")), "{INDEX} does not list {name}");
-                    pages += 1;
-                }
-            }
+        for name in files.keys().filter(|name| name.starts_with("docs/") && has_extension(name, "md")) {
+            assert!(outline.contains(&format!("({name})")), "{INDEX} does not list {name}");
+            pages += 1;
         }
         assert!(pages > 30, "{pages}");
     }

@@ -187,6 +187,7 @@ const BENCH_PROGRAMS: [(&str, &str); 7] = [
 ];
 
 const CARGO_DENY_VERSION: &str = "0.20.2";
+const MDBOOK_VERSION: &str = "0.5.4";
 
 /// Finds every part, and installs the missing ones if `mode` says so.
 pub(crate) fn setup(need: Need, mode: Mode) -> Result<()> {
@@ -215,10 +216,23 @@ pub(crate) fn setup(need: Need, mode: Mode) -> Result<()> {
     Ok(())
 }
 
-/// Where cargo-deny is: our own, or the one on the search path.
+/// Where cargo-deny is.
 pub(crate) fn cargo_deny() -> Result<PathBuf> {
-    let own = workspace::tools_directory().join("bin/cargo-deny");
-    Some(own).filter(|path| path.is_file()).or_else(|| process::find("cargo-deny")).context("not installed")
+    find_tool("cargo-deny")
+}
+
+/// Where mdBook is, which is installed if it is nowhere.
+pub(crate) fn mdbook() -> Result<PathBuf> {
+    find_tool("mdbook").or_else(|_| {
+        install_tool("mdbook", MDBOOK_VERSION).context("put mdbook on PATH, or")?;
+        find_tool("mdbook")
+    })
+}
+
+/// Where a tool that cargo installs is: our own, or the one on the search path.
+fn find_tool(name: &str) -> Result<PathBuf> {
+    let own = workspace::tools_directory().join("bin").join(name);
+    Some(own).filter(|path| path.is_file()).or_else(|| process::find(name)).context("not installed")
 }
 
 fn find_toolchain() -> Result<String> {
@@ -365,10 +379,14 @@ fn install_ebpf_clippy() -> Result<()> {
 }
 
 fn install_cargo_deny() -> Result<()> {
+    install_tool("cargo-deny", CARGO_DENY_VERSION)
+}
+
+fn install_tool(name: &str, version: &str) -> Result<()> {
     let mut command = Command::new(workspace::cargo());
     // Optimising it takes minutes more than running it.
     command
-        .args(["install", "cargo-deny", "--version", CARGO_DENY_VERSION, "--locked", "--debug"])
+        .args(["install", name, "--version", version, "--locked", "--debug"])
         .args(["--no-default-features", "--root"])
         .arg(workspace::tools_directory())
         .current_dir(Path::new("/"));

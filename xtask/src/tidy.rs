@@ -46,7 +46,7 @@ pub(crate) fn tidy() -> Result<()> {
 }
 
 /// Shows every file of text, named from the top of the workspace.
-fn visit(directory: &Path, prefix: &str, show: &mut impl FnMut(&str, &str)) -> Result<()> {
+pub(crate) fn visit(directory: &Path, prefix: &str, show: &mut impl FnMut(&str, &str)) -> Result<()> {
     let context = || format!("reading {}", directory.display());
     let mut entries =
         fs::read_dir(directory).and_then(Iterator::collect::<Result<Vec<_>, _>>).with_context(context)?;
@@ -97,7 +97,7 @@ fn is_rust(name: &str) -> bool {
     has_extension(name, "rs")
 }
 
-fn has_extension(name: &str, extension: &str) -> bool {
+pub(crate) fn has_extension(name: &str, extension: &str) -> bool {
     Path::new(name).extension().is_some_and(|it| it == extension)
 }
 
@@ -123,15 +123,11 @@ fn is_ignored_test(line: &str) -> bool {
     line.starts_with("#[ignore") || (line.starts_with("#[cfg_attr(") && line.contains(", ignore"))
 }
 
-/// Whether the code names `word` as a whole; a path of our own that ends alike, such as `source::kube::`, is another word.
+/// Whether the code names `word`, and not one that only ends alike.
 fn names(code: &str, word: &str) -> bool {
     let is_name = |c: char| c.is_alphanumeric() || c == '_';
-    let ends_inside = |before: &str| match before.strip_suffix("::") {
-        Some(path) => word.ends_with("::") && path.ends_with(is_name),
-        None => before.ends_with(is_name),
-    };
-    code.match_indices(word).any(|(index, _)| code.get(..index).is_some_and(|before| !ends_inside(before)))
-        || word.strip_suffix("::").is_some_and(|name| code.trim_start().starts_with(&format!("use {name};")))
+    code.match_indices(word)
+        .any(|(index, _)| code.get(..index).is_some_and(|before| !before.ends_with(is_name)))
 }
 
 #[cfg(test)]

@@ -62,11 +62,14 @@ pub(super) fn apply(
             "datapath" => annotation.apply(datapath, |s, v| s.datapath = v),
             "on-removal" => annotation.apply(on_removal, |s, v| s.on_removal = v),
             "removal-drain" => annotation.apply(duration, |s, v| s.removal_drain = v),
-            _ => annotation.complaints.push(
-                "no such setting: it is ignored; there are idle-timeout, half-closed-timeout, connect-timeout, \
-                 datapath, on-removal and removal-drain"
-                    .to_owned(),
-            ),
+            _ => {
+                let known = ANNOTATIONS.map(|name| name.trim_start_matches(PREFIX));
+                let [others @ .., last] = &known;
+                annotation.complaints.push(format!(
+                    "no such setting: it is ignored; there are {} and {last}",
+                    others.join(", ")
+                ));
+            }
         }
         for complaint in annotation.complaints {
             let field = format!("metadata.annotations[{key}]");
