@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
 use crate::bpf;
 use crate::net::routes::Routes;
-use crate::tcp::leg::Leg;
+use crate::tcp::leg::{Leg, Relayed};
 use crate::tcp::segments::SegmentSocket;
 
 /// Tries everything that tier `tc` needs, without leaving anything behind; says how programs would be attached.
@@ -25,7 +25,7 @@ pub fn probe() -> Result<String, String> {
 fn read_a_connection() -> std::io::Result<Leg> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let stream = TcpStream::connect(listener.local_addr()?)?;
-    Leg::read(&stream, 0, None, 0)
+    Leg::read(&stream, Relayed::default(), 0)
 }
 
 /// Why there is no tier `tc` on this kernel, whatever its programs would do; `None` if nothing is known against it.

@@ -22,8 +22,7 @@ use forwarder_kernel::flows::JoinPermit;
 use forwarder_kernel::flows::joined_pair::JoinedPair;
 use forwarder_kernel::maps::DatapathError;
 use forwarder_kernel::tcp::exit::Exit;
-use forwarder_kernel::tcp::leg;
-use forwarder_kernel::tcp::leg::Leg;
+use forwarder_kernel::tcp::leg::{self, Inbound, Leg, Relayed};
 use forwarder_kernel::tcp::timestamp_clock::Clock;
 use forwarder_runtime::failpoint;
 
@@ -58,7 +57,7 @@ pub(super) async fn attempt(
     if !relay.is_open() {
         return Attempt::Refused(FallbackReason::Ended);
     }
-    let (pair, first_received) = match join(offloader, &permit, downstream, upstream, connection) {
+    let (pair, inbound) = match join(offloader, &permit, downstream, upstream, connection) {
         Ok(joined) => joined,
         Err(fallback_reason) => return Attempt::Refused(fallback_reason),
     };
@@ -66,7 +65,7 @@ pub(super) async fn attempt(
     drop(permit);
     context.counters().offloaded.add(1);
     let sockets = [downstream, upstream];
-    let joined = Joined { offloader, pair: Some(pair), connection, sockets, first_received };
+    let joined = Joined { offloader, pair: Some(pair), connection, sockets, inbound };
     connection.is_in_handover.set(true);
     let delivery = deliver(context, joined, relay).await;
     connection.is_in_handover.set(false);
@@ -77,17 +76,18 @@ pub(super) async fn attempt(
     }
 }
 
-/// Reads both sides and joins them in the kernel. Yields the numbers of the first bytes that the sockets have received, too.
+/// Reads both sides and joins them in the kernel. Yields where the streams begin that the sockets receive, too.
 fn join(
     offloader: &Offloader,
     permit: &JoinPermit,
     downstream: &TcpStream,
     upstream: &TcpStream,
     connection: &Connection,
-) -> Result<(JoinedPair, [u32; 2]), FallbackReason> {
+) -> Result<(JoinedPair, [Inbound; 2]), FallbackReason> {
     let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>, clock: &Cell<Clock>| {
         let clock_offset = clock.get().offset().ok_or(FallbackReason::Unreadable)?;
-        let leg = Leg::read(socket, written, first_sent.get(), clock_offset).map_err(|error| {
+        let relayed = Relayed { written, kept: 0, first_sent: first_sent.get() };
+        let leg = Leg::read(socket, relayed, clock_offset).map_err(|error| {
             if error.kind() == std::io::ErrorKind::NotConnected {
                 return FallbackReason::Ended;
             }
@@ -116,7 +116,7 @@ fn join(
         }
     }
     let pair = offloader.flows.join(permit, connection.opened_at(), &down, &up)?;
-    Ok((pair, [down.first_received, up.first_received]))
+    Ok((pair, [down.inbound(), up.inbound()]))
 }
 
 /// How a handover ended.
@@ -136,8 +136,8 @@ struct Joined<'a> {
     connection: &'a Connection,
     /// Those towards the client and towards the endpoint.
     sockets: [&'a TcpStream; 2],
-    /// The numbers of the first bytes that they have received.
-    first_received: [u32; 2],
+    /// Where the streams begin that they receive.
+    inbound: [Inbound; 2],
 }
 
 impl Joined<'_> {
@@ -153,7 +153,7 @@ impl Joined<'_> {
     /// snapshots do not know.
     fn promise(&mut self) -> Result<(), DatapathError> {
         let Some(pair) = &mut self.pair else { return Ok(()) };
-        let next = |side: usize| leg::next_received(self.sockets[side], self.first_received[side]);
+        let next = |side: usize| self.inbound[side].next(self.sockets[side]);
         // A socket that is gone tells so elsewhere.
         let (Ok(to_client), Ok(to_endpoint)) = (next(0), next(1)) else { return Ok(()) };
         self.offloader.flows.promise(pair, [to_client, to_endpoint])
@@ -164,7 +164,8 @@ impl Joined<'_> {
     fn count(&self) {
         let state = self.pair.as_ref().and_then(|pair| self.offloader.flows.pair(pair.number));
         let record = &mut *self.connection.record.borrow_mut();
-        let [Ok(from_client), Ok(from_endpoint)] = self.sockets.map(leg::received) else { return };
+        let received = |side: usize| self.inbound[side].received(self.sockets[side]);
+        let (Ok(from_client), Ok(from_endpoint)) = (received(0), received(1)) else { return };
         let (Some(state), Some(record)) = (state, record) else { return };
         record.count_forwarded(
             record.received + state.request.bytes.saturating_sub(from_client),

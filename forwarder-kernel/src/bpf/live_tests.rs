@@ -19,7 +19,7 @@ use crate::bpf::Bpf;
 use crate::programs::attach::AttachKind;
 use crate::tcp::exit::Way;
 use crate::tcp::join::{Hop, Placement, join};
-use crate::tcp::leg::Leg;
+use crate::tcp::leg::{Leg, Relayed};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 /// How long after the insertion of a flow packets may still be on their way past the programs.
@@ -103,15 +103,15 @@ fn attach(bpf: &mut Bpf) {
     }
 }
 
-/// Joins two sockets of this namespace, of which so many bytes have been written to each.
+/// Joins two sockets of this namespace.
 fn offload(
     bpf: &mut Bpf,
-    downstream: (&TcpStream, u64),
-    upstream: (&TcpStream, u64),
+    downstream: (&TcpStream, Relayed),
+    upstream: (&TcpStream, Relayed),
 ) -> Vec<(FourTuple, Flow)> {
-    let legs = [downstream, upstream].map(|(socket, written)| {
+    let legs = [downstream, upstream].map(|(socket, relayed)| {
         let clock = crate::tcp::timestamp_clock::wait(socket);
-        Leg::read(socket, written, None, clock).unwrap()
+        Leg::read(socket, relayed, clock).unwrap()
     });
     let hop = |interface: &str, leg: &Leg| Hop {
         interface: interface_index(interface),
@@ -196,20 +196,47 @@ struct Ends {
     upstream: TcpStream,
 }
 
-/// Opens a pair through this namespace, that of the node. Its ends exchange `length` bytes in each direction at once.
-fn open(network: &Network, length: u64) -> Ends {
+/// Bytes without a counterpart on the other leg.
+#[derive(Clone, Copy)]
+struct Prelude {
+    /// What the client says first, to the node alone.
+    kept: &'static [u8],
+    /// What the node says first, to the endpoint alone.
+    sent: &'static [u8],
+}
+
+const NONE: Prelude = Prelude { kept: b"", sent: b"" };
+
+fn expect(mut stream: &TcpStream, expected: &[u8]) -> io::Result<()> {
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    let mut read = vec![0; expected.len()];
+    stream.read_exact(&mut read)?;
+    if read == expected { Ok(()) } else { Err(io::Error::other(format!("{read:?} instead of {expected:?}"))) }
+}
+
+/// Opens a pair through this namespace, that of the node. Its ends exchange `length` bytes in each direction at once, after what
+/// each says to the node, or hears from it.
+fn open(network: &Network, length: u64, prelude: Prelude) -> Ends {
     let (listen, connect) = (network.address(0, 0), network.address(1, 1));
     let listener = TcpListener::bind(listen).unwrap();
     let (ready, is_ready) = std::sync::mpsc::channel();
     let endpoint = network.on(2, move || {
         let listener = TcpListener::bind(connect)?;
         ready.send(()).unwrap();
-        exchange(&listener.accept()?.0, length, [SEEDS[1], SEEDS[0]])
+        let stream = listener.accept()?.0;
+        expect(&stream, prelude.sent)?;
+        exchange(&stream, length, [SEEDS[1], SEEDS[0]])
     });
-    let client = network.on(0, move || exchange(&TcpStream::connect(listen)?, length, SEEDS));
+    let client = network.on(0, move || {
+        let mut stream = TcpStream::connect(listen)?;
+        stream.write_all(prelude.kept)?;
+        exchange(&stream, length, SEEDS)
+    });
     is_ready.recv_timeout(TIMEOUT).unwrap();
-    let upstream = TcpStream::connect(connect).unwrap();
+    let mut upstream = TcpStream::connect(connect).unwrap();
+    upstream.write_all(prelude.sent).unwrap();
     let downstream = listener.accept().unwrap().0;
+    expect(&downstream, prelude.kept).unwrap();
     Ends { client, endpoint, downstream, upstream }
 }
 
@@ -258,7 +285,7 @@ fn unacknowledged(socket: &TcpStream) -> u64 {
 
 /// Relays `before` bytes in each direction by hand, joins the connections in mid-stream, delivers the remainder, and lets go of
 /// the sockets as a killed agent does.
-fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64) {
+fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64, prelude: Prelude) {
     let Some(bpffs) = bpffs() else { return };
     if AttachKind::of_kernel() != AttachKind::Tcx {
         return skip("tcx: Linux 6.6 or newer");
@@ -269,7 +296,7 @@ fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64) {
         enter(&node);
         let mut bpf = Bpf::load(&bpffs.options()).unwrap();
         attach(&mut bpf);
-        let Ends { client, endpoint, downstream, upstream } = open(&network, length);
+        let Ends { client, endpoint, downstream, upstream } = open(&network, length, prelude);
         downstream.set_nonblocking(true).unwrap();
         upstream.set_nonblocking(true).unwrap();
         let (mut request, mut response) = (Vec::new(), Vec::new());
@@ -280,7 +307,12 @@ fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64) {
             up += relay(&downstream, &upstream, &mut request);
             down += relay(&upstream, &downstream, &mut response);
         }
-        let flows = offload(&mut bpf, (&downstream, down), (&upstream, up));
+        let kept = u64::try_from(prelude.kept.len()).unwrap();
+        let flows = offload(
+            &mut bpf,
+            (&downstream, Relayed { written: down, kept, ..Relayed::default() }),
+            (&upstream, Relayed { written: up, ..Relayed::default() }),
+        );
         let inserted = Instant::now();
         // What the sockets had received is delivered, in the meantime new packets pass by.
         loop {
@@ -318,19 +350,32 @@ fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64) {
 
 #[test]
 fn connections_joined_at_once_outlive_their_sockets() {
-    joined_in_mid_stream(false, 0, 8 << 20);
+    joined_in_mid_stream(false, 0, 8 << 20, NONE);
 }
 
 #[test]
 fn connections_joined_in_mid_stream_lose_no_byte() {
     for round in 0..4_u64 {
-        joined_in_mid_stream(false, 100_000 + round * 300_001, 12 << 20);
+        joined_in_mid_stream(false, 100_000 + round * 300_001, 12 << 20, NONE);
     }
 }
 
 #[test]
 fn ipv6_connections_joined_in_mid_stream_lose_no_byte() {
     for round in 0..2_u64 {
-        joined_in_mid_stream(true, 50_000 + round * 500_001, 12 << 20);
+        joined_in_mid_stream(true, 50_000 + round * 500_001, 12 << 20, NONE);
     }
+}
+
+/// A PROXY header that the client has sent to the node, and a longer one that the node has sent to the endpoint.
+#[test]
+fn connections_with_bytes_of_their_own_lose_no_byte_of_the_others() {
+    let prelude = Prelude {
+        kept: b"PROXY TCP4 192.0.2.7 10.9.1.1 55000 9001\r\n",
+        sent: b"PROXY TCP6 2001:db8:1234:5678:9abc:def0:1234:5678 fd00:a::1 55000 9001\r\n",
+    };
+    joined_in_mid_stream(false, 0, 4 << 20, prelude);
+    joined_in_mid_stream(true, 100_000, 4 << 20, prelude);
+    joined_in_mid_stream(false, 100_000, 4 << 20, Prelude { kept: b"", ..prelude });
+    joined_in_mid_stream(false, 100_000, 4 << 20, Prelude { sent: b"", ..prelude });
 }

@@ -58,8 +58,8 @@ pub struct Joint {
 
 /// Computes what joins two legs, in state handover.
 ///
-/// What differs between the legs is the same from the first byte on: the agent has written to one leg what it read from
-/// the other, byte for byte, so that the first bytes correspond, and the legs may be read at any moment.
+/// What differs between the legs is the same from the first byte on that has a counterpart: from there on the agent has written to
+/// one leg what it read from the other, byte for byte, and the legs may be read at any moment.
 ///
 /// # Errors
 /// Why packets of one leg would not be understood on the other.
@@ -194,6 +194,7 @@ mod tests {
             next_sent: first_sent.wrapping_add(50),
             next_received: first_received.wrapping_add(70),
             received: 70,
+            kept: 0,
             unacknowledged: 20,
             send_window: 65_536,
             peer_scale: 7,

@@ -36,16 +36,19 @@ pub struct Leg {
     pub local: SocketAddr,
     /// The other end.
     pub peer: SocketAddr,
-    /// The sequence number of the first byte that the agent's socket has sent.
+    /// The sequence number of the first byte that the agent's socket has sent of the other leg's stream: after what the agent
+    /// itself has written first.
     pub first_sent: u32,
-    /// The sequence number of the first byte that it has received.
+    /// The sequence number of the first byte that it has received for the other leg: after what the agent has kept.
     pub first_received: u32,
     /// The sequence number after the last byte that was written to it.
     pub next_sent: u32,
     /// The sequence number of the next byte that it expects.
     pub next_received: u32,
-    /// How many bytes it has received.
+    /// How many bytes it has received for the other leg.
     pub received: u64,
+    /// How many bytes it had received before those: [`Relayed::kept`].
+    pub kept: u64,
     /// How many bytes of what was written to it have not been acknowledged.
     pub unacknowledged: u32,
     /// How many bytes its peer takes beyond what it has acknowledged.
@@ -66,6 +69,27 @@ pub struct Leg {
     pub clock_time: u64,
 }
 
+/// What the agent has done with a leg since it was opened: which of its bytes have a counterpart on the other leg.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Relayed {
+    /// Bytes of the other leg that were written to it. What the agent itself wrote before them (such as a PROXY header) does not
+    /// count.
+    pub written: u64,
+    /// Bytes that the agent read first, and kept (such as a PROXY header that was for itself).
+    pub kept: u64,
+    /// The sequence number of the first byte of `written`, if it was read before.
+    pub first_sent: Option<u32>,
+}
+
+/// Where the stream begins that arrives on a leg for the other one.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Inbound {
+    /// The sequence number of its first byte.
+    first: u32,
+    /// Bytes that the socket had received before.
+    kept: u64,
+}
+
 /// The options that the two ends of a leg use.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct LegOptions {
@@ -78,22 +102,17 @@ pub struct LegOptions {
 }
 
 impl Leg {
-    /// Reads a connected socket, to which `written` bytes have been written since it was opened, and whose first byte has the
-    /// number `first_sent` if it was read before. Its timestamp clock is ahead of `CLOCK_MONOTONIC` by `clock_offset` ticks. It
-    /// sends nothing, and nothing about the connection changes.
+    /// Reads a connected socket. Its timestamp clock is ahead of `CLOCK_MONOTONIC` by `clock_offset` ticks. It sends nothing, and
+    /// nothing about the connection changes.
     ///
-    /// That number should not be read twice: where an acknowledgement arrives at this very moment, the socket takes what it
+    /// The number of its first byte should not be read twice: where an acknowledgement arrives at this very moment, the socket takes what it
     /// has not sent yet for sent (`tcp_write_xmit`), and has to find out that it is missing.
     ///
     /// # Errors
     /// One direction of the connection has ended (`NotConnected`), the capability `CAP_NET_ADMIN` is missing, or bytes
     /// arrive too fast for a consistent snapshot (`WouldBlock`).
-    pub fn read(
-        socket: impl AsFd,
-        written: u64,
-        first_sent: Option<u32>,
-        clock_offset: u32,
-    ) -> io::Result<Self> {
+    pub fn read(socket: impl AsFd, relayed: Relayed, clock_offset: u32) -> io::Result<Self> {
+        let Relayed { written, kept, first_sent } = relayed;
         let socket = socket.as_fd();
         let fd = socket.as_raw_fd();
         let address = |address: io::Result<SockAddr>| {
@@ -123,10 +142,13 @@ impl Leg {
                 local,
                 peer,
                 first_sent: numbers.next_sent.wrapping_sub(low_half(written)),
-                first_received: numbers.next_received.wrapping_sub(low_half(after.received)),
+                first_received: numbers
+                    .next_received
+                    .wrapping_sub(low_half(after.received.saturating_sub(kept))),
                 next_sent: numbers.next_sent,
                 next_received: numbers.next_received,
-                received: after.received,
+                received: after.received.saturating_sub(kept),
+                kept,
                 unacknowledged: outstanding,
                 send_window: numbers.send_window,
                 peer_scale: after.scales & 15,
@@ -143,6 +165,32 @@ impl Leg {
             });
         }
         Err(io::Error::new(io::ErrorKind::WouldBlock, "bytes arrive too fast for a consistent snapshot"))
+    }
+
+    /// Where what arrives on it for the other leg begins.
+    pub const fn inbound(&self) -> Inbound {
+        Inbound { first: self.first_received, kept: self.kept }
+    }
+}
+
+impl Inbound {
+    /// How many bytes of it `socket` has received.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn received(self, socket: impl AsFd) -> io::Result<u64> {
+        let info = Info::read(socket.as_fd().as_raw_fd())?;
+        // An end has a number of its own, which is counted too (`tcp_fin`).
+        Ok(info.received.saturating_sub(tcp_info::has_ended(info.state).into()).saturating_sub(self.kept))
+    }
+
+    /// The number that `socket` expects next.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn next(self, socket: impl AsFd) -> io::Result<u32> {
+        let received = Info::read(socket.as_fd().as_raw_fd())?.received;
+        Ok(self.first.wrapping_add(low_half(received.saturating_sub(self.kept))))
     }
 }
 
@@ -167,24 +215,6 @@ pub fn remainder(socket: impl AsFd) -> io::Result<Remainder> {
         is_empty: unacknowledged(fd)? == 0 && rustix::io::ioctl_fionread(socket)? == 0,
         has_ended: tcp_info::has_ended(state),
     })
-}
-
-/// How many bytes `socket` has received.
-///
-/// # Errors
-/// The kernel refuses.
-pub fn received(socket: impl AsFd) -> io::Result<u64> {
-    let info = Info::read(socket.as_fd().as_raw_fd())?;
-    // An end has a number of its own, which is counted too (`tcp_fin`).
-    Ok(info.received.saturating_sub(tcp_info::has_ended(info.state).into()))
-}
-
-/// The number that `socket` expects next, whose first byte had the number `first`.
-///
-/// # Errors
-/// The kernel refuses.
-pub fn next_received(socket: impl AsFd, first: u32) -> io::Result<u32> {
-    Ok(first.wrapping_add(low_half(Info::read(socket.as_fd().as_raw_fd())?.received)))
 }
 
 /// Makes the close of `socket`, which follows, a silent one: its connection is the kernel's.
@@ -275,13 +305,17 @@ mod tests {
             // It does not read, and acknowledges when its timer fires (`tcp_delack_timer`): at any moment of a snapshot.
             set(peer.as_raw_fd(), libc::TCP_QUICKACK, 0).unwrap();
             stream.write_all(&SENT).unwrap();
+            let read = |first_sent| {
+                let relayed = Relayed { written: SENT.len() as u64, first_sent, ..Relayed::default() };
+                Leg::read(&stream, relayed, 0).unwrap()
+            };
             let (mut seen, mut first_sent) = (Vec::new(), None);
             let last = loop {
-                let leg = Leg::read(&stream, SENT.len() as u64, first_sent, 0).unwrap();
+                let leg = read(first_sent);
                 first_sent = Some(leg.first_sent);
                 seen.push(leg);
                 if leg.unacknowledged == 0 {
-                    break Leg::read(&stream, SENT.len() as u64, first_sent, 0).unwrap();
+                    break read(first_sent);
                 }
             };
             for leg in seen {

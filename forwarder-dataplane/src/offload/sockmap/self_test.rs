@@ -18,7 +18,7 @@ use socket2::SockRef;
 use super::memory::Memory;
 use super::pair::SockPair;
 use forwarder_kernel::sockmap::Sockmap;
-use forwarder_kernel::tcp::leg::Leg;
+use forwarder_kernel::tcp::leg::{Leg, Relayed};
 use forwarder_kernel::tcp::segments::{Bare, BareKind, SegmentError, SegmentSocket};
 
 /// How long each part may take: it is over in some milliseconds, but a node that starts is busy, and a tier would be lost for that.
@@ -147,7 +147,7 @@ impl<'a> Trial<'a> {
         let _pair = self.join([0, 0])?;
         (&self.client).write_all(b"0123456789")?;
         self.expect(&self.server, b"0123456789")?;
-        let leg = Leg::read(&self.downstream, 0, None, 0)?;
+        let leg = Leg::read(&self.downstream, Relayed::default(), 0)?;
         let segment = Bare {
             from: leg.peer,
             to: leg.local,

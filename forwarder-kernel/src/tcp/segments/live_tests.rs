@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::net::namespaces::Namespace;
-use crate::tcp::leg::{Leg, LegOptions};
-use crate::tcp::leg::{remainder, silence};
+use crate::tcp::leg::{Leg, LegOptions, Relayed, remainder, silence};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -94,7 +93,8 @@ impl Connection {
             remainder(&accepted).unwrap().is_empty && remainder(&connected).unwrap().is_empty
         });
         let clock = crate::tcp::timestamp_clock::wait(&accepted);
-        let leg = Leg::read(&accepted, WORDS[0].len() as u64, None, clock).unwrap();
+        let relayed = Relayed { written: WORDS[0].len() as u64, ..Relayed::default() };
+        let leg = Leg::read(&accepted, relayed, clock).unwrap();
         let segments = node.run(|| SegmentSocket::open().unwrap());
         Some(Self { node, peer, accepted, connected, leg, segments })
     }
