@@ -14,7 +14,8 @@ use forwarder_common::verdict::Verdict;
 use crate::frame::find_segment;
 use crate::maps::{EGRESS, FLOWS, Frame, PAIRS};
 use crate::outcome::{count_verdict, redirect_to_neighbour};
-use crate::skb::{checksum, store};
+use crate::packet::{PacketMut, Summed};
+use crate::skb::{SocketBuffer, store};
 
 /// For interfaces whose packets begin with an Ethernet header.
 #[classifier]
@@ -122,5 +123,5 @@ fn bring_up_to_date(
     let change = ChecksumChange::NONE
         .and(segment.acknowledgement.to_be(), acknowledged)
         .and(u32::from(segment.window.to_be()), u32::from(window));
-    checksum(context, segment, change, 0)
+    SocketBuffer(context).change_checksum(segment, change, Summed::Segment)
 }

@@ -15,7 +15,8 @@ use crate::outcome::Outcome;
 use crate::rewrite::walk_options;
 use crate::sk_lookup::local_numbers;
 use crate::skb::{
-    IPV4_CHECKSUM, IPV4_LENGTH, IPV6_HEADER, IPV6_LENGTH, TCP_HEADER, load, mark, set_mark, store,
+    IPV4_CHECKSUM, IPV4_LENGTH, IPV6_HEADER, IPV6_LENGTH, SocketBuffer, TCP_HEADER, load, mark, set_mark,
+    store,
 };
 
 /// The mark of a packet that this program has cloned for the local socket. It is on no other packet: it is set after
@@ -71,7 +72,7 @@ fn limit_blocks(
     acknowledgement: u32,
     sent: u32,
 ) -> Result<(), Verdict> {
-    let options = walk_options(context, segment)?;
+    let options = walk_options(SocketBuffer(context), segment)?;
     for block in 0..MAX_SACK_BLOCKS {
         if block >= options.sack_blocks {
             break;

@@ -5,7 +5,8 @@
 //! has a copy for the local socket as long as that still sends). [`icmp`] tells the ends of packets that are too large, and [`reset`]
 //! answers packets of pairs that the agent has ended. Everything else goes on as it was, and what is for a listener is counted
 //! ([`admission`]). [`egress`] holds back what the local sockets of a flow say. Those of [`update`] hang nowhere: by them, the agent
-//! changes what stands in the maps. Below all of them are [`outcome`], [`arrival`], [`sk_lookup`], [`clock`], [`skb`] and [`maps`].
+//! changes what stands in the maps. Below all of them are [`outcome`], [`arrival`], [`sk_lookup`], [`clock`], [`packet`]
+//! (what a packet is wherever a program meets it), [`skb`] (what it is at TC) and [`maps`].
 #![no_std]
 #![no_main]
 
@@ -20,6 +21,7 @@ mod icmp;
 mod ingress;
 mod maps;
 mod outcome;
+mod packet;
 mod redirect;
 mod reset;
 mod rewrite;

@@ -15,6 +15,7 @@ use crate::frame::payload_length;
 use crate::maps::{FLOWS, Frame, PAIRS};
 use crate::outcome::{Outcome, transmit};
 use crate::rewrite::rewrite;
+use crate::skb::SocketBuffer;
 use crate::{fragment, handover, icmp, reset};
 
 /// Translates and redirects the packet if it is one of a flow. `None` for every other packet, which is unchanged.
@@ -86,7 +87,7 @@ pub(crate) fn redirect(context: &TcContext, frame: &mut Frame) -> Option<Outcome
     if icmp::is_too_big(context, segment, flow) {
         return Some(icmp::answer_too_big(context, segment, flow));
     }
-    Some(match rewrite(context, frame, flow, half, reverse) {
+    Some(match rewrite(SocketBuffer(context), frame, flow, half, reverse) {
         Ok(()) => {
             half.note(reverse, flow, &frame.seen, frame.is_accepted);
             transmit(flow)

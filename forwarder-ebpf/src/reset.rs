@@ -4,7 +4,6 @@
 //! itself sends tells it. The local stack would answer in the same way, since it has no socket, but never sees the packet
 //! where a firewall drops what connection tracking takes for invalid: that has seen nothing of what was redirected.
 
-use aya_ebpf::bindings::BPF_F_PSEUDO_HDR;
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{DIRECTION_REQUEST, FLOW_BY_STACK, Flow};
@@ -15,7 +14,8 @@ use forwarder_common::verdict::Verdict;
 use crate::clock::coarse_time;
 use crate::maps::{FLOWS, PAIRS};
 use crate::outcome::{Outcome, redirect_to_neighbour};
-use crate::skb::{DONT_FRAGMENT, IPV4_TTL, IPV6_HEADER, IPV6_SOURCE, TCP_HEADER, checksum, load, write};
+use crate::packet::{PacketMut, Summed};
+use crate::skb::{DONT_FRAGMENT, IPV4_TTL, IPV6_HEADER, IPV6_SOURCE, SocketBuffer, TCP_HEADER, load, write};
 
 /// Bytes of an Ethernet address.
 const ETHERNET_ADDRESS: usize = 6;
@@ -116,8 +116,8 @@ fn turn(context: &TcContext, segment: &Segment, hop_limit: u8) -> Result<(), Ver
     // The sum of nothing. The sender may have left it to the device to fill the checksum in (`CHECKSUM_PARTIAL`), which
     // nobody tells the program: then only the pseudo-header is part of what stands here, and the helper knows.
     write(context, tcp + tcp_field::CHECKSUM as u32, &[0xffff_u16, 0])?;
-    checksum(context, segment, change, 0)?;
-    checksum(context, segment, pseudo, u64::from(BPF_F_PSEUDO_HDR))
+    SocketBuffer(context).change_checksum(segment, change, Summed::Segment)?;
+    SocketBuffer(context).change_checksum(segment, pseudo, Summed::PseudoHeader)
 }
 
 /// Sends the packet to its sender, whom `back` leads to: never by the stack, whose connection tracking takes it for

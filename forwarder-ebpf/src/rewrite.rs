@@ -3,9 +3,7 @@
 //! See [`forwarder_common::translate`] for the arithmetic. Each call of the kernel costs as much as all of this arithmetic, so
 //! that what can be written at once is.
 
-use aya_ebpf::bindings::BPF_F_PSEUDO_HDR;
-use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_l3_csum_replace};
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use forwarder_common::flow::{FLOW_CLEAR_ECN, Flow, Half, STATE_HANDOVER};
 use forwarder_common::packet::{IpVersion, Segment, USUAL_OFFSET, USUAL_OPTIONS, USUAL_TCP_HEADER};
 use forwarder_common::translate::{
@@ -14,9 +12,8 @@ use forwarder_common::translate::{
 use forwarder_common::verdict::Verdict;
 
 use crate::maps::{Frame, OPTIONS_WALK};
-use crate::skb::{
-    ECN_MASK, IPV4_CHECKSUM, IPV4_TTL, IPV6_HOP_LIMIT, IPV6_SOURCE, TCP_HEADER, checksum, load, store,
-};
+use crate::packet::{PacketMut, Summed};
+use crate::skb::{ECN_MASK, IPV4_CHECKSUM, IPV4_TTL, IPV6_HOP_LIMIT, IPV6_SOURCE, TCP_HEADER};
 /// 32-bit words of the TCP header before the options.
 const FIXED_WORDS: usize = 5;
 /// The first word of `UsualHeaders` that changes: the one with the checksum of IPv4.
@@ -28,23 +25,23 @@ const USUAL_CHANGED: usize = 3;
 /// Why it cannot be: it may be rewritten in part, and must be dropped.
 #[inline(always)]
 pub(crate) fn rewrite(
-    context: &TcContext,
+    packet: impl PacketMut,
     frame: &Frame,
     flow: &Flow,
     half: &mut Half,
     reverse: &Half,
 ) -> Result<(), Verdict> {
     if frame.is_usual && flow.flags & FLOW_CLEAR_ECN == 0 {
-        rewrite_usual(context, frame, flow, half, reverse)
+        rewrite_usual(packet, frame, flow, half, reverse)
     } else {
-        rewrite_any(context, frame, flow, half, reverse)
+        rewrite_any(packet, frame, flow, half, reverse)
     }
 }
 
 /// The short cut of [`rewrite_any`] for packets as most are.
 #[inline(never)]
 fn rewrite_usual(
-    context: &TcContext,
+    packet: impl PacketMut,
     frame: &Frame,
     flow: &Flow,
     half: &mut Half,
@@ -80,9 +77,7 @@ fn rewrite_usual(
         .and(value, new_value)
         .and(echo, new_echo);
     let protocol = with_hop_limit_v4(protocol, flow, addresses);
-    // SAFETY: the kernel hands the program a valid `__sk_buff`; the field may be read.
-    let is_super_packet = unsafe { (*context.skb.skb).gso_size } != 0;
-    // The checksum of a super-packet is one of the pseudo-header alone (`tcp4_gro_complete`, `__tcp_v4_send_check`).
+    let is_super_packet = packet.is_super_packet();
     let last = if is_super_packet {
         let last = u32::from_be(last);
         let checksum = u16::from_be(addresses.added_to(((last >> 16) as u16).to_be()));
@@ -103,13 +98,13 @@ fn rewrite_usual(
         new_value,
         new_echo,
     ];
-    store(context, (USUAL_OFFSET + USUAL_CHANGED * 4) as u32, &new)?;
+    packet.store((USUAL_OFFSET + USUAL_CHANGED * 4) as u32, &new)?;
     if is_super_packet {
         return Ok(());
     }
     // Of a checksum that the device will complete, only the addresses are part: the kernel knows.
-    checksum(context, segment, change, 0)?;
-    checksum(context, segment, addresses, u64::from(BPF_F_PSEUDO_HDR))
+    packet.change_checksum(segment, change, Summed::Segment)?;
+    packet.change_checksum(segment, addresses, Summed::PseudoHeader)
 }
 
 /// The third word of the IPv4 header, as it lies in the packet: TTL, protocol and checksum, with the TTL that the flow's packets
@@ -148,7 +143,7 @@ fn new_words(
 /// Why it cannot be: it may be rewritten in part, and must be dropped.
 #[inline(never)]
 fn rewrite_any(
-    context: &TcContext,
+    packet: impl PacketMut,
     frame: &Frame,
     flow: &Flow,
     half: &mut Half,
@@ -156,7 +151,7 @@ fn rewrite_any(
 ) -> Result<(), Verdict> {
     let segment = &frame.segment;
     let tcp = segment.tcp_offset;
-    let old: [u32; FIXED_WORDS] = load(context, tcp)?;
+    let old: [u32; FIXED_WORDS] = packet.load(tcp)?;
     let [_, _, _, misc, last] = old;
     let new = new_words(frame, flow, half, reverse, misc, last);
     let mut change = ChecksumChange::NONE;
@@ -164,28 +159,28 @@ fn rewrite_any(
         change = change.and(old[word], new[word]);
     }
     let options: [u32; 3] =
-        if segment.header_length == USUAL_TCP_HEADER { load(context, tcp + TCP_HEADER)? } else { [0; 3] };
+        if segment.header_length == USUAL_TCP_HEADER { packet.load(tcp + TCP_HEADER)? } else { [0; 3] };
     if options[0] == USUAL_OPTIONS.to_be() {
         let [kinds, value, echo] = options;
         let [new_value, new_echo] = timestamps(frame, flow, half, reverse, [value, echo]);
         change = change.and(value, new_value).and(echo, new_echo);
         let [ports, sequence, acknowledgement, misc, last] = new;
         let new = [ports, sequence, acknowledgement, misc, last, kinds, new_value, new_echo];
-        store(context, tcp, &new)?;
+        packet.store(tcp, &new)?;
     } else {
-        store(context, tcp, &new)?;
+        packet.store(tcp, &new)?;
         if segment.header_length > TCP_HEADER {
-            change = translate_options(context, frame, flow, half, reverse, change)?;
+            change = translate_options(packet, frame, flow, half, reverse, change)?;
         }
     }
-    checksum(context, segment, change, 0)?;
-    translate_addresses(context, segment, flow)
+    packet.change_checksum(segment, change, Summed::Segment)?;
+    translate_addresses(packet, segment, flow)
 }
 
 /// Puts what the options mean on the other leg into them, wherever they stand; adds that to `change`.
 #[inline(always)]
 fn translate_options(
-    context: &TcContext,
+    packet: impl PacketMut,
     frame: &Frame,
     flow: &Flow,
     half: &mut Half,
@@ -194,23 +189,23 @@ fn translate_options(
 ) -> Result<ChecksumChange, Verdict> {
     let segment = &frame.segment;
     let tcp = segment.tcp_offset;
-    let options = walk_options(context, segment)?;
+    let options = walk_options(packet, segment)?;
     if options.timestamps != 0 {
         let at = options.timestamps;
-        let old: [u32; 2] = load(context, tcp + at)?;
+        let old: [u32; 2] = packet.load(tcp + at)?;
         let new = timestamps(frame, flow, half, reverse, old);
         change = change.and_at(at, old[0], new[0]).and_at(at, old[1], new[1]);
-        store(context, tcp + at, &new)?;
+        packet.store(tcp + at, &new)?;
     }
     for block in 0..MAX_SACK_BLOCKS {
         if block >= options.sack_blocks {
             break;
         }
         let at = options.sack + block * 8;
-        let old: [u32; 2] = load(context, tcp + at)?;
+        let old: [u32; 2] = packet.load(tcp + at)?;
         let new = old.map(|edge| u32::from_be(edge).wrapping_add(flow.acknowledgement_shift).to_be());
         change = change.and_at(at, old[0], new[0]).and_at(at, old[1], new[1]);
-        store(context, tcp + at, &new)?;
+        packet.store(tcp + at, &new)?;
     }
     Ok(change)
 }
@@ -242,7 +237,7 @@ fn timestamps(frame: &Frame, flow: &Flow, half: &mut Half, reverse: &Half, old: 
 
 /// Puts the other leg's addresses and the node's own hop limit into the IP header.
 #[inline(always)]
-fn translate_addresses(context: &TcContext, segment: &Segment, flow: &Flow) -> Result<(), Verdict> {
+fn translate_addresses(packet: impl PacketMut, segment: &Segment, flow: &Flow) -> Result<(), Verdict> {
     let old = segment.tuple.address_words();
     let new = flow.out.address_words();
     let mut change = ChecksumChange::NONE;
@@ -250,29 +245,29 @@ fn translate_addresses(context: &TcContext, segment: &Segment, flow: &Flow) -> R
         change = change.and(old[word], new[word]);
     }
     if flow.flags & FLOW_CLEAR_ECN != 0 {
-        clear_congestion_marks(context, segment)?;
+        clear_congestion_marks(packet, segment)?;
     }
     match segment.version {
         IpVersion::V4 => {
             // The TTL and the checksum stand before the addresses; they leave together.
             let offset = segment.ip_offset + IPV4_TTL;
-            let word = with_hop_limit_v4(load(context, offset)?, flow, change);
-            store(context, offset, &[word, new[3], new[7]])?;
+            let word = with_hop_limit_v4(packet.load(offset)?, flow, change);
+            packet.store(offset, &[word, new[3], new[7]])?;
         }
         IpVersion::V6 => {
-            store(context, segment.ip_offset + IPV6_HOP_LIMIT, &flow.hop_limit)?;
-            store(context, segment.ip_offset + IPV6_SOURCE, new)?;
+            packet.store(segment.ip_offset + IPV6_HOP_LIMIT, &flow.hop_limit)?;
+            packet.store(segment.ip_offset + IPV6_SOURCE, new)?;
         }
     }
-    checksum(context, segment, change, u64::from(BPF_F_PSEUDO_HDR))
+    packet.change_checksum(segment, change, Summed::PseudoHeader)
 }
 
 /// Takes the marks of explicit congestion notification (RFC 3168, 5) from the IP header.
 #[inline(always)]
-fn clear_congestion_marks(context: &TcContext, segment: &Segment) -> Result<(), Verdict> {
+fn clear_congestion_marks(packet: impl PacketMut, segment: &Segment) -> Result<(), Verdict> {
     let offset = segment.ip_offset;
     // The first two bytes: of IPv4 the version and the type of service, of IPv6 the version and the traffic class.
-    let old: [u8; 2] = load(context, offset)?;
+    let old: [u8; 2] = packet.load(offset)?;
     let new = match segment.version {
         IpVersion::V4 => [old[0], old[1] & !ECN_MASK],
         IpVersion::V6 => [old[0], old[1] & !(ECN_MASK << 4)],
@@ -280,15 +275,12 @@ fn clear_congestion_marks(context: &TcContext, segment: &Segment) -> Result<(), 
     if new == old {
         return Ok(());
     }
-    store(context, offset, &new)?;
+    packet.store(offset, &new)?;
     match segment.version {
         IpVersion::V4 => {
-            let (old, new) = (u16::from_ne_bytes(old), u16::from_ne_bytes(new));
-            // SAFETY: the context is the program's own; the helper checks the offset.
-            let result = unsafe {
-                bpf_l3_csum_replace(context.skb.skb, offset + IPV4_CHECKSUM, old.into(), new.into(), 2)
-            };
-            if result == 0 { Ok(()) } else { Err(Verdict::Unwritable) }
+            let [old, new] = [old, new].map(|bytes| u32::from(u16::from_ne_bytes(bytes)));
+            let checksum = packet.load(offset + IPV4_CHECKSUM)?;
+            packet.store(offset + IPV4_CHECKSUM, &ChecksumChange::NONE.and(old, new).applied_to(checksum))
         }
         IpVersion::V6 => Ok(()),
     }
@@ -296,7 +288,7 @@ fn clear_congestion_marks(context: &TcContext, segment: &Segment) -> Result<(), 
 
 /// Walks the options, with the state of the walk in memory that the verifier does not follow.
 #[inline(always)]
-pub(crate) fn walk_options(context: &TcContext, segment: &Segment) -> Result<Options, Verdict> {
+pub(crate) fn walk_options(packet: impl PacketMut, segment: &Segment) -> Result<Options, Verdict> {
     let walk = OPTIONS_WALK.get_ptr_mut(0).ok_or(Verdict::OptionsRefused)?;
     // SAFETY: the pointer is to this CPU's value, which no other program uses meanwhile: packets are not interrupted by
     // packets on one CPU. Volatile, so that the state goes through memory.
@@ -304,7 +296,7 @@ pub(crate) fn walk_options(context: &TcContext, segment: &Segment) -> Result<Opt
     for _ in 0..MAX_OPTIONS {
         // SAFETY: as above.
         let mut state = unsafe { walk.read_volatile() };
-        let read = |offset| load(context, segment.tcp_offset + offset).ok();
+        let read = |offset| packet.load(segment.tcp_offset + offset).ok();
         let is_last = state.step(segment.header_length, read).map_err(|_| Verdict::OptionsRefused)?;
         // SAFETY: as above.
         unsafe { walk.write_volatile(state) };

@@ -1,11 +1,13 @@
 //! Access to the packet that the kernel hands to a program (`__sk_buff`), and where fields stand in its IP headers.
 
-use aya_ebpf::bindings::BPF_F_RECOMPUTE_CSUM;
+use aya_ebpf::bindings::{BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::helpers::generated::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::packet::{Header, Packet, Segment, tcp_field};
 use forwarder_common::translate::ChecksumChange;
 use forwarder_common::verdict::Verdict;
+
+use crate::packet::{PacketMut, Summed};
 
 /// Where fields stand in the IPv4 header, in bytes from its first, and the bytes of a header without options.
 pub(crate) const IPV4_LENGTH: u32 = 2;
@@ -27,6 +29,7 @@ pub(crate) const ECN_MASK: u8 = 3;
 
 /// The packet, of which the kernel copies what is read: headers lie at odd places, and a copy, which does not, is cheaper
 /// than putting words together byte by byte.
+#[derive(Clone, Copy)]
 pub(crate) struct SocketBuffer<'a>(pub(crate) &'a TcContext);
 
 impl Packet for SocketBuffer<'_> {
@@ -34,6 +37,43 @@ impl Packet for SocketBuffer<'_> {
     fn read<T: Header>(&self, offset: usize) -> Option<T> {
         let Self(context) = self;
         context.load(offset).ok()
+    }
+}
+
+impl PacketMut for SocketBuffer<'_> {
+    #[inline(always)]
+    fn load<T>(self, offset: u32) -> Result<T, Verdict> {
+        load(self.0, offset)
+    }
+
+    #[inline(always)]
+    fn store<T>(self, offset: u32, value: &T) -> Result<(), Verdict> {
+        store(self.0, offset, value)
+    }
+
+    #[inline(always)]
+    fn change_checksum(
+        self,
+        segment: &Segment,
+        change: ChecksumChange,
+        summed: Summed,
+    ) -> Result<(), Verdict> {
+        let flags = match summed {
+            Summed::Segment => 0,
+            Summed::PseudoHeader => u64::from(BPF_F_PSEUDO_HDR),
+        };
+        let (offset, change) = (segment.tcp_offset + tcp_field::CHECKSUM as u32, u64::from(change.folded()));
+        // SAFETY: the context is the program's own; the helper checks the offset.
+        match unsafe { bpf_l4_csum_replace(self.0.skb.skb, offset, 0, change, flags) } {
+            0 => Ok(()),
+            _ => Err(Verdict::Unwritable),
+        }
+    }
+
+    #[inline(always)]
+    fn is_super_packet(self) -> bool {
+        // SAFETY: the kernel hands the program a valid `__sk_buff`; the field may be read.
+        unsafe { (*self.0.skb.skb).gso_size != 0 }
     }
 }
 
@@ -59,23 +99,6 @@ pub(crate) fn store<T>(context: &TcContext, offset: u32, value: &T) -> Result<()
         bpf_skb_store_bytes(context.skb.skb, offset, (&raw const *value).cast(), size_of::<T>() as u32, 0)
     };
     if result == 0 { Ok(()) } else { Err(Verdict::Unwritable) }
-}
-
-/// Updates the TCP checksum.
-#[inline(always)]
-pub(crate) fn checksum(
-    context: &TcContext,
-    segment: &Segment,
-    change: ChecksumChange,
-    flags: u64,
-) -> Result<(), Verdict> {
-    let offset = segment.tcp_offset + tcp_field::CHECKSUM as u32;
-    let change = u64::from(change.folded());
-    // SAFETY: the context is the program's own; the helper checks the offset.
-    match unsafe { bpf_l4_csum_replace(context.skb.skb, offset, 0, change, flags) } {
-        0 => Ok(()),
-        _ => Err(Verdict::Unwritable),
-    }
 }
 
 /// Writes into the packet, and keeps what a device has summed up of it current.
