@@ -242,7 +242,7 @@ fn encode_backends(encoder: &mut DescriptorEncoder<'_>, in_force: &InForce) -> f
         .upstreams
         .values()
         .map(|upstream| {
-            (upstream.key.to_string(), upstream.endpoints.load().len() as u64, &upstream.counters)
+            (upstream.key.to_string(), upstream.endpoints.load().eligible().len() as u64, &upstream.counters)
         })
         .collect();
     let mut endpoints = encoder.encode_descriptor(

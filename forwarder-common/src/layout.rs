@@ -34,9 +34,34 @@ pub const LOOSE_INTERFACES: &str = "loose_interfaces";
 /// Entries that [`LOOSE_INTERFACES`] holds.
 pub const LOOSE_INTERFACES_CAPACITY: u32 = 65_536;
 
-/// The maps that are pinned, by name: operators look at them, and a later agent takes them over.
-pub const PINNED_MAPS: [&str; 8] =
-    [LISTENERS, BACKENDS, COUNTERS, LOCAL_ADDRESSES, VERDICTS, FLOWS, PAIRS, AGENT];
+/// A map that is pinned: operators look at it, and a later agent takes it over.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct PinnedMap {
+    /// Its name.
+    pub name: &'static str,
+    /// The version of its key and value, and of what they mean: each change of them raises it. An agent takes over no map of another
+    /// version.
+    pub version: u32,
+}
+
+/// The maps that are pinned, each as `v{version}/{name}` below the pin directory.
+pub const PINNED_MAPS: [PinnedMap; 8] = [
+    PinnedMap { name: LISTENERS, version: 4 },
+    PinnedMap { name: BACKENDS, version: 4 },
+    PinnedMap { name: COUNTERS, version: 4 },
+    PinnedMap { name: LOCAL_ADDRESSES, version: 4 },
+    PinnedMap { name: VERDICTS, version: 4 },
+    PinnedMap { name: FLOWS, version: FLOWS_VERSION },
+    PinnedMap { name: PAIRS, version: FLOWS_VERSION },
+    PinnedMap { name: AGENT, version: 4 },
+];
+
+/// The version of [`FLOWS`] and [`PAIRS`], neither of which means anything without the other.
+const FLOWS_VERSION: u32 = 4;
+
+/// The version of what else is pinned, below `v{PROGRAMS_VERSION}`: what holds programs on interfaces, and the programs that change
+/// entries in place.
+pub const PROGRAMS_VERSION: u32 = 4;
 
 /// Entries that [`LISTENERS`] and [`COUNTERS`] hold.
 pub const LISTENERS_CAPACITY: u32 = 65_536;

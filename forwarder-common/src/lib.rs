@@ -1,8 +1,8 @@
 //! The layout of the BPF maps, shared by the agent and the eBPF programs, and the arithmetic on packets that both can
 //! run.
 //!
-//! What [`layout`] holds is the ABI of pinned state: integers only, explicit padding, sizes asserted. A change of a
-//! layout raises [`ABI_VERSION`], and with it the name of the pin directory.
+//! What [`layout`] holds is the ABI of pinned state: integers only, explicit padding, sizes asserted. A change of a map's
+//! layout raises its version in [`layout::PINNED_MAPS`], and with it the folder that it is pinned in.
 #![cfg_attr(not(test), no_std)]
 #![expect(
     clippy::inline_always,
@@ -26,9 +26,6 @@ pub mod verdict;
 
 pub use layout::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue};
 pub use verdict::Verdict;
-
-/// The version of every layout in this crate; pinned maps stand under `v{ABI_VERSION}`.
-pub const ABI_VERSION: u32 = 4;
 
 /// The ingress program for interfaces whose packets begin with an Ethernet header (`lo` among them). At most 15 characters,
 /// the kernel's limit (`BPF_OBJ_NAME_LEN` less the final zero).

@@ -59,8 +59,7 @@ impl RouteSnapshot {
     pub(crate) fn leads_to(&self, backend: Option<&BackendKey>, endpoint: SocketAddr) -> bool {
         let upstreams = self.upstreams.iter().flatten();
         let mut meant = upstreams.filter(|upstream| backend.is_none_or(|backend| *backend == upstream.key));
-        // They are sorted.
-        meant.any(|upstream| upstream.endpoints.load().binary_search(&endpoint).is_ok())
+        meant.any(|upstream| upstream.endpoints.load().has(endpoint))
     }
 }
 

@@ -106,7 +106,7 @@ impl InForce {
             .zip(&serving.upstreams)
             .filter_map(|(backend, upstream)| Some((backend.weight, upstream.as_ref()?)))
             .flat_map(|(weight, upstream)| {
-                let endpoints = upstream.endpoints.load_full();
+                let endpoints = Arc::clone(upstream.endpoints.load().eligible());
                 let entry = move |address: &_| BackendEntry { address: *address, weight };
                 endpoints.iter().map(entry).collect::<Vec<_>>()
             })
@@ -273,7 +273,7 @@ impl Reconciler {
             Op::RemoveListener(_) => {}
             Op::SetEndpoints { backend, endpoints } => {
                 if let Some(upstream) = in_force.upstreams.get(backend) {
-                    log_endpoints(backend, &upstream.endpoints.load(), endpoints);
+                    log_endpoints(backend, upstream.endpoints.load().all(), endpoints);
                     upstream.set_endpoints(endpoints);
                     for key in in_force.users.get(backend).cloned().unwrap_or_default() {
                         in_force.write_backends(key);

@@ -1,6 +1,7 @@
 //! Connecting an endpoint of a backend, and another one when that fails.
 
 pub mod balancer;
+pub mod endpoints;
 mod port;
 pub mod segment_size;
 
@@ -19,6 +20,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::counters::{BackendCounters, ConnectFailure, PerWorker};
 use crate::relay;
+use crate::upstream::endpoints::EndpointSet;
 use crate::upstream::segment_size::SegmentSize;
 use forwarder_gateway::model::{BackendKey, Endpoints};
 use forwarder_kernel::flows::FlowTable;
@@ -36,8 +38,8 @@ const LOCAL_PORT_BACKOFF: Duration = Duration::from_millis(50);
 pub struct Upstream {
     /// Which Service port.
     pub key: BackendKey,
-    /// The endpoints that take new connections.
-    pub endpoints: ArcSwap<Endpoints>,
+    /// Its endpoints, and those of them that take new connections.
+    pub endpoints: ArcSwap<EndpointSet>,
     /// What was counted.
     pub counters: PerWorker<BackendCounters>,
     turn: AtomicUsize,
@@ -50,16 +52,17 @@ impl Upstream {
     pub fn new(key: BackendKey, endpoints: &Endpoints, workers: usize) -> Self {
         Self {
             key,
-            endpoints: ArcSwap::from_pointee(Arc::clone(endpoints)),
+            endpoints: ArcSwap::from_pointee(EndpointSet::new(endpoints)),
             counters: PerWorker::new(workers),
             turn: AtomicUsize::new(0),
             is_down: AtomicBool::new(false),
         }
     }
 
-    /// Replaces the endpoints; what becomes of connections to former ones, their listeners decide.
+    /// Replaces the endpoints; what becomes of connections to former ones, their listeners decide. Those that were not eligible and
+    /// are still there are not.
     pub fn set_endpoints(&self, endpoints: &Endpoints) {
-        self.endpoints.store(Arc::new(Arc::clone(endpoints)));
+        self.endpoints.rcu(|before| before.with_all(endpoints));
     }
 
     /// Notes that an endpoint was connected; logs it where none could be before.
@@ -137,7 +140,7 @@ pub async fn connect(
     connect_timeout: Duration,
     worker: usize,
 ) -> Result<(TcpStream, SocketAddr), Option<ConnectFailure>> {
-    let endpoints = backend.endpoints.load_full();
+    let endpoints = Arc::clone(backend.endpoints.load().eligible());
     let turn = backend.turn.fetch_add(1, Ordering::Relaxed);
     let mut last = None;
     for attempt in 0..ATTEMPTS.min(endpoints.len().max(2)) {

@@ -10,7 +10,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 use aya_log::EbpfLogger;
 use forwarder_common::flow::PAIRS_CAPACITY;
 use forwarder_common::layout::{FLOWS, PAIRS};
-use forwarder_common::layout::{LOOSE_INTERFACES, PINNED_MAPS};
+use forwarder_common::layout::{LOOSE_INTERFACES, PINNED_MAPS, PinnedMap};
 use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
 use forwarder_common::{
     ListenerCounters, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP, Verdict,
@@ -34,6 +34,7 @@ use crate::net::interfaces::{Interface, arrivals, wanted};
 use crate::net::routes::Routes;
 use crate::programs::attach::{Attachments, Stay};
 use crate::programs::pins::Pins;
+use crate::programs::versions::map_path;
 use forwarder_gateway::model::{BindAddress, ListenerKey};
 
 /// The programs, as `cargo xtask build-ebpf` compiled them; empty if it did not.
@@ -46,7 +47,7 @@ const LOG_TRACE: u8 = aya_log::Level::Trace as u8;
 /// How the programs are loaded.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct BpfOptions {
-    /// Where the maps are pinned, under `v{ABI_VERSION}`; on a BPF file system, such as `/sys/fs/bpf/forwarder`.
+    /// Where the maps are pinned, each in the folder of its version; on a BPF file system, such as `/sys/fs/bpf/forwarder`.
     pub pin_dir: PathBuf,
     /// Whether the programs log each connection attempt; read it with [`Bpf::take_log`].
     pub trace: bool,
@@ -71,7 +72,7 @@ pub struct ProbeReport {
 /// # Errors
 /// As [`Bpf::load`].
 pub fn probe() -> Result<ProbeReport, LoadError> {
-    let settings = LoadSettings { log_level: LOG_OFF, pins: None, most_pairs: PAIRS_CAPACITY };
+    let settings = LoadSettings { log_level: LOG_OFF, pin_dir: None, most_pairs: PAIRS_CAPACITY };
     let mut ebpf = load(&settings)?;
     for name in [PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP] {
         load_program(&mut ebpf, name)?;
@@ -113,7 +114,7 @@ impl Bpf {
         let has_flows = options.most_pairs.is_some() || pins.has_connections();
         let settings = LoadSettings {
             log_level: if options.trace { LOG_TRACE } else { LOG_OFF },
-            pins: Some(pins.directory()),
+            pin_dir: Some(pins.pin_dir()),
             most_pairs: options.most_pairs.unwrap_or(PAIRS_CAPACITY),
         };
         let mut ebpf = load(&settings)?;
@@ -128,8 +129,8 @@ impl Bpf {
             (false, AttachKind::Clsact) => Stay::Nothing(Some(pins.links()?)),
             (false, AttachKind::Tcx) => Stay::Nothing(None),
         };
-        let updates = Arc::new(Updates::take(&mut ebpf, pins.directory())?);
-        let maps = Maps::take(&mut ebpf, pins.directory(), Arc::clone(&updates))?;
+        let updates = Arc::new(Updates::take(&mut ebpf, pins.pin_dir())?);
+        let maps = Maps::take(&mut ebpf, pins.pin_dir(), Arc::clone(&updates))?;
         let paths: Arc<Paths> = Arc::default();
         paths.set_filters(LooseInterfaces::new(listeners::table(&mut ebpf, LOOSE_INTERFACES)?));
         pins.take_over();
@@ -153,7 +154,7 @@ impl Bpf {
         let open = || {
             let routes = Routes::open()?;
             let (updates, paths) = (Arc::clone(&self.updates), Arc::clone(&self.paths));
-            FlowTable::open(self.pins.directory(), updates, routes, paths)
+            FlowTable::open(self.pins.pin_dir(), updates, routes, paths)
         };
         self.has_flows.then(open)
     }
@@ -174,9 +175,9 @@ impl Bpf {
     /// Detaches the programs, unloads them and removes the pins, as dropping does.
     pub fn close(self) {}
 
-    /// Where the maps are pinned: the directory of this version.
-    pub fn pin_directory(&self) -> &Path {
-        self.pins.directory()
+    /// Where the maps are pinned, each in the folder of its version.
+    pub fn pin_dir(&self) -> &Path {
+        self.pins.pin_dir()
     }
 
     /// How programs are attached on this kernel.
@@ -304,7 +305,7 @@ impl ListenerMaps for Bpf {
 struct LoadSettings<'a> {
     log_level: u8,
     /// Where maps are pinned, and taken from if they are there.
-    pins: Option<&'a Path>,
+    pin_dir: Option<&'a Path>,
     most_pairs: u32,
 }
 
@@ -324,9 +325,9 @@ fn load(settings: &LoadSettings<'_>) -> Result<Ebpf, LoadError> {
         .override_global(aya_log::LEVEL, &settings.log_level, true)
         .map_max_entries(PAIRS, settings.most_pairs)
         .map_max_entries(FLOWS, settings.most_pairs.saturating_mul(2));
-    if let Some(pins) = settings.pins {
-        for name in PINNED_MAPS {
-            loader.map_pin_path(name, pins.join(name));
+    if let Some(pin_dir) = settings.pin_dir {
+        for PinnedMap { name, .. } in PINNED_MAPS {
+            loader.map_pin_path(name, map_path(pin_dir, name));
         }
     }
     let mut ebpf =

@@ -93,15 +93,15 @@ impl FlowTable {
     /// # Errors
     /// They cannot be opened.
     pub(super) fn open(
-        pins: &Path,
+        pin_dir: &Path,
         updates: Arc<Updates>,
         routes: Routes,
         paths: Arc<Paths>,
     ) -> Result<Self, FlowTableError> {
-        let maps = Mutex::new(FlowMaps::open(pins)?);
+        let maps = Mutex::new(FlowMaps::open(pin_dir)?);
         let (next, live) = (AtomicU32::new(1), Arc::new(AtomicUsize::new(0)));
         // Those that are removed from, open for the thread that does so.
-        let (mut removed_from, left) = (FlowMaps::open(pins)?, Arc::clone(&live));
+        let (mut removed_from, left) = (FlowMaps::open(pin_dir)?, Arc::clone(&live));
         let ports = Arc::<TakenPorts>::default();
         let freed = Arc::clone(&ports);
         let gate = Gate::start("flows", move |batch| {
@@ -116,7 +116,7 @@ impl FlowTable {
             }
         })?;
         let conntrack = Conntrack::open();
-        let room = capacity(pins)?;
+        let room = capacity(pin_dir)?;
         Ok(Self { maps, updates, gate, routes, conntrack, paths, ports, next, live, room })
     }
 

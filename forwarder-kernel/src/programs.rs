@@ -5,3 +5,4 @@ pub mod cleanup;
 pub mod hook;
 pub mod pin_dir;
 pub mod pins;
+pub(crate) mod versions;

@@ -58,7 +58,7 @@ impl Kernel {
                 tracing::warn!(%error, "cannot read the log of the eBPF programs: their trace lines are missing; traffic is not affected");
             }
         }
-        tracing::info!(pins = %bpf.pin_directory().display(), attach = bpf.attach_kind().as_str(), "eBPF programs loaded");
+        tracing::info!(pins = %bpf.pin_dir().display(), attach = bpf.attach_kind().as_str(), "eBPF programs loaded");
         let offloader = bpf.flows().and_then(|flows| match make_offloader(flows, settings) {
             Ok(made) => Some(Arc::new(made)),
             Err(error) => {

@@ -402,9 +402,8 @@ impl Pairs {
         let (client, _) = pair.downstream();
         let serving = listener.serving.load_full();
         let (endpoint, local) = pair.upstream();
-        let leads_there =
-            |upstream: &&Arc<crate::upstream::Upstream>| upstream.endpoints.load().contains(&endpoint);
-        let upstream = serving.upstreams.iter().flatten().find(leads_there).cloned();
+        let mut upstreams = serving.upstreams.iter().flatten();
+        let upstream = upstreams.find(|upstream| upstream.endpoints.load().has(endpoint)).cloned();
         listener.counters.of(self.settings.slot).accepted.add(1);
         if let Some(upstream) = &upstream {
             upstream.counters.of(self.settings.slot).connected.add(1);

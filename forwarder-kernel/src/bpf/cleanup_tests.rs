@@ -3,6 +3,7 @@
 use super::*;
 use crate::programs::attach::Stay;
 use crate::programs::cleanup::{Leftover, find};
+use crate::programs::versions::programs_folder;
 
 #[test]
 fn the_filters_of_a_killed_agent_are_found_and_removed_and_no_others() {
@@ -27,7 +28,7 @@ fn the_filters_of_a_killed_agent_are_found_and_removed_and_no_others() {
         let [killed, _running] = &mut agents;
         killed.attachments.leave();
         killed.pins.leave();
-        let pinned = killed.pin_directory().to_owned();
+        let pinned = programs_folder(killed.pin_dir());
         let [killed, running] = agents;
         drop(killed);
 

@@ -17,6 +17,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use super::frames::{Field, Frame, flow_v4, flow_v6, with_flow};
 use crate::bpf::Bpf;
 use crate::maps::gate::Gate;
+use crate::programs::versions::map_path;
 
 /// For how long packets meet entries that come and go.
 const DURATION: Duration = Duration::from_secs(2);
@@ -55,7 +56,7 @@ struct Foreign {
 type Maps = (BpfHashMap<MapData, FourTuple, Flow>, BpfHashMap<MapData, u32, Pair>);
 
 fn open(bpf: &Bpf) -> Maps {
-    let open = |name| MapData::from_pin(bpf.pin_directory().join(name)).unwrap();
+    let open = |name| MapData::from_pin(map_path(bpf.pin_dir(), name)).unwrap();
     (
         aya::maps::Map::HashMap(open(FLOWS)).try_into().unwrap(),
         aya::maps::Map::HashMap(open(PAIRS)).try_into().unwrap(),

@@ -17,13 +17,14 @@ use forwarder_common::layout::{FLOWS, PAIRS};
 use forwarder_common::tuple::FourTuple;
 use forwarder_common::tuple::address_of;
 use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
-use forwarder_common::{ABI_VERSION, BackendKey, PROGRAM_EGRESS_ETHERNET};
+use forwarder_common::{BackendKey, PROGRAM_EGRESS_ETHERNET};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::*;
 use crate::net::interfaces::{InterfaceKind, watch};
 use crate::programs::attach::{AttachKind, Stay};
+use crate::programs::versions::{map_path, programs_folder};
 
 #[path = "cleanup_tests.rs"]
 mod cleanup_tests;
@@ -118,7 +119,7 @@ fn load_egress(bpf: &mut Bpf) {
 
 /// Loaded, with maps that are pinned nowhere.
 fn unpinned() -> Ebpf {
-    load(&LoadSettings { log_level: LOG_OFF, pins: None, most_pairs: 16 }).unwrap()
+    load(&LoadSettings { log_level: LOG_OFF, pin_dir: None, most_pairs: 16 }).unwrap()
 }
 
 /// Writes directions of a pair.
@@ -404,7 +405,7 @@ fn pins_are_ours_alone_and_vanish_with_us() {
     let Some(bpffs) = bpffs() else { return };
     let options = bpffs.options();
     let bpf = Bpf::load(&options).unwrap();
-    let mut names: Vec<_> = fs::read_dir(bpf.pin_directory())
+    let mut names: Vec<_> = fs::read_dir(programs_folder(bpf.pin_dir()))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
@@ -439,14 +440,14 @@ fn pins_are_ours_alone_and_vanish_with_us() {
 fn stale_pins_are_replaced() {
     let Some(bpffs) = bpffs() else { return };
     let options = bpffs.options();
-    let directory = options.pin_dir.join(format!("v{ABI_VERSION}"));
+    let directory = programs_folder(&options.pin_dir);
     fs::create_dir_all(&directory).unwrap();
     let stale = unpinned();
     // What a map of another layout under our name would be, and one that there is no longer.
     stale.map(layout::VERDICTS).unwrap().pin(directory.join(layout::LISTENERS)).unwrap();
     stale.map(layout::VERDICTS).unwrap().pin(directory.join("former")).unwrap();
     let bpf = Bpf::load(&options).unwrap();
-    let listeners = MapData::from_pin(bpf.pin_directory().join(layout::LISTENERS)).unwrap();
+    let listeners = MapData::from_pin(map_path(bpf.pin_dir(), layout::LISTENERS)).unwrap();
     assert_eq!(listeners.info().unwrap().key_size(), 20);
     assert!(!directory.join("former").exists());
 }
@@ -461,6 +462,7 @@ fn connections_of_another_version_are_not_run_over() {
     other.map(layout::VERDICTS).unwrap().pin(foreign.join("flows")).unwrap();
     // Maps alone forward nothing.
     Bpf::load(&options).unwrap().close();
+    assert!(!foreign.join("flows").exists());
     other.map(layout::VERDICTS).unwrap().pin(foreign.join("links/7_ingress")).unwrap();
     let is_refused = || match Bpf::load(&options) {
         Err(error @ LoadError::ForeignLayout { .. }) => {
@@ -473,12 +475,58 @@ fn connections_of_another_version_are_not_run_over() {
 
     // Where it attached by clsact, and pinned maps alone: they have entries.
     fs::remove_file(foreign.join("links/7_ingress")).unwrap();
-    fs::remove_file(foreign.join("flows")).unwrap();
     let mut flows: BpfHashMap<_, [u8; size_of::<FourTuple>()], [u8; size_of::<Flow>()]> =
         other.map_mut(FLOWS).unwrap().try_into().unwrap();
     flows.insert([1; _], [1; _], 0).unwrap();
     other.map(FLOWS).unwrap().pin(foreign.join("flows")).unwrap();
     is_refused();
+}
+
+#[test]
+fn maps_of_another_version_are_lost_and_nothing_else() {
+    let Some(bpffs) = bpffs() else { return };
+    let options = BpfOptions { most_pairs: Some(16), ..bpffs.options() };
+    in_namespace(|_| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let interfaces = runtime.block_on(async { watch().await.unwrap().0.borrow().clone() });
+        let start = || {
+            let mut bpf = Bpf::load(&options).unwrap();
+            assert!(bpf.attach(&interfaces, &BTreeSet::from([BindAddress::Any])).is_empty());
+            bpf
+        };
+        let opened = |bpf: &Bpf| {
+            let pairs: BpfHashMap<_, u32, Pair> = bpf.ebpf.map(PAIRS).unwrap().try_into().unwrap();
+            pairs.get(&PAIR, 0).ok().map(|pair| pair.opened)
+        };
+        // Dies with a pair and a verdict that has been counted, and has pinned these maps in another version.
+        let leave = |names: &[&str]| {
+            let mut bpf = start();
+            write_pair(&mut bpf, Pair { opened: 42, ..Pair::default() });
+            write_flows(&mut bpf, &[frames::flow_v4()]);
+            run(&bpf, PROGRAM_ETHERNET, &[0; 64]);
+            assert!(!verdicts(&bpf).is_empty());
+            bpf.leave();
+            drop(bpf);
+            fs::create_dir_all(options.pin_dir.join("v99")).unwrap();
+            for name in names {
+                fs::rename(map_path(&options.pin_dir, name), options.pin_dir.join("v99").join(name)).unwrap();
+            }
+        };
+        leave(&[layout::VERDICTS]);
+        let mut bpf = start();
+        assert_eq!((opened(&bpf), verdicts(&bpf)), (Some(42), BTreeMap::new()));
+        assert!(!options.pin_dir.join("v99").exists());
+        bpf.leave();
+        drop(bpf);
+
+        leave(&[FLOWS, PAIRS]);
+        let bpf = start();
+        assert_eq!(opened(&bpf), None);
+        assert!(!verdicts(&bpf).is_empty());
+        assert!(!options.pin_dir.join("v99").exists());
+        bpf.close();
+        assert!(!options.pin_dir.exists());
+    });
 }
 
 #[test]
@@ -494,8 +542,7 @@ fn what_is_left_is_found_by_the_next_one() {
         write_pair(&mut first, Pair { opened: 42, ..Pair::default() });
         first.leave();
         drop(first);
-        let links =
-            || fs::read_dir(options.pin_dir.join(format!("v{ABI_VERSION}/links"))).map(Iterator::count);
+        let links = || fs::read_dir(programs_folder(&options.pin_dir).join("links")).map(Iterator::count);
         if AttachKind::of_kernel() == AttachKind::Tcx {
             assert_eq!(links().unwrap(), 2 * interfaces.len());
         }

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, MapInfo};
-use forwarder_common::ABI_VERSION;
 use forwarder_common::flow::{DIRECTION_REQUEST, Flow, Pair, STATE_OVER, STATE_RESET};
 use forwarder_common::layout::{AGENT, AgentState};
 use forwarder_common::layout::{FLOWS, PAIRS};
@@ -12,6 +11,7 @@ use forwarder_common::tuple::FourTuple;
 
 use crate::flows::joined_pair::{Condemned, JoinedPair};
 use crate::maps::{DatapathError, updates};
+use crate::programs::versions::map_path;
 
 /// The maps, open.
 pub(super) struct FlowMaps {
@@ -30,9 +30,9 @@ pub(super) struct Listed {
 
 impl FlowMaps {
     /// Opens the pinned maps of a directory.
-    pub(super) fn open(pins: &Path) -> Result<Self, DatapathError> {
+    pub(super) fn open(pin_dir: &Path) -> Result<Self, DatapathError> {
         let open = |name: &'static str| {
-            MapData::from_pin(pins.join(name)).map_err(|source| error("open", name, None, source))
+            MapData::from_pin(map_path(pin_dir, name)).map_err(|source| error("open", name, None, source))
         };
         let hash = |name| Ok(Map::HashMap(open(name)?));
         let failed = |name| move |source| error("open", name, None, source);
@@ -88,7 +88,7 @@ impl FlowMaps {
 /// # Errors
 /// Nothing is pinned there, or it cannot be read.
 pub fn read(pin_dir: &Path) -> Result<Vec<(JoinedPair, Pair)>, DatapathError> {
-    let maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
+    let maps = FlowMaps::open(pin_dir)?;
     let mut pairs = maps.list()?.pairs;
     pairs.retain(|(pair, _)| !pair.is_ended());
     Ok(pairs)
@@ -100,7 +100,7 @@ pub fn read(pin_dir: &Path) -> Result<Vec<(JoinedPair, Pair)>, DatapathError> {
 /// # Errors
 /// The program that the agent has left for this cannot be opened, or the kernel refuses.
 pub fn end<'a>(pin_dir: &Path, pairs: impl IntoIterator<Item = &'a JoinedPair>) -> Result<(), DatapathError> {
-    let setter = updates::open_flow_setter(&pin_dir.join(format!("v{ABI_VERSION}")))?;
+    let setter = updates::open_flow_setter(pin_dir)?;
     pairs.into_iter().try_for_each(|pair| updates::set_flows(&setter, &pair.in_state(STATE_RESET)))
 }
 
@@ -114,14 +114,15 @@ pub fn forget<'a>(
     pairs: impl IntoIterator<Item = &'a JoinedPair>,
 ) -> Result<(), DatapathError> {
     let Ok(_lock) = crate::programs::pin_dir::lock(pin_dir) else { return Ok(()) };
-    let mut maps = FlowMaps::open(&pin_dir.join(format!("v{ABI_VERSION}")))?;
+    let mut maps = FlowMaps::open(pin_dir)?;
     pairs.into_iter().for_each(|pair| maps.remove(pair.condemned()));
     Ok(())
 }
 
-/// How many pairs the pinned maps of a directory have room for.
-pub(super) fn capacity(pins: &Path) -> Result<usize, DatapathError> {
-    let info = MapInfo::from_pin(pins.join(PAIRS)).map_err(|source| error("look at", PAIRS, None, source))?;
+/// How many pairs the maps that are pinned in a directory have room for.
+pub(super) fn capacity(pin_dir: &Path) -> Result<usize, DatapathError> {
+    let info = MapInfo::from_pin(map_path(pin_dir, PAIRS))
+        .map_err(|source| error("look at", PAIRS, None, source))?;
     Ok(usize::try_from(info.max_entries()).unwrap_or(usize::MAX))
 }
 

@@ -17,6 +17,7 @@ use crate::maps::gate::Gate;
 use crate::maps::updates::Updates;
 use crate::maps::{BackendEntry, DatapathError, ListenerId, ListenerState};
 use crate::net::interfaces::Interface;
+use crate::programs::versions::map_path;
 use forwarder_gateway::model::{BindAddress, ListenerKey};
 
 type Table<K, V> = BpfHashMap<MapData, K, V>;
@@ -66,9 +67,9 @@ struct Remover {
 }
 
 impl Remover {
-    /// Opens the pinned maps of a directory.
-    fn open(pins: &Path) -> Result<Self, MapError> {
-        let open = |name: &str| MapData::from_pin(pins.join(name));
+    /// Opens the maps that are pinned in a directory.
+    fn open(pin_dir: &Path) -> Result<Self, MapError> {
+        let open = |name: &str| MapData::from_pin(map_path(pin_dir, name));
         Ok(Self {
             listeners: BpfHashMap::try_from(Map::HashMap(open(layout::LISTENERS)?))?,
             counters: PerCpuHashMap::try_from(Map::PerCpuHashMap(open(layout::COUNTERS)?))?,
@@ -101,7 +102,7 @@ impl Maps {
     ///
     /// # Errors
     /// One is not there, or of another layout.
-    pub(crate) fn take(ebpf: &mut Ebpf, pins: &Path, updates: Arc<Updates>) -> Result<Self, LoadError> {
+    pub(crate) fn take(ebpf: &mut Ebpf, pin_dir: &Path, updates: Arc<Updates>) -> Result<Self, LoadError> {
         let listeners: Table<layout::ListenerKey, ListenerValue> = table(ebpf, layout::LISTENERS)?;
         let mut backends: Table<BackendKey, BackendValue> = table(ebpf, layout::BACKENDS)?;
         let mut counters: PerCpuHashMap<MapData, u32, ListenerCounters> =
@@ -116,7 +117,7 @@ impl Maps {
         }
         let failed =
             |operation: &str, error: MapError| LoadError::new(operation.to_owned(), "", error.into());
-        let mut remover = Remover::open(pins).map_err(|error| failed("open the BPF maps", error))?;
+        let mut remover = Remover::open(pin_dir).map_err(|error| failed("open the BPF maps", error))?;
         // After what has just been removed.
         let gate = Gate::start("maps", move |batch| {
             for stale in batch {

@@ -17,6 +17,7 @@ use forwarder_common::update::{
 
 use crate::load_error::LoadError;
 use crate::maps::DatapathError;
+use crate::programs::versions::programs_folder;
 
 /// The programs, loaded.
 pub(crate) struct Updates {
@@ -25,14 +26,14 @@ pub(crate) struct Updates {
 }
 
 impl Updates {
-    /// Takes the programs, which are loaded, by way of a directory on a BPF file system.
+    /// Takes the programs, which are loaded, by way of the pin directory.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub(crate) fn take(ebpf: &mut Ebpf, pins: &Path) -> Result<Self, LoadError> {
+    pub(crate) fn take(ebpf: &mut Ebpf, pin_dir: &Path) -> Result<Self, LoadError> {
         Ok(Self {
-            flows: own(ebpf, pins, PROGRAM_SET_FLOW)?,
-            listeners: own(ebpf, pins, PROGRAM_SET_LISTENER)?,
+            flows: own(ebpf, pin_dir, PROGRAM_SET_FLOW)?,
+            listeners: own(ebpf, pin_dir, PROGRAM_SET_LISTENER)?,
         })
     }
 
@@ -54,16 +55,18 @@ impl Updates {
     }
 }
 
-/// The program for flows that an agent has left in a directory.
+/// The program for flows that an agent has left in a pin directory.
 ///
 /// # Errors
 /// There is none, or the kernel refuses.
-pub(crate) fn open_flow_setter(pins: &Path) -> Result<SchedClassifier, DatapathError> {
-    SchedClassifier::from_pin(pins.join(PROGRAM_SET_FLOW)).map_err(|error| DatapathError {
-        operation: "open the program that changes",
-        map: FLOWS,
-        entry: None,
-        source: Box::new(io::Error::other(error).into()),
+pub(crate) fn open_flow_setter(pin_dir: &Path) -> Result<SchedClassifier, DatapathError> {
+    SchedClassifier::from_pin(programs_folder(pin_dir).join(PROGRAM_SET_FLOW)).map_err(|error| {
+        DatapathError {
+            operation: "open the program that changes",
+            map: FLOWS,
+            entry: None,
+            source: Box::new(io::Error::other(error).into()),
+        }
     })
 }
 
@@ -88,7 +91,7 @@ pub(crate) fn set_flows(
 }
 
 /// A program by its pin, which stays, so that pairs can be ended while no agent runs.
-fn own(ebpf: &mut Ebpf, pins: &Path, name: &'static str) -> Result<SchedClassifier, LoadError> {
+fn own(ebpf: &mut Ebpf, pin_dir: &Path, name: &'static str) -> Result<SchedClassifier, LoadError> {
     let program = ebpf
         .program_mut(name)
         .ok_or_else(|| LoadError::Object { reason: format!("they have no program {name}") })?;
@@ -96,12 +99,12 @@ fn own(ebpf: &mut Ebpf, pins: &Path, name: &'static str) -> Result<SchedClassifi
         LoadError::new(format!("{operation} program {name}"), name, error.into())
     };
     let program = <&mut SchedClassifier>::try_from(program).map_err(|error| failed("find", error))?;
-    let pin = pins.join(name);
+    let pin = programs_folder(pin_dir).join(name);
     // A former agent's.
     let _ = fs::remove_file(&pin);
     program.pin(&pin).map_err(|error| LoadError::PinDir {
-        operation: "pin a program in",
-        path: pins.to_owned(),
+        operation: "pin a program at",
+        path: pin.clone(),
         source: io::Error::other(error),
     })?;
     SchedClassifier::from_pin(&pin).map_err(|error| failed("open", error))

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData};
-use forwarder_common::ABI_VERSION;
 use forwarder_common::flow::Flow;
 use forwarder_common::layout::FLOWS;
 use forwarder_common::tuple::FourTuple;
@@ -18,8 +17,9 @@ use forwarder_common::tuple::FourTuple;
 use crate::load_error::LoadError;
 use crate::programs::hook;
 use crate::programs::pin_dir::{check_folders_above, create, is_on_bpffs, take};
+use crate::programs::versions::{ForeignMap, folders, foreign_maps, map_path, programs_folder};
 
-/// Where is pinned what holds the programs on interfaces, in the directory of a version: links, or with clsact the programs.
+/// Where is pinned what holds the programs on interfaces, in the folder of the programs: links, or with clsact the programs.
 pub(super) const LINKS: &str = "links";
 
 /// A flow of version 3, whose agents pinned nothing else where they attached by clsact.
@@ -29,36 +29,41 @@ type FormerFlow = [u8; 104];
 /// they are to be left.
 #[derive(Debug)]
 pub(crate) struct Pins {
-    parent: PathBuf,
-    directory: PathBuf,
+    pin_dir: PathBuf,
+    /// What agents of other versions have left, and this one cannot take over.
+    foreign: Vec<ForeignMap>,
     is_left: bool,
     _lock: File,
 }
 
 impl Pins {
-    /// Takes `parent` for this agent. What a dead agent left in the directory of this version is kept if its programs still
-    /// hang on interfaces, or connections live in it.
+    /// Takes a pin directory for this agent. What a dead agent left in it is kept if its programs still hang on interfaces, or
+    /// connections live in it.
     ///
     /// # Errors
-    /// It is not on a BPF file system, it is somebody else's, another running agent has it, the programs of another version still hang on
-    /// interfaces or have connections, or the kernel refuses.
-    pub(crate) fn acquire(parent: &Path) -> Result<Self, LoadError> {
-        if !is_on_bpffs(parent)? {
-            return Err(LoadError::NotBpffs { path: parent.to_owned() });
+    /// It is not on a BPF file system, it is somebody else's, another running agent has it, programs that this agent could not replace
+    /// still hang on interfaces or have connections, or the kernel refuses.
+    pub(crate) fn acquire(pin_dir: &Path) -> Result<Self, LoadError> {
+        if !is_on_bpffs(pin_dir)? {
+            return Err(LoadError::NotBpffs { path: pin_dir.to_owned() });
         }
-        let lock = take(parent)?;
+        let lock = take(pin_dir)?;
         // Once they are there: what is missing others could make.
-        check_folders_above(parent)?;
-        let directory = parent.join(format!("v{ABI_VERSION}"));
-        refuse_foreign(parent, &directory)?;
-        create(&directory)?;
+        check_folders_above(pin_dir)?;
+        let programs = programs_folder(pin_dir);
+        let are_attached = has_attachments(&programs);
+        let foreign = foreign_maps(pin_dir);
+        refuse_foreign(pin_dir, &programs, are_attached, &foreign)?;
+        for folder in folders(pin_dir) {
+            create(&folder)?;
+        }
         // Whoever fails before it has taken over what is there leaves it to one who does not.
-        let is_left = has_attachments(&directory) || has_flows(&directory);
-        let pins = Self { parent: parent.to_owned(), directory, is_left, _lock: lock };
+        let is_left = are_attached || has_flows(&map_path(pin_dir, FLOWS));
+        let pins = Self { pin_dir: pin_dir.to_owned(), foreign, is_left, _lock: lock };
         if !is_left {
             pins.clear().map_err(|source| LoadError::PinDir {
                 operation: "remove what a former agent left in",
-                path: pins.directory.clone(),
+                path: pin_dir.to_owned(),
                 source,
             })?;
         }
@@ -67,7 +72,8 @@ impl Pins {
 
     /// Whether connections of a former agent may live here: it had egress programs, or there are flows.
     pub(crate) fn has_connections(&self) -> bool {
-        attachments(&self.directory).any(|name| hook::is_egress(&name)) || has_flows(&self.directory)
+        attachments(&programs_folder(&self.pin_dir)).any(|name| hook::is_egress(&name))
+            || has_flows(&map_path(&self.pin_dir, FLOWS))
     }
 
     /// Where links are pinned; made if it is not there.
@@ -75,14 +81,29 @@ impl Pins {
     /// # Errors
     /// The kernel refuses.
     pub(crate) fn links(&self) -> Result<PathBuf, LoadError> {
-        let links = self.directory.join(LINKS);
+        let links = programs_folder(&self.pin_dir).join(LINKS);
         create(&links)?;
         Ok(links)
     }
 
-    /// Takes over what is pinned: it ends with this agent, unless it is left to the next one.
+    /// Takes over what is pinned: it ends with this agent, unless it is left to the next one. What is of another version is told, and
+    /// forgotten: the programs that use it are about to be replaced.
     pub(crate) fn take_over(&mut self) {
-        self.is_left = false;
+        let was_left = std::mem::take(&mut self.is_left);
+        for map in std::mem::take(&mut self.foreign) {
+            if let Some(loss) = map.loss().filter(|_| was_left) {
+                tracing::warn!(
+                    map = map.name,
+                    path = %map.path.display(),
+                    "an agent of another version has left a map whose layout this agent does not know: {loss}"
+                );
+            }
+            if let Err(error) = fs::remove_file(&map.path) {
+                tracing::warn!(path = %map.path.display(), %error, "cannot remove a pinned map of another version: its memory is not freed");
+            }
+            // Not an error: it may hold more.
+            let _ = map.path.parent().map(fs::remove_dir);
+        }
     }
 
     /// Leaves what is pinned to the next agent.
@@ -90,14 +111,14 @@ impl Pins {
         self.is_left = true;
     }
 
-    /// Where this version's maps are pinned.
-    pub(crate) fn directory(&self) -> &Path {
-        &self.directory
+    /// The pin directory.
+    pub(crate) fn pin_dir(&self) -> &Path {
+        &self.pin_dir
     }
 
     fn clear(&self) -> io::Result<()> {
         // The links first: a program that hangs nowhere misses no map.
-        for folder in [self.directory.join(LINKS), self.directory.clone()] {
+        for folder in [vec![programs_folder(&self.pin_dir).join(LINKS)], folders(&self.pin_dir)].concat() {
             let entries = match fs::read_dir(&folder) {
                 Ok(entries) => entries,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
@@ -122,28 +143,29 @@ impl Drop for Pins {
             return;
         }
         if let Err(error) = self.clear() {
-            tracing::warn!(path = %self.directory.display(), %error, "cannot remove the pinned maps");
+            tracing::warn!(path = %self.pin_dir.display(), %error, "cannot remove the pinned maps");
         }
-        // Neither is an error: the parent may hold what is not ours, or be where a container has the node's directory.
-        let _ = fs::remove_dir(&self.directory);
-        let _ = fs::remove_dir(&self.parent);
+        // None is an error: the directory may hold what is not ours, or be where a container has the node's.
+        for folder in folders(&self.pin_dir) {
+            let _ = fs::remove_dir(folder);
+        }
+        let _ = fs::remove_dir(&self.pin_dir);
     }
 }
 
-/// The names of what is pinned for the places where programs hang.
-fn attachments(directory: &Path) -> impl Iterator<Item = String> {
-    let entries = fs::read_dir(directory.join(LINKS)).into_iter().flatten().flatten();
+/// The names of what is pinned for the places where programs hang, in a folder of programs.
+fn attachments(programs: &Path) -> impl Iterator<Item = String> {
+    let entries = fs::read_dir(programs.join(LINKS)).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok())
 }
 
-fn has_attachments(directory: &Path) -> bool {
-    attachments(directory).next().is_some()
+fn has_attachments(programs: &Path) -> bool {
+    attachments(programs).next().is_some()
 }
 
-/// Whether flows stand in a version's map.
-fn has_flows(directory: &Path) -> bool {
-    let path = directory.join(FLOWS);
-    path.exists() && (has_entries::<FourTuple, Flow>(&path) || has_entries::<FourTuple, FormerFlow>(&path))
+/// Whether flows stand in the map that is pinned there.
+fn has_flows(flows: &Path) -> bool {
+    flows.exists() && (has_entries::<FourTuple, Flow>(flows) || has_entries::<FourTuple, FormerFlow>(flows))
 }
 
 /// Whether a map of keys and values of such sizes has entries; not if its sizes are others.
@@ -153,11 +175,19 @@ fn has_entries<K: Pod, V: Pod>(path: &Path) -> bool {
     map.keys().next().is_some_and(|key| key.is_ok())
 }
 
-/// Refuses to start beside the programs of another version: their flows cannot be known here, and so neither which
-/// addresses they use.
-fn refuse_foreign(parent: &Path, own: &Path) -> Result<(), LoadError> {
-    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
-    let mut others = entries.map(|entry| entry.path()).filter(|path| path != own);
-    let foreign = others.find(|path| has_attachments(path) || has_flows(path));
-    foreign.map_or(Ok(()), |path| Err(LoadError::ForeignLayout { path }))
+/// Refuses to start beside programs that this agent could not replace: those of which an agent of another version has pinned what
+/// holds them, and those that have flows of another version and of which nothing is pinned in `programs`, so that it is not known
+/// where they hang.
+fn refuse_foreign(
+    pin_dir: &Path,
+    programs: &Path,
+    are_attached: bool,
+    foreign: &[ForeignMap],
+) -> Result<(), LoadError> {
+    let folders = fs::read_dir(pin_dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let attached = folders.filter(|folder| folder != programs).find(|folder| has_attachments(folder));
+    let has_connections = |map: &&ForeignMap| map.name == FLOWS && has_flows(&map.path);
+    let connected = || foreign.iter().find(has_connections).and_then(|map| map.path.parent());
+    let path = attached.or_else(|| connected().filter(|_| !are_attached).map(Path::to_owned));
+    path.map_or(Ok(()), |path| Err(LoadError::ForeignLayout { path }))
 }

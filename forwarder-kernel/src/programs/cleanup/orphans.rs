@@ -71,7 +71,7 @@ fn named_as_ours(pinned: &BTreeSet<u32>) -> Result<BTreeMap<u32, String>, Cleanu
     let mut maps = BTreeSet::new();
     for map in there(loaded_maps()) {
         let map = map?;
-        if map.name_as_str().is_some_and(|name| PINNED_MAPS.contains(&name)) {
+        if map.name_as_str().is_some_and(|name| PINNED_MAPS.iter().any(|map| map.name == name)) {
             maps.insert(map.id());
         }
     }

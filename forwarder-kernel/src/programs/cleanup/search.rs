@@ -50,7 +50,8 @@ pub(super) fn pin_dirs() -> Result<Places, CleanupError> {
 
 /// Whether a folder is what an agent pins its maps in, whatever it is called and whichever version the agent was of.
 pub(super) fn holds_maps(folder: &Path) -> bool {
-    let there: Vec<&str> = PINNED_MAPS.into_iter().filter(|name| folder.join(name).exists()).collect();
+    let there: Vec<&str> =
+        PINNED_MAPS.iter().map(|map| map.name).filter(|name| folder.join(name).exists()).collect();
     // What cannot be looked at may be ours.
     let is_ours = |name: &&str| {
         MapInfo::from_pin(folder.join(name)).map_or(true, |info| info.name_as_str() == Some(*name))
