@@ -3,7 +3,7 @@
 //! A pair has two directions. Each stands in [`FLOWS`] under the tuple that its packets have when they arrive, with all
 //! that is needed to turn them into packets of the other leg: written by the agent, in place where it changes
 //! ([`crate::update`]); programs write its state alone, where the pair is over. What changes with each packet stands in
-//! [`PAIRS`]: created by the agent, written by the programs, each half of it only for packets of its own direction. So nobody
+//! [`PAIRS`]: created by the agent, written by the programs, each direction of it only for packets of its own direction. So nobody
 //! ever undoes what another wrote.
 //!
 //! The programs take packets for those of a flow only while its pair stands in [`PAIRS`]: creating that one entry turns both
@@ -62,13 +62,13 @@ pub const FLOW_TIMESTAMPS: u16 = 8;
 /// [`Flow::flags`]: the stack sends the packets on, as a router, once they have been translated, instead of being redirected.
 pub const FLOW_BY_STACK: u16 = 16;
 
-/// [`Half::flags`]: the sender has reset the connection, and has sent nothing else since.
-pub const HALF_RESET: u8 = 1;
-/// [`Half::flags`]: the sender wants to open a new connection on the tuple of this one, which it has forgotten.
-pub const HALF_SYN: u8 = 2;
-/// [`Half::flags`]: a reset that the receiver would not believe came in the sender's name: the agent is to ask the sender, who
+/// [`DirectionState::flags`]: the sender has reset the connection, and has sent nothing else since.
+pub const SENDER_RESET: u8 = 1;
+/// [`DirectionState::flags`]: the sender wants to open a new connection on the tuple of this one, which it has forgotten.
+pub const SENDER_SYN: u8 = 2;
+/// [`DirectionState::flags`]: a reset that the receiver would not believe came in the sender's name: the agent is to ask the sender, who
 /// has sent nothing else since.
-pub const HALF_CHALLENGE: u8 = 4;
+pub const SENDER_CHALLENGE: u8 = 4;
 
 /// The neighbour that packets are handed to: `struct bpf_redir_neigh`, as `bpf_redirect_neigh` takes it.
 #[repr(C)]
@@ -145,7 +145,7 @@ pub struct Flow {
 /// current. Written only for packets of this direction.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Half {
+pub struct DirectionState {
     /// Packets redirected; a super-packet of GSO or GRO counts once.
     pub packets: u64,
     /// Bytes of payload that the sender has sent since the connection was opened, each counted once, whoever passed it on.
@@ -171,13 +171,13 @@ pub struct Half {
     pub acknowledged: u32,
     /// The window of the packet that was `acknowledged` with, as it lay in it, unscaled.
     pub window: u16,
-    /// [`HALF_RESET`], [`HALF_SYN`], [`HALF_CHALLENGE`].
+    /// [`SENDER_RESET`], [`SENDER_SYN`], [`SENDER_CHALLENGE`].
     pub flags: u8,
     /// Whether `timestamp_shift` has been learnt from a packet: 0 or 1.
     pub timestamp_known: u8,
 }
 
-/// What of a segment is noted in its [`Half`].
+/// What of a segment is noted in its [`DirectionState`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Seen {
     /// Its sequence number.
@@ -194,15 +194,15 @@ pub struct Seen {
     pub time: u64,
 }
 
-/// [`Half::fin`]: there is one.
+/// [`DirectionState::fin`]: there is one.
 const FIN_SEEN: u64 = 1 << 32;
 
-impl Half {
+impl DirectionState {
     /// The sequence number after the sender's FIN, in the sender's own numbers, if it has ended its direction.
     #[inline(always)]
     #[must_use]
     pub const fn fin_end(&self) -> Option<u32> {
-        #[expect(clippy::cast_possible_truncation, reason = "the number is the lower half")]
+        #[expect(clippy::cast_possible_truncation, reason = "the number is the lower forward")]
         if self.fin & FIN_SEEN == 0 { None } else { Some(self.fin as u32) }
     }
 
@@ -252,7 +252,7 @@ impl Half {
         self.acknowledged.wrapping_add((self.window as u32) << (scale & 15))
     }
 
-    /// Whether the end of this direction has been acknowledged by `other`, the opposite half, where acknowledgement
+    /// Whether the end of this direction has been acknowledged by `other`, the opposite direction, where acknowledgement
     /// numbers of the opposite direction become those of this one by adding `shift`.
     #[inline(always)]
     const fn is_finished(&self, other: &Self, shift: u32) -> bool {
@@ -272,9 +272,9 @@ pub struct Pair {
     /// When its handover began, likewise.
     pub offloaded: u64,
     /// From the client to the endpoint.
-    pub request: Half,
+    pub request: DirectionState,
     /// From the endpoint to the client.
-    pub response: Half,
+    pub response: DirectionState,
 }
 
 /// The numbers of a segment, in host byte order.
@@ -296,12 +296,18 @@ impl Flow {
         self.mtu != 0 && length > self.mtu
     }
 
-    /// The numbers of `segment` on the other leg: `half` is what is known of this direction, and `reverse` of what its receiver has
-    /// said. `is_bare` tells whether the segment carries no payload and is [accepted](Half::accepts): a stranger's, whose number is
+    /// The numbers of `segment` on the other leg: `forward` is what is known of this direction, and `reverse` of what its receiver has
+    /// said. `is_bare` tells whether the segment carries no payload and is [accepted](DirectionState::accepts): a stranger's, whose number is
     /// a guess, must not be given one that its receiver takes.
     #[inline(always)]
     #[must_use]
-    pub const fn numbers(&self, segment: &Segment, half: &Half, reverse: &Half, is_bare: bool) -> Numbers {
+    pub const fn numbers(
+        &self,
+        segment: &Segment,
+        forward: &DirectionState,
+        reverse: &DirectionState,
+        is_bare: bool,
+    ) -> Numbers {
         let mut sequence = segment.sequence.wrapping_add(self.sequence_shift);
         // A receiver drops what lies outside of its window, acknowledgement and all (RFC 9293, 3.10.7.4). What a bare
         // acknowledgement says is true at any number: it gets the nearest one that is taken. Its own may lie beyond, because local
@@ -313,7 +319,7 @@ impl Flow {
         // has a lower number than what it took one from before (`tcp_may_update_window`).
         if is_bare && segment.flags & (FLAG_SYN | FLAG_FIN | FLAG_RST) == 0 {
             let edge = reverse.latest_edge(self.receiver_scale);
-            let sent = half.sequence_end.wrapping_add(self.sequence_shift);
+            let sent = forward.sequence_end.wrapping_add(self.sequence_shift);
             let is_probe = sequence.wrapping_add(1) == reverse.acknowledged;
             if is_before(edge, sequence) || is_before(edge, sent) && !is_probe {
                 sequence = edge;
@@ -340,31 +346,31 @@ impl Flow {
         Numbers { sequence, acknowledgement, window }
     }
 
-    /// Whether both ends have ended their directions and know it of each other, `half` being what is known of this direction,
+    /// Whether both ends have ended their directions and know it of each other, `forward` being what is known of this direction,
     /// `reverse` of the other. An end that reached a local socket before the handover counts once that has delivered it.
     #[inline(always)]
     #[must_use]
-    pub const fn has_ended(&self, half: &Half, reverse: &Half) -> bool {
-        self.are_finished(if self.state == STATE_OFFLOADED { self.flags } else { 0 }, half, reverse)
+    pub const fn has_ended(&self, forward: &DirectionState, reverse: &DirectionState) -> bool {
+        self.are_finished(if self.state == STATE_OFFLOADED { self.flags } else { 0 }, forward, reverse)
     }
 
     /// Whether nothing more is to be forwarded but what is sent again: both ends have ended their directions and know it of
-    /// each other, or one has reset the connection. `half` is what is known of this direction, `reverse` of the other.
+    /// each other, or one has reset the connection. `forward` is what is known of this direction, `reverse` of the other.
     #[inline(always)]
     #[must_use]
-    pub const fn is_over(&self, half: &Half, reverse: &Half) -> bool {
-        (half.flags | reverse.flags) & HALF_RESET != 0 || self.are_finished(self.flags, half, reverse)
+    pub const fn is_over(&self, forward: &DirectionState, reverse: &DirectionState) -> bool {
+        (forward.flags | reverse.flags) & SENDER_RESET != 0 || self.are_finished(self.flags, forward, reverse)
     }
 
     /// Whether each direction has ended: by what the other end has acknowledged, or by [`FLOW_ENDED`] and
     /// [`FLOW_REVERSE_ENDED`] among the flags `passed_on`.
     #[inline(always)]
-    const fn are_finished(&self, passed_on: u16, half: &Half, reverse: &Half) -> bool {
+    const fn are_finished(&self, passed_on: u16, forward: &DirectionState, reverse: &DirectionState) -> bool {
         // What the receiver acknowledges becomes the sender's number by undoing what was added to that.
         let is_finished =
-            passed_on & FLOW_ENDED != 0 || half.is_finished(reverse, self.sequence_shift.wrapping_neg());
+            passed_on & FLOW_ENDED != 0 || forward.is_finished(reverse, self.sequence_shift.wrapping_neg());
         let is_reverse_finished =
-            passed_on & FLOW_REVERSE_ENDED != 0 || reverse.is_finished(half, self.acknowledgement_shift);
+            passed_on & FLOW_REVERSE_ENDED != 0 || reverse.is_finished(forward, self.acknowledgement_shift);
         is_finished && is_reverse_finished
     }
 }
@@ -379,21 +385,21 @@ impl Pair {
     /// [`Flow::is_over`], for either of the pair's two flows.
     #[must_use]
     pub const fn is_over(&self, flow: &Flow) -> bool {
-        let (half, reverse) = self.halves(flow);
-        flow.is_over(half, reverse)
+        let (forward, reverse) = self.directions(flow);
+        flow.is_over(forward, reverse)
     }
 
     /// [`Flow::has_ended`], for either of the pair's two flows.
     #[must_use]
     pub const fn has_ended(&self, flow: &Flow) -> bool {
-        let (half, reverse) = self.halves(flow);
-        flow.has_ended(half, reverse)
+        let (forward, reverse) = self.directions(flow);
+        flow.has_ended(forward, reverse)
     }
 
     /// What is known of a flow's direction, and of the opposite one.
     #[inline(always)]
     #[must_use]
-    pub const fn halves(&self, flow: &Flow) -> (&Half, &Half) {
+    pub const fn directions(&self, flow: &Flow) -> (&DirectionState, &DirectionState) {
         if flow.direction == DIRECTION_REQUEST {
             (&self.request, &self.response)
         } else {
@@ -422,10 +428,10 @@ const _: () = {
     assert!(offset_of!(Flow, hop_limit) == 108);
     assert!(size_of::<NextHop>() == 20 && offset_of!(NextHop, address) == 4);
 
-    assert!(size_of::<Half>() == 64 && align_of::<Half>() == 8);
-    assert!(offset_of!(Half, fin) == 32);
-    assert!(offset_of!(Half, edge) == 48);
-    assert!(offset_of!(Half, timestamp_known) == 63);
+    assert!(size_of::<DirectionState>() == 64 && align_of::<DirectionState>() == 8);
+    assert!(offset_of!(DirectionState, fin) == 32);
+    assert!(offset_of!(DirectionState, edge) == 48);
+    assert!(offset_of!(DirectionState, timestamp_known) == 63);
 
     assert!(size_of::<Pair>() == 144 && align_of::<Pair>() == 8);
     assert!(offset_of!(Pair, offloaded) == 8);

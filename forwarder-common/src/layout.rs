@@ -226,7 +226,7 @@ mod tests {
     fn names_fit_the_kernel() {
         use crate::update::{PROGRAM_SET_CREDIT, PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
         let updates = [PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER, PROGRAM_SET_CREDIT];
-        for name in PINNED_MAPS.into_iter().chain(crate::PROGRAMS).chain(updates) {
+        for name in PINNED_MAPS.iter().map(|map| map.name).chain(crate::PROGRAMS).chain(updates) {
             assert!(name.len() <= 15, "{name}");
         }
     }

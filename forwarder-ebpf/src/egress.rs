@@ -5,7 +5,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    AGENT_LINK_PRIORITY, AGENT_PRIORITY, FLOW_REVERSE_ENDED, Flow, Half, STATE_HANDOVER, STATE_OVER,
+    AGENT_LINK_PRIORITY, AGENT_PRIORITY, DirectionState, FLOW_REVERSE_ENDED, Flow, STATE_HANDOVER, STATE_OVER,
 };
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, LinkLayer, Segment, tcp_field};
 use forwarder_common::translate::{self, ChecksumChange};
@@ -76,9 +76,9 @@ fn verdict_of(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     }
     let pair = PAIRS.get_ptr(flow.pair)?;
     // SAFETY: as above.
-    let (half, other) = unsafe { &*pair }.halves(flow);
+    let (forward, other) = unsafe { &*pair }.directions(flow);
     // Both ends know that it is over; one that has forgotten the connection would answer with a reset.
-    if flow.has_ended(half, other) {
+    if flow.has_ended(forward, other) {
         return Some(Verdict::Guarded);
     }
     // What the socket had received before the handover it still delivers and acknowledges. An end it passes on only if
@@ -107,7 +107,7 @@ fn bring_up_to_date(
     context: &TcContext,
     segment: &Segment,
     flow: &Flow,
-    other: &Half,
+    other: &DirectionState,
 ) -> Result<(), Verdict> {
     let Some(reverse) = FLOWS.get_ptr(flow.out.reversed()) else { return Ok(()) };
     // SAFETY: as above.

@@ -115,7 +115,7 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
     }
     // SAFETY: as in `redirect::redirect`.
     let pair = unsafe { &mut *pair };
-    let (half, reverse) = if flow.direction == DIRECTION_REQUEST {
+    let (forward, reverse) = if flow.direction == DIRECTION_REQUEST {
         (&mut pair.request, &pair.response)
     } else {
         (&mut pair.response, &pair.request)
@@ -134,11 +134,11 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
             flags: first.flags,
             time: now,
         };
-        let is_accepted = half.accepts(reverse, flow, seen);
-        half.note(reverse, flow, seen, is_accepted);
+        let is_accepted = forward.accepts(reverse, flow, seen);
+        forward.note(reverse, flow, seen, is_accepted);
     } else {
         // The rest is noted with the first and with the last.
-        half.packets += 1;
+        forward.packets += 1;
     }
     transmit(flow)
 }

@@ -88,7 +88,7 @@ pub(crate) struct Frame {
     pub(crate) headers: UsualHeaders,
     /// Whether the headers are such as most are.
     pub(crate) is_usual: bool,
-    /// What is noted of the segment, and whether the receiver takes it ([`accepts`](forwarder_common::flow::Half::accepts)), if it
+    /// What is noted of the segment, and whether the receiver takes it ([`accepts`](forwarder_common::flow::DirectionState::accepts)), if it
     /// is one of a flow.
     pub(crate) seen: Seen,
     pub(crate) is_accepted: bool,

@@ -59,21 +59,21 @@ pub(crate) fn redirect(context: &TcContext, frame: &mut Frame) -> Option<Outcome
     // SAFETY: as above. Other CPUs may write to it at the same time: each field is of one word, and none depends on
     // another but for the learning of a timestamp, which writes the value before it says that it is known.
     let pair = unsafe { &mut *pair };
-    let (half, reverse) = if flow.direction == DIRECTION_REQUEST {
+    let (forward, reverse) = if flow.direction == DIRECTION_REQUEST {
         (&mut pair.request, &pair.response)
     } else {
         (&mut pair.response, &pair.request)
     };
     frame.seen = seen(context, segment);
-    frame.is_accepted = half.accepts(reverse, flow, &frame.seen);
+    frame.is_accepted = forward.accepts(reverse, flow, &frame.seen);
     if is_new_connection {
         // Where the pair is over, the local stack accepts it. Else the agent asks the other end, whose answer the client
         // resets (RFC 9293, 3.5.1).
-        if flow.state == STATE_OFFLOADED && flow.is_over(half, reverse) {
+        if flow.state == STATE_OFFLOADED && flow.is_over(forward, reverse) {
             release(segment, flow);
             return None;
         }
-        half.note(reverse, flow, &frame.seen, frame.is_accepted);
+        forward.note(reverse, flow, &frame.seen, frame.is_accepted);
         return Some(Outcome::drop(Verdict::Held));
     }
     if segment.is_first_fragment
@@ -87,9 +87,9 @@ pub(crate) fn redirect(context: &TcContext, frame: &mut Frame) -> Option<Outcome
     if icmp::is_too_big(context, segment, flow) {
         return Some(icmp::answer_too_big(context, segment, flow));
     }
-    Some(match rewrite(SocketBuffer(context), frame, flow, half, reverse) {
+    Some(match rewrite(SocketBuffer(context), frame, flow, forward, reverse) {
         Ok(()) => {
-            half.note(reverse, flow, &frame.seen, frame.is_accepted);
+            forward.note(reverse, flow, &frame.seen, frame.is_accepted);
             transmit(flow)
         }
         Err(verdict) => Outcome::drop(verdict),

@@ -47,8 +47,8 @@ fn note(flow: &Flow) {
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else { return };
     // SAFETY: as for flows. Other CPUs may write the same word at the same time.
     let pair = unsafe { &mut *pair };
-    let half = if flow.direction == DIRECTION_REQUEST { &mut pair.request } else { &mut pair.response };
-    half.last_seen = coarse_time();
+    let forward = if flow.direction == DIRECTION_REQUEST { &mut pair.request } else { &mut pair.response };
+    forward.last_seen = coarse_time();
 }
 
 /// Turns a packet into the reset that answers it, as `tcp_v4_send_reset` makes it: with the number that the packet

@@ -4,7 +4,7 @@
 //! that what can be written at once is.
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
-use forwarder_common::flow::{FLOW_CLEAR_ECN, Flow, Half, STATE_HANDOVER};
+use forwarder_common::flow::{DirectionState, FLOW_CLEAR_ECN, Flow, STATE_HANDOVER};
 use forwarder_common::packet::{IpVersion, Segment, USUAL_OFFSET, USUAL_OPTIONS, USUAL_TCP_HEADER};
 use forwarder_common::translate::{
     self, ChecksumChange, MAX_OPTIONS, MAX_SACK_BLOCKS, Options, OptionsWalk, Timestamps,
@@ -28,13 +28,13 @@ pub(crate) fn rewrite(
     packet: impl PacketMut,
     frame: &Frame,
     flow: &Flow,
-    half: &mut Half,
-    reverse: &Half,
+    forward: &mut DirectionState,
+    reverse: &DirectionState,
 ) -> Result<(), Verdict> {
     if frame.is_usual && flow.flags & FLOW_CLEAR_ECN == 0 {
-        rewrite_usual(packet, frame, flow, half, reverse)
+        rewrite_usual(packet, frame, flow, forward, reverse)
     } else {
-        rewrite_any(packet, frame, flow, half, reverse)
+        rewrite_any(packet, frame, flow, forward, reverse)
     }
 }
 
@@ -44,8 +44,8 @@ fn rewrite_usual(
     packet: impl PacketMut,
     frame: &Frame,
     flow: &Flow,
-    half: &mut Half,
-    reverse: &Half,
+    forward: &mut DirectionState,
+    reverse: &DirectionState,
 ) -> Result<(), Verdict> {
     let segment = &frame.segment;
     let [
@@ -67,8 +67,8 @@ fn rewrite_usual(
     let [.., new_source, _, _, _, new_destination] = *flow.out.address_words();
     let addresses = ChecksumChange::NONE.and(source, new_source).and(destination, new_destination);
     let [new_ports, new_sequence, new_acknowledgement, new_misc, _] =
-        new_words(frame, flow, half, reverse, misc, last);
-    let [new_value, new_echo] = timestamps(frame, flow, half, reverse, [value, echo]);
+        new_words(frame, flow, forward, reverse, misc, last);
+    let [new_value, new_echo] = timestamps(frame, flow, forward, reverse, [value, echo]);
     let change = ChecksumChange::NONE
         .and(ports, new_ports)
         .and(sequence, new_sequence)
@@ -124,14 +124,14 @@ fn with_hop_limit_v4(old: u32, flow: &Flow, addresses: ChecksumChange) -> u32 {
 fn new_words(
     frame: &Frame,
     flow: &Flow,
-    half: &Half,
-    reverse: &Half,
+    forward: &DirectionState,
+    reverse: &DirectionState,
     misc: u32,
     last: u32,
 ) -> [u32; FIXED_WORDS] {
     // The payload of a first fragment may lie in the others.
     let is_bare = frame.is_accepted && frame.seen.payload == 0 && !frame.segment.is_first_fragment;
-    let numbers = flow.numbers(&frame.segment, half, reverse, is_bare);
+    let numbers = flow.numbers(&frame.segment, forward, reverse, is_bare);
     let ports = u32::from(flow.out.source_port) << 16 | u32::from(flow.out.destination_port);
     let misc = u32::from_be(misc) & 0xffff_0000 | u32::from(numbers.window);
     [ports.to_be(), numbers.sequence.to_be(), numbers.acknowledgement.to_be(), misc.to_be(), last]
@@ -146,14 +146,14 @@ fn rewrite_any(
     packet: impl PacketMut,
     frame: &Frame,
     flow: &Flow,
-    half: &mut Half,
-    reverse: &Half,
+    forward: &mut DirectionState,
+    reverse: &DirectionState,
 ) -> Result<(), Verdict> {
     let segment = &frame.segment;
     let tcp = segment.tcp_offset;
     let old: [u32; FIXED_WORDS] = packet.load(tcp)?;
     let [_, _, _, misc, last] = old;
-    let new = new_words(frame, flow, half, reverse, misc, last);
+    let new = new_words(frame, flow, forward, reverse, misc, last);
     let mut change = ChecksumChange::NONE;
     for word in 0..FIXED_WORDS {
         change = change.and(old[word], new[word]);
@@ -162,7 +162,7 @@ fn rewrite_any(
         if segment.header_length == USUAL_TCP_HEADER { packet.load(tcp + TCP_HEADER)? } else { [0; 3] };
     if options[0] == USUAL_OPTIONS.to_be() {
         let [kinds, value, echo] = options;
-        let [new_value, new_echo] = timestamps(frame, flow, half, reverse, [value, echo]);
+        let [new_value, new_echo] = timestamps(frame, flow, forward, reverse, [value, echo]);
         change = change.and(value, new_value).and(echo, new_echo);
         let [ports, sequence, acknowledgement, misc, last] = new;
         let new = [ports, sequence, acknowledgement, misc, last, kinds, new_value, new_echo];
@@ -170,7 +170,7 @@ fn rewrite_any(
     } else {
         packet.store(tcp, &new)?;
         if segment.header_length > TCP_HEADER {
-            change = translate_options(packet, frame, flow, half, reverse, change)?;
+            change = translate_options(packet, frame, flow, forward, reverse, change)?;
         }
     }
     packet.change_checksum(segment, change, Summed::Segment)?;
@@ -183,8 +183,8 @@ fn translate_options(
     packet: impl PacketMut,
     frame: &Frame,
     flow: &Flow,
-    half: &mut Half,
-    reverse: &Half,
+    forward: &mut DirectionState,
+    reverse: &DirectionState,
     mut change: ChecksumChange,
 ) -> Result<ChecksumChange, Verdict> {
     let segment = &frame.segment;
@@ -193,7 +193,7 @@ fn translate_options(
     if options.timestamps != 0 {
         let at = options.timestamps;
         let old: [u32; 2] = packet.load(tcp + at)?;
-        let new = timestamps(frame, flow, half, reverse, old);
+        let new = timestamps(frame, flow, forward, reverse, old);
         change = change.and_at(at, old[0], new[0]).and_at(at, old[1], new[1]);
         packet.store(tcp + at, &new)?;
     }
@@ -213,10 +213,16 @@ fn translate_options(
 /// The timestamps `TSval` and `TSecr` of the segment on the other leg, in network byte order as those on this one. Learns how
 /// far the clocks are apart.
 #[inline(always)]
-fn timestamps(frame: &Frame, flow: &Flow, half: &mut Half, reverse: &Half, old: [u32; 2]) -> [u32; 2] {
+fn timestamps(
+    frame: &Frame,
+    flow: &Flow,
+    forward: &mut DirectionState,
+    reverse: &DirectionState,
+    old: [u32; 2],
+) -> [u32; 2] {
     let old = Timestamps { value: u32::from_be(old[0]), echo: u32::from_be(old[1]) };
-    let mut value_shift = half.timestamp_shift;
-    if half.timestamp_known == 0 || flow.state == STATE_HANDOVER {
+    let mut value_shift = forward.timestamp_shift;
+    if forward.timestamp_known == 0 || flow.state == STATE_HANDOVER {
         // SAFETY: the helper has no conditions.
         let now = unsafe { bpf_ktime_get_ns() };
         let clock = translate::clock_at(flow.clock, flow.clock_time, now);
@@ -225,7 +231,7 @@ fn timestamps(frame: &Frame, flow: &Flow, half: &mut Half, reverse: &Half, old: 
         // (`tcp_check_req`), but not their absence: so nothing is learnt from it. Nor from what the receiver does not take:
         // a stranger's clock would make all that the sender says look old.
         if frame.is_accepted {
-            half.learn_clock(shift);
+            forward.learn_clock(shift);
         }
         // While the local socket still sends, its clock is the measure: what is told here must not be ahead of it,
         // or its packets would look old (PAWS), nor behind.

@@ -1,10 +1,12 @@
-//! What the programs note of a segment in the [`Half`] of its direction.
+//! What the programs note of a segment in the [`DirectionState`] of its direction.
 //!
 //! Nothing is noted that the receiver does not take, or somebody who knows no more than the addresses and the ports could
 //! end a pair, or make up what it has moved: a segment counts if its sequence number *and* its acknowledgement number are such
 //! as a socket accepts (RFC 9293, 3.10.7.4; RFC 5961, 3 to 5). All others are forwarded, for the receiver to decide on.
 
-use super::{FLOW_ENDED, Flow, HALF_CHALLENGE, HALF_RESET, HALF_SYN, Half, STATE_HANDOVER, Seen};
+use super::{
+    DirectionState, FLOW_ENDED, Flow, SENDER_CHALLENGE, SENDER_RESET, SENDER_SYN, STATE_HANDOVER, Seen,
+};
 use crate::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
 use crate::translate::is_before;
 
@@ -17,12 +19,12 @@ const LEAST: u32 = 0xffff;
 /// received after they were read and before the programs saw anything: nobody told the programs of that.
 const HANDOVER_GAP: u32 = 16 << 20;
 
-impl Half {
-    /// Whether the receiver takes the segment of `flow`, whose opposite half is `reverse`: its payload touches the receiver's
+impl DirectionState {
+    /// Whether the receiver takes the segment of `flow`, whose opposite direction is `reverse`: its payload touches the receiver's
     /// window, or lies less than a window before it (`tcp_sequence`), and it acknowledges what the receiver may have sent
     /// (`tcp_ack`). Of SYN and RST segments it says nothing.
     ///
-    /// A receiver may have sent up to the edge of the window that this half's sender has announced, and by a little more, even
+    /// A receiver may have sent up to the edge of the window that this direction's sender has announced, and by a little more, even
     /// where less of it is known: two CPUs that note at once may lose what one of them saw, and what is known has to catch up.
     #[inline(always)]
     #[must_use]
@@ -44,7 +46,7 @@ impl Half {
         lies_within(segment.acknowledgement, self.acknowledged, granted | LEAST, ahead)
     }
 
-    /// Notes a segment of `flow`, whose opposite half is `reverse`; `is_accepted` is what [`Self::accepts`] says of it.
+    /// Notes a segment of `flow`, whose opposite direction is `reverse`; `is_accepted` is what [`Self::accepts`] says of it.
     #[inline(always)]
     pub const fn note(&mut self, reverse: &Self, flow: &Flow, segment: &Seen, is_accepted: bool) {
         self.packets += 1;
@@ -53,7 +55,7 @@ impl Half {
         } else if segment.flags & FLAG_SYN != 0 {
             // Its number is that of another connection.
             if segment.flags & FLAG_ACK == 0 {
-                self.flags |= HALF_SYN;
+                self.flags |= SENDER_SYN;
             }
         } else if segment.flags & FLAG_RST != 0 {
             self.note_reset(reverse, flow, segment);
@@ -71,10 +73,10 @@ impl Half {
         }
         let first = flow.first(reverse);
         if segment.sequence == first || segment.sequence == self.sequence_end {
-            self.flags |= HALF_RESET;
+            self.flags |= SENDER_RESET;
             self.last_seen = segment.time;
         } else if lies_within(segment.sequence, first, 0, self.reach(reverse, flow)) {
-            self.flags |= HALF_CHALLENGE;
+            self.flags |= SENDER_CHALLENGE;
         }
     }
 
@@ -82,8 +84,8 @@ impl Half {
     const fn note_accepted(&mut self, reverse: &Self, flow: &Flow, segment: &Seen) {
         // Words are written only where they change: packets of one direction may be on two CPUs at once.
         self.last_seen = segment.time;
-        if self.flags & (HALF_RESET | HALF_SYN | HALF_CHALLENGE) != 0 {
-            self.flags &= !(HALF_RESET | HALF_SYN | HALF_CHALLENGE);
+        if self.flags & (SENDER_RESET | SENDER_SYN | SENDER_CHALLENGE) != 0 {
+            self.flags &= !(SENDER_RESET | SENDER_SYN | SENDER_CHALLENGE);
         }
         let first = flow.first(reverse);
         let is_fin = segment.flags & FLAG_FIN != 0;
@@ -135,7 +137,7 @@ impl Half {
         }
     }
 
-    /// How many bytes this half's sender takes beyond what it has acknowledged.
+    /// How many bytes this direction's sender takes beyond what it has acknowledged.
     #[inline(always)]
     const fn granted(&self) -> u32 {
         distance(self.acknowledged, self.edge)
@@ -152,9 +154,9 @@ impl Half {
 }
 
 impl Flow {
-    /// The first number that the receiver, whose half is `reverse`, has not acknowledged, in the sender's numbers.
+    /// The first number that the receiver, whose own direction is `reverse`, has not acknowledged, in the sender's numbers.
     #[inline(always)]
-    const fn first(&self, reverse: &Half) -> u32 {
+    const fn first(&self, reverse: &DirectionState) -> u32 {
         reverse.acknowledged.wrapping_sub(self.sequence_shift)
     }
 }

@@ -29,10 +29,10 @@ pub(super) fn flows() -> [Flow; 2] {
     [request, response]
 }
 
-pub(super) fn ended(fin_end: u32, acknowledged: u32) -> Half {
-    let mut half = Half { acknowledged, ..Half::default() };
-    half.set_fin_end(fin_end);
-    half
+pub(super) fn ended(fin_end: u32, acknowledged: u32) -> DirectionState {
+    let mut forward = DirectionState { acknowledged, ..DirectionState::default() };
+    forward.set_fin_end(fin_end);
+    forward
 }
 
 #[test]
@@ -42,8 +42,8 @@ fn a_pair_is_over_once_both_ends_are_acknowledged() {
     let unacknowledged = [
         Pair { request: ended(5_000, 699), ..over },
         Pair { response: ended(200, 3_999), ..over },
-        Pair { request: Half { fin: 0, ..over.request }, ..over },
-        Pair { response: Half { fin: 0, ..over.response }, ..over },
+        Pair { request: DirectionState { fin: 0, ..over.request }, ..over },
+        Pair { response: DirectionState { fin: 0, ..over.response }, ..over },
         Pair::default(),
     ];
     for flow in flows() {
@@ -58,7 +58,7 @@ fn a_pair_is_over_once_both_ends_are_acknowledged() {
 fn an_end_that_a_local_socket_passed_on_counts() {
     let pair = Pair {
         response: ended(200, 4_000),
-        request: Half { acknowledged: 700, ..Half::default() },
+        request: DirectionState { acknowledged: 700, ..DirectionState::default() },
         ..Pair::default()
     };
     let [request, response] = flows();
@@ -84,8 +84,9 @@ fn what_a_bare_acknowledgement_says_reaches_a_receiver_without_room() {
         header_length: 20,
     };
     // The endpoint takes 1,000 bytes up to the client's 6,000 and sees 4,000 for the client's 5,000.
-    let endpoint = Half { acknowledged: 4_000, window: 1_000, edge: 5_000, ..Half::default() };
-    let client = Half { sequence_end: 6_000, ..Half::default() };
+    let endpoint =
+        DirectionState { acknowledged: 4_000, window: 1_000, edge: 5_000, ..DirectionState::default() };
+    let client = DirectionState { sequence_end: 6_000, ..DirectionState::default() };
     let sent = |sequence, flags, is_bare| {
         flow.numbers(&segment(sequence, flags), &client, &endpoint, is_bare).sequence
     };
@@ -98,12 +99,12 @@ fn what_a_bare_acknowledgement_says_reaches_a_receiver_without_room() {
     assert_eq!(sent(90_000, FLAG_ACK | FLAG_FIN, true), 89_000);
     assert_eq!(sent(90_000, FLAG_RST, true), 89_000);
     // It has announced more before, and has no memory now.
-    let shrunk = Half { window: 0, edge: 69_000, ..endpoint };
+    let shrunk = DirectionState { window: 0, edge: 69_000, ..endpoint };
     assert_eq!(flow.numbers(&segment(5_800, FLAG_ACK), &client, &shrunk, true).sequence, 4_000);
     // The client is far beyond, but has been told a window that was rounded down.
     let scaled = Flow { receiver_scale: 7, ..flow };
-    let endpoint = Half { window: 9, edge: 4_000 + (9 << 7), ..endpoint };
-    let client = Half { sequence_end: 90_000, ..client };
+    let endpoint = DirectionState { window: 9, edge: 4_000 + (9 << 7), ..endpoint };
+    let client = DirectionState { sequence_end: 90_000, ..client };
     for (sequence, expected) in [(90_000, 5_152), (6_024, 5_152), (4_999, 3_999)] {
         let numbers = scaled.numbers(&segment(sequence, FLAG_ACK), &client, &endpoint, true);
         assert_eq!(numbers.sequence, expected, "{sequence}");
@@ -112,20 +113,20 @@ fn what_a_bare_acknowledgement_says_reaches_a_receiver_without_room() {
 
 #[test]
 fn clocks_are_learnt_from_packets_that_have_waited() {
-    let mut half = Half::default();
-    assert_eq!(half.echo_shift(STATE_HANDOVER), None);
+    let mut forward = DirectionState::default();
+    assert_eq!(forward.echo_shift(STATE_HANDOVER), None);
     // The clocks are 1,000 apart; the packets have waited for 3, 8, 0 and 2 ms.
     for waited in [3, 8, 0, 2] {
-        half.learn_clock(1_000 + waited);
+        forward.learn_clock(1_000 + waited);
     }
     // What follows is not behind what was told before; what is echoed meanwhile is no older than it was.
-    assert_eq!(half.echo_shift(STATE_OFFLOADED), Some(1_008));
-    assert_eq!(half.echo_shift(STATE_HANDOVER), Some(1_000));
+    assert_eq!(forward.echo_shift(STATE_OFFLOADED), Some(1_008));
+    assert_eq!(forward.echo_shift(STATE_HANDOVER), Some(1_000));
 }
 
 #[test]
 fn a_reset_ends_both() {
-    let reset = Half { flags: HALF_RESET, ..Half::default() };
+    let reset = DirectionState { flags: SENDER_RESET, ..DirectionState::default() };
     for flow in flows() {
         assert!(Pair { request: reset, ..Pair::default() }.is_over(&flow));
         assert!(Pair { response: reset, ..Pair::default() }.is_over(&flow));

@@ -5,7 +5,9 @@ use std::future::poll_fn;
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
-use forwarder_common::flow::{DIRECTION_REQUEST, DIRECTION_RESPONSE, Flow, HALF_RESET, Half, Pair};
+use forwarder_common::flow::{
+    DIRECTION_REQUEST, DIRECTION_RESPONSE, DirectionState, Flow, Pair, SENDER_RESET,
+};
 use forwarder_common::translate::is_before;
 use tokio::net::TcpStream;
 use tokio::time::sleep;
@@ -224,8 +226,9 @@ async fn deliver(context: &WorkerContext, mut joined: Joined<'_>, relay: &mut Re
             seen = bytes;
             connection.active.set(context.sweep());
         }
-        for (half, end) in [(&state.request, End::DownstreamReset), (&state.response, End::UpstreamReset)] {
-            if half.flags & HALF_RESET != 0 {
+        for (forward, end) in [(&state.request, End::DownstreamReset), (&state.response, End::UpstreamReset)]
+        {
+            if forward.flags & SENDER_RESET != 0 {
                 // The other end may have taken it for one beyond what it has received so far.
                 joined.abort();
                 silence(downstream, upstream);
@@ -413,15 +416,15 @@ impl Hearing {
         }
         // Sent more than once, and no answer of any kind since. What has acknowledged the remainder before is no answer.
         let directions = [(client, endpoint, &request), (endpoint, client, &response)];
-        for ((silent, repeated), (half, other, flow)) in
+        for ((silent, repeated), (forward, other, flow)) in
             self.silent.iter_mut().zip(self.repeated).zip(directions)
         {
-            let is_repeated = half.repeated > repeated;
+            let is_repeated = forward.repeated > repeated;
             let since = match *silent {
                 Some((packets, since)) if packets == other.packets && is_repeated => since,
                 _ => silent.insert((other.packets, Instant::now())).1,
             };
-            let end = half.sequence_end.wrapping_add(flow.sequence_shift);
+            let end = forward.sequence_end.wrapping_add(flow.sequence_shift);
             if since.elapsed() >= PROBATION && is_before(other.acknowledged, end) {
                 let verdict = if is_heard { Verdict::Deaf } else { Verdict::Swallowed };
                 return verdict(Exit::of(flow));
@@ -441,13 +444,13 @@ struct Way {
 }
 
 impl Way {
-    /// Of what comes from `half`'s end, of which the local sockets have passed on `relayed` bytes.
-    fn of(half: &Half, other: &Half, flow: &Flow, relayed: u64) -> Self {
+    /// Of what comes from `forward`'s end, of which the local sockets have passed on `relayed` bytes.
+    fn of(forward: &DirectionState, other: &DirectionState, flow: &Flow, relayed: u64) -> Self {
         // The end of what the local sockets have sent, in the numbers of their leg.
-        let beyond = half.bytes.wrapping_sub(relayed);
+        let beyond = forward.bytes.wrapping_sub(relayed);
         #[expect(clippy::cast_possible_truncation, reason = "modulo 2^32")]
-        let local_end = half.sequence_end.wrapping_sub(beyond as u32).wrapping_add(flow.sequence_shift);
-        let end = half.sequence_end.wrapping_add(flow.sequence_shift);
+        let local_end = forward.sequence_end.wrapping_sub(beyond as u32).wrapping_add(flow.sequence_shift);
+        let end = forward.sequence_end.wrapping_add(flow.sequence_shift);
         Self { is_used: is_before(local_end, end), is_heard: is_before(local_end, other.acknowledged) }
     }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use forwarder_common::flow::{Flow, HALF_RESET, Pair};
+use forwarder_common::flow::{Flow, Pair, SENDER_RESET};
 
 use crate::counters::End;
 use crate::listener::BoundListener;
@@ -455,9 +455,9 @@ impl Pairs {
 /// What becomes of a pair that is over.
 fn close(entry: &mut Entry, state: &Pair) -> Fate {
     let since = *entry.over.get_or_insert_with(Instant::now);
-    let reason = if state.request.flags & HALF_RESET != 0 {
+    let reason = if state.request.flags & SENDER_RESET != 0 {
         End::DownstreamReset
-    } else if state.response.flags & HALF_RESET != 0 {
+    } else if state.response.flags & SENDER_RESET != 0 {
         End::UpstreamReset
     } else {
         End::Finished

@@ -51,12 +51,12 @@ fn egress_lets_nothing_out_once_both_ends_have_ended() {
     let flow = Flow { state: STATE_HANDOVER, ..flow };
     // The sender's end at 1,000, the other's at 2,000, each in its own numbers, and acknowledged in those of the other.
     let mut over = known_clocks();
-    for (half, end, acknowledged) in [
+    for (direction, end, acknowledged) in [
         (&mut over.request, 1_000_u32, 2_000_u32.wrapping_sub(flow.acknowledgement_shift)),
         (&mut over.response, 2_000, 1_000_u32.wrapping_add(flow.sequence_shift)),
     ] {
-        half.set_fin_end(end);
-        half.acknowledged = acknowledged;
+        direction.set_fin_end(end);
+        direction.acknowledged = acknowledged;
     }
     let mut unacknowledged = over;
     unacknowledged.response.acknowledged = unacknowledged.response.acknowledged.wrapping_sub(1);

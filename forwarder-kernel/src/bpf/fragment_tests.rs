@@ -43,17 +43,17 @@ fn check((key, flow): (FourTuple, Flow), order: [usize; 4], change: impl Fn(&mut
         assert!(out == expected[index], "fragment {index}:\n{out:02x?}\n{:02x?}", expected[index]);
     }
     assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::Redirected, 4)]));
-    let half = pair(&bpf).request;
+    let direction = pair(&bpf).request;
     let end = frame.sequence.wrapping_add(u32::try_from(frame.payload.len()).unwrap() + 1);
-    assert_eq!((half.packets, half.bytes, half.repeated), (4, 2_000, 0));
-    assert_eq!((half.sequence_end, half.fin_end(), half.flags), (end, Some(end), 0));
+    assert_eq!((direction.packets, direction.bytes, direction.repeated), (4, 2_000, 0));
+    assert_eq!((direction.sequence_end, direction.fin_end(), direction.flags), (end, Some(end), 0));
     // Sent again, it counts as such.
     for fragment in &sent {
         run(&bpf, PROGRAM_ETHERNET, fragment);
     }
-    let half = pair(&bpf).request;
-    assert_eq!((half.packets, half.bytes, half.repeated), (8, 2_000, 2_000));
-    assert_eq!((half.sequence_end, half.fin_end(), half.flags), (end, Some(end), 0));
+    let direction = pair(&bpf).request;
+    assert_eq!((direction.packets, direction.bytes, direction.repeated), (8, 2_000, 2_000));
+    assert_eq!((direction.sequence_end, direction.fin_end(), direction.flags), (end, Some(end), 0));
 }
 
 #[test]

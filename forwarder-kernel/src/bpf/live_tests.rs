@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use aya::programs::links::LinkOrder;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{SchedClassifier, TcAttachType};
-use forwarder_common::flow::{Flow, HALF_RESET, NextHop, STATE_OFFLOADED};
+use forwarder_common::flow::{Flow, NextHop, SENDER_RESET, STATE_OFFLOADED};
 use forwarder_common::tuple::FourTuple;
 use forwarder_common::{PROGRAM_EGRESS_ETHERNET, PROGRAM_ETHERNET, Verdict};
 
@@ -337,9 +337,9 @@ fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64, prelude: Prelud
         client.join().unwrap().expect("the client");
         endpoint.join().unwrap().expect("the endpoint");
         let pair = pair(&bpf);
-        for half in [pair.request, pair.response] {
-            assert!(half.fin_end().is_some() && half.flags & HALF_RESET == 0, "{pair:?}");
-            assert_eq!(half.bytes, length, "{pair:?}");
+        for direction in [pair.request, pair.response] {
+            assert!(direction.fin_end().is_some() && direction.flags & SENDER_RESET == 0, "{pair:?}");
+            assert_eq!(direction.bytes, length, "{pair:?}");
         }
         let verdicts = verdicts(&bpf);
         assert!(verdicts[&Verdict::Redirected] > 0, "{verdicts:?}");

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use aya::maps::HashMap as BpfHashMap;
 use forwarder_common::flow::{
-    DIRECTION_RESPONSE, FLOW_CLEAR_ECN, Flow, HALF_RESET, HALF_SYN, Half, Pair, STATE_HANDOVER,
+    DIRECTION_RESPONSE, DirectionState, FLOW_CLEAR_ECN, Flow, Pair, SENDER_RESET, SENDER_SYN, STATE_HANDOVER,
     STATE_OFFLOADED, STATE_OVER, STATE_RESET,
 };
 use forwarder_common::layout::FLOWS;
@@ -28,12 +28,12 @@ fn check((key, flow): (FourTuple, Flow), change: impl Fn(&mut Frame)) {
     assert_eq!(action, TC_ACT_REDIRECT);
     assert_eq!(out, frame.translated(&flow).encode(), "{frame:?}");
     assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::Redirected, 1)]));
-    let half = pair(&bpf).request;
+    let direction = pair(&bpf).request;
     let payload = u64::try_from(frame.payload.len()).unwrap();
-    assert_eq!((half.packets, half.bytes), (1, payload));
-    assert_eq!(half.fin_end().is_some(), frame.flags & FLAG_FIN != 0);
-    assert_eq!(half.flags & HALF_RESET != 0, frame.flags & FLAG_RST != 0);
-    assert!(half.last_seen > 0);
+    assert_eq!((direction.packets, direction.bytes), (1, payload));
+    assert_eq!(direction.fin_end().is_some(), frame.flags & FLAG_FIN != 0);
+    assert_eq!(direction.flags & SENDER_RESET != 0, frame.flags & FLAG_RST != 0);
+    assert!(direction.last_seen > 0);
 }
 
 #[test]
@@ -154,8 +154,8 @@ fn a_long_packet_is_translated() {
 fn a_clock_is_learnt_from_the_first_packet_and_kept() {
     let (key, flow) = flow_v4();
     let fresh = Pair {
-        request: Half { timestamp_known: 0, timestamp_shift: 0, ..at(&Frame::new(key)).request },
-        response: Half { timestamp_known: 0, ..at(&Frame::new(key)).response },
+        request: DirectionState { timestamp_known: 0, timestamp_shift: 0, ..at(&Frame::new(key)).request },
+        response: DirectionState { timestamp_known: 0, ..at(&Frame::new(key)).response },
         ..Pair::default()
     };
     let Some((_bpffs, bpf)) = with_flow(key, Flow { clock: 77, ..flow }, fresh) else { return };
@@ -186,7 +186,7 @@ fn a_new_connection_on_the_tuple_of_a_pair_that_lives_waits() {
     let Some((_bpffs, bpf)) = with_flow(key, flow, at(&frame)) else { return };
     assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame.encode()).0, TC_ACT_SHOT);
     assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::Held, 1)]));
-    assert_eq!(pair(&bpf).request.flags, HALF_SYN);
+    assert_eq!(pair(&bpf).request.flags, SENDER_SYN);
 }
 
 #[test]
@@ -206,7 +206,7 @@ fn a_new_connection_on_the_tuple_of_a_pair_that_is_over_is_for_the_local_stack()
     let (key, flow) = flow_v4();
     let frame = Frame { flags: FLAG_SYN, payload: Vec::new(), ..Frame::new(key) };
     let mut over = at(&frame);
-    over.response.flags = HALF_RESET;
+    over.response.flags = SENDER_RESET;
     let Some((_bpffs, mut bpf)) = with_flow(key, flow, over) else { return };
     let reverse = Flow { out: key.reversed(), direction: DIRECTION_RESPONSE, ..flow };
     write_flows(&mut bpf, &[(flow.out.reversed(), reverse)]);

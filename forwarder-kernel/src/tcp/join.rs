@@ -5,8 +5,8 @@
 use std::net::SocketAddr;
 
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOW_CLEAR_ECN, FLOW_TIMESTAMPS, Flow, Half, NextHop, Pair,
-    STATE_HANDOVER,
+    DIRECTION_REQUEST, DIRECTION_RESPONSE, DirectionState, FLOW_CLEAR_ECN, FLOW_TIMESTAMPS, Flow, NextHop,
+    Pair, STATE_HANDOVER,
 };
 use forwarder_common::tuple::FourTuple;
 use forwarder_common::tuple::address_bytes;
@@ -89,8 +89,8 @@ pub fn join(downstream: &Leg, upstream: &Leg, placement: Placement) -> Result<Jo
         pair: Pair {
             opened: now,
             offloaded: now,
-            request: half(downstream, now),
-            response: half(upstream, now),
+            request: seen_of(downstream, now),
+            response: seen_of(upstream, now),
         },
     })
 }
@@ -108,8 +108,8 @@ const fn tells_windows(from: &Leg, to: &Leg) -> bool {
 }
 
 /// What is known of the direction that comes from a leg's peer.
-fn half(from: &Leg, now: u64) -> Half {
-    Half {
+fn seen_of(from: &Leg, now: u64) -> DirectionState {
+    DirectionState {
         packets: 0,
         bytes: from.received,
         repeated: 0,

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use forwarder_common::flow::{HALF_CHALLENGE, HALF_SYN, Half, Pair};
+use forwarder_common::flow::{DirectionState, Pair, SENDER_CHALLENGE, SENDER_SYN};
 
 use super::{Pairs, segments};
 use forwarder_kernel::clock::monotonic;
@@ -86,10 +86,10 @@ impl Asked {
         if self.last.is_some_and(|last| now.duration_since(last) < PAIR_PAUSE) {
             return None;
         }
-        [&state.request, &state.response].into_iter().enumerate().find_map(|(direction, half)| {
-            let side = side(half, direction)?;
-            let is_new = self.packets[direction] != Some(half.packets);
-            is_new.then_some(Question { side, direction, packets: half.packets })
+        [&state.request, &state.response].into_iter().enumerate().find_map(|(direction, seen)| {
+            let side = side(seen, direction)?;
+            let is_new = self.packets[direction] != Some(seen.packets);
+            is_new.then_some(Question { side, direction, packets: seen.packets })
         })
     }
 
@@ -103,10 +103,10 @@ impl Asked {
 /// Which end is to be asked for what came in a direction, if any: the other one about a new connection, since its answer tells
 /// who has forgotten the old one to reset it (RFC 9293, 3.5.1); the sender itself about a reset, since it answers with the exact
 /// one if that was its own.
-const fn side(half: &Half, direction: usize) -> Option<usize> {
-    if half.flags & HALF_SYN != 0 {
+const fn side(seen: &DirectionState, direction: usize) -> Option<usize> {
+    if seen.flags & SENDER_SYN != 0 {
         Some(1 - direction)
-    } else if half.flags & HALF_CHALLENGE != 0 {
+    } else if seen.flags & SENDER_CHALLENGE != 0 {
         Some(direction)
     } else {
         None
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     fn state(flags: u8, packets: u64) -> Pair {
-        Pair { request: Half { flags, packets, ..Half::default() }, ..Pair::default() }
+        Pair { request: DirectionState { flags, packets, ..DirectionState::default() }, ..Pair::default() }
     }
 
     #[test]
@@ -126,23 +126,23 @@ mod tests {
         let start = Instant::now();
         let mut asked = Asked::default();
         assert_eq!(asked.due(&state(0, 5), start), None);
-        let question = asked.due(&state(HALF_SYN, 5), start).unwrap();
+        let question = asked.due(&state(SENDER_SYN, 5), start).unwrap();
         assert_eq!(question.side, 1);
         asked.note(question, start);
-        assert_eq!(asked.due(&state(HALF_SYN, 5), start + PAIR_PAUSE * 100), None);
-        assert_eq!(asked.due(&state(HALF_SYN, 6), start + PAIR_PAUSE / 2), None);
-        assert!(asked.due(&state(HALF_SYN, 6), start + PAIR_PAUSE).is_some());
+        assert_eq!(asked.due(&state(SENDER_SYN, 5), start + PAIR_PAUSE * 100), None);
+        assert_eq!(asked.due(&state(SENDER_SYN, 6), start + PAIR_PAUSE / 2), None);
+        assert!(asked.due(&state(SENDER_SYN, 6), start + PAIR_PAUSE).is_some());
     }
 
     #[test]
     fn the_sender_of_a_reset_is_asked_and_the_other_end_about_a_new_connection() {
         let now = Instant::now();
         let side = |state: Pair| Asked::default().due(&state, now).unwrap().side;
-        assert_eq!(side(state(HALF_CHALLENGE, 1)), 0);
-        assert_eq!(side(state(HALF_SYN, 1)), 1);
+        assert_eq!(side(state(SENDER_CHALLENGE, 1)), 0);
+        assert_eq!(side(state(SENDER_SYN, 1)), 1);
         let response = |flags| Pair { response: state(flags, 1).request, ..Pair::default() };
-        assert_eq!(side(response(HALF_CHALLENGE)), 1);
-        assert_eq!(side(response(HALF_SYN)), 0);
+        assert_eq!(side(response(SENDER_CHALLENGE)), 1);
+        assert_eq!(side(response(SENDER_SYN)), 0);
     }
 
     #[test]
