@@ -41,7 +41,7 @@ pub enum Verdict {
     /// Sent by a local socket of a flow that delivers what it had received before the handover.
     HandoverSent = 16,
     /// Sent by a local socket of a flow that has nothing more to say: dropped.
-    Guarded = 17,
+    Suppressed = 17,
     /// A new connection to a listener whose agent is gone or going, or on the tuple of a pair whose other end has not
     /// forgotten it: dropped, so that the client tries again.
     Held = 18,
@@ -82,7 +82,7 @@ impl Verdict {
         Self::HandoverAcknowledged,
         Self::HandoverIgnored,
         Self::HandoverSent,
-        Self::Guarded,
+        Self::Suppressed,
         Self::Held,
         Self::TooBigPassedOn,
         Self::TooBig,
@@ -121,7 +121,7 @@ impl Verdict {
             Self::HandoverAcknowledged => "handover_acknowledged",
             Self::HandoverIgnored => "handover_ignored",
             Self::HandoverSent => "handover_sent",
-            Self::Guarded => "guarded",
+            Self::Suppressed => "suppressed",
             Self::Held => "held",
             Self::TooBigPassedOn => "too_big_passed_on",
             Self::TooBig => "too_big",

@@ -7,7 +7,7 @@ use std::time::Instant;
 use crate::counters::{Counter, End};
 use crate::listener::{BoundListener, RouteSnapshot};
 use crate::relay::{Moved, Tier};
-use crate::removal::Standing;
+use crate::removal::RemovalWatch;
 use crate::upstream::Upstream;
 use crate::view::{ConnectionState, ConnectionView};
 use crate::view::{canonical, milliseconds};
@@ -30,7 +30,7 @@ pub(crate) struct Record {
     /// The endpoint of a pair of a former agent that no backend leads to.
     pub(crate) orphan: Option<SocketAddr>,
     /// How it stands with what was removed of its listener.
-    pub(crate) standing: Standing,
+    pub(crate) removal: RemovalWatch,
     /// Whose counters it is counted in.
     pub(crate) slot: usize,
     /// When it was accepted.
@@ -69,7 +69,7 @@ impl Record {
     pub(crate) fn is_removed(&mut self) -> bool {
         let listener = &self.listener;
         let removals = &listener.removals;
-        if self.standing.is_settled(removals) {
+        if self.removal.is_settled(removals) {
             return false;
         }
         let latest = removals.latest();
@@ -82,12 +82,12 @@ impl Record {
             // While it is being connected its endpoint is not known: what is removed meanwhile is looked at then.
             let Some(endpoint) = endpoint else { return false };
             if serving.leads_to(backend, endpoint) {
-                self.standing.settle(latest);
+                self.removal.settle(latest);
                 return false;
             }
         }
         let present = &serving.listener.settings;
-        self.standing.lose(removals, (backend, endpoint), present, self.downstream.port())
+        self.removal.lose(removals, (backend, endpoint), present, self.downstream.port())
     }
 
     /// What operators see of it, as far as it is recorded.

@@ -107,14 +107,14 @@ impl Removals {
 
 /// How a connection stands with the removals of its listener.
 #[derive(Debug, Default)]
-pub(crate) struct Standing {
+pub(crate) struct RemovalWatch {
     /// The number of the last one that was looked at.
     seen: u64,
     /// Until when the connection may go on, where something that it relies on is gone.
     until: Option<Instant>,
 }
 
-impl Standing {
+impl RemovalWatch {
     /// Whether nothing has changed since it was looked at, and nothing is gone: the usual case.
     pub(crate) fn is_settled(&self, removals: &Removals) -> bool {
         self.until.is_none() && self.seen == removals.latest()
@@ -197,9 +197,9 @@ mod tests {
     }
 
     /// Whether a connection to endpoint 1 of backend `a` has to end, given that it is gone from where it was.
-    fn ends(standing: &mut Standing, removals: &Removals) -> bool {
+    fn ends(watch: &mut RemovalWatch, removals: &Removals) -> bool {
         let (key, present) = (backend("a"), settings(OnRemoval::Reset));
-        standing.lose(removals, (Some(&key), Some(endpoint(1))), &present, 0)
+        watch.lose(removals, (Some(&key), Some(endpoint(1))), &present, 0)
     }
 
     #[test]
@@ -212,38 +212,38 @@ mod tests {
             (endpoints("a", 2), false),
             (endpoints("b", 1), false),
         ] {
-            let (removals, mut standing) = (Removals::default(), Standing::default());
-            assert!(standing.is_settled(&removals));
+            let (removals, mut watch) = (Removals::default(), RemovalWatch::default());
+            assert!(watch.is_settled(&removals));
             removals.note(removed.clone(), &settings(OnRemoval::Reset));
-            assert!(!standing.is_settled(&removals), "{removed:?}");
-            assert_eq!(ends(&mut standing, &removals), is_meant, "{removed:?}");
+            assert!(!watch.is_settled(&removals), "{removed:?}");
+            assert_eq!(ends(&mut watch, &removals), is_meant, "{removed:?}");
         }
     }
 
     #[test]
     fn the_settings_at_the_time_of_the_removal_decide() {
-        let (removals, mut standing) = (Removals::default(), Standing::default());
+        let (removals, mut watch) = (Removals::default(), RemovalWatch::default());
         removals.note(endpoints("a", 1), &settings(OnRemoval::Keep));
-        assert!(standing.is_settled(&removals), "nothing is to be done for it");
+        assert!(watch.is_settled(&removals), "nothing is to be done for it");
         // Later the settings change, and something else is removed.
         removals.note(endpoints("a", 2), &settings(OnRemoval::Reset));
-        assert!(!ends(&mut standing, &removals));
-        assert!(standing.is_settled(&removals));
+        assert!(!ends(&mut watch, &removals));
+        assert!(watch.is_settled(&removals));
     }
 
     #[test]
     fn a_connection_is_drained_until_what_it_relies_on_is_back() {
-        let (removals, mut standing) = (Removals::default(), Standing::default());
+        let (removals, mut watch) = (Removals::default(), RemovalWatch::default());
         removals.note(endpoints("a", 1), &settings(OnRemoval::Drain));
-        assert!(!ends(&mut standing, &removals));
-        assert!(!standing.is_settled(&removals), "it is being drained");
-        standing.settle(removals.latest());
-        assert!(standing.is_settled(&removals));
+        assert!(!ends(&mut watch, &removals));
+        assert!(!watch.is_settled(&removals), "it is being drained");
+        watch.settle(removals.latest());
+        assert!(watch.is_settled(&removals));
         // Drained once more, and then its listener is removed for good.
         removals.note(endpoints("a", 1), &settings(OnRemoval::Drain));
-        assert!(!ends(&mut standing, &removals));
+        assert!(!ends(&mut watch, &removals));
         removals.note(Removed::Listener, &settings(OnRemoval::Reset));
-        assert!(ends(&mut standing, &removals));
+        assert!(ends(&mut watch, &removals));
     }
 
     #[test]

@@ -79,7 +79,7 @@ fn verdict_of(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     let (forward, other) = unsafe { &*pair }.directions(flow);
     // Both ends know that it is over; one that has forgotten the connection would answer with a reset.
     if flow.has_ended(forward, other) {
-        return Some(Verdict::Guarded);
+        return Some(Verdict::Suppressed);
     }
     // What the socket had received before the handover it still delivers and acknowledges. An end it passes on only if
     // it came before the handover too, as the agent has noted then; the one that a dying agent's socket sends would
@@ -88,7 +88,7 @@ fn verdict_of(context: &TcContext, segment: &Segment) -> Option<Verdict> {
     let is_in_handover =
         flow.state == STATE_HANDOVER && segment.flags & (FLAG_RST | FLAG_SYN) == 0 && !is_end;
     if !is_in_handover {
-        return Some(Verdict::Guarded);
+        return Some(Verdict::Suppressed);
     }
     Some(match bring_up_to_date(context, segment, flow, other) {
         Ok(()) => Verdict::HandoverSent,

@@ -27,19 +27,19 @@ use crate::flows::ports::TakenPorts;
 use crate::load_error::errno_of;
 use crate::maps::DatapathError;
 use crate::maps::updates::Updates;
+use crate::net::egress_path::EgressPath;
 use crate::net::routes::{RouteError, Routes};
 use crate::net::stack::Family;
-use crate::tcp::exit::Exit;
 use crate::tcp::join::{Placement, join};
 use crate::tcp::leg::Leg;
 use forwarder_runtime::lock::lock;
 
 pub mod arrival;
 mod flow_maps;
+mod hops;
 pub mod joined_pair;
 pub mod paths;
 pub mod ports;
-mod ways;
 
 /// The flag of `bpf(BPF_MAP_UPDATE_ELEM)` by which an entry must not be there yet: what replaced one would free it.
 const BPF_NOEXIST: u64 = 1;
@@ -253,7 +253,7 @@ impl FlowTable {
         self.updates.set_flows(&pair.flows)
     }
 
-    /// Looks up anew how a pair's packets leave, after routes or MTUs have changed; tells whether that is another way now.
+    /// Looks up anew how a pair's packets leave, after routes or MTUs have changed; tells whether that is another path now.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -273,9 +273,9 @@ impl FlowTable {
             }
             *towards = egress.interface;
             if flow.interface != egress.interface {
-                let Ok(way) = self.paths.check(egress.interface, client) else { continue };
-                flow.flags = flow.flags & !FLOW_BY_STACK | way.flag();
-                flow.hop_limit = self.hop_limit(egress.interface, Family::of(peer.ip()), way);
+                let Ok(via) = self.paths.check(egress.interface, client) else { continue };
+                flow.flags = flow.flags & !FLOW_BY_STACK | via.flag();
+                flow.hop_limit = self.hop_limit(egress.interface, Family::of(peer.ip()), via);
             }
             (flow.interface, flow.next_hop) = (egress.interface, NextHop::new(egress.next_hop));
             flow.mtu = self.mtu(&egress);
@@ -294,13 +294,13 @@ impl FlowTable {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn change_ways(&self, pair: &mut JoinedPair) -> Result<bool, DatapathError> {
+    pub fn change_paths(&self, pair: &mut JoinedPair) -> Result<bool, DatapathError> {
         let mut changed = *pair;
         let client = pair.downstream().0.ip();
         for (_, flow) in &mut changed.flows {
-            let Ok(way) = self.paths.check(flow.interface, client) else { return Ok(false) };
-            flow.flags = flow.flags & !FLOW_BY_STACK | way.flag();
-            flow.hop_limit = self.hop_limit(flow.interface, Family::of(ends(&flow.out).1.ip()), way);
+            let Ok(via) = self.paths.check(flow.interface, client) else { return Ok(false) };
+            flow.flags = flow.flags & !FLOW_BY_STACK | via.flag();
+            flow.hop_limit = self.hop_limit(flow.interface, Family::of(ends(&flow.out).1.ip()), via);
         }
         if changed == *pair || self.check_stack(&changed.flows).is_err() {
             return Ok(false);
@@ -382,7 +382,7 @@ impl FlowTable {
         for pair in &pairs {
             let (endpoint, local) = pair.upstream();
             self.ports.take(local, endpoint);
-            let [request, response] = pair.flows.map(|(_, flow)| Exit::of(&flow));
+            let [request, response] = pair.flows.map(|(_, flow)| EgressPath::of(&flow));
             self.paths.want(request.interface);
             self.paths.want(response.interface);
             // The former agent had seen that its ends hear each other.

@@ -1,6 +1,5 @@
 //! The state of TCP connections: read and written by `TCP_REPAIR`, joined, and told to peers by bare segments.
 
-pub mod exit;
 pub mod join;
 pub mod leg;
 pub mod segments;

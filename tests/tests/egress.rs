@@ -183,8 +183,8 @@ fn where_neither_arrives_connections_stay_in_userspace() {
         let avoided = || agent.log().matches("packets sent by this interface do not arrive").count();
         wait_until("neither way arrives", LONG, || {
             client::ping(&first, b"where to?").expect("an echo");
-            agent.log().contains("way=\"redirect\"")
-                && agent.log().contains("way=\"stack\"")
+            agent.log().contains("via=\"redirect\"")
+                && agent.log().contains("via=\"stack\"")
                 && avoided() >= 2
         });
         wait_until("another is refused", LONG, || {

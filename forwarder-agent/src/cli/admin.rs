@@ -1,6 +1,6 @@
 //! Asking a running agent: by its socket, or by TCP, where it answers reads alone.
 
-mod way;
+mod channel;
 
 use std::io;
 use std::time::Duration;
@@ -15,8 +15,8 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
-pub(crate) use self::way::AgentArgs;
-use self::way::{Way, Ways};
+pub(crate) use self::channel::AgentArgs;
+use self::channel::{Channel, Channels};
 
 /// How long an agent may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -26,7 +26,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) enum AskError {
     /// Nothing listens there.
     #[error("no agent answers at {}: start it, or name it with --admin-socket or --admin", attempts(.0))]
-    NoAgent(Vec<(Way, io::Error)>),
+    NoAgent(Vec<(Channel, io::Error)>),
     /// The socket is for others.
     #[error(
         "may not open the agent's socket {socket} ({source}): you are neither root nor in the group that the agent lets use it \
@@ -34,31 +34,31 @@ pub(crate) enum AskError {
     )]
     Denied {
         /// The socket.
-        socket: Way,
+        socket: Channel,
         /// What the kernel said.
         #[source]
         source: io::Error,
     },
     /// It takes too long.
-    #[error("what listens at {way} did not answer within {}", humantime::format_duration(ANSWER_TIMEOUT))]
+    #[error("what listens at {channel} did not answer within {}", humantime::format_duration(ANSWER_TIMEOUT))]
     TimedOut {
         /// Where it was asked.
-        way: Way,
+        channel: Channel,
     },
     /// It does not speak HTTP.
-    #[error("what listens at {way} does not answer as an agent does: {source}")]
+    #[error("what listens at {channel} does not answer as an agent does: {source}")]
     Http {
         /// Where it was asked.
-        way: Way,
+        channel: Channel,
         /// What is wrong with its answer.
         #[source]
         source: hyper::Error,
     },
     /// It refuses.
-    #[error("the agent at {way} answers {path} with {status}: {reason}")]
+    #[error("the agent at {channel} answers {path} with {status}: {reason}")]
     Refused {
         /// Where it was asked.
-        way: Way,
+        channel: Channel,
         /// What was asked for.
         path: String,
         /// The status.
@@ -67,10 +67,10 @@ pub(crate) enum AskError {
         reason: String,
     },
     /// It answers something else.
-    #[error("the answer of {way} to {path} is not what an agent answers: {source}")]
+    #[error("the answer of {channel} to {path} is not what an agent answers: {source}")]
     Answer {
         /// Where it was asked.
-        way: Way,
+        channel: Channel,
         /// What was asked for.
         path: String,
         /// What is wrong with it.
@@ -90,8 +90,9 @@ pub(crate) enum AskError {
     Runtime(#[source] io::Error),
 }
 
-fn attempts(failed: &[(Way, io::Error)]) -> String {
-    let failed: Vec<String> = failed.iter().map(|(way, source)| format!("{way} ({source})")).collect();
+fn attempts(failed: &[(Channel, io::Error)]) -> String {
+    let failed: Vec<String> =
+        failed.iter().map(|(channel, source)| format!("{channel} ({source})")).collect();
     failed.join(", nor at ")
 }
 
@@ -100,7 +101,7 @@ fn attempts(failed: &[(Way, io::Error)]) -> String {
 /// # Errors
 /// The agent does not answer, or not as it should.
 pub(crate) fn get<T: DeserializeOwned>(agent: &AgentArgs, path: &str) -> Result<T, AskError> {
-    ask(&agent.ways()?, &Method::GET, path, &Bytes::new())
+    ask(&agent.channels()?, &Method::GET, path, &Bytes::new())
 }
 
 /// Sends `value` as JSON to `path`.
@@ -113,21 +114,27 @@ pub(crate) fn post<T: DeserializeOwned>(
     value: &impl Serialize,
 ) -> Result<T, AskError> {
     let body = serde_json::to_vec(value).expect("plain data is JSON");
-    ask(&agent.ways()?, &Method::POST, path, &body.into())
+    ask(&agent.channels()?, &Method::POST, path, &body.into())
 }
 
-/// Asks by the first of the ways at whose end somebody listens.
-fn ask<T: DeserializeOwned>(ways: &Ways, method: &Method, path: &str, body: &Bytes) -> Result<T, AskError> {
+/// Asks by the first of the channels at whose end somebody listens.
+fn ask<T: DeserializeOwned>(
+    channels: &Channels,
+    method: &Method,
+    path: &str,
+    body: &Bytes,
+) -> Result<T, AskError> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(AskError::Runtime)?;
     let (mut failed, mut denied) = (Vec::new(), None);
-    for way in ways.iter() {
+    for channel in channels.iter() {
         let exchange =
-            async { tokio::time::timeout(ANSWER_TIMEOUT, exchange(way, method, path, body)).await };
-        let exchanged =
-            runtime.block_on(exchange).unwrap_or_else(|_| Err(AskError::TimedOut { way: way.clone() }));
+            async { tokio::time::timeout(ANSWER_TIMEOUT, exchange(channel, method, path, body)).await };
+        let exchanged = runtime
+            .block_on(exchange)
+            .unwrap_or_else(|_| Err(AskError::TimedOut { channel: channel.clone() }));
         match exchanged {
-            Ok((status, body)) => return read(way, path, status, &body),
+            Ok((status, body)) => return read(channel, path, status, &body),
             Err(AskError::NoAgent(one)) => failed.extend(one),
             // By TCP everybody may read.
             Err(error @ AskError::Denied { .. }) if *method == Method::GET => denied = Some(error),
@@ -138,28 +145,33 @@ fn ask<T: DeserializeOwned>(ways: &Ways, method: &Method, path: &str, body: &Byt
     Err(denied.unwrap_or(AskError::NoAgent(failed)))
 }
 
-fn read<T: DeserializeOwned>(way: &Way, path: &str, status: StatusCode, body: &[u8]) -> Result<T, AskError> {
-    let (way, path) = (way.clone(), path.split('?').next().unwrap_or_default().to_owned());
+fn read<T: DeserializeOwned>(
+    channel: &Channel,
+    path: &str,
+    status: StatusCode,
+    body: &[u8],
+) -> Result<T, AskError> {
+    let (channel, path) = (channel.clone(), path.split('?').next().unwrap_or_default().to_owned());
     if !status.is_success() {
         let reason = String::from_utf8_lossy(body).trim().to_owned();
-        return Err(AskError::Refused { way, path, status, reason });
+        return Err(AskError::Refused { channel, path, status, reason });
     }
-    serde_json::from_slice(body).map_err(|source| AskError::Answer { way, path, source })
+    serde_json::from_slice(body).map_err(|source| AskError::Answer { channel, path, source })
 }
 
 async fn exchange(
-    way: &Way,
+    channel: &Channel,
     method: &Method,
     path: &str,
     body: &Bytes,
 ) -> Result<(StatusCode, Bytes), AskError> {
-    let not_connected = |source: io::Error| match way {
-        Way::Socket(_) if source.kind() == io::ErrorKind::PermissionDenied => {
-            AskError::Denied { socket: way.clone(), source }
+    let not_connected = |source: io::Error| match channel {
+        Channel::Socket(_) if source.kind() == io::ErrorKind::PermissionDenied => {
+            AskError::Denied { socket: channel.clone(), source }
         }
-        _ => AskError::NoAgent(vec![(way.clone(), source)]),
+        _ => AskError::NoAgent(vec![(channel.clone(), source)]),
     };
-    let (host, body) = (way.host(), body.clone());
+    let (host, body) = (channel.host(), body.clone());
     let request = Request::builder()
         .method(method)
         .uri(path)
@@ -167,11 +179,15 @@ async fn exchange(
         .header(CONTENT_TYPE, "application/json")
         .body(Full::new(body))
         .expect("an address and an encoded path make a request");
-    let answered = match way {
-        Way::Socket(path) => answer(UnixStream::connect(path).await.map_err(not_connected)?, request).await,
-        Way::Tcp(address) => answer(TcpStream::connect(address).await.map_err(not_connected)?, request).await,
+    let answered = match channel {
+        Channel::Socket(path) => {
+            answer(UnixStream::connect(path).await.map_err(not_connected)?, request).await
+        }
+        Channel::Tcp(address) => {
+            answer(TcpStream::connect(address).await.map_err(not_connected)?, request).await
+        }
     };
-    answered.map_err(|source| AskError::Http { way: way.clone(), source })
+    answered.map_err(|source| AskError::Http { channel: channel.clone(), source })
 }
 
 async fn answer(

@@ -23,7 +23,7 @@ use forwarder_kernel::fallback_reason::FallbackReason;
 use forwarder_kernel::flows::JoinPermit;
 use forwarder_kernel::flows::joined_pair::JoinedPair;
 use forwarder_kernel::maps::DatapathError;
-use forwarder_kernel::tcp::exit::Exit;
+use forwarder_kernel::net::egress_path::EgressPath;
 use forwarder_kernel::tcp::leg::{self, Inbound, Leg, Relayed};
 use forwarder_kernel::tcp::timestamp_clock::Clock;
 use forwarder_runtime::failpoint;
@@ -191,7 +191,7 @@ async fn deliver(context: &WorkerContext, mut joined: Joined<'_>, relay: &mut Re
     let started = Instant::now();
     let mut landed = pin!(offloader.grace.period());
     let mut has_landed = false;
-    let mut hearing = Hearing::default();
+    let mut probation = Probation::default();
     let mut asked = Asked::default();
     let mut seen = 0;
     relay.hold_ends(true);
@@ -256,23 +256,23 @@ async fn deliver(context: &WorkerContext, mut joined: Joined<'_>, relay: &mut Re
         if !has_ended && !is_delivered() {
             continue;
         }
-        let verdict =
-            if has_ended { Verdict::Heard } else { hearing.evaluate(offloader, pair, &state, connection) };
-        match verdict {
-            Verdict::Heard => {}
-            Verdict::Waiting => continue,
-            Verdict::Swallowed(exit) => {
-                if goes_otherwise(offloader, pair, exit, connection) {
-                    hearing = Hearing::after(&state);
+        let heard =
+            if has_ended { Heard::Both } else { probation.evaluate(offloader, pair, &state, connection) };
+        match heard {
+            Heard::Both => {}
+            Heard::Waiting => continue,
+            Heard::Blackholed(path) => {
+                if takes_another_path(offloader, pair, path, connection) {
+                    probation = Probation::after(&state);
                     continue;
                 }
                 context.counters().taken_back.add(1);
                 relay.hold_ends(false);
                 return Delivery::TakenBack;
             }
-            Verdict::Deaf(exit) => {
-                if goes_otherwise(offloader, pair, exit, connection) {
-                    hearing = Hearing::after(&state);
+            Heard::OneWay(path) => {
+                if takes_another_path(offloader, pair, path, connection) {
+                    probation = Probation::after(&state);
                     continue;
                 }
                 joined.abort();
@@ -303,22 +303,27 @@ async fn deliver(context: &WorkerContext, mut joined: Joined<'_>, relay: &mut Re
     }
 }
 
-/// Has nothing sent by an exit for this client for a while; whether the pair that has found out goes on in another way.
-fn goes_otherwise(offloader: &Offloader, pair: &mut JoinedPair, exit: Exit, connection: &Connection) -> bool {
-    if offloader.flows.paths().avoid(exit, connection.downstream.ip()) {
+/// Avoids a path for this client for a while; whether the pair that has found out takes another one.
+fn takes_another_path(
+    offloader: &Offloader,
+    pair: &mut JoinedPair,
+    path: EgressPath,
+    connection: &Connection,
+) -> bool {
+    if offloader.flows.paths().avoid(path, connection.downstream.ip()) {
         tracing::warn!(
-            interface = exit.interface,
-            way = exit.way.as_str(),
+            interface = path.interface,
+            via = path.via.as_str(),
             client = %connection.downstream.ip(),
             "packets sent by this interface do not arrive: for a while this client avoids it, or all clients do if several are affected"
         );
     }
-    offloader.flows.change_ways(pair).unwrap_or_else(|error| {
+    offloader.flows.change_paths(pair).unwrap_or_else(|error| {
         tracing::warn!(
             listener = %connection.serving.listener.name,
             downstream.addr = %connection.downstream,
             %error,
-            "packets of a connection do not arrive, and there is no other way: the connection may hang; `forwarder conns reset` ends it"
+            "packets of a connection do not arrive, and there is no other path: the connection may hang; `forwarder conns reset` ends it"
         );
         false
     })
@@ -357,29 +362,30 @@ fn silence(downstream: &TcpStream, upstream: &TcpStream) {
     }
 }
 
-/// Whether the two ends of a joined pair hear each other.
+/// What is known of the ends of a joined pair before it is known whether they hear each other.
 #[derive(Debug, Default)]
-struct Hearing {
+struct Probation {
     /// How far the ends had sent, and how much of it again, when one was first seen to be acknowledged by the other.
     first: Option<([u32; 2], [u64; 2])>,
     /// How many packets had come from the other end of each direction when the last of them was seen, and when that was, or
     /// when something was first sent again after that.
     silent: [Option<(u64, Instant)>; 2],
-    /// How many bytes had been sent again when the present way was taken.
+    /// How many bytes had been sent again when the present path was taken.
     repeated: [u64; 2],
 }
 
-enum Verdict {
-    Heard,
+/// Whether the two ends of a pair hear each other.
+enum Heard {
+    Both,
     Waiting,
     /// Nothing that was sent on has arrived; how it left.
-    Swallowed(Exit),
+    Blackholed(EgressPath),
     /// Nothing of one direction has arrived, but something of the other has, so that the sockets do not know all.
-    Deaf(Exit),
+    OneWay(EgressPath),
 }
 
-impl Hearing {
-    /// Anew, of a pair that goes another way from now on.
+impl Probation {
+    /// Anew, of a pair that takes another path from now on.
     fn after(state: &Pair) -> Self {
         Self { repeated: [state.request.repeated, state.response.repeated], ..Self::default() }
     }
@@ -390,25 +396,25 @@ impl Hearing {
         pair: &JoinedPair,
         state: &Pair,
         connection: &Connection,
-    ) -> Verdict {
+    ) -> Heard {
         let [request, response] = pair.flows.map(|(_, flow)| flow);
-        let exits = [Exit::of(&response), Exit::of(&request)];
-        if offloader.flows.paths().is_proven(exits) {
-            return Verdict::Heard;
+        let paths = [EgressPath::of(&response), EgressPath::of(&request)];
+        if offloader.flows.paths().is_proven(paths) {
+            return Heard::Both;
         }
         let (client, endpoint) = (&state.request, &state.response);
-        let up = Way::of(client, endpoint, &request, connection.received.get());
-        let down = Way::of(endpoint, client, &response, connection.sent.get());
-        let ways = [up, down];
-        let is_heard = ways.iter().any(|way| way.is_heard);
-        if ways.iter().all(|way| way.is_heard || !way.is_used) && is_heard {
+        let up = DirectionProgress::of(client, endpoint, &request, connection.received.get());
+        let down = DirectionProgress::of(endpoint, client, &response, connection.sent.get());
+        let directions = [up, down];
+        let is_heard = directions.iter().any(|direction| direction.is_heard);
+        if directions.iter().all(|direction| direction.is_heard || !direction.is_used) && is_heard {
             // Acknowledgements of the direction that is heard have to arrive too: where they do not, it does not go on, or
             // only again.
             let sent = ([client.sequence_end, endpoint.sequence_end], [client.repeated, endpoint.repeated]);
             let goes_on = self.first.is_some_and(|first| first.0 != sent.0 && first.1 == sent.1);
             if up.is_heard && down.is_heard || goes_on {
-                offloader.flows.paths().prove(exits);
-                return Verdict::Heard;
+                offloader.flows.paths().prove(paths);
+                return Heard::Both;
             }
             if self.first.is_none_or(|first| first.1 != sent.1) {
                 self.first = Some(sent);
@@ -426,24 +432,24 @@ impl Hearing {
             };
             let end = forward.sequence_end.wrapping_add(flow.sequence_shift);
             if since.elapsed() >= PROBATION && is_before(other.acknowledged, end) {
-                let verdict = if is_heard { Verdict::Deaf } else { Verdict::Swallowed };
-                return verdict(Exit::of(flow));
+                let heard = if is_heard { Heard::OneWay } else { Heard::Blackholed };
+                return heard(EgressPath::of(flow));
             }
         }
-        Verdict::Waiting
+        Heard::Waiting
     }
 }
 
 /// What is known of one direction of a pair on probation.
 #[derive(Clone, Copy, Debug)]
-struct Way {
+struct DirectionProgress {
     /// Something of it was redirected.
     is_used: bool,
     /// Something of that was acknowledged.
     is_heard: bool,
 }
 
-impl Way {
+impl DirectionProgress {
     /// Of what comes from `forward`'s end, of which the local sockets have passed on `relayed` bytes.
     fn of(forward: &DirectionState, other: &DirectionState, flow: &Flow, relayed: u64) -> Self {
         // The end of what the local sockets have sent, in the numbers of their leg.

@@ -77,7 +77,7 @@ async fn attempt(
     match (tier, &settings.offloader, settings.sockmap.get()) {
         (Tier::Tc, Some(offloader), _) => {
             if connection.refused.get() > 0
-                && let Err(fallback_reason) = check_ways(&offloader.flows, downstream, upstream)
+                && let Err(fallback_reason) = check_paths(&offloader.flows, downstream, upstream)
             {
                 return Attempt::Refused(fallback_reason);
             }
@@ -95,12 +95,16 @@ async fn attempt(
 
 /// Looks whether packets can leave to both sides now: what has kept a connection in userspace before is found so without
 /// its sockets being put under repair each time.
-fn check_ways(flows: &FlowTable, downstream: &TcpStream, upstream: &TcpStream) -> Result<(), FallbackReason> {
+fn check_paths(
+    flows: &FlowTable,
+    downstream: &TcpStream,
+    upstream: &TcpStream,
+) -> Result<(), FallbackReason> {
     let ends = |socket: &TcpStream| Ok((socket.local_addr()?, socket.peer_addr()?));
     let ends =
         [downstream, upstream].map(|socket| ends(socket).map_err(|_: io::Error| FallbackReason::Ended));
     let [downstream, upstream] = ends;
-    flows.check_ways(downstream?, upstream?)
+    flows.check_paths(downstream?, upstream?)
 }
 
 /// Whether a tier takes connections at all.

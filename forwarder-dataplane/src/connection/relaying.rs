@@ -1,4 +1,4 @@
-//! The time of a connection in userspace: both directions, the worker's orders, and how it ends there.
+//! The time of a connection in userspace: both directions, the worker's signals, and how it ends there.
 
 use std::cell::Cell;
 use std::os::fd::AsRawFd as _;
@@ -72,23 +72,23 @@ impl Relay {
     ) -> Poll<End> {
         let Self { request, response, is_first } = self;
         connection.listen(cx);
-        let orders = connection.orders.take();
-        if let Some(end) = orders.end {
+        let signals = connection.signals.take();
+        if let Some(end) = signals.end {
             return Poll::Ready(end);
         }
-        if orders.look && has_failed(downstream, &connection.silences[0], context) {
+        if signals.check_reset && has_failed(downstream, &connection.silences[0], context) {
             return Poll::Ready(End::DownstreamReset);
         }
-        if orders.look && has_failed(upstream, &connection.silences[1], context) {
+        if signals.check_reset && has_failed(upstream, &connection.silences[1], context) {
             return Poll::Ready(End::UpstreamReset);
         }
-        if orders.keep_alive {
+        if signals.keep_alive {
             if let Some(record) = connection.record.borrow_mut().as_mut() {
                 record.upstream_local = upstream.local_addr().ok();
             }
             set_keepalive(upstream, context);
         }
-        if orders.offload {
+        if signals.offload {
             connection.offload_at.set(connection.offload_at.get().map(|_| 0));
         }
         let (mut received, mut sent) = (Moved::default(), Moved::default());

@@ -15,7 +15,7 @@ use crate::counters::End;
 use crate::listener::BoundListener;
 use crate::record::Record;
 use crate::relay::Tier;
-use crate::removal::{self, Standing};
+use crate::removal::{self, RemovalWatch};
 use forwarder_kernel::clock::monotonic;
 use forwarder_kernel::flows::FlowTable;
 use forwarder_kernel::flows::joined_pair::JoinedPair;
@@ -409,14 +409,14 @@ impl Pairs {
             upstream.counters.of(self.settings.slot).connected.add(1);
         }
         // What was removed while no agent ran counts as removed now.
-        let standing = match &upstream {
-            Some(_) => Standing::default(),
-            None => Standing::lost(&listener.removals, &serving.listener.settings, client.port()),
+        let removal = match &upstream {
+            Some(_) => RemovalWatch::default(),
+            None => RemovalWatch::lost(&listener.removals, &serving.listener.settings, client.port()),
         };
         let age = Duration::from_nanos(monotonic().saturating_sub(state.opened));
         Record {
             orphan: upstream.is_none().then_some(endpoint),
-            standing,
+            removal,
             listener,
             serving,
             downstream: client,

@@ -10,11 +10,11 @@ use super::frames::{Frame, SEQUENCE_SHIFT, TC_ACT_SHOT, flow_v4, known_clocks, w
 use super::{TC_ACT_UNSPEC, bpffs, run, verdicts, write_flows};
 
 /// What the egress program makes of what the local socket on a leg sends.
-fn guarded(state: u32, flags: u8, payload: &[u8]) -> (i32, BTreeMap<Verdict, u64>) {
-    guarded_with(Flow { state, ..flow_v4().1 }, flags, payload)
+fn suppressed(state: u32, flags: u8, payload: &[u8]) -> (i32, BTreeMap<Verdict, u64>) {
+    suppressed_with(Flow { state, ..flow_v4().1 }, flags, payload)
 }
 
-fn guarded_with(flow: Flow, flags: u8, payload: &[u8]) -> (i32, BTreeMap<Verdict, u64>) {
+fn suppressed_with(flow: Flow, flags: u8, payload: &[u8]) -> (i32, BTreeMap<Verdict, u64>) {
     let (key, _) = flow_v4();
     let Some((_bpffs, bpf)) = with_flow(key, flow, known_clocks()) else {
         return (TC_ACT_UNSPEC, BTreeMap::new());
@@ -32,17 +32,17 @@ fn egress_lets_only_the_remainder_out() {
     }
     let sent = |action, verdict| (action, BTreeMap::from([(verdict, 1)]));
     let passes = sent(TC_ACT_UNSPEC, Verdict::HandoverSent);
-    let drops = sent(TC_ACT_SHOT, Verdict::Guarded);
-    assert_eq!(guarded(STATE_HANDOVER, FLAG_ACK, b"rest"), passes);
-    assert_eq!(guarded(STATE_HANDOVER, FLAG_ACK, b""), passes);
-    assert_eq!(guarded(STATE_HANDOVER, FLAG_RST, b""), drops);
-    assert_eq!(guarded(STATE_HANDOVER, FLAG_SYN, b""), drops);
+    let drops = sent(TC_ACT_SHOT, Verdict::Suppressed);
+    assert_eq!(suppressed(STATE_HANDOVER, FLAG_ACK, b"rest"), passes);
+    assert_eq!(suppressed(STATE_HANDOVER, FLAG_ACK, b""), passes);
+    assert_eq!(suppressed(STATE_HANDOVER, FLAG_RST, b""), drops);
+    assert_eq!(suppressed(STATE_HANDOVER, FLAG_SYN, b""), drops);
     // Only an end that came before the handover is passed on; a dying agent's is none.
-    assert_eq!(guarded(STATE_HANDOVER, FLAG_ACK | FLAG_FIN, b""), drops);
+    assert_eq!(suppressed(STATE_HANDOVER, FLAG_ACK | FLAG_FIN, b""), drops);
     let ended = Flow { state: STATE_HANDOVER, flags: FLOW_REVERSE_ENDED, ..flow_v4().1 };
-    assert_eq!(guarded_with(ended, FLAG_ACK | FLAG_FIN, b"rest"), passes);
-    assert_eq!(guarded(STATE_OFFLOADED, FLAG_ACK, b"late"), drops);
-    assert_eq!(guarded(STATE_OFFLOADED, FLAG_RST | FLAG_ACK, b""), drops);
+    assert_eq!(suppressed_with(ended, FLAG_ACK | FLAG_FIN, b"rest"), passes);
+    assert_eq!(suppressed(STATE_OFFLOADED, FLAG_ACK, b"late"), drops);
+    assert_eq!(suppressed(STATE_OFFLOADED, FLAG_RST | FLAG_ACK, b""), drops);
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn egress_lets_nothing_out_once_both_ends_have_ended() {
     }
     let mut unacknowledged = over;
     unacknowledged.response.acknowledged = unacknowledged.response.acknowledged.wrapping_sub(1);
-    for (pair, expected) in [(over, Verdict::Guarded), (unacknowledged, Verdict::HandoverSent)] {
+    for (pair, expected) in [(over, Verdict::Suppressed), (unacknowledged, Verdict::HandoverSent)] {
         let Some((_bpffs, bpf)) = with_flow(key, flow, pair) else { return };
         let frame = Frame::new(key.reversed()).encode();
         run(&bpf, PROGRAM_EGRESS_ETHERNET, &frame);

@@ -16,8 +16,8 @@ use forwarder_common::{PROGRAM_EGRESS_ETHERNET, PROGRAM_ETHERNET, Verdict};
 
 use super::{PAIR, bpffs, enter, ip, load_egress, pair, skip, verdicts, write_flows, write_pair};
 use crate::bpf::Bpf;
+use crate::net::egress_path::Via;
 use crate::programs::attach::AttachKind;
-use crate::tcp::exit::Way;
 use crate::tcp::join::{Hop, Placement, join};
 use crate::tcp::leg::{Leg, Relayed};
 
@@ -117,7 +117,7 @@ fn offload(
         interface: interface_index(interface),
         next_hop: NextHop::new(leg.peer.ip()),
         mtu: 1500,
-        way: Way::Redirect,
+        via: Via::Redirect,
         hop_limit: 64,
     };
     let placement =
@@ -343,7 +343,7 @@ fn joined_in_mid_stream(is_ipv6: bool, before: u64, length: u64, prelude: Prelud
         }
         let verdicts = verdicts(&bpf);
         assert!(verdicts[&Verdict::Redirected] > 0, "{verdicts:?}");
-        assert!(verdicts[&Verdict::Guarded] > 0, "{verdicts:?}");
+        assert!(verdicts[&Verdict::Suppressed] > 0, "{verdicts:?}");
     };
     thread::scope(|scope| scope.spawn(body).join()).unwrap();
 }

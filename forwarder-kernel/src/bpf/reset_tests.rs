@@ -130,7 +130,7 @@ fn the_guard_drops_what_sockets_of_a_pair_that_was_ended_say() {
         let Some((_bpffs, bpf)) = ended((key, flow)) else { return };
         let frame = Frame { flags, ..Frame::new(key.reversed()) }.encode();
         assert_eq!(run(&bpf, PROGRAM_EGRESS_ETHERNET, &frame).0, TC_ACT_SHOT);
-        assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::Guarded, 1)]));
+        assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::Suppressed, 1)]));
     }
 }
 

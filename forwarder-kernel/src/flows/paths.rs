@@ -11,10 +11,10 @@ use tokio::sync::Notify;
 
 use crate::fallback_reason::FallbackReason;
 use crate::flows::arrival::LooseInterfaces;
+use crate::net::egress_path::{EgressPath, Via};
 use crate::net::interfaces::Interface;
 use crate::net::stack::{self, Family, Obstacle};
 use crate::programs::hook::name_of;
-use crate::tcp::exit::{Exit, Way};
 use forwarder_gateway::model::Egress;
 use forwarder_runtime::lock::lock;
 
@@ -51,10 +51,10 @@ struct Known {
     /// Whether packets may arrive where no program hangs.
     has_gaps: bool,
     wanted: BTreeSet<u32>,
-    /// Pairs of exits by which the two ends of a pair have heard each other.
-    proven: BTreeSet<[Exit; 2]>,
-    /// The clients of the pairs of which nothing has arrived by an exit, and when that was.
-    broken: BTreeMap<Exit, BTreeMap<IpAddr, Instant>>,
+    /// Pairs of paths by which the two ends of a pair have heard each other.
+    proven: BTreeSet<[EgressPath; 2]>,
+    /// The clients of the pairs of which nothing has arrived by a path, and when that was.
+    broken: BTreeMap<EgressPath, BTreeMap<IpAddr, Instant>>,
     links: BTreeMap<u32, Link>,
     mtus_changed: bool,
     /// Where the stack would not send packets on, as was told.
@@ -71,36 +71,36 @@ struct Link {
 }
 
 impl Known {
-    /// Whether somebody was heard by an exit.
-    fn is_heard(&self, exit: Exit) -> bool {
-        self.proven.iter().any(|exits| exits.contains(&exit))
+    /// Whether somebody was heard by a path.
+    fn is_heard(&self, path: EgressPath) -> bool {
+        self.proven.iter().any(|paths| paths.contains(&path))
     }
 
-    /// Whether enough clients have found that nothing arrives by an exit, and nobody has been heard by it.
-    fn is_broken_for_all(&self, exit: Exit) -> bool {
-        !self.is_heard(exit) && self.broken.get(&exit).is_some_and(|clients| clients.len() >= WITNESSES)
+    /// Whether enough clients have found that nothing arrives by a path, and nobody has been heard by it.
+    fn is_broken_for_all(&self, path: EgressPath) -> bool {
+        !self.is_heard(path) && self.broken.get(&path).is_some_and(|clients| clients.len() >= WITNESSES)
     }
 
-    /// Whether nothing is to leave by an exit for a client, since nothing has arrived for it, or for many.
-    fn is_broken(&self, exit: Exit, client: IpAddr) -> bool {
-        let Some(clients) = self.broken.get(&exit) else { return false };
+    /// Whether nothing is to leave by a path for a client, since nothing has arrived for it, or for many.
+    fn is_broken(&self, path: EgressPath, client: IpAddr) -> bool {
+        let Some(clients) = self.broken.get(&path) else { return false };
         let is_recent = |since: &&Instant| since.elapsed() < AVOIDANCE;
         clients.get(&witness(client)).as_ref().is_some_and(is_recent)
-            || !self.is_heard(exit) && clients.values().filter(is_recent).count() >= WITNESSES
+            || !self.is_heard(path) && clients.values().filter(is_recent).count() >= WITNESSES
     }
 
     /// How packets are to leave by an interface: redirected, unless they do not arrive then, or others are known to arrive
     /// by the stack.
-    fn way(&self, interface: u32, client: IpAddr) -> Result<Way, FallbackReason> {
-        let [redirect, stack] = [Way::Redirect, Way::Stack].map(|way| Exit { interface, way });
-        let exits: &[Exit] = match self.egress {
+    fn via(&self, interface: u32, client: IpAddr) -> Result<Via, FallbackReason> {
+        let [redirect, stack] = [Via::Redirect, Via::Stack].map(|via| EgressPath { interface, via });
+        let paths: &[EgressPath] = match self.egress {
             Egress::Auto if self.is_heard(stack) && self.is_broken_for_all(redirect) => &[stack],
             Egress::Auto => &[redirect, stack],
             Egress::Redirect => &[redirect],
             Egress::Stack => &[stack],
         };
-        let exit = exits.iter().find(|exit| !self.is_broken(**exit, client));
-        exit.map(|exit| exit.way).ok_or(FallbackReason::PathBroken)
+        let path = paths.iter().find(|path| !self.is_broken(**path, client));
+        path.map(|path| path.via).ok_or(FallbackReason::PathBroken)
     }
 }
 
@@ -118,12 +118,12 @@ impl Paths {
     ///
     /// # Errors
     /// Why not now.
-    pub fn check(&self, interface: u32, client: IpAddr) -> Result<Way, FallbackReason> {
+    pub fn check(&self, interface: u32, client: IpAddr) -> Result<Via, FallbackReason> {
         let mut known = self.known();
-        let way = known.way(interface, client)?;
+        let via = known.via(interface, client)?;
         // The kernel drops what arrives without an Ethernet header and is redirected to a neighbour
         // (`__bpf_redirect_neigh`), and what leaves by an interface is answered by it.
-        if way == Way::Redirect
+        if via == Via::Redirect
             && known.links.get(&interface).is_some_and(|link| link.begins_with == Some(LinkLayer::Ip))
         {
             return Err(FallbackReason::NoEthernet);
@@ -131,7 +131,7 @@ impl Paths {
         // Also where they hang already, for a listener's sake: they stay for the pairs' when the listener is removed.
         let is_new = known.wanted.insert(interface);
         if known.attached.contains(&interface) {
-            return Ok(way);
+            return Ok(via);
         }
         drop(known);
         if is_new {
@@ -185,8 +185,8 @@ impl Paths {
         let has_gaps = arrivals.into_iter().any(|interface| !attached.contains(&interface));
         let mut known = self.known();
         known.has_gaps = has_gaps;
-        known.proven.retain(|exits| exits.iter().all(|exit| attached.contains(&exit.interface)));
-        known.broken.retain(|exit, _| attached.contains(&exit.interface));
+        known.proven.retain(|paths| paths.iter().all(|path| attached.contains(&path.interface)));
+        known.broken.retain(|path, _| attached.contains(&path.interface));
         known.closed.retain(|interface| attached.contains(interface));
         known.attached = attached;
     }
@@ -261,28 +261,28 @@ impl Paths {
         std::mem::take(&mut self.known().mtus_changed)
     }
 
-    /// Whether packets are known to arrive by two exits, one for each direction. Answers of some end may come in by another
-    /// interface than those of the ends that have proven the exits: where that may be one without programs, each pair has to
+    /// Whether packets are known to arrive by two paths, one for each direction. Answers of some end may come in by another
+    /// interface than those of the ends that have proven the paths: where that may be one without programs, each pair has to
     /// prove them for itself.
-    pub fn is_proven(&self, exits: [Exit; 2]) -> bool {
+    pub fn is_proven(&self, paths: [EgressPath; 2]) -> bool {
         let known = self.known();
-        !known.has_gaps && known.proven.contains(&exits)
+        !known.has_gaps && known.proven.contains(&paths)
     }
 
-    /// Notes that the ends of a pair have heard each other by these exits.
-    pub fn prove(&self, exits: [Exit; 2]) {
-        self.known().proven.insert(exits);
+    /// Notes that the ends of a pair have heard each other by these paths.
+    pub fn prove(&self, paths: [EgressPath; 2]) {
+        self.known().proven.insert(paths);
     }
 
-    /// Notes that what was sent by an exit for a client's pair did not arrive, whichever end has not answered: the client could
+    /// Notes that what was sent by a path for a client's pair did not arrive, whichever end has not answered: the client could
     /// see to either. Tells whether nobody had found so lately.
     ///
     /// From now on nothing leaves so for this client, and for others only once several have found the same, and nobody is heard.
-    pub fn avoid(&self, exit: Exit, client: IpAddr) -> bool {
+    pub fn avoid(&self, path: EgressPath, client: IpAddr) -> bool {
         let mut known = self.known();
         // Where others go by the stack, which is known from the clients found, these stay.
-        let keeps = known.is_broken_for_all(exit);
-        let clients = known.broken.entry(exit).or_default();
+        let keeps = known.is_broken_for_all(path);
+        let clients = known.broken.entry(path).or_default();
         if !keeps {
             clients.retain(|_, since| since.elapsed() < AVOIDANCE);
         }
@@ -323,7 +323,7 @@ mod tests {
         assert_eq!(paths.check(3, CLIENT), Err(FallbackReason::NotAttached));
         assert_eq!(paths.wanted(), BTreeSet::from([3]));
         paths.set_attached(BTreeSet::from([3]), []);
-        assert_eq!(paths.check(3, CLIENT), Ok(Way::Redirect));
+        assert_eq!(paths.check(3, CLIENT), Ok(Via::Redirect));
     }
 
     #[test]
@@ -346,8 +346,8 @@ mod tests {
         }
     }
 
-    const REDIRECTED: Exit = Exit { interface: 4, way: Way::Redirect };
-    const BY_STACK: Exit = Exit { interface: 4, way: Way::Stack };
+    const REDIRECTED: EgressPath = EgressPath { interface: 4, via: Via::Redirect };
+    const BY_STACK: EgressPath = EgressPath { interface: 4, via: Via::Stack };
 
     #[test]
     fn what_is_swallowed_goes_by_the_stack_and_then_not_until_the_interface_is_another() {
@@ -355,24 +355,24 @@ mod tests {
         paths.set_attached(BTreeSet::from([3, 4]), []);
         assert!(paths.avoid(REDIRECTED, CLIENT));
         assert!(!paths.avoid(REDIRECTED, CLIENT));
-        assert_eq!((paths.check(4, CLIENT), paths.check(3, CLIENT)), (Ok(Way::Stack), Ok(Way::Redirect)));
+        assert_eq!((paths.check(4, CLIENT), paths.check(3, CLIENT)), (Ok(Via::Stack), Ok(Via::Redirect)));
         assert!(paths.avoid(BY_STACK, CLIENT));
         assert_eq!(paths.check(4, CLIENT), Err(FallbackReason::PathBroken));
         paths.set_attached(BTreeSet::from([3]), []);
         paths.set_attached(BTreeSet::from([3, 4]), []);
-        assert_eq!(paths.check(4, CLIENT), Ok(Way::Redirect));
+        assert_eq!(paths.check(4, CLIENT), Ok(Via::Redirect));
     }
 
     #[test]
     fn nothing_is_proven_while_answers_may_arrive_where_no_program_hangs() {
         let paths = Paths::default();
-        let exits = [Exit { interface: 3, ..REDIRECTED }, REDIRECTED];
+        let both = [EgressPath { interface: 3, ..REDIRECTED }, REDIRECTED];
         let attach = |attached: &[u32]| paths.set_attached(attached.iter().copied().collect(), [3, 4, 5]);
         attach(&[3, 4]);
-        paths.prove(exits);
-        assert!(!paths.is_proven(exits));
+        paths.prove(both);
+        assert!(!paths.is_proven(both));
         attach(&[3, 4, 5]);
-        assert!(paths.is_proven(exits));
+        assert!(paths.is_proven(both));
     }
 
     #[test]
@@ -392,13 +392,13 @@ mod tests {
         let clients = ["192.0.2.2", "192.0.2.3", "192.0.2.4"].map(|client| client.parse().unwrap());
         paths.set_attached(BTreeSet::from([4]), []);
         paths.prove([BY_STACK, BY_STACK]);
-        assert_eq!(paths.check(4, CLIENT), Ok(Way::Redirect));
+        assert_eq!(paths.check(4, CLIENT), Ok(Via::Redirect));
         for client in clients {
-            assert_eq!(paths.check(4, CLIENT), Ok(Way::Redirect));
+            assert_eq!(paths.check(4, CLIENT), Ok(Via::Redirect));
             paths.avoid(REDIRECTED, client);
-            assert_eq!(paths.check(4, client), Ok(Way::Stack));
+            assert_eq!(paths.check(4, client), Ok(Via::Stack));
         }
-        assert_eq!(paths.check(4, CLIENT), Ok(Way::Stack));
+        assert_eq!(paths.check(4, CLIENT), Ok(Via::Stack));
     }
 
     #[test]
@@ -411,24 +411,24 @@ mod tests {
             paths.avoid(BY_STACK, client);
         }
         assert_eq!(own.map(|client| paths.check(4, client)), [Err(FallbackReason::PathBroken); 2]);
-        assert_eq!(paths.check(4, CLIENT), Ok(Way::Redirect));
+        assert_eq!(paths.check(4, CLIENT), Ok(Via::Redirect));
         // Nor do many, where others are heard.
         paths.prove([REDIRECTED, REDIRECTED]);
         for number in 0..10 {
             paths.avoid(REDIRECTED, IpAddr::from([192, 0, 2, 100 + number]));
         }
-        assert_eq!(paths.check(4, CLIENT), Ok(Way::Redirect));
+        assert_eq!(paths.check(4, CLIENT), Ok(Via::Redirect));
         assert!(paths.is_proven([REDIRECTED, REDIRECTED]));
     }
 
     #[test]
     fn a_way_that_was_chosen_has_no_other() {
-        for (egress, exit) in [(Egress::Redirect, REDIRECTED), (Egress::Stack, BY_STACK)] {
+        for (egress, path) in [(Egress::Redirect, REDIRECTED), (Egress::Stack, BY_STACK)] {
             let paths = Paths::default();
             paths.set_egress(egress);
             paths.set_attached(BTreeSet::from([4]), []);
-            assert_eq!(paths.check(4, CLIENT), Ok(exit.way));
-            paths.avoid(exit, CLIENT);
+            assert_eq!(paths.check(4, CLIENT), Ok(path.via));
+            paths.avoid(path, CLIENT);
             assert_eq!(paths.check(4, CLIENT), Err(FallbackReason::PathBroken));
         }
     }

@@ -12,7 +12,7 @@ use forwarder_common::tuple::FourTuple;
 use forwarder_common::tuple::address_bytes;
 
 use crate::fallback_reason::FallbackReason;
-use crate::tcp::exit::Way;
+use crate::net::egress_path::Via;
 use crate::tcp::leg::Leg;
 
 /// Bytes that the timestamps take from each segment's payload (RFC 7323, appendix A).
@@ -42,7 +42,7 @@ pub struct Hop {
     /// The largest that may, as [`Flow::mtu`].
     pub mtu: u32,
     /// Who sends them.
-    pub way: Way,
+    pub via: Via,
     /// The TTL or hop limit that they leave with, as [`Flow::hop_limit`].
     pub hop_limit: u8,
 }
@@ -148,7 +148,7 @@ fn direction(from: &Leg, to: &Leg, direction: u32, placement: Placement) -> (Fou
         target_scale: to.own_scale,
         flags: if clear_ecn { FLOW_CLEAR_ECN } else { 0 }
             | if from.options.timestamps { FLOW_TIMESTAMPS } else { 0 }
-            | hop.way.flag(),
+            | hop.via.flag(),
         acknowledged: to.next_received,
         arrival: arrival.interface,
         hop_limit: hop.hop_limit,
@@ -173,12 +173,12 @@ mod tests {
     use crate::tcp::leg::LegOptions;
 
     const fn hop(interface: u32) -> Hop {
-        let way = if interface == 3 { Way::Stack } else { Way::Redirect };
+        let via = if interface == 3 { Via::Stack } else { Via::Redirect };
         Hop {
             interface,
             next_hop: NextHop { family: 2, address: [0; 16] },
             mtu: interface + 1500,
-            way,
+            via,
             hop_limit: 64,
         }
     }
@@ -225,7 +225,7 @@ mod tests {
         assert_eq!((request.interface, response.interface), (4, 3));
         assert_eq!((request.arrival, response.arrival), (3, 4));
         assert_eq!((request.mtu, response.mtu), (1504, 1503));
-        assert_eq!([request, response].map(|flow| Way::of(&flow)), [Way::Redirect, Way::Stack]);
+        assert_eq!([request, response].map(|flow| Via::of(&flow)), [Via::Redirect, Via::Stack]);
         assert_eq!((request.clock, response.clock), (upstream.clock, downstream.clock));
         assert_eq!((pair.request.bytes, pair.request.sequence_end), (70, downstream.next_received));
         assert_eq!(pair.response.acknowledged, upstream.next_sent - 20);

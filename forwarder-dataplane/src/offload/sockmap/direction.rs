@@ -90,7 +90,7 @@ pub(super) struct Stepped {
 
 /// How a direction stands, by what the kernel has received and written.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct Standing {
+pub(crate) struct Progress {
     /// Bytes that were received and have not been written to the other socket.
     pub(crate) missing: u64,
     /// Bytes that were written there and have not been acknowledged.
@@ -240,8 +240,8 @@ impl Direction {
         stepped.relayed = self.relayed - before;
         relayed?;
         if self.phase == Phase::Ending {
-            let standing = self.standing(sockmap, source, target)?;
-            if standing.missing > 0 {
+            let progress = self.progress(sockmap, source, target)?;
+            if progress.missing > 0 {
                 stepped.is_waiting |= !self.is_blocked;
             } else {
                 match shutdown(target, Shutdown::Write) {
@@ -357,18 +357,18 @@ impl Direction {
     }
 
     /// What has been received and not been passed on, and what of that has not been acknowledged.
-    pub(super) fn standing(
+    pub(super) fn progress(
         &self,
         sockmap: &Sockmap,
         source: BorrowedFd<'_>,
         target: BorrowedFd<'_>,
-    ) -> Result<Standing, Fault> {
+    ) -> Result<Progress, Fault> {
         // First what was written: what is received meanwhile may only add to what is missing.
         let (written, _) = written_at_least(target).map_err(|_| Fault::Target)?;
         let written = written.saturating_sub(self.start_written);
         let info = Info::read(source.as_raw_fd()).map_err(|_| Fault::Source)?;
         let received = self.received(sockmap, &info)?;
-        Ok(Standing {
+        Ok(Progress {
             missing: received.saturating_sub(written),
             unacknowledged: unacknowledged(target.as_raw_fd()).map_err(|_| Fault::Target)?,
         })

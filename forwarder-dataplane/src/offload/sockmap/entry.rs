@@ -162,22 +162,22 @@ impl Entry {
         if self.asked.as_ref().is_some_and(|asked| asked.is_clean || asked.at.elapsed() < GIVEN_UP) {
             return None;
         }
-        let standings = match self.pair.standings() {
-            Ok(standings) => standings,
+        let progress = match self.pair.progress() {
+            Ok(progress) => progress,
             Err(end) => return Some(end),
         };
         // What waits behind a socket that still has something to send waits for its peer.
-        let missing = standings.map(|one| if one.unacknowledged == 0 { one.missing } else { 0 });
+        let missing = progress.map(|one| if one.unacknowledged == 0 { one.missing } else { 0 });
         let is_lost = self.asked.as_ref().is_some_and(|asked| {
             asked.missing.iter().zip(missing).any(|(before, missing)| missing > 0 && missing == *before)
         });
         if is_lost {
             return Some(End::Lost);
         }
-        let is_clean = standings.iter().all(|one| one.missing == 0);
+        let is_clean = progress.iter().all(|one| one.missing == 0);
         self.asked = Some(Asked { at: Instant::now(), is_clean, missing });
-        for (side, standing) in standings.into_iter().enumerate() {
-            let is_quiet = standing.missing == 0 && standing.unacknowledged == 0;
+        for (side, one) in progress.into_iter().enumerate() {
+            let is_quiet = one.missing == 0 && one.unacknowledged == 0;
             if is_quiet && self.pair.size(side) != Size::Small && self.moved[side].elapsed() >= QUIET {
                 self.pair.resize(side, Size::Small);
             }

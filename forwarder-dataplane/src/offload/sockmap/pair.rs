@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt;
 use socket2::SockRef;
 
-use super::direction::{Direction, Fault, Standing};
+use super::direction::{Direction, Fault, Progress};
 use super::memory::{Memory, Size};
 use crate::counters::End;
 use crate::relay::deliver_on_close;
@@ -240,15 +240,15 @@ impl SockPair {
     }
 
     /// How each direction stands.
-    pub(crate) fn standings(&self) -> Result<[Standing; 2], End> {
+    pub(crate) fn progress(&self) -> Result<[Progress; 2], End> {
         let [request, response] = &self.directions;
         let (downstream, upstream) = (self.socket(0), self.socket(1));
         Ok([
             request
-                .standing(&self.entries.sockmap, downstream, upstream)
+                .progress(&self.entries.sockmap, downstream, upstream)
                 .map_err(|fault| end_after(&fault, 0))?,
             response
-                .standing(&self.entries.sockmap, upstream, downstream)
+                .progress(&self.entries.sockmap, upstream, downstream)
                 .map_err(|fault| end_after(&fault, 1))?,
         ])
     }

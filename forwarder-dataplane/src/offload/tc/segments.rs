@@ -4,20 +4,20 @@ use forwarder_common::flow::{DirectionState, FLOW_TIMESTAMPS, Flow, Pair};
 use forwarder_common::translate::{self, Timestamps};
 
 use forwarder_kernel::flows::joined_pair::JoinedPair;
-use forwarder_kernel::tcp::exit::Exit;
+use forwarder_kernel::net::egress_path::EgressPath;
 use forwarder_kernel::tcp::segments::{Bare, BareKind, SegmentError, SegmentSocket};
 
 /// A segment, and how it leaves.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Said {
     bare: Bare,
-    exit: Exit,
+    path: EgressPath,
 }
 
 impl Said {
     /// Sends it; does not wait.
     pub(super) fn send(&self, socket: &SegmentSocket) -> Result<(), SegmentError> {
-        socket.send_by(&self.bare, self.exit)
+        socket.send_by(&self.bare, self.path)
     }
 }
 
@@ -72,5 +72,5 @@ fn bare(pair: &JoinedPair, state: &Pair, side: usize, now: u64, kind: BareKind, 
         }),
         kind,
     };
-    Said { bare, exit: Exit::of(towards) }
+    Said { bare, path: EgressPath::of(towards) }
 }

@@ -11,8 +11,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::link::LinkSocket;
 use super::{Bare, Ends, SegmentError, encoding};
-use crate::tcp::exit::Exit;
-use crate::tcp::exit::Way;
+use crate::net::egress_path::{EgressPath, Via};
 
 /// Sends packets in the name of connections, in the network namespace in which it was opened.
 ///
@@ -65,16 +64,16 @@ impl SegmentSocket {
     ///
     /// # Errors
     /// As [`Self::send`].
-    pub fn send_by(&self, bare: &Bare, exit: Exit) -> Result<(), SegmentError> {
+    pub fn send_by(&self, bare: &Bare, path: EgressPath) -> Result<(), SegmentError> {
         let ends = Ends::of(bare.from, bare.to)?;
         let packet = encoding::bare(&ends, bare);
-        if exit.way == Way::Redirect
+        if path.via == Via::Redirect
             && let Some(link) = &self.link
         {
-            match link.send(&ends, exit.interface, &packet) {
+            match link.send(&ends, path.interface, &packet) {
                 Ok(()) => return Ok(()),
                 Err(error) => {
-                    tracing::debug!(%error, interface = exit.interface, "cannot send a segment by the interface: it is sent by the stack");
+                    tracing::debug!(%error, interface = path.interface, "cannot send a segment by the interface: it is sent by the stack");
                 }
             }
         }

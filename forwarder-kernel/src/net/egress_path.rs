@@ -4,14 +4,14 @@ use forwarder_common::flow::{FLOW_BY_STACK, Flow};
 
 /// Who sends what has been translated.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub enum Way {
+pub enum Via {
     /// The program redirects it.
     Redirect,
     /// The stack, to which the program leaves it.
     Stack,
 }
 
-impl Way {
+impl Via {
     /// That of a flow's packets.
     pub fn of(flow: &Flow) -> Self {
         if flow.flags & FLOW_BY_STACK == 0 { Self::Redirect } else { Self::Stack }
@@ -34,18 +34,18 @@ impl Way {
     }
 }
 
-/// A way of sending packets by an interface.
+/// An interface, and who sends packets by it.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub struct Exit {
+pub struct EgressPath {
     /// The index of the interface.
     pub interface: u32,
     /// Who sends them.
-    pub way: Way,
+    pub via: Via,
 }
 
-impl Exit {
+impl EgressPath {
     /// That of a flow's packets.
     pub fn of(flow: &Flow) -> Self {
-        Self { interface: flow.interface, way: Way::of(flow) }
+        Self { interface: flow.interface, via: Via::of(flow) }
     }
 }

@@ -8,9 +8,9 @@ use forwarder_common::tuple::address_of;
 
 use super::{FlowTable, JoinedPair};
 use crate::fallback_reason::FallbackReason;
+use crate::net::egress_path::Via;
 use crate::net::routes::{Egress, LookupError, RouteError};
 use crate::net::stack::Family;
-use crate::tcp::exit::Way;
 use crate::tcp::join::Hop;
 use crate::tcp::leg::Leg;
 
@@ -19,7 +19,7 @@ impl FlowTable {
     ///
     /// # Errors
     /// Why not.
-    pub fn check_ways(
+    pub fn check_paths(
         &self,
         downstream: (SocketAddr, SocketAddr),
         upstream: (SocketAddr, SocketAddr),
@@ -47,13 +47,13 @@ impl FlowTable {
         if egress.is_local {
             return Err(FallbackReason::SameHost);
         }
-        let way = self.paths.check(egress.interface, client)?;
+        let via = self.paths.check(egress.interface, client)?;
         Ok(Hop {
             interface: egress.interface,
             next_hop: NextHop::new(egress.next_hop),
             mtu: self.mtu(&egress),
-            way,
-            hop_limit: self.hop_limit(egress.interface, Family::of(peer.ip()), way),
+            via,
+            hop_limit: self.hop_limit(egress.interface, Family::of(peer.ip()), via),
         })
     }
 
@@ -62,7 +62,7 @@ impl FlowTable {
         let [(key, request), (_, response)] = flows;
         let family = Family::of(address_of(key.source));
         for (flow, arrival) in [(request, response.interface), (response, request.interface)] {
-            if Way::of(flow) == Way::Stack {
+            if Via::of(flow) == Via::Stack {
                 self.paths.check_stack(arrival, family)?;
             }
         }
@@ -84,7 +84,7 @@ impl FlowTable {
     /// Has connection tracking not take what the stack sends on for invalid: of each connection, it sees one direction alone,
     /// which goes beyond every window that it knows. The usual rule of firewalls would drop that.
     pub(super) fn keep_valid(&self, pair: &JoinedPair) {
-        if pair.flows.iter().all(|(_, flow)| Way::of(flow) != Way::Stack) {
+        if pair.flows.iter().all(|(_, flow)| Via::of(flow) != Via::Stack) {
             return;
         }
         for (peer, local) in [pair.downstream(), pair.upstream()] {
@@ -96,9 +96,9 @@ impl FlowTable {
 
     /// The TTL or hop limit that packets get, as [`Flow::hop_limit`]: that of the node's own, and one more where the stack takes
     /// one off.
-    pub(super) fn hop_limit(&self, interface: u32, family: Family, way: Way) -> u8 {
+    pub(super) fn hop_limit(&self, interface: u32, family: Family, via: Via) -> u8 {
         let own = self.paths.hop_limit(interface, family);
-        if way == Way::Stack { own.saturating_add(1) } else { own }
+        if via == Via::Stack { own.saturating_add(1) } else { own }
     }
 
     /// The largest packet that may leave, as [`Flow::mtu`]: what the route says, or the interface.

@@ -1,4 +1,4 @@
-//! By which way a command asks an agent.
+//! The channels by which a command asks an agent.
 
 use std::env::{self, VarError};
 use std::fmt;
@@ -24,16 +24,16 @@ pub(crate) struct AgentArgs {
     admin: Option<SocketAddr>,
 }
 
-/// A way to an agent.
+/// A channel to an agent.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub(crate) enum Way {
+pub(crate) enum Channel {
     /// Its socket.
     Socket(PathBuf),
     /// Its address.
     Tcp(SocketAddr),
 }
 
-impl Way {
+impl Channel {
     /// What a request names as its host.
     pub(super) fn host(&self) -> String {
         match self {
@@ -43,7 +43,7 @@ impl Way {
     }
 }
 
-impl fmt::Display for Way {
+impl fmt::Display for Channel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Socket(path) => path.display().fmt(f),
@@ -52,41 +52,41 @@ impl fmt::Display for Way {
     }
 }
 
-/// The ways to an agent: the first at whose end somebody listens counts.
+/// The channels to an agent: the first at whose end somebody listens counts.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub(super) struct Ways(Vec<Way>);
+pub(super) struct Channels(Vec<Channel>);
 
-impl Ways {
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Way> {
+impl Channels {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Channel> {
         self.0.iter()
     }
 }
 
 impl AgentArgs {
-    /// The ways to the agent that is meant.
+    /// The channels to the agent that is meant.
     ///
     /// # Errors
     /// The environment says nothing that can be used.
-    pub(super) fn ways(&self) -> Result<Ways, AskError> {
-        Ok(self.ways_with(variable("FORWARDER_ADMIN_SOCKET")?, variable("FORWARDER_ADMIN")?))
+    pub(super) fn channels(&self) -> Result<Channels, AskError> {
+        Ok(self.channels_with(variable("FORWARDER_ADMIN_SOCKET")?, variable("FORWARDER_ADMIN")?))
     }
 
     /// The same, with what the environment says. One agent's socket and another's address must not be mixed: so what nobody has
     /// named is asked only where nothing is named.
-    fn ways_with(&self, socket: Option<AdminSocketPath>, address: Option<AdminAddress>) -> Ways {
+    fn channels_with(&self, socket: Option<AdminSocketPath>, address: Option<AdminAddress>) -> Channels {
         if let Some(address) = self.admin {
-            return Ways(vec![Way::Tcp(address)]);
+            return Channels(vec![Channel::Tcp(address)]);
         }
         if let Some(path) = &self.admin_socket {
-            return Ways(vec![Way::Socket(path.clone())]);
+            return Channels(vec![Channel::Socket(path.clone())]);
         }
         let of_nobody =
             || (Some(AdminSocketPath(Some(ADMIN_SOCKET.into()))), Some(AdminAddress(Some(ADMIN))));
         let is_named = socket.as_ref().is_some_and(|socket| socket.0.is_some())
             || address.is_some_and(|address| address.0.is_some());
         let (socket, address) = if is_named { (socket, address) } else { of_nobody() };
-        let socket = socket.and_then(|socket| socket.0).map(Way::Socket);
-        Ways(socket.into_iter().chain(address.and_then(|address| address.0).map(Way::Tcp)).collect())
+        let socket = socket.and_then(|socket| socket.0).map(Channel::Socket);
+        Channels(socket.into_iter().chain(address.and_then(|address| address.0).map(Channel::Tcp)).collect())
     }
 }
 
@@ -122,9 +122,9 @@ mod tests {
         ] {
             let socket = socket.map(|text| text.parse().unwrap());
             let address = address.map(|text| text.parse().unwrap());
-            let ways = args.ways_with(socket, address);
-            let ways: Vec<String> = ways.iter().map(Way::to_string).collect();
-            assert_eq!(ways, expected, "{args:?}");
+            let channels = args.channels_with(socket, address);
+            let channels: Vec<String> = channels.iter().map(Channel::to_string).collect();
+            assert_eq!(channels, expected, "{args:?}");
         }
     }
 }
