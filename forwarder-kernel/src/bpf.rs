@@ -29,12 +29,12 @@ use crate::listener_maps::ListenerMaps;
 use crate::load_error::kernel_release;
 use crate::maps::listeners::{self, Maps};
 use crate::maps::updates::Updates;
+use crate::maps::versions::map_path;
 use crate::maps::{BackendEntry, DatapathError, ListenerId, ListenerState};
 use crate::net::interfaces::{Interface, arrivals, wanted};
 use crate::net::routes::Routes;
 use crate::programs::attach::{Attachments, Stay};
 use crate::programs::pins::Pins;
-use crate::programs::versions::map_path;
 use forwarder_gateway::model::{BindAddress, ListenerKey};
 
 /// The programs, as `cargo xtask build-ebpf` compiled them; empty if it did not.

@@ -4,6 +4,7 @@ pub mod gate;
 pub mod grace;
 pub mod listeners;
 pub mod updates;
+pub(crate) mod versions;
 
 use std::net::SocketAddr;
 

@@ -5,4 +5,3 @@ pub mod cleanup;
 pub mod hook;
 pub mod pin_dir;
 pub mod pins;
-pub(crate) mod versions;

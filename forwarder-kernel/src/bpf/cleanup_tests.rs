@@ -1,9 +1,9 @@
 //! Tests of what is found and removed of dead agents; see [`crate::programs::cleanup`].
 
 use super::*;
+use crate::maps::versions::programs_folder;
 use crate::programs::attach::Stay;
 use crate::programs::cleanup::{Leftover, find};
-use crate::programs::versions::programs_folder;
 
 #[test]
 fn the_filters_of_a_killed_agent_are_found_and_removed_and_no_others() {

@@ -17,7 +17,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use super::frames::{Field, Frame, flow_v4, flow_v6, with_flow};
 use crate::bpf::Bpf;
 use crate::maps::gate::Gate;
-use crate::programs::versions::map_path;
+use crate::maps::versions::map_path;
 
 /// For how long packets meet entries that come and go.
 const DURATION: Duration = Duration::from_secs(2);

@@ -22,9 +22,9 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::*;
+use crate::maps::versions::{map_path, programs_folder};
 use crate::net::interfaces::{InterfaceKind, watch};
 use crate::programs::attach::{AttachKind, Stay};
-use crate::programs::versions::{map_path, programs_folder};
 
 #[path = "cleanup_tests.rs"]
 mod cleanup_tests;

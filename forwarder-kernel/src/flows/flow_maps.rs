@@ -10,8 +10,8 @@ use forwarder_common::layout::{FLOWS, PAIRS};
 use forwarder_common::tuple::FourTuple;
 
 use crate::flows::joined_pair::{Condemned, JoinedPair};
+use crate::maps::versions::map_path;
 use crate::maps::{DatapathError, updates};
-use crate::programs::versions::map_path;
 
 /// The maps, open.
 pub(super) struct FlowMaps {

@@ -15,9 +15,9 @@ use rustix::io::Errno;
 use crate::load_error::{LoadError, errno_of};
 use crate::maps::gate::Gate;
 use crate::maps::updates::Updates;
+use crate::maps::versions::map_path;
 use crate::maps::{BackendEntry, DatapathError, ListenerId, ListenerState};
 use crate::net::interfaces::Interface;
-use crate::programs::versions::map_path;
 use forwarder_gateway::model::{BindAddress, ListenerKey};
 
 type Table<K, V> = BpfHashMap<MapData, K, V>;

@@ -17,7 +17,7 @@ use forwarder_common::update::{
 
 use crate::load_error::LoadError;
 use crate::maps::DatapathError;
-use crate::programs::versions::programs_folder;
+use crate::maps::versions::programs_folder;
 
 /// The programs, loaded.
 pub(crate) struct Updates {

@@ -15,9 +15,9 @@ use forwarder_common::layout::FLOWS;
 use forwarder_common::tuple::FourTuple;
 
 use crate::load_error::LoadError;
+use crate::maps::versions::{ForeignMap, folders, foreign_maps, map_path, programs_folder};
 use crate::programs::hook;
 use crate::programs::pin_dir::{check_folders_above, create, is_on_bpffs, take};
-use crate::programs::versions::{ForeignMap, folders, foreign_maps, map_path, programs_folder};
 
 /// Where is pinned what holds the programs on interfaces, in the folder of the programs: links, or with clsact the programs.
 pub(super) const LINKS: &str = "links";
