@@ -314,14 +314,10 @@ async fn carry(
         Datapath::Auto | Datapath::Splice | Datapath::Tc | Datapath::Sockmap => Tier::Splice,
         Datapath::Copy => Tier::Copy,
     };
-    let mut relay = Relay::new(tier);
+    let mut relay = Relay::new(tier, context, connection, [downstream, upstream]);
     match datapath {
-        Datapath::Auto | Datapath::Tc | Datapath::Sockmap => {
-            offload::carry(context, relay, downstream, upstream, connection).await
-        }
-        Datapath::Splice | Datapath::Copy => {
-            Some(poll_fn(|cx| relay.poll(cx, context, downstream, upstream, connection)).await)
-        }
+        Datapath::Auto | Datapath::Tc | Datapath::Sockmap => offload::carry(relay).await,
+        Datapath::Splice | Datapath::Copy => Some(poll_fn(|cx| relay.poll(cx)).await),
     }
 }
 

@@ -3,13 +3,10 @@
 use std::future::poll_fn;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::Connection;
 use super::attempt::Attempt;
 use super::relaying::Relay;
-use crate::worker_context::WorkerContext;
 use forwarder_kernel::fallback_reason::FallbackReason;
 
 /// How long to wait for the next reading, which helps if it is an odd number of ticks after the first. A timer of whole
@@ -22,16 +19,10 @@ const READINGS: usize = 50;
 ///
 /// # Errors
 /// What became of the connection meanwhile, or why they cannot be known.
-pub(super) async fn learn(
-    context: &WorkerContext,
-    relay: &mut Relay,
-    downstream: &TcpStream,
-    upstream: &TcpStream,
-    connection: &Connection,
-) -> Result<(), Attempt> {
+pub(super) async fn learn(relay: &mut Relay<'_>) -> Result<(), Attempt> {
     for wait in NEXT_READING.into_iter().cycle().take(READINGS) {
         let mut are_known = true;
-        for (socket, cell) in [downstream, upstream].into_iter().zip(&connection.clocks) {
+        for (socket, cell) in [relay.downstream, relay.upstream].into_iter().zip(&relay.connection.clocks) {
             let mut clock = cell.get();
             are_known &= clock.learn(socket).map_err(Attempt::Refused)?;
             cell.set(clock);
@@ -40,7 +31,7 @@ pub(super) async fn learn(
             // An end may have been passed on meanwhile.
             return if relay.is_open() { Ok(()) } else { Err(Attempt::Refused(FallbackReason::Ended)) };
         }
-        let relayed = poll_fn(|cx| relay.poll(cx, context, downstream, upstream, connection));
+        let relayed = poll_fn(|cx| relay.poll(cx));
         if let Ok(end) = timeout(wait, relayed).await {
             return Err(Attempt::Ended(end));
         }

@@ -18,7 +18,6 @@ use super::relaying::Relay;
 use crate::counters::End;
 use crate::offload::tc::{Asked, Offloader};
 use crate::relay::{Direction, Tier};
-use crate::worker_context::WorkerContext;
 use forwarder_kernel::fallback_reason::FallbackReason;
 use forwarder_kernel::flows::JoinPermit;
 use forwarder_kernel::flows::joined_pair::JoinedPair;
@@ -40,26 +39,20 @@ const PROBATION: Duration = Duration::from_millis(1_500);
 const SMALL_REMAINDER: u64 = 16 << 10;
 
 /// Joins the two sides at TC, and hands them over once what their sockets had received before has been delivered.
-pub(super) async fn attempt(
-    offloader: &Offloader,
-    context: &WorkerContext,
-    relay: &mut Relay,
-    downstream: &TcpStream,
-    upstream: &TcpStream,
-    connection: &Connection,
-) -> Attempt {
+pub(super) async fn attempt(offloader: &Offloader, relay: &mut Relay<'_>) -> Attempt {
+    let Relay { context, connection, downstream, upstream, .. } = *relay;
     let Ok(local) = downstream.local_addr() else { return Attempt::Refused(FallbackReason::Ended) };
     let permit = tokio::select! {
         biased;
         permit = offloader.flows.ready(connection.downstream, local) => permit,
         // What is not relayed meanwhile would be all the more to deliver afterwards.
-        end = poll_fn(|cx| relay.poll(cx, context, downstream, upstream, connection)) => return Attempt::Ended(end),
+        end = poll_fn(|cx| relay.poll(cx)) => return Attempt::Ended(end),
     };
     // An end may have been passed on while it waited.
     if !relay.is_open() {
         return Attempt::Refused(FallbackReason::Ended);
     }
-    let (pair, inbound) = match join(offloader, &permit, downstream, upstream, connection) {
+    let (pair, inbound) = match join(offloader, &permit, relay) {
         Ok(joined) => joined,
         Err(fallback_reason) => return Attempt::Refused(fallback_reason),
     };
@@ -69,7 +62,7 @@ pub(super) async fn attempt(
     let sockets = [downstream, upstream];
     let joined = Joined { offloader, pair: Some(pair), connection, sockets, inbound };
     connection.is_in_handover.set(true);
-    let delivery = deliver(context, joined, relay).await;
+    let delivery = deliver(joined, relay).await;
     connection.is_in_handover.set(false);
     match delivery {
         Delivery::Delivered => Attempt::HandedOver,
@@ -82,10 +75,9 @@ pub(super) async fn attempt(
 fn join(
     offloader: &Offloader,
     permit: &JoinPermit,
-    downstream: &TcpStream,
-    upstream: &TcpStream,
-    connection: &Connection,
+    relay: &Relay<'_>,
 ) -> Result<(JoinedPair, [Inbound; 2]), FallbackReason> {
+    let Relay { connection, downstream, upstream, .. } = *relay;
     let leg = |socket: &TcpStream, written: u64, first_sent: &Cell<Option<u32>>, clock: &Cell<Clock>| {
         let clock_offset = clock.get().offset().ok_or(FallbackReason::Unreadable)?;
         let relayed = Relayed { written, kept: 0, first_sent: first_sent.get() };
@@ -186,8 +178,9 @@ impl Drop for Joined<'_> {
 
 /// Relays what the sockets of a joined pair had received before, until nothing is left of it, and the two ends have heard
 /// each other.
-async fn deliver(context: &WorkerContext, mut joined: Joined<'_>, relay: &mut Relay) -> Delivery {
-    let Joined { offloader, connection, sockets: [downstream, upstream], .. } = joined;
+async fn deliver(mut joined: Joined<'_>, relay: &mut Relay<'_>) -> Delivery {
+    let Relay { context, connection, downstream, upstream, .. } = *relay;
+    let offloader = joined.offloader;
     let started = Instant::now();
     let mut landed = pin!(offloader.grace.period());
     let mut has_landed = false;
@@ -200,7 +193,7 @@ async fn deliver(context: &WorkerContext, mut joined: Joined<'_>, relay: &mut Re
         let check = if started.elapsed() < CHECKED_OFTEN { CHECK } else { SLOW_CHECK };
         tokio::select! {
             biased;
-            end = poll_fn(|cx| relay.poll(cx, context, downstream, upstream, connection)) => {
+            end = poll_fn(|cx| relay.poll(cx)) => {
                 // What the sockets say from now on is the stack's again; but they do not know what the kernel has passed.
                 if end == End::Finished {
                     joined.count();
@@ -333,7 +326,7 @@ fn takes_another_path(
 fn pass_ends_on(
     offloader: &Offloader,
     pair: &mut JoinedPair,
-    relay: &mut Relay,
+    relay: &mut Relay<'_>,
 ) -> Result<(), DatapathError> {
     for (direction, number) in
         [(&mut relay.request, DIRECTION_REQUEST), (&mut relay.response, DIRECTION_RESPONSE)]

@@ -4,15 +4,12 @@ use std::future::poll_fn;
 use std::task::Poll;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::Connection;
 use super::attempt::Attempt;
 use super::relaying::{Relay, set_keepalive};
 use crate::offload::sockmap::SockmapPairs;
 use crate::relay::Tier;
-use crate::worker_context::WorkerContext;
 use forwarder_kernel::fallback_reason::FallbackReason;
 use forwarder_runtime::failpoint;
 
@@ -21,17 +18,11 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// Hands both sockets over once everything that was read of them has been written: what they have received beyond that the
 /// kernel hands on itself.
-pub(super) async fn attempt(
-    pairs: &SockmapPairs,
-    context: &WorkerContext,
-    relay: &mut Relay,
-    downstream: &TcpStream,
-    upstream: &TcpStream,
-    connection: &Connection,
-) -> Attempt {
+pub(super) async fn attempt(pairs: &SockmapPairs, relay: &mut Relay<'_>) -> Attempt {
+    let Relay { context, connection, downstream, upstream, .. } = *relay;
     failpoint::reached("insert.begin").await;
     relay.hold_reads(true);
-    let emptied = poll_fn(|cx| match relay.poll(cx, context, downstream, upstream, connection) {
+    let emptied = poll_fn(|cx| match relay.poll(cx) {
         Poll::Pending if relay.is_empty() => Poll::Ready(None),
         polled => polled.map(Some),
     });

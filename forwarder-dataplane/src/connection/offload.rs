@@ -24,13 +24,8 @@ const DOUBLINGS: u32 = 4;
 
 /// Relays until the connection is due, joins its two sides, and hands it over to the kernel (`None`), or relays it to its
 /// end where that cannot be.
-pub(super) async fn carry(
-    context: &WorkerContext,
-    mut relay: Relay,
-    downstream: &TcpStream,
-    upstream: &TcpStream,
-    connection: &Connection,
-) -> Option<End> {
+pub(super) async fn carry(mut relay: Relay<'_>) -> Option<End> {
+    let Relay { context, connection, .. } = relay;
     let tier = match connection.serving.listener.settings.datapath {
         Datapath::Auto | Datapath::Tc | Datapath::Splice | Datapath::Copy => Tier::Tc,
         Datapath::Sockmap => Tier::Sockmap,
@@ -43,10 +38,10 @@ pub(super) async fn carry(
         && !fallback_reason.may_pass()
     {
         refuse(context, connection, fallback_reason);
-        return Some(poll_fn(|cx| relay.poll(cx, context, downstream, upstream, connection)).await);
+        return Some(poll_fn(|cx| relay.poll(cx)).await);
     }
     loop {
-        let until_due = poll_fn(|cx| match relay.poll(cx, context, downstream, upstream, connection) {
+        let until_due = poll_fn(|cx| match relay.poll(cx) {
             // An end that was passed on counts among the numbers of a leg, and little is left to gain.
             Poll::Pending if relay.is_open() && is_due(connection) => Poll::Ready(None),
             polled => polled.map(Some),
@@ -54,7 +49,7 @@ pub(super) async fn carry(
         if let Some(end) = until_due.await {
             return Some(end);
         }
-        match attempt(tier, context, &mut relay, downstream, upstream, connection).await {
+        match attempt(tier, &mut relay).await {
             Attempt::HandedOver => return None,
             Attempt::Ended(end) => return Some(end),
             Attempt::Refused(fallback_reason) => refuse(context, connection, fallback_reason),
@@ -62,14 +57,8 @@ pub(super) async fn carry(
     }
 }
 
-async fn attempt(
-    tier: Tier,
-    context: &WorkerContext,
-    relay: &mut Relay,
-    downstream: &TcpStream,
-    upstream: &TcpStream,
-    connection: &Connection,
-) -> Attempt {
+async fn attempt(tier: Tier, relay: &mut Relay<'_>) -> Attempt {
+    let Relay { context, connection, downstream, upstream, .. } = *relay;
     if let Err(fallback_reason) = is_offered(tier, context) {
         return Attempt::Refused(fallback_reason);
     }
@@ -81,14 +70,12 @@ async fn attempt(
             {
                 return Attempt::Refused(fallback_reason);
             }
-            if let Err(attempt) = clocks::learn(context, relay, downstream, upstream, connection).await {
+            if let Err(attempt) = clocks::learn(relay).await {
                 return attempt;
             }
-            handover::attempt(offloader, context, relay, downstream, upstream, connection).await
+            handover::attempt(offloader, relay).await
         }
-        (Tier::Sockmap, _, Some(Ok(pairs))) => {
-            insertion::attempt(pairs, context, relay, downstream, upstream, connection).await
-        }
+        (Tier::Sockmap, _, Some(Ok(pairs))) => insertion::attempt(pairs, relay).await,
         _ => Attempt::Refused(FallbackReason::NoPrograms),
     }
 }

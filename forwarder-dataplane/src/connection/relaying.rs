@@ -15,17 +15,28 @@ use crate::upstream;
 use crate::worker_context::WorkerContext;
 use forwarder_kernel::tcp::tcp_info::Silence;
 
-/// Both directions of a pair in userspace.
-pub(super) struct Relay {
+/// A connection while its bytes move in userspace: its two sockets, and both directions between them.
+pub(super) struct Relay<'a> {
+    pub(super) context: &'a WorkerContext,
+    pub(super) connection: &'a Connection,
+    /// The sockets towards the client and towards the endpoint.
+    pub(super) downstream: &'a TcpStream,
+    pub(super) upstream: &'a TcpStream,
     pub(super) request: Direction,
     pub(super) response: Direction,
     is_first: bool,
 }
 
-impl Relay {
+impl<'a> Relay<'a> {
     /// Both directions, of which nothing has moved.
-    pub(super) fn new(tier: Tier) -> Self {
-        Self { request: Direction::new(tier), response: Direction::new(tier), is_first: true }
+    pub(super) fn new(
+        tier: Tier,
+        context: &'a WorkerContext,
+        connection: &'a Connection,
+        [downstream, upstream]: [&'a TcpStream; 2],
+    ) -> Self {
+        let (request, response) = (Direction::new(tier), Direction::new(tier));
+        Self { context, connection, downstream, upstream, request, response, is_first: true }
     }
 
     /// Whether neither direction has ended.
@@ -62,15 +73,16 @@ impl Relay {
     }
 
     /// Relays both directions; ready once both have ended, one has failed, or the worker says so.
-    pub(super) fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-        context: &WorkerContext,
-        downstream: &TcpStream,
-        upstream: &TcpStream,
-        connection: &Connection,
-    ) -> Poll<End> {
-        let Self { request, response, is_first } = self;
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        let Self {
+            context,
+            connection,
+            downstream,
+            upstream,
+            ref mut request,
+            ref mut response,
+            ref mut is_first,
+        } = *self;
         connection.listen(cx);
         let signals = connection.signals.take();
         if let Some(end) = signals.end {
