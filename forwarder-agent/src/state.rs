@@ -78,17 +78,28 @@ impl AgentState {
         failures.iter().map(|failure| format!("listener {}: {}", failure.listener, failure.message)).collect()
     }
 
+    /// The tiers that do not work here, and why.
+    pub fn missing_tiers(&self) -> MissingTiers {
+        let report = self.report();
+        let unprepared = || MissingTiers::UNPREPARED.to_owned();
+        let tc = || report.datapath.tc_error.clone().unwrap_or_else(unprepared);
+        MissingTiers {
+            tc: self.connections.pairs.is_none().then(tc),
+            sockmap: report.datapath.sockmap_error.clone(),
+        }
+    }
+
     /// The tiers that take connections into the kernel.
     pub fn tiers(&self) -> DatapathTiers {
-        let (tc_error, sockmap_error) = {
+        let (has_failed, sockmap_error) = {
             let report = self.report();
-            (report.datapath.tc_error.clone(), report.datapath.sockmap_error.clone())
+            (report.datapath.tc_error.is_some(), report.datapath.sockmap_error.clone())
         };
         let (pairs, sockmap) = (&self.connections.pairs, self.connections.sockmap.get());
         let is_tc_wanted =
             || self.in_force().table.listeners.values().any(|it| it.settings.datapath == Datapath::Tc);
-        let tc_error = tc_error
-            .or_else(|| (pairs.is_none() && is_tc_wanted()).then(|| MissingTiers::UNPREPARED.to_owned()));
+        // Nobody misses a tier that neither the agent nor a listener asks for.
+        let tc_error = self.missing_tiers().tc.filter(|_| has_failed || is_tc_wanted());
         let state = |tier, is_available: Option<bool>| match is_available {
             None => TierState::Unused,
             Some(false) => TierState::Unavailable,

@@ -14,7 +14,7 @@ use forwarder_common::layout::FLOWS;
 use forwarder_common::layout::{AGENT, AgentState};
 use rustix::io::Errno;
 
-pub use self::flow_maps::{end, forget, read};
+pub use self::flow_maps::{are_pinned, end, forget, read};
 use crate::flows::flow_maps::{FlowMaps, Listed, capacity, error};
 use crate::flows::joined_pair::{Condemned, JoinedPair, ends, key_of};
 use crate::maps::gate::{Gate, Permit};

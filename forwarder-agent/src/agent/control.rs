@@ -17,7 +17,7 @@ use forwarder_dataplane::reconciler::Reconciler;
 use forwarder_dataplane::upstream::segment_size::SegmentSize;
 use forwarder_gateway::manifests::Change;
 use forwarder_gateway::status::nodes::NodeReport;
-use forwarder_gateway::status::{self, BindFailure, MissingTiers};
+use forwarder_gateway::status::{self, BindFailure};
 use forwarder_kernel::net::interfaces::{Interface, node_addresses, smallest_mtu};
 use forwarder_kube::publish::Outcome;
 use forwarder_runtime::panics;
@@ -220,26 +220,11 @@ impl Control {
         }
         self.publish(resolution);
         let mut problems: Vec<_> = failures.iter().map(|failure| failure.problem(&statuses)).collect();
-        problems.extend(self.missing_tiers().problems(&resolution.resolved.table.listeners));
+        problems.extend(self.shared.missing_tiers().problems(&resolution.resolved.table.listeners));
         let mut report = self.shared.report();
         report.set_input(resolution.problems.clone());
         report.set_node_problems(problems);
         report.statuses = statuses;
-    }
-
-    /// The tiers that do not work here, and why.
-    fn missing_tiers(&self) -> MissingTiers {
-        let report = self.shared.report();
-        let sockmap = report.datapath.sockmap_error.clone();
-        if self.offloader.is_some() {
-            return MissingTiers { tc: None, sockmap };
-        }
-        let reason = report.datapath.tc_error.as_deref();
-        let tc = reason.map_or_else(
-            || MissingTiers::UNPREPARED.to_owned(),
-            |reason| format!("{reason} (`forwarder probe` says more)"),
-        );
-        MissingTiers { tc: Some(tc), sockmap }
     }
 
     /// The listeners that have been without their port for longer than while agents are replaced.

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::num::NonZeroU16;
 use std::os::fd::AsFd;
+use std::os::unix::fs::chown;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
@@ -22,6 +23,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::*;
+use crate::flows;
 use crate::maps::versions::{map_path, programs_folder};
 use crate::net::interfaces::{InterfaceKind, watch};
 use crate::programs::attach::{AttachKind, Stay};
@@ -527,6 +529,22 @@ fn maps_of_another_version_are_lost_and_nothing_else() {
         bpf.close();
         assert!(!options.pin_dir.exists());
     });
+}
+
+/// An agent that runs removes what has ended itself; a directory that is somebody else's keeps it, and that is told.
+#[test]
+fn entries_that_cannot_be_removed_are_told() {
+    let Some(bpffs) = bpffs() else { return };
+    let options = bpffs.options();
+    let mut bpf = Bpf::load(&options).unwrap();
+    assert!(flows::forget(&options.pin_dir, []).is_ok());
+    bpf.pins.leave();
+    drop(bpf);
+    assert!(flows::forget(&options.pin_dir, []).is_ok());
+    chown(&options.pin_dir, Some(65_534), None).unwrap();
+    let refused = flows::forget(&options.pin_dir, []).unwrap_err().to_string();
+    assert!(refused.starts_with("cannot remove connections that have ended from map flows"), "{refused}");
+    assert!(refused.contains("65534"), "{refused}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The maps of flows as they lie in the kernel, and what a dead agent has left in them.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::Path;
 
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, MapInfo};
@@ -10,8 +11,10 @@ use forwarder_common::layout::{FLOWS, PAIRS};
 use forwarder_common::tuple::FourTuple;
 
 use crate::flows::joined_pair::{Condemned, JoinedPair};
+use crate::load_error::LoadError;
 use crate::maps::versions::map_path;
 use crate::maps::{DatapathError, updates};
+use crate::programs::pin_dir::lock;
 
 /// The maps, open.
 pub(super) struct FlowMaps {
@@ -83,6 +86,11 @@ impl FlowMaps {
     }
 }
 
+/// Whether an agent of this version has pinned its flows in a directory.
+pub fn are_pinned(pin_dir: &Path) -> bool {
+    map_path(pin_dir, FLOWS).exists()
+}
+
 /// What a dead agent, or a running one, has pinned in a directory.
 ///
 /// # Errors
@@ -108,12 +116,23 @@ pub fn end<'a>(pin_dir: &Path, pairs: impl IntoIterator<Item = &'a JoinedPair>) 
 /// removes them itself. None starts meanwhile, and the next one waits for a grace period before it puts anything into them.
 ///
 /// # Errors
-/// They cannot be opened.
+/// The directory cannot be locked, such as one that is somebody else's, or the maps cannot be opened: the pairs stay in them.
 pub fn forget<'a>(
     pin_dir: &Path,
     pairs: impl IntoIterator<Item = &'a JoinedPair>,
 ) -> Result<(), DatapathError> {
-    let Ok(_lock) = crate::programs::pin_dir::lock(pin_dir) else { return Ok(()) };
+    let _lock = match lock(pin_dir) {
+        Ok(lock) => lock,
+        Err(LoadError::InUse { .. }) => return Ok(()),
+        Err(refused) => {
+            return Err(error(
+                "remove connections that have ended from",
+                FLOWS,
+                None,
+                MapError::from(io::Error::other(refused)),
+            ));
+        }
+    };
     let mut maps = FlowMaps::open(pin_dir)?;
     pairs.into_iter().for_each(|pair| maps.remove(pair.condemned()));
     Ok(())

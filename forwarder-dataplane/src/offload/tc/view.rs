@@ -5,6 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use forwarder_common::flow::Pair;
+use thiserror::Error;
 
 use super::{Entry, Pairs, RESET_AGAIN, end, segments};
 use crate::counters::End;
@@ -12,10 +13,9 @@ use crate::relay::Tier;
 use crate::view::milliseconds;
 use crate::view::{ConnectionState, ConnectionView, Selector};
 use forwarder_kernel::clock::monotonic;
-use forwarder_kernel::flows::joined_pair::JoinedPair;
-use forwarder_kernel::flows::{self};
+use forwarder_kernel::flows::{self, joined_pair::JoinedPair};
 use forwarder_kernel::maps::DatapathError;
-use forwarder_kernel::tcp::segments::SegmentSocket;
+use forwarder_kernel::tcp::segments::{SegmentError, SegmentSocket};
 
 impl Pairs {
     /// The connections that match. It may take a second.
@@ -74,13 +74,27 @@ pub fn from_pins(pin_dir: &Path) -> Result<Vec<ConnectionView>, DatapathError> {
     Ok(pairs.iter().map(|(pair, state)| view(pair, state, now)).collect())
 }
 
-/// Resets both ends of the matching connections that a dead agent has left in the kernel; tells how many, or `None` where
+/// Connections that a dead agent has left in the kernel cannot be reset.
+#[derive(Debug, Error)]
+pub enum ResetPinnedError {
+    /// The maps do not let it.
+    #[error(transparent)]
+    Maps(#[from] DatapathError),
+    /// Resets cannot be sent.
+    #[error(transparent)]
+    Segments(#[from] SegmentError),
+}
+
+/// Resets both ends of the matching connections that a dead agent has left in the kernel; tells how many, or `None` if
 /// nothing is pinned.
 ///
 /// # Errors
-/// The kernel does not let it.
-pub fn reset_pinned(pin_dir: &Path, selector: &Selector) -> anyhow::Result<Option<usize>> {
-    let Ok(mut pairs) = flows::read(pin_dir) else { return Ok(None) };
+/// The maps, or the kernel, do not let it.
+pub fn reset_pinned(pin_dir: &Path, selector: &Selector) -> Result<Option<usize>, ResetPinnedError> {
+    if !flows::are_pinned(pin_dir) {
+        return Ok(None);
+    }
+    let mut pairs = flows::read(pin_dir)?;
     let (now, socket) = (monotonic(), SegmentSocket::open()?);
     pairs.retain(|(pair, state)| selector.matches(&view(pair, state, now)));
     let ended = || pairs.iter().map(|(pair, _)| pair);
