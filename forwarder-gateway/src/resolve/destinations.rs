@@ -77,11 +77,12 @@ impl Resolver<'_> {
 
     fn rule(&mut self, index: usize, rule: &TcpRouteRule, rejection: &mut Option<Rejection>) -> Vec<Backend> {
         let mut backends = Vec::new();
+        let total = rule.backend_refs.iter().map(|backend_ref| u64::from(used_weight(backend_ref))).sum();
         for (ref_index, backend_ref) in rule.backend_refs.iter().enumerate() {
             let field = format!("spec.rules[{index}].backendRefs[{ref_index}]");
             let weight = self.weight(&field, backend_ref);
-            let consequence = consequence(index);
-            let target = match self.target(backend_ref, consequence) {
+            let consequence = consequence(index, weight, total);
+            let target = match self.target(backend_ref, &consequence) {
                 Ok(key) => Target::Service(key),
                 Err(Fault { field: below, reason, message }) => {
                     // A dropped rule takes no connections, so that nothing is lost by its faults.
@@ -101,10 +102,7 @@ impl Resolver<'_> {
     }
 
     fn weight(&mut self, field: &str, backend_ref: &BackendRef) -> u32 {
-        let Some(weight) = backend_ref.weight else {
-            return 1;
-        };
-        let used = u32::try_from(weight.max(0)).map_or(MAX_WEIGHT, |weight| weight.min(MAX_WEIGHT));
+        let (weight, used) = (backend_ref.weight(), used_weight(backend_ref));
         if i64::from(used) != weight {
             let message = format!("weight {weight} is not one of 0 to {MAX_WEIGHT}: {used} is used");
             let field = format!("{field}.weight");
@@ -193,11 +191,18 @@ impl Resolver<'_> {
     }
 }
 
-/// What follows from an invalid backendRef in a rule.
-fn consequence(rule: usize) -> &'static str {
-    match rule {
-        0 => "its share of connections is reset",
-        _ => "nothing follows, for its rule takes no connection",
+/// The weight of a backendRef, as near to it as the Gateway API permits.
+fn used_weight(backend_ref: &BackendRef) -> u32 {
+    u32::try_from(backend_ref.weight().max(0)).map_or(MAX_WEIGHT, |weight| weight.min(MAX_WEIGHT))
+}
+
+/// What follows from an invalid backendRef in a rule of which all backends weigh `total`.
+fn consequence(rule: usize, weight: u32, total: u64) -> String {
+    match weight {
+        _ if rule > 0 => "nothing follows, because its rule takes no connection".to_owned(),
+        0 => "nothing follows, because its weight is 0".to_owned(),
+        _ if u64::from(weight) == total => "every connection is reset".to_owned(),
+        _ => format!("its share of connections ({weight} of {total}) is reset"),
     }
 }
 
