@@ -56,6 +56,80 @@ fn every_map_is_explained() {
     assert_eq!(names("maps.md", 0), set(PINNED_MAPS.iter().map(|map| map.name).chain(of_sockmap)));
 }
 
+/// What stands in the statuses of all cases of `forwarder-gateway/tests/resolve`, each with the kind of object that has it.
+fn conditions() -> BTreeSet<[String; 4]> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../forwarder-gateway/tests/resolve");
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir(folder).expect("the cases") {
+        let path = entry.expect("a case").path();
+        if path.extension().is_none_or(|extension| extension != "out") {
+            continue;
+        }
+        let (text, mut object) = (fs::read_to_string(&path).expect("a case"), String::new());
+        for line in text.lines() {
+            let words: Vec<&str> = line.split_ascii_whitespace().collect();
+            match words[..] {
+                [kind @ ("GatewayClass" | "Gateway" | "ListenerSet"), ..] => kind.clone_into(&mut object),
+                ["listener", ..] => "listener".clone_into(&mut object),
+                [parent, ..] if parent.starts_with("parentRefs[") => {
+                    "TCPRoute, by parent".clone_into(&mut object);
+                }
+                [type_, status @ ("True" | "False"), reason, ..] => {
+                    let reason = reason.trim_end_matches(':');
+                    found.insert([&object, type_, status, reason].map(str::to_owned));
+                }
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn every_condition_is_explained() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/reference/conditions.md");
+    let text = fs::read_to_string(path).expect("the page");
+    let cells = |line: &str| line.trim_matches('|').split(" | ").map(|cell| cell.trim().to_owned()).collect();
+    let rows: Vec<Vec<String>> =
+        text.lines().filter(|line| line.starts_with("| ") && line.contains("| `")).map(cells).collect();
+    let written = conditions();
+    assert!(written.len() > 20, "{written:?}");
+    for [object, type_, status, reason] in &written {
+        let row = rows.iter().find(|row| row[0] == *object && row[1] == format!("`{type_}`"));
+        let row = row.unwrap_or_else(|| panic!("conditions.md has no row for {type_} of a {object}"));
+        let cell = &row[if status == "True" { 2 } else { 3 }];
+        // A condition that is true has its type as the reason where no other one is named.
+        let is_named = cell.contains(&format!("`{reason}`")) || status == "True" && reason == type_;
+        assert!(is_named, "conditions.md does not name {reason} for {type_} {status} of a {object}");
+    }
+    for row in &rows {
+        let is_written =
+            written.iter().any(|[object, type_, ..]| row[0] == *object && row[1] == format!("`{type_}`"));
+        assert!(is_written, "no case writes {} of a {}", row[1], row[0]);
+    }
+}
+
+/// The paths stand in the source alone, each with the methods that it answers.
+#[test]
+fn every_path_of_the_admin_api_is_explained() {
+    let source =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/admin.rs")).expect("a source");
+    let answered: BTreeSet<(String, String)> = source
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix(".route(\"")?.split_once("\", "))
+        .map(|(path, handlers)| {
+            let methods =
+                ["get", "post"].into_iter().filter(|method| handlers.contains(&format!("{method}(")));
+            (path.to_owned(), methods.map(str::to_uppercase).collect::<Vec<_>>().join(", "))
+        })
+        .collect();
+    assert!(answered.len() > 5, "{answered:?}");
+    let rows = rows("admin-api.md").into_iter();
+    let explained: BTreeSet<_> =
+        rows.map(|row| (row[0].trim_matches('`').to_owned(), row[1].clone())).collect();
+    assert_eq!(explained, answered);
+}
+
 /// The names stand in the source alone: a metric appears once there is something to count.
 #[test]
 fn every_metric_is_explained() {
