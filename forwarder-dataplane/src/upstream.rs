@@ -27,8 +27,6 @@ use forwarder_kernel::flows::FlowTable;
 
 pub use self::port::PortRange;
 
-/// How many endpoints are tried for one connection.
-const ATTEMPTS: usize = 3;
 /// How long to wait for a local port to become free before the next attempt.
 const LOCAL_PORT_BACKOFF: Duration = Duration::from_millis(50);
 
@@ -140,17 +138,14 @@ pub async fn connect(
     connect_timeout: Duration,
     worker: usize,
 ) -> Result<(TcpStream, SocketAddr), Option<ConnectFailure>> {
-    let endpoints = Arc::clone(backend.endpoints.load().eligible());
+    let endpoints = backend.endpoints.load_full();
     let turn = backend.turn.fetch_add(1, Ordering::Relaxed);
     let mut last = None;
-    for attempt in 0..ATTEMPTS.min(endpoints.len().max(2)) {
-        let Some(endpoint) = endpoints.get(turn.wrapping_add(attempt) % endpoints.len().max(1)) else {
-            return Err(None);
-        };
-        match connect_patiently(*endpoint, settings, turn, connect_timeout).await {
+    for (attempt, endpoint) in endpoints.candidates(turn).enumerate() {
+        match connect_patiently(endpoint, settings, turn, connect_timeout).await {
             Ok(stream) => {
-                backend.is_reached(*endpoint);
-                return Ok((stream, *endpoint));
+                backend.is_reached(endpoint);
+                return Ok((stream, endpoint));
             }
             Err(error) => {
                 let failure = classify(&error);
@@ -162,9 +157,9 @@ pub async fn connect(
                     error = %error,
                     "cannot connect to endpoint"
                 );
-                last = Some((failure, *endpoint, error));
-                // The only endpoint is tried again once where it refused: it may just be restarting its listener.
-                if endpoints.len() == 1 && failure != ConnectFailure::Refused {
+                last = Some((failure, endpoint, error));
+                // The only endpoint is tried again once if it refused: it may just be restarting its listener.
+                if endpoints.eligible().len() == 1 && failure != ConnectFailure::Refused {
                     break;
                 }
             }

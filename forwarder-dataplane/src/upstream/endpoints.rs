@@ -6,6 +6,9 @@ use std::sync::Arc;
 
 use forwarder_gateway::model::Endpoints;
 
+/// How many endpoints are tried for one connection.
+const ATTEMPTS: usize = 3;
+
 /// The endpoints of a backend at one moment.
 ///
 /// Connections rely on all of them: one whose endpoint is no longer among them has lost it. New ones are given eligible ones: those of
@@ -31,6 +34,14 @@ impl EndpointSet {
     /// Those that take new connections: sorted.
     pub fn eligible(&self) -> &Endpoints {
         &self.eligible
+    }
+
+    /// The endpoints that a new connection is to try, one after the other: the one whose turn it is, and the next ones. A single one
+    /// comes twice.
+    pub fn candidates(&self, turn: usize) -> impl Iterator<Item = SocketAddr> {
+        let count = self.eligible.len();
+        let attempts = if count == 0 { 0 } else { ATTEMPTS.min(count.max(2)) };
+        (0..attempts).map(move |attempt| self.eligible[turn.wrapping_add(attempt) % count])
     }
 
     /// Whether an endpoint is one of the backend's, eligible or not.
@@ -63,6 +74,20 @@ mod tests {
 
     fn endpoints(ports: &[u16]) -> Endpoints {
         ports.iter().map(|port| SocketAddr::from(([192, 0, 2, 1], *port))).collect()
+    }
+
+    #[test]
+    fn endpoints_take_turns_and_the_next_ones_stand_in() {
+        let ports = |known: &[u16], turn| {
+            let set = EndpointSet::new(&endpoints(known));
+            set.candidates(turn).map(|endpoint| endpoint.port()).collect::<Vec<_>>()
+        };
+        assert_eq!(ports(&[1, 2, 3, 4], 6), [3, 4, 1]);
+        assert_eq!(ports(&[1, 2], 1), [2, 1]);
+        assert_eq!(ports(&[1], usize::MAX), [1, 1]);
+        assert_eq!(ports(&[], 5), []);
+        let without = EndpointSet::new(&endpoints(&[1, 2, 3])).without(endpoints(&[2])[..].to_vec());
+        assert_eq!(without.candidates(1).map(|endpoint| endpoint.port()).collect::<Vec<_>>(), [3, 1]);
     }
 
     #[test]
