@@ -20,7 +20,7 @@ use crate::http::{self, Response};
 use crate::metrics::Metrics;
 use crate::netns::NetNs;
 use crate::process::Process;
-use crate::wait::{wait_for, wait_until};
+use crate::wait::{patient, wait_for, wait_until};
 
 /// Where the admin interface listens by TCP, inside the agent's namespace.
 pub const ADMIN: &str = "127.0.0.1:9902";
@@ -182,7 +182,9 @@ impl AgentCommand {
         match ended {
             Some(None) => Ok(agent),
             Some(Some(status)) => bail!("the agent ended at its start: {status}\n{}", agent.log()),
-            None => bail!("the agent's /healthz did not answer within {DEADLINE:?}\n{}", agent.log()),
+            None => {
+                bail!("the agent's /healthz did not answer within {:?}\n{}", patient(DEADLINE), agent.log())
+            }
         }
     }
 

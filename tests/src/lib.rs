@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod apiserver;
 pub mod attach;
+pub mod cases;
 pub mod chart;
 pub mod client;
 pub mod cluster;
@@ -41,6 +42,7 @@ pub mod wire;
 
 pub use agent::{Agent, AgentCommand};
 pub use apiserver::{Api, ApiServer};
+pub use cases::cases;
 pub use cluster::Cluster;
 pub use databases::Databases;
 pub use datapath::Datapath;

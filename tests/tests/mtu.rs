@@ -11,7 +11,9 @@ use forwarder_tests::peer::Server;
 use forwarder_tests::shape::stage::Family;
 use forwarder_tests::traffic::Traffic;
 use forwarder_tests::wire::{self, Trouble};
-use forwarder_tests::{AgentCommand, Forwarding, Manifests, NetNs, Topology, client, peer, wait_until};
+use forwarder_tests::{
+    AgentCommand, Forwarding, Manifests, NetNs, Topology, cases, client, peer, wait_until,
+};
 
 /// A deadline for what lost packets may delay.
 const LONG: Duration = Duration::from_secs(25);
@@ -107,11 +109,10 @@ fn echo_then_transfer(mut stream: &TcpStream) -> io::Result<()> {
 
 /// Each leg, in each family.
 fn each_leg(check: impl Fn(usize, Family)) {
-    for index in [CLIENT, BACKEND] {
-        for family in [Family::V4, Family::V6] {
-            println!("network {index}, {family:?}");
-            check(index, family);
-        }
+    let all = [(CLIENT, Family::V4), (BACKEND, Family::V6), (CLIENT, Family::V6), (BACKEND, Family::V4)];
+    for (index, family) in cases(all) {
+        println!("network {index}, {family:?}");
+        check(index, family);
     }
 }
 

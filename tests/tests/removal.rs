@@ -10,7 +10,7 @@ use forwarder_tests::client::{self, End};
 use forwarder_tests::kernel::{AT_ONCE, is_ready};
 use forwarder_tests::peer::Server;
 use forwarder_tests::{
-    Agent, AgentCommand, BackendRef, Forwarding, Manifests, Topology, peer, require_root, wait_until,
+    Agent, AgentCommand, BackendRef, Forwarding, Manifests, Topology, cases, peer, require_root, wait_until,
 };
 
 const WAIT: Duration = Duration::from_secs(10);
@@ -323,16 +323,16 @@ fn pairs_of_a_former_agent_are_ended_too() {
         return;
     }
     // What is removed, and whether no agent runs then.
-    let cases = [
+    let all = [
         (What::Endpoint, false),
-        (What::Route, false),
-        (What::Listener, false),
-        (What::Endpoint, true),
-        (What::Route, true),
         (What::Listener, true),
+        (What::Route, false),
+        (What::Endpoint, true),
+        (What::Listener, false),
+        (What::Route, true),
     ];
     let mut world = World::start(Tier::Tc, &["--on-removal", "reset"]);
-    for (mark, (what, is_dead)) in (1..).zip(cases) {
+    for (mark, (what, is_dead)) in (1..).zip(cases(all)) {
         let sessions = [world.connect(9001, "one", mark), world.connect(9002, "one", 10 + mark)];
         world.settle(&sessions.each_ref(), Tier::Tc);
         world.wait_ended(2);

@@ -62,6 +62,8 @@ const PATIENCE: &str = "4";
 const CONVERSATIONS: &str = "60";
 /// How many transfers go on while another agent starts: more of them leave it no time to, where every instruction is translated.
 const FLOWS: &str = "10";
+/// Cases of which each starts an agent: the kernel takes ten seconds and more to verify its programs.
+const CASES: &str = "2";
 
 const PREPARE: &str = r#"
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
@@ -165,6 +167,7 @@ impl Work<'_> {
             ("FORWARDER_TEST_PATIENCE", OsStr::new(PATIENCE)),
             ("FORWARDER_TEST_CONVERSATIONS", OsStr::new(CONVERSATIONS)),
             ("FORWARDER_TEST_FLOWS", OsStr::new(FLOWS)),
+            ("FORWARDER_TEST_CASES", OsStr::new(CASES)),
         ]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .into();
