@@ -25,7 +25,7 @@ pub const FLOWS: &str = "flows";
 /// Hash of a pair's number (`u32`) to [`Pair`](crate::flow::Pair).
 pub const PAIRS: &str = "pairs";
 
-/// Array of one [`AgentState`].
+/// Array of one [`HoldState`].
 pub const AGENT: &str = "agent";
 
 /// Hash of an interface's index (`u32`) to 1, of those whose packets the stack takes whoever is expected behind them: IPv4's
@@ -138,7 +138,7 @@ pub struct BackendValue {
 /// dropped, so that the client's next one finds the agent's successor, instead of being told that nobody listens.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct AgentState {
+pub struct HoldState {
     /// `CLOCK_MONOTONIC` in nanoseconds; the agent puts it off while it runs. 0 holds nothing back.
     pub hold_until: u64,
     /// Whether SYNs are held back though there are sockets that listen: 0 or 1. Set from when an agent leaves until it has closed
@@ -180,8 +180,8 @@ const _: () = {
     assert!(offset_of!(BackendValue, port) == 20);
     assert!(offset_of!(BackendValue, pad) == 22);
 
-    assert!(size_of::<AgentState>() == 16 && align_of::<AgentState>() == 8);
-    assert!(offset_of!(AgentState, is_leaving) == 8);
+    assert!(size_of::<HoldState>() == 16 && align_of::<HoldState>() == 8);
+    assert!(offset_of!(HoldState, is_leaving) == 8);
 
     assert!(size_of::<ListenerCounters>() == 24 && align_of::<ListenerCounters>() == 8);
     assert!(offset_of!(ListenerCounters, syns) == 0);
@@ -192,7 +192,7 @@ const _: () = {
 #[cfg(feature = "aya")]
 #[expect(unsafe_code, reason = "aya's Pod is an unsafe trait")]
 mod pod {
-    use super::{AgentState, BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue};
+    use super::{BackendKey, BackendValue, HoldState, ListenerCounters, ListenerKey, ListenerValue};
 
     // SAFETY: `repr(C)`, made of integers only, so every pattern of bits is valid, and the sizes asserted above equal
     // the sums of the fields' sizes, so there are no padding bytes.
@@ -206,7 +206,7 @@ mod pod {
     // SAFETY: as above.
     unsafe impl aya::Pod for ListenerCounters {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for AgentState {}
+    unsafe impl aya::Pod for HoldState {}
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! One accepted connection: chosen a backend, connected, relayed, offloaded where that is possible, recorded.
 
+mod actions;
 mod attempt;
 mod clocks;
 mod handover;
@@ -7,7 +8,6 @@ mod insertion;
 pub(crate) mod listing;
 mod offload;
 mod relaying;
-mod signals;
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -33,9 +33,9 @@ use forwarder_kernel::fallback_reason::FallbackReason;
 use forwarder_kernel::tcp::tcp_info::Silence;
 use forwarder_kernel::tcp::timestamp_clock::Clock;
 
+pub(crate) use self::actions::Action;
+use self::actions::Actions;
 use self::relaying::Relay;
-pub(crate) use self::signals::Signal;
-use self::signals::Signals;
 
 /// How often it is looked in the time that a peer may say nothing whether it does.
 const LOOKS: u128 = 16;
@@ -56,7 +56,7 @@ pub(crate) struct Connection {
     /// The sweep during which a byte last moved.
     active: Cell<u32>,
     half_closed: Cell<bool>,
-    /// A direction is not reading, so only [`Signal::CheckReset`] would find a reset.
+    /// A direction is not reading, so only [`Action::CheckReset`] would find a reset.
     blind: Cell<bool>,
     /// The sweep from which on the upstream side wants keepalive; `None` once it has it.
     keepalive_from: Cell<Option<u32>>,
@@ -77,7 +77,7 @@ pub(crate) struct Connection {
     /// Why it was not offloaded when it was due.
     fallback_reason: Cell<Option<FallbackReason>>,
     /// What it has been told and has not done yet.
-    signals: Cell<Signals>,
+    actions: Cell<Actions>,
     waker: RefCell<Option<Waker>>,
 }
 
@@ -127,43 +127,43 @@ impl Connection {
             silences: <[Cell<Silence>; 2]>::default(),
             is_in_handover: Cell::new(false),
             fallback_reason: Cell::new(None),
-            signals: Cell::default(),
+            actions: Cell::default(),
             waker: RefCell::new(None),
         }
     }
 
     /// Tells the connection's task to do something the next time that it runs, which is soon.
-    pub(crate) fn signal(&self, signal: Signal) {
-        self.signals.set(self.signals.get().with(signal));
+    pub(crate) fn ask_for(&self, action: Action) {
+        self.actions.set(self.actions.get().with(action));
         if let Some(waker) = self.waker.borrow().as_ref() {
             waker.wake_by_ref();
         }
     }
 
     /// What is due for a connection at this sweep, given how long a sweep takes, and how long a peer may say nothing.
-    pub(crate) fn due(&self, sweep: u32, period: Duration, patience: Option<Duration>) -> Option<Signal> {
+    pub(crate) fn due(&self, sweep: u32, period: Duration, patience: Option<Duration>) -> Option<Action> {
         if self.record.borrow_mut().as_mut().is_some_and(Record::is_removed) {
-            return Some(Signal::End(End::Removed));
+            return Some(Action::End(End::Removed));
         }
         let settings = &self.serving.listener.settings;
         let idle = period * sweep.wrapping_sub(self.active.get());
         let over = |timeout: Option<Duration>| timeout.is_some_and(|timeout| idle >= timeout);
         if self.half_closed.get() && over(settings.half_closed_timeout) {
-            return Some(Signal::End(End::HalfClosedTimeout));
+            return Some(Action::End(End::HalfClosedTimeout));
         }
         if over(settings.idle_timeout) {
-            return Some(Signal::End(End::IdleTimeout));
+            return Some(Action::End(End::IdleTimeout));
         }
         if self.keepalive_from.get().is_some_and(|from| sweep.wrapping_sub(from) < u32::MAX / 2) {
             self.keepalive_from.set(None);
-            return Some(Signal::KeepAlive);
+            return Some(Action::KeepAlive);
         }
         if self.offload_from.get().is_some_and(|from| sweep.wrapping_sub(from) < u32::MAX / 2) {
             self.offload_from.set(None);
-            return Some(Signal::Offload);
+            return Some(Action::Offload);
         }
         (self.blind.get() || patience.is_some_and(|patience| self.is_looked_at(sweep, period, patience)))
-            .then_some(Signal::CheckReset)
+            .then_some(Action::CheckReset)
     }
 
     /// Whether it is this connection's turn to have its peers looked at: a few times in the time that they may say nothing, and not
@@ -177,7 +177,7 @@ impl Connection {
     /// Has the connection offloaded as soon as it can be, if it ever is.
     pub(crate) fn offload_now(&self) {
         if self.offload_at.get().is_some() {
-            self.signal(Signal::Offload);
+            self.ask_for(Action::Offload);
         }
     }
 
@@ -192,7 +192,7 @@ impl Connection {
         }
     }
 
-    /// Has `cx` run again when there is a signal.
+    /// Has `cx` run again when there is an action for it.
     fn listen(&self, cx: &Context<'_>) {
         let mut waker = self.waker.borrow_mut();
         if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {

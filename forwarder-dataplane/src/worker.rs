@@ -23,7 +23,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep};
 
-use crate::connection::{self, Connection, Signal};
+use crate::connection::{self, Action, Connection};
 use crate::counters::{End, PerWorker, WorkerCounters};
 use crate::listener::BoundListener;
 use crate::upstream;
@@ -239,8 +239,8 @@ impl Worker {
         let sweep = self.context.next_sweep();
         let patience = self.context.settings().connect.keepalive.map(upstream::patience);
         for (_, connection) in self.connections.borrow().iter() {
-            if let Some(signal) = connection.due(sweep, SWEEP_PERIOD, patience) {
-                connection.signal(signal);
+            if let Some(action) = connection.due(sweep, SWEEP_PERIOD, patience) {
+                connection.ask_for(action);
             }
         }
     }
@@ -303,7 +303,7 @@ async fn command_loop(worker: Rc<Worker>, mut commands: mpsc::UnboundedReceiver<
     // The agent ends: what is left is reset.
     accepting.clear();
     for (_, connection) in worker.connections.borrow().iter() {
-        connection.signal(Signal::End(End::Drained));
+        connection.ask_for(Action::End(End::Drained));
     }
     let deadline = Instant::now() + LAST_ORDER;
     while !worker.connections.borrow().is_empty() && Instant::now() < deadline {
@@ -340,7 +340,7 @@ async fn drain(worker: Rc<Worker>, window: Duration, done: oneshot::Sender<()>) 
         };
         let surplus = connections.len().saturating_sub(keep);
         for (_, connection) in connections.iter().take(surplus) {
-            connection.signal(Signal::End(End::Drained));
+            connection.ask_for(Action::End(End::Drained));
         }
     }
     // The agent may have stopped waiting.

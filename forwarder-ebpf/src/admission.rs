@@ -3,7 +3,7 @@
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::trace;
-use forwarder_common::layout::{ANY_ADDRESS, AgentState, ListenerKey, ListenerValue, STATE_REMOVED};
+use forwarder_common::layout::{ANY_ADDRESS, HoldState, ListenerKey, ListenerValue, STATE_REMOVED};
 use forwarder_common::packet::Segment;
 use forwarder_common::verdict::Verdict;
 
@@ -56,12 +56,12 @@ pub(crate) fn admit(context: &TcContext, segment: &Segment) -> Admission {
     if is_held { Admission::Held } else { Admission::Counted }
 }
 
-/// Whether a new connection has to wait for the agent's successor: see [`AgentState`].
+/// Whether a new connection has to wait for the agent's successor: see [`HoldState`].
 #[inline(always)]
 fn is_held(context: &TcContext, segment: &Segment) -> bool {
     let Some(agent) = AGENT.get_ptr(0) else { return false };
     // SAFETY: the element of an array lives as long as the map; the agent may write it meanwhile, word by word.
-    let AgentState { hold_until, is_leaving, .. } = unsafe { *agent };
+    let HoldState { hold_until, is_leaving, .. } = unsafe { *agent };
     // SAFETY: the helper has no conditions.
     if hold_until == 0 || unsafe { bpf_ktime_get_ns() } >= hold_until {
         return false;

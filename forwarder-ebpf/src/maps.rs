@@ -11,7 +11,7 @@ use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap}
 use aya_ebpf::macros::btf_map;
 use forwarder_common::flow::{Flow, PAIRS_CAPACITY, Pair, Seen};
 use forwarder_common::layout::{
-    AgentState, BACKENDS_CAPACITY, LISTENERS_CAPACITY, LOCAL_ADDRESSES_CAPACITY, LOOSE_INTERFACES_CAPACITY,
+    BACKENDS_CAPACITY, HoldState, LISTENERS_CAPACITY, LOCAL_ADDRESSES_CAPACITY, LOOSE_INTERFACES_CAPACITY,
 };
 use forwarder_common::packet::{Fragment, Segment, UsualHeaders};
 use forwarder_common::translate::OptionsWalk;
@@ -162,4 +162,4 @@ pub(crate) struct FirstFragment {
 
 /// Whether an agent accepts connections.
 #[btf_map(name = "agent")]
-pub(crate) static AGENT: Array<AgentState, 1> = Array::new();
+pub(crate) static AGENT: Array<HoldState, 1> = Array::new();

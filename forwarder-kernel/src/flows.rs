@@ -11,7 +11,7 @@ use forwarder_common::flow::{
     FLOW_BY_STACK, FLOW_ENDED, FLOW_REVERSE_ENDED, NextHop, Pair, STATE_OFFLOADED, STATE_OVER, STATE_RESET,
 };
 use forwarder_common::layout::FLOWS;
-use forwarder_common::layout::{AGENT, AgentState};
+use forwarder_common::layout::{AGENT, HoldState};
 use rustix::io::Errno;
 
 pub use self::flow_maps::{are_pinned, end, forget, read};
@@ -354,7 +354,7 @@ impl FlowTable {
             Ok(nanoseconds) => monotonic().saturating_add(nanoseconds),
             Err(_) => u64::MAX,
         };
-        let state = AgentState { hold_until, is_leaving: u32::from(is_leaving), pad: 0 };
+        let state = HoldState { hold_until, is_leaving: u32::from(is_leaving), pad: 0 };
         self.maps().agent.set(0, state, 0).map_err(|source| error("write to", AGENT, None, source))
     }
 

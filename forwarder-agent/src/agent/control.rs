@@ -19,7 +19,7 @@ use forwarder_gateway::manifests::Change;
 use forwarder_gateway::status::nodes::NodeReport;
 use forwarder_gateway::status::{self, BindFailure};
 use forwarder_kernel::net::interfaces::{Interface, node_addresses, smallest_mtu};
-use forwarder_kube::publish::Outcome;
+use forwarder_kube::publish::Publication;
 use forwarder_runtime::panics;
 use forwarder_source::Loaded;
 
@@ -248,7 +248,7 @@ impl Control {
                 || before.statuses != *statuses;
             if is_new {
                 let (loaded, statuses) = (Arc::clone(loaded), Arc::clone(statuses));
-                *before = Arc::new(Outcome { loaded, statuses, report });
+                *before = Arc::new(Publication { loaded, statuses, report });
             }
             is_new
         });

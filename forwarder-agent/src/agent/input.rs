@@ -7,7 +7,7 @@ use tokio::sync::{Notify, watch};
 use crate::resolver::Resolver;
 use crate::settings::{Settings, SourceSettings};
 use crate::state::ClusterHealth;
-use forwarder_kube::publish::{self, Identity, Outcome};
+use forwarder_kube::publish::{self, Identity, Publication};
 use forwarder_kube::watch::daemon_set::{self, OwnDaemonSet};
 use forwarder_kube::watch::{self as kube_watch, ConnectError};
 use forwarder_source::Loaded;
@@ -31,7 +31,7 @@ pub(super) struct Input {
 /// Tells what became of the manifests.
 pub(super) struct OutcomeSender {
     pub(super) node: String,
-    pub(super) sender: watch::Sender<Arc<Outcome>>,
+    pub(super) sender: watch::Sender<Arc<Publication>>,
 }
 
 /// Opens the source.

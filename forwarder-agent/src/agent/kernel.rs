@@ -8,7 +8,9 @@ use tokio::sync::watch;
 use crate::settings::Settings;
 use crate::state::AgentState;
 use crate::view;
-use forwarder_dataplane::offload::tc::{FindListener, Found, OffloadTrigger, Offloader, PairSettings, Pairs};
+use forwarder_dataplane::offload::tc::{
+    FindListener, ListenerLookup, OffloadTrigger, Offloader, PairSettings, Pairs,
+};
 use forwarder_dataplane::reconciler::SocketState;
 use forwarder_dataplane::worker::drain::SWEEP_PERIOD;
 use forwarder_gateway::model::{BindAddress, Datapath as DatapathChoice, ListenerKey};
@@ -195,7 +197,7 @@ pub(super) fn find_listener(shared: &Arc<AgentState>) -> FindListener {
     let in_force = Arc::clone(&shared.in_force);
     Box::new(move |address| {
         let in_force = lock(&in_force);
-        let Some(port) = std::num::NonZeroU16::new(address.port()) else { return Found::Gone };
+        let Some(port) = std::num::NonZeroU16::new(address.port()) else { return ListenerLookup::Gone };
         let keys =
             [BindAddress::Ip(address.ip()), BindAddress::Any].map(|address| ListenerKey { address, port });
         let bound = keys.iter().find_map(|key| match in_force.sockets.get(key) {
@@ -204,11 +206,11 @@ pub(super) fn find_listener(shared: &Arc<AgentState>) -> FindListener {
         });
         let listeners = &in_force.table.listeners;
         match bound {
-            Some(bound) => Found::Bound(bound),
+            Some(bound) => ListenerLookup::Bound(bound),
             None if listeners.is_empty() || keys.iter().any(|key| listeners.contains_key(key)) => {
-                Found::Awaited
+                ListenerLookup::Awaited
             }
-            None => Found::Gone,
+            None => ListenerLookup::Gone,
         }
     })
 }

@@ -38,7 +38,7 @@ impl Connection {
     }
 
     fn order_to_end(&self) -> Option<End> {
-        self.signals.get().end
+        self.actions.get().end
     }
 
     /// Waits until the connection is told to end, while nothing is relayed.

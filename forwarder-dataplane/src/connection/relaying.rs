@@ -1,4 +1,4 @@
-//! The time of a connection in userspace: both directions, the worker's signals, and how it ends there.
+//! The time of a connection in userspace: both directions, the worker's actions, and how it ends there.
 
 use std::cell::Cell;
 use std::os::fd::AsRawFd as _;
@@ -84,23 +84,23 @@ impl<'a> Relay<'a> {
             ref mut is_first,
         } = *self;
         connection.listen(cx);
-        let signals = connection.signals.take();
-        if let Some(end) = signals.end {
+        let actions = connection.actions.take();
+        if let Some(end) = actions.end {
             return Poll::Ready(end);
         }
-        if signals.check_reset && has_failed(downstream, &connection.silences[0], context) {
+        if actions.check_reset && has_failed(downstream, &connection.silences[0], context) {
             return Poll::Ready(End::DownstreamReset);
         }
-        if signals.check_reset && has_failed(upstream, &connection.silences[1], context) {
+        if actions.check_reset && has_failed(upstream, &connection.silences[1], context) {
             return Poll::Ready(End::UpstreamReset);
         }
-        if signals.keep_alive {
+        if actions.keep_alive {
             if let Some(record) = connection.record.borrow_mut().as_mut() {
                 record.upstream_local = upstream.local_addr().ok();
             }
             set_keepalive(upstream, context);
         }
-        if signals.offload {
+        if actions.offload {
             connection.offload_at.set(connection.offload_at.get().map(|_| 0));
         }
         let (mut received, mut sent) = (Moved::default(), Moved::default());

@@ -83,11 +83,11 @@ pub struct PairSettings {
 }
 
 /// Finds the listener that has an address.
-pub type FindListener = Box<dyn Fn(SocketAddr) -> Found + Send>;
+pub type FindListener = Box<dyn Fn(SocketAddr) -> ListenerLookup + Send>;
 
 /// What is known of the listener that has an address.
 #[derive(Debug)]
-pub enum Found {
+pub enum ListenerLookup {
     /// It is bound.
     Bound(Arc<BoundListener>),
     /// It may come to be bound.
@@ -312,13 +312,13 @@ impl Pairs {
         };
         if entry.record.is_none() && !entry.is_counted {
             match find(entry.pair.downstream().1) {
-                Found::Bound(listener) => {
+                ListenerLookup::Bound(listener) => {
                     entry.record = Some(self.inherit(&entry.pair, &state, listener));
                     entry.is_counted = true;
                     entry.gone = None;
                 }
-                Found::Awaited => entry.gone = None,
-                Found::Gone => drop(entry.gone.get_or_insert_with(Instant::now)),
+                ListenerLookup::Awaited => entry.gone = None,
+                ListenerLookup::Gone => drop(entry.gone.get_or_insert_with(Instant::now)),
             }
         }
         let repeated = [state.request.repeated, state.response.repeated];

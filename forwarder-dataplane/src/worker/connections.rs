@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use super::{Command, Worker, Workers};
-use crate::connection::Signal;
+use crate::connection::Action;
 use crate::counters::End;
 use crate::view::{ConnectionState, ConnectionView, Selector};
 use crate::worker::drain::SWEEP_PERIOD;
@@ -96,7 +96,7 @@ pub(super) async fn reset(worker: Rc<Worker>, selector: Arc<Selector>, answer: o
         let is_meant =
             |view: ConnectionView| view.state != ConnectionState::Closing && selector.matches(&view);
         if connection.view(worker.context.sweep(), SWEEP_PERIOD).is_some_and(is_meant) {
-            connection.signal(Signal::End(End::ResetByOperator));
+            connection.ask_for(Action::End(End::ResetByOperator));
             count += 1;
         }
     })

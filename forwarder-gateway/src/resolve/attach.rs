@@ -74,7 +74,7 @@ struct Attacher<'a, 's> {
 
 /// What the listeners that take a route do with it: names of listeners.
 #[derive(Default)]
-struct Outcome {
+struct Attached {
     serve: Vec<String>,
     /// With the route that serves the listener.
     superseded: Vec<(String, NamespacedName)>,
@@ -213,8 +213,8 @@ impl<'a> Attacher<'a, '_> {
         listener.namespaces.rejection(own, &route.namespace, self.manifests, self.settings)
     }
 
-    fn attach_to_listeners(&mut self, route: &NamespacedName, place: Place, allowing: &[usize]) -> Outcome {
-        let mut outcome = Outcome::default();
+    fn attach_to_listeners(&mut self, route: &NamespacedName, place: Place, allowing: &[usize]) -> Attached {
+        let mut outcome = Attached::default();
         let this = self.routes.len();
         let Some(gateway) = self.gateways.get_mut(place.gateway) else {
             return outcome;
@@ -249,7 +249,7 @@ impl<'a> Attacher<'a, '_> {
         outcome
     }
 
-    fn report_superseded(&mut self, route: &NamespacedName, index: usize, outcome: &Outcome) {
+    fn report_superseded(&mut self, route: &NamespacedName, index: usize, outcome: &Attached) {
         if outcome.newly_superseded.is_empty() {
             return;
         }
@@ -263,7 +263,7 @@ impl<'a> Attacher<'a, '_> {
     }
 }
 
-impl Outcome {
+impl Attached {
     /// What became of the route at a parent of this kind.
     fn sentence(&self, kind: Kind) -> String {
         let mut parts = Vec::new();

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, MapInfo};
 use forwarder_common::flow::{DIRECTION_REQUEST, Flow, Pair, STATE_OVER, STATE_RESET};
-use forwarder_common::layout::{AGENT, AgentState};
+use forwarder_common::layout::{AGENT, HoldState};
 use forwarder_common::layout::{FLOWS, PAIRS};
 use forwarder_common::tuple::FourTuple;
 
@@ -20,7 +20,7 @@ use crate::programs::pin_dir::lock;
 pub(super) struct FlowMaps {
     pub(super) flows: BpfHashMap<MapData, FourTuple, Flow>,
     pub(super) pairs: BpfHashMap<MapData, u32, Pair>,
-    pub(super) agent: Array<MapData, AgentState>,
+    pub(super) agent: Array<MapData, HoldState>,
 }
 
 /// What stands in the maps.

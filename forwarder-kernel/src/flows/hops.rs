@@ -9,7 +9,7 @@ use forwarder_common::tuple::address_of;
 use super::{FlowTable, JoinedPair};
 use crate::fallback_reason::FallbackReason;
 use crate::net::egress_path::Via;
-use crate::net::routes::{Egress, LookupError, RouteError};
+use crate::net::routes::{LookupError, ResolvedRoute, RouteError};
 use crate::net::stack::Family;
 use crate::tcp::join::Hop;
 use crate::tcp::leg::Leg;
@@ -102,7 +102,7 @@ impl FlowTable {
     }
 
     /// The largest packet that may leave, as [`Flow::mtu`]: what the route says, or the interface.
-    pub(super) fn mtu(&self, egress: &Egress) -> u32 {
+    pub(super) fn mtu(&self, egress: &ResolvedRoute) -> u32 {
         let mtus = egress.mtu.into_iter().chain(self.paths.mtu(egress.interface));
         mtus.min().unwrap_or(0)
     }

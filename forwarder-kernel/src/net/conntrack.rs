@@ -13,7 +13,7 @@ use forwarder_common::packet::PROTOCOL_TCP;
 use rustix::io::Errno;
 use rustix::net::netlink::NETFILTER;
 
-use crate::net::netlink::{self, Channel, Message, NLMSG_ERROR, attributes, word, write_attribute};
+use crate::net::netlink::{self, Message, NLMSG_ERROR, NetlinkSocket, attributes, word, write_attribute};
 use forwarder_runtime::lock::lock;
 
 /// Is there where connections are tracked in this network namespace (`nf_conntrack_standalone_init_sysctl`).
@@ -49,13 +49,13 @@ const AF_INET6: u8 = 10;
 #[derive(Debug)]
 pub(crate) struct Conntrack {
     /// `None` where the kernel has no netfilter, or refuses.
-    channel: Option<Mutex<Channel>>,
+    channel: Option<Mutex<NetlinkSocket>>,
 }
 
 impl Conntrack {
     /// Opens a socket to the kernel.
     pub(crate) fn open() -> Self {
-        let channel = Channel::open(Some(NETFILTER));
+        let channel = NetlinkSocket::open(Some(NETFILTER));
         if let Err(error) = &channel {
             tracing::debug!(%error, "cannot ask connection tracking");
         }

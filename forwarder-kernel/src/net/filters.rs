@@ -9,7 +9,7 @@ use aya::programs::TcAttachType;
 use aya::programs::tc::{SchedClassifierLink, TcHandle};
 use rustix::io::Errno;
 
-use crate::net::netlink::{self, Channel, Message, NLMSG_ERROR};
+use crate::net::netlink::{self, Message, NLMSG_ERROR, NetlinkSocket};
 
 /// From `linux/rtnetlink.h`.
 const RTM_NEWTFILTER: u16 = 44;
@@ -54,7 +54,7 @@ impl Filter {
 
 /// A socket that answers for filters.
 #[derive(Debug)]
-pub(crate) struct Filters(Channel);
+pub(crate) struct Filters(NetlinkSocket);
 
 impl Filters {
     /// Opens the socket, in the network namespace of this thread.
@@ -63,7 +63,7 @@ impl Filters {
     /// The kernel refuses.
     pub(crate) fn open() -> io::Result<Self> {
         // `NETLINK_ROUTE` is the protocol without a number.
-        Ok(Self(Channel::open(None)?))
+        Ok(Self(NetlinkSocket::open(None)?))
     }
 
     /// The BPF filters on a side of an interface; none where there is no clsact, or no such interface.

@@ -31,7 +31,7 @@ pub(super) const NLMSG_ERROR: u16 = 2;
 /// A socket to the kernel, in the network namespace in which it was opened. One question at a time: a question and its
 /// answer must follow each other.
 #[derive(Debug)]
-pub(super) struct Channel {
+pub(super) struct NetlinkSocket {
     socket: OwnedFd,
     /// The number of the last question.
     sequence: u32,
@@ -39,7 +39,7 @@ pub(super) struct Channel {
     answer: Vec<u8>,
 }
 
-impl Channel {
+impl NetlinkSocket {
     /// Opens a socket; `NETLINK_ROUTE` is the one without a protocol, which is 0.
     ///
     /// # Errors

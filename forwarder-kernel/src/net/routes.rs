@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use rustix::io::Errno;
 
-use crate::net::netlink::Channel;
+use crate::net::netlink::NetlinkSocket;
 use forwarder_runtime::lock::lock;
 
 mod changes;
@@ -16,7 +16,7 @@ pub use self::changes::watch;
 
 /// How the packets to a peer leave.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Egress {
+pub struct ResolvedRoute {
     /// The index of the interface that they leave by: that of `lo` for an address of the node.
     pub interface: u32,
     /// The neighbour that they are handed to there: the peer itself, or the gateway towards it.
@@ -101,7 +101,7 @@ pub enum LookupError {
 /// Asks the kernel for routes, in the network namespace in which it was opened.
 #[derive(Debug)]
 pub struct Routes {
-    channel: Mutex<Channel>,
+    channel: Mutex<NetlinkSocket>,
 }
 
 impl Routes {
@@ -110,7 +110,8 @@ impl Routes {
     /// # Errors
     /// The kernel refuses.
     pub fn open() -> Result<Self, RouteError> {
-        let channel = Channel::open(None).map_err(|errno| RouteError::Socket { source: errno.into() })?;
+        let channel =
+            NetlinkSocket::open(None).map_err(|errno| RouteError::Socket { source: errno.into() })?;
         Ok(Self { channel: Mutex::new(channel) })
     }
 
@@ -122,7 +123,7 @@ impl Routes {
     ///
     /// # Errors
     /// There is no route, or the kernel does not tell it.
-    pub fn egress(&self, local: IpAddr, peer: IpAddr) -> Result<Egress, RouteError> {
+    pub fn egress(&self, local: IpAddr, peer: IpAddr) -> Result<ResolvedRoute, RouteError> {
         let (local, peer) = (local.to_canonical(), peer.to_canonical());
         let lookup = || {
             if local.is_ipv4() != peer.is_ipv4() {

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::Identity;
 use super::patch::Warning;
-use crate::watch::{Record, Served};
+use crate::watch::{ObservedObject, Served};
 use forwarder_gateway::manifests::ObjectRef;
 use forwarder_runtime::error::one_line;
 
@@ -28,7 +28,13 @@ impl Events {
     }
 
     /// Tells people, by events of the object, which conditions have turned bad.
-    pub(super) fn tell(&mut self, id: &ObjectRef, record: &Record, warnings: Vec<Warning>, served: &Served) {
+    pub(super) fn tell(
+        &mut self,
+        id: &ObjectRef,
+        record: &ObservedObject,
+        warnings: Vec<Warning>,
+        served: &Served,
+    ) {
         let resource = served.values().find(|resource| resource.kind == id.kind);
         let reference = ObjectReference {
             api_version: resource.map(|resource| resource.api_version.clone()),

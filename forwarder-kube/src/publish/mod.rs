@@ -22,7 +22,7 @@ use kube::Client;
 use tokio::sync::watch;
 
 use crate::KubeSettings;
-use crate::watch::{NodesLease, Records};
+use crate::watch::{NodesLease, ObservedObjects};
 use forwarder_gateway::manifests::Kind;
 use forwarder_gateway::status::Statuses;
 use forwarder_gateway::status::nodes::NodeReport;
@@ -37,7 +37,7 @@ const RETRY: Duration = Duration::from_secs(2);
 
 /// What an agent makes of the manifests.
 #[derive(Debug, Default)]
-pub struct Outcome {
+pub struct Publication {
     /// The manifests.
     pub loaded: Arc<Loaded>,
     /// Their statuses, on the assumption that every listener can be bound.
@@ -156,8 +156,8 @@ impl PublishHealth {
 pub fn start(
     client: Client,
     identity: Identity,
-    outcome: watch::Receiver<Arc<Outcome>>,
-    records: watch::Receiver<Records>,
+    outcome: watch::Receiver<Arc<Publication>>,
+    records: watch::Receiver<ObservedObjects>,
 ) -> Arc<PublishHealth> {
     let health = Arc::new(PublishHealth::new());
     let identity = Arc::new(identity);

@@ -8,7 +8,7 @@
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::watch::Record;
+use crate::watch::ObservedObject;
 use forwarder_gateway::manifests::{Kind, ParentRef};
 use forwarder_gateway::problem::Reason;
 use forwarder_gateway::status::{
@@ -72,7 +72,7 @@ pub(super) struct Warning {
 
 /// What has to be written, at `now` (RFC 3339). `None` if nothing, or if the object's status was made from a later
 /// generation than ours: then we have something old before us, and will see.
-pub(super) fn patch(record: &Record, wanted: Wanted<'_>, now: &str) -> Option<Patch> {
+pub(super) fn patch(record: &ObservedObject, wanted: Wanted<'_>, now: &str) -> Option<Patch> {
     let current: Value =
         record.status.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
     let mut merge = Merge { now, warnings: Vec::new(), is_outdated: false };
@@ -113,7 +113,7 @@ pub(super) fn patch(record: &Record, wanted: Wanted<'_>, now: &str) -> Option<Pa
 const FINALIZER: &str = "gateway-exists-finalizer.gateway.networking.k8s.io";
 
 /// What has to be written so that a GatewayClass has the finalizer while it is used, and not any longer.
-pub(super) fn finalizer_patch(record: &Record, is_used: bool) -> Option<Value> {
+pub(super) fn finalizer_patch(record: &ObservedObject, is_used: bool) -> Option<Value> {
     let has_it = record.finalizers.iter().any(|finalizer| finalizer == FINALIZER);
     // None can be added to what is being deleted.
     if has_it == is_used || (is_used && record.is_terminating) {

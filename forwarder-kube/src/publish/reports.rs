@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::node_addresses::NodeAddresses;
-use super::{AGAIN, FIELD_MANAGER, Identity, Outcome, RETRY};
+use super::{AGAIN, FIELD_MANAGER, Identity, Publication, RETRY};
 use crate::watch::{WATCH_SECONDS, at, events};
 use forwarder_gateway::status::nodes::{Node, NodeReport};
 use forwarder_runtime::error::one_line;
@@ -35,7 +35,7 @@ const DEBOUNCE: Duration = Duration::from_millis(100);
 pub(super) async fn write_own(
     client: Client,
     identity: Arc<Identity>,
-    mut outcome: watch::Receiver<Arc<Outcome>>,
+    mut outcome: watch::Receiver<Arc<Publication>>,
 ) {
     let Some(pod) = &identity.pod else { return };
     let leases = Api::<Lease>::namespaced(client.clone(), &identity.namespace);

@@ -22,8 +22,8 @@ use tokio::time::{Instant, sleep_until};
 
 use super::events::Events;
 use super::patch::{KINDS, Parent, Wanted, Warning, finalizer_patch, patch};
-use super::{FIELD_MANAGER, Identity, Outcome, PublishHealth, WriteResult, reports};
-use crate::watch::{Record, Records, Served};
+use super::{FIELD_MANAGER, Identity, Publication, PublishHealth, WriteResult, reports};
+use crate::watch::{ObservedObject, ObservedObjects, Served};
 use forwarder_gateway::manifests::{ApiRelease, Kind, Manifests, ObjectRef};
 use forwarder_gateway::status::nodes::{Node, apply_nodes};
 use forwarder_gateway::status::{Condition, Statuses};
@@ -86,7 +86,7 @@ impl Progress {
 struct Write<T> {
     id: ObjectRef,
     /// The object as it was when the write was made up.
-    record: Arc<Record>,
+    record: Arc<ObservedObject>,
     digest: u64,
     /// Whether it is the status.
     is_status: bool,
@@ -113,8 +113,8 @@ impl Writer {
     pub(super) async fn run(
         mut self,
         mut is_leader: watch::Receiver<bool>,
-        mut outcome: watch::Receiver<Arc<Outcome>>,
-        mut records: watch::Receiver<Records>,
+        mut outcome: watch::Receiver<Arc<Publication>>,
+        mut records: watch::Receiver<ObservedObjects>,
     ) {
         loop {
             while !*is_leader.borrow_and_update() {
@@ -137,8 +137,8 @@ impl Writer {
     async fn lead(
         &mut self,
         is_leader: &mut watch::Receiver<bool>,
-        outcome: &mut watch::Receiver<Arc<Outcome>>,
-        records: &mut watch::Receiver<Records>,
+        outcome: &mut watch::Receiver<Arc<Publication>>,
+        records: &mut watch::Receiver<ObservedObjects>,
     ) -> bool {
         let (sender, mut nodes) = watch::channel(None);
         match self.identity.pod {
@@ -195,8 +195,8 @@ impl Writer {
     /// known.
     fn evaluate(
         &mut self,
-        outcome: &Outcome,
-        records: &Records,
+        outcome: &Publication,
+        records: &ObservedObjects,
         nodes: Vec<Node>,
         queue: &mut VecDeque<Write<Body>>,
     ) -> Option<Instant> {
@@ -276,7 +276,7 @@ impl Writer {
     }
 
     /// The nodes, of which this one says what it knows itself. Outside a Pod there is no other.
-    fn with_own(&mut self, mut nodes: Vec<Node>, outcome: &Outcome) -> Vec<Node> {
+    fn with_own(&mut self, mut nodes: Vec<Node>, outcome: &Publication) -> Vec<Node> {
         let own = Node {
             name: self.identity.node.clone(),
             addresses: Vec::new(),
@@ -385,7 +385,7 @@ impl Writer {
 }
 
 /// The finalizers that an object is to have, where it has others.
-fn finalizers(record: &Record, wanted: Wanted<'_>, is_used: bool) -> Option<Value> {
+fn finalizers(record: &ObservedObject, wanted: Wanted<'_>, is_used: bool) -> Option<Value> {
     match wanted {
         Wanted::GatewayClass { .. } => finalizer_patch(record, is_used),
         Wanted::Gateway(_) | Wanted::ListenerSet(_) | Wanted::Route { .. } => None,
@@ -397,7 +397,7 @@ fn finalizers(record: &Record, wanted: Wanted<'_>, is_used: bool) -> Option<Valu
 fn wanted<'a>(
     controller: &'a str,
     id: &ObjectRef,
-    record: &Record,
+    record: &ObservedObject,
     (of_nodes, statuses): (&'a Statuses, &'a Statuses),
     manifests: &'a Manifests,
     parents: &'a mut Vec<Parent<'a>>,
@@ -454,7 +454,7 @@ fn digest(of: &impl Hash) -> u64 {
 }
 
 /// Waits until nobody sets the outcome any more.
-async fn closed(outcome: &mut watch::Receiver<Arc<Outcome>>) {
+async fn closed(outcome: &mut watch::Receiver<Arc<Publication>>) {
     while outcome.changed().await.is_ok() {}
 }
 

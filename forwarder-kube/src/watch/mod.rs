@@ -44,7 +44,7 @@ pub use forwarder_source::state::{self, StateFile};
 pub use self::connect::{ConnectError, connect};
 pub use self::kinds::{CORE_KINDS, GATEWAY_KINDS, Served, discover, resource};
 pub(crate) use self::nodes::NodesLease;
-pub use self::records::{Record, Records};
+pub use self::records::{ObservedObject, ObservedObjects};
 pub(crate) use self::reflector::{WATCH_SECONDS, events};
 
 /// For so long it must be quiet before changes are published, and so long may that be put off.
@@ -99,7 +99,7 @@ pub struct KubeSource {
     /// The manifests.
     pub loaded: watch::Receiver<Arc<Loaded>>,
     /// The objects that carry a status.
-    pub records: watch::Receiver<Records>,
+    pub records: watch::Receiver<ObservedObjects>,
     /// How the reading goes.
     pub health: Arc<KubeHealth>,
 }
@@ -107,7 +107,7 @@ pub struct KubeSource {
 /// Follows the objects of an API server, and the Lease that tells of the installation's nodes, if there are any but this one.
 pub fn watch(client: Client, settings: &KubeSettings, nodes: Option<NodesLease>) -> KubeSource {
     let (loaded_sender, loaded) = watch::channel(Arc::default());
-    let (records_sender, records) = watch::channel(Records::default());
+    let (records_sender, records) = watch::channel(ObservedObjects::default());
     let (kept, to_keep) = watch::channel(None);
     let health = Arc::new(KubeHealth::new());
     let follower = Follower {
@@ -150,7 +150,7 @@ struct Follower {
     next_epoch: u64,
     messages: (mpsc::Sender<Message>, mpsc::Receiver<Message>),
     loaded: watch::Sender<Arc<Loaded>>,
-    records: watch::Sender<Records>,
+    records: watch::Sender<ObservedObjects>,
     health: Arc<KubeHealth>,
     /// What is to be kept for the next agent.
     kept: watch::Sender<Option<Arc<Loaded>>>,

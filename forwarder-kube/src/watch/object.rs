@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error};
 use serde_json::Value;
 
-use super::records::Record;
+use super::records::ObservedObject;
 
 /// An object of any version of its kind.
 #[derive(Clone, Debug)]
@@ -22,9 +22,9 @@ pub(super) struct Received<T> {
 
 impl<T> Received<T> {
     /// What is remembered for who writes statuses.
-    pub(super) fn record(&self) -> Record {
+    pub(super) fn record(&self) -> ObservedObject {
         let metadata = &self.metadata;
-        Record {
+        ObservedObject {
             uid: metadata.uid.clone().unwrap_or_default(),
             resource_version: metadata.resource_version.clone().unwrap_or_default(),
             generation: metadata.generation.unwrap_or_default(),

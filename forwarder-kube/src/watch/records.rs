@@ -9,7 +9,7 @@ use forwarder_gateway::manifests::{Kind, ObjectRef};
 
 /// One object as it stands in the API server.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Record {
+pub struct ObservedObject {
     /// Its unique id: another object of the same name has another.
     pub uid: String,
     /// Its version, without which nothing is written: who has seen an older one must look again.
@@ -26,9 +26,9 @@ pub struct Record {
 
 /// Every GatewayClass, Gateway, ListenerSet and TCPRoute as it stands in the API server. Cloning takes no time.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Records {
+pub struct ObservedObjects {
     /// The objects.
-    pub objects: OrdMap<ObjectRef, Arc<Record>>,
+    pub objects: OrdMap<ObjectRef, Arc<ObservedObject>>,
     /// In which version each kind is served.
     pub served: Arc<Served>,
 }

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 
 use super::kinds;
 use super::object::Received;
-use super::records::Record;
+use super::records::ObservedObject;
 use forwarder_gateway::manifests::Manifest;
 use forwarder_gateway::manifests::{Kind, Metadata, Namespace, ObjectRef, SERVICE_NAME_LABEL};
 use forwarder_runtime::error::one_line;
@@ -63,7 +63,7 @@ pub(super) enum News {
 pub(super) struct Item {
     pub(super) id: ObjectRef,
     pub(super) manifest: Result<Manifest, String>,
-    pub(super) record: Record,
+    pub(super) record: ObservedObject,
 }
 
 /// Why a watch does not go on.
@@ -242,7 +242,7 @@ impl Teller {
     async fn tell<K: Resource, W: Stream<Item = watcher::Result<watcher::Event<K>>> + Send>(
         self,
         start: impl Fn() -> W,
-        read: impl Fn(K) -> (Result<Manifest, String>, Record),
+        read: impl Fn(K) -> (Result<Manifest, String>, ObservedObject),
     ) {
         let mut watch = std::pin::pin!(paced(start));
         while let Some(event) = watch.next().await {
@@ -275,14 +275,14 @@ impl Teller {
     }
 }
 
-fn namespace(object: PartialObjectMeta<DynamicObject>) -> (Result<Manifest, String>, Record) {
+fn namespace(object: PartialObjectMeta<DynamicObject>) -> (Result<Manifest, String>, ObservedObject) {
     let meta = object.meta();
     let metadata = Metadata {
         name: meta.name.clone().unwrap_or_default(),
         labels: meta.labels.clone().unwrap_or_default(),
         ..Metadata::default()
     };
-    (Ok(Manifest::Namespace(Arc::new(Namespace { metadata }))), Record::default())
+    (Ok(Manifest::Namespace(Arc::new(Namespace { metadata }))), ObservedObject::default())
 }
 
 /// Leaves out what nobody reads. The annotations of slices and routes may hold a copy of the object.

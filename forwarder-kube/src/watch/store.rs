@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::kinds::{GATEWAY_KINDS, Served, kind_of_crd, plural};
-use super::records::{Records, has_status};
+use super::records::{ObservedObjects, has_status};
 use super::reflector::{Item, Message, News, Scope, WatchFailure};
 use forwarder_gateway::manifests::Manifest;
 use forwarder_gateway::manifests::{ApiRelease, Kind, ObjectRef};
@@ -23,7 +23,7 @@ use forwarder_source::loaded::Loaded;
 #[derive(Default)]
 pub(super) struct Store {
     loaded: Loaded,
-    records: Records,
+    records: ObservedObjects,
     held: HashMap<ObjectRef, Manifest>,
     /// Objects that cannot be read, and why.
     unreadable: BTreeMap<ObjectRef, String>,
@@ -161,7 +161,7 @@ impl Store {
     }
 
     /// What the API server holds of the objects that carry a status.
-    pub(super) fn records(&self) -> Records {
+    pub(super) fn records(&self) -> ObservedObjects {
         self.records.clone()
     }
 

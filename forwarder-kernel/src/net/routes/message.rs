@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use forwarder_common::packet::PROTOCOL_TCP;
 
-use super::{Egress, LookupError};
+use super::{LookupError, ResolvedRoute};
 use crate::net::netlink::{self, Message, NLMSG_ERROR, attributes, word, write_attribute};
 
 /// Bytes of `struct rtmsg`, and where the route's type stands in it.
@@ -56,7 +56,11 @@ fn write_address(question: &mut Vec<u8>, kind: u16, address: IpAddr) {
 }
 
 /// What the answer to the question `sequence` for the route to `peer` says; `None` if it answers another question.
-pub(super) fn read_answer(answer: &[u8], sequence: u32, peer: IpAddr) -> Result<Option<Egress>, LookupError> {
+pub(super) fn read_answer(
+    answer: &[u8],
+    sequence: u32,
+    peer: IpAddr,
+) -> Result<Option<ResolvedRoute>, LookupError> {
     let malformed = |what| LookupError::Malformed { what };
     let Message { kind, sequence: answered, body } = netlink::message(answer).map_err(malformed)?;
     if answered != sequence {
@@ -72,7 +76,7 @@ pub(super) fn read_answer(answer: &[u8], sequence: u32, peer: IpAddr) -> Result<
     }
 }
 
-fn read_route(route: &[u8], peer: IpAddr) -> Result<Egress, LookupError> {
+fn read_route(route: &[u8], peer: IpAddr) -> Result<ResolvedRoute, LookupError> {
     let malformed = |what| LookupError::Malformed { what };
     let kind = *route.get(ROUTE_KIND).ok_or(malformed("the route has no header"))?;
     let is_local = match kind {
@@ -96,7 +100,7 @@ fn read_route(route: &[u8], peer: IpAddr) -> Result<Egress, LookupError> {
         }
     }
     let interface = interface.ok_or(malformed("the route has no interface"))?;
-    Ok(Egress { interface, next_hop, is_local, mtu })
+    Ok(ResolvedRoute { interface, next_hop, is_local, mtu })
 }
 
 /// The address that is all of `value`.
@@ -149,7 +153,7 @@ mod tests {
         for (kind, is_local) in [(RTN_UNICAST, false), (RTN_LOCAL, true), (RTN_ANYCAST, true)] {
             let attributes = [(99, [1, 2, 3].as_slice()), (RTA_OIF, oif), (RTA_METRICS | 0x8000, &metrics)];
             let answer = message(RTM_NEWROUTE, 5, &route(kind, &attributes));
-            let expected = Egress { interface: 7, next_hop: PEER, is_local, mtu: Some(1400) };
+            let expected = ResolvedRoute { interface: 7, next_hop: PEER, is_local, mtu: Some(1400) };
             assert_eq!(read_answer(&answer, 5, PEER).unwrap(), Some(expected));
         }
     }

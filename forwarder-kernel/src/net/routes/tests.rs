@@ -38,22 +38,22 @@ fn routes(node: &Namespace) -> Routes {
 }
 
 #[track_caller]
-fn check(routes: &Routes, local: &str, peer: &str, expected: Egress) {
+fn check(routes: &Routes, local: &str, peer: &str, expected: ResolvedRoute) {
     // Where no gateway is expected, the peer itself.
     let direct = expected.next_hop.is_unspecified();
     let next_hop = if direct { address(peer).to_canonical() } else { expected.next_hop };
-    let expected = Egress { next_hop, ..expected };
+    let expected = ResolvedRoute { next_hop, ..expected };
     assert_eq!(routes.egress(address(local), address(peer)).unwrap(), expected, "from {local} to {peer}");
 }
 
 /// Without a gateway.
 const DIRECT: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 
-fn leaving_by(interface: u32) -> Egress {
-    Egress { interface, next_hop: DIRECT, is_local: false, mtu: None }
+fn leaving_by(interface: u32) -> ResolvedRoute {
+    ResolvedRoute { interface, next_hop: DIRECT, is_local: false, mtu: None }
 }
 
-impl Egress {
+impl ResolvedRoute {
     fn through(self, gateway: &str) -> Self {
         Self { next_hop: address(gateway), ..self }
     }
@@ -93,15 +93,15 @@ fn the_routes_mtu_is_told() {
     let (routes, a) = (routes(&node), leaving_by(node.index("eth0")));
     node.ip("route add 192.0.2.0/24 via 10.9.1.254 mtu 1400");
     node.ip("route add 2001:db8::/64 via fd00:a::fe mtu 1380");
-    check(&routes, "10.9.1.1", "192.0.2.1", Egress { mtu: Some(1400), ..a.through("10.9.1.254") });
-    check(&routes, "fd00:a::1", "2001:db8::1", Egress { mtu: Some(1380), ..a.through("fd00:a::fe") });
+    check(&routes, "10.9.1.1", "192.0.2.1", ResolvedRoute { mtu: Some(1400), ..a.through("10.9.1.254") });
+    check(&routes, "fd00:a::1", "2001:db8::1", ResolvedRoute { mtu: Some(1380), ..a.through("fd00:a::fe") });
 }
 
 #[test]
 fn addresses_of_the_node_are_local() {
     let Some(node) = node() else { return };
     let routes = routes(&node);
-    let local = Egress { interface: LOOPBACK, next_hop: DIRECT, is_local: true, mtu: None };
+    let local = ResolvedRoute { interface: LOOPBACK, next_hop: DIRECT, is_local: true, mtu: None };
     for peer in ["10.9.1.1", "10.9.2.1", "127.0.0.1", "::ffff:10.9.1.1"] {
         check(&routes, "10.9.1.1", peer, local);
     }

@@ -8,12 +8,12 @@ const OURS: &str = "forwarder.dev/tcp";
 const NOW: &str = "2026-11-25T12:00:00Z";
 const BEFORE: &str = "2026-11-01T00:00:00Z";
 
-fn record(status: &Value) -> Record {
-    Record {
+fn record(status: &Value) -> ObservedObject {
+    ObservedObject {
         resource_version: "7".to_owned(),
         generation: 2,
         status: (!status.is_null()).then(|| status.to_string().into()),
-        ..Record::default()
+        ..ObservedObject::default()
     }
 }
 
@@ -244,11 +244,11 @@ fn features_are_written_where_there_is_a_place_for_them() {
 
 #[test]
 fn a_class_has_the_finalizer_while_it_is_used() {
-    let with = |finalizers: &[&str], is_terminating| Record {
+    let with = |finalizers: &[&str], is_terminating| ObservedObject {
         resource_version: "7".to_owned(),
         finalizers: finalizers.iter().map(|it| (*it).to_owned()).collect(),
         is_terminating,
-        ..Record::default()
+        ..ObservedObject::default()
     };
     let finalizers = |patch: Option<Value>| patch.map(|it| it["metadata"]["finalizers"].clone());
     assert_eq!(finalizers(finalizer_patch(&with(&["a"], false), true)), Some(json!(["a", FINALIZER])));

@@ -20,11 +20,11 @@ fn writer() -> Writer {
 }
 
 /// A class that is to be accepted.
-fn outcome() -> Outcome {
+fn outcome() -> Publication {
     let conditions = vec![Condition::holds("Accepted", "Accepted", "", 1)];
     let mut loaded = Loaded::default();
     loaded.manifests.api_release = ApiRelease::Unknown;
-    let mut outcome = Outcome { loaded: Arc::new(loaded), ..Outcome::default() };
+    let mut outcome = Publication { loaded: Arc::new(loaded), ..Publication::default() };
     Arc::make_mut(&mut outcome.statuses)
         .gateway_classes
         .insert(CLASS.to_owned(), GatewayClassStatus { conditions });
@@ -32,9 +32,10 @@ fn outcome() -> Outcome {
 }
 
 /// The class as it stands in a version, without a status.
-fn records(version: &str) -> Records {
-    let record = Record { resource_version: version.to_owned(), generation: 1, ..Record::default() };
-    let mut records = Records::default();
+fn records(version: &str) -> ObservedObjects {
+    let record =
+        ObservedObject { resource_version: version.to_owned(), generation: 1, ..ObservedObject::default() };
+    let mut records = ObservedObjects::default();
     records.objects.insert(ObjectRef::cluster(Kind::GatewayClass, CLASS), Arc::new(record));
     records
 }

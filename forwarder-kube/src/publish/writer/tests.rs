@@ -43,7 +43,7 @@ impl Leader {
                 sleep(delay).await;
                 let statuses = resolve(&loaded.manifests, &resolve_settings).statuses;
                 let report = NodeReport::new(&node, &statuses, &[]);
-                sender.send_replace(Arc::new(Outcome { loaded, statuses, report }));
+                sender.send_replace(Arc::new(Publication { loaded, statuses, report }));
             }
         });
         let health = Arc::new(PublishHealth::new());

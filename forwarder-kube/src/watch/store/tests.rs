@@ -2,7 +2,7 @@ use serde_json::json;
 
 use super::*;
 use crate::watch::kinds::resource;
-use crate::watch::records::Record;
+use crate::watch::records::ObservedObject;
 
 fn scope(kind: Kind) -> Scope {
     Scope { kind, namespace: None }
@@ -21,7 +21,7 @@ fn service(namespace: &str, name: &str, port: i64) -> News {
         manifest: Ok(Manifest::Service(
             serde_json::from_value::<forwarder_gateway::manifests::Service>(object).unwrap().into(),
         )),
-        record: Record::default(),
+        record: ObservedObject::default(),
     }))
 }
 
@@ -33,7 +33,7 @@ fn slice(name: &str, of_service: &str) -> News {
     News::Put(Box::new(Item {
         id: id(Kind::EndpointSlice, "db", name),
         manifest: Ok(Manifest::EndpointSlice(slice.into())),
-        record: Record::default(),
+        record: ObservedObject::default(),
     }))
 }
 
@@ -133,7 +133,7 @@ fn an_object_that_cannot_be_read_stays_as_it_was_and_is_told() {
     let broken = |name: &str| {
         let id = id(Kind::Service, "db", name);
         let manifest = Err("ports is a text".to_owned());
-        News::Put(Box::new(Item { id, manifest, record: Record::default() }))
+        News::Put(Box::new(Item { id, manifest, record: ObservedObject::default() }))
     };
     store.tell(Kind::Service, [broken("a"), broken("b")]);
     assert_eq!(store.services(), ["db/a"]);
@@ -199,7 +199,7 @@ fn route(name: &str) -> News {
     News::Put(Box::new(Item {
         id: id(Kind::TcpRoute, "db", name),
         manifest: Ok(Manifest::TcpRoute(route.into())),
-        record: Record::default(),
+        record: ObservedObject::default(),
     }))
 }
 
