@@ -81,8 +81,10 @@ impl AgentState {
     /// The tiers that do not work here, and why.
     pub fn missing_tiers(&self) -> MissingTiers {
         let report = self.report();
-        let unprepared = || MissingTiers::UNPREPARED.to_owned();
-        let tc = || report.datapath.tc_error.clone().unwrap_or_else(unprepared);
+        let tc = || match &report.datapath.tc_error {
+            Some(error) => format!("{error} (`forwarder probe` says more)"),
+            None => MissingTiers::UNPREPARED.to_owned(),
+        };
         MissingTiers {
             tc: self.connections.pairs.is_none().then(tc),
             sockmap: report.datapath.sockmap_error.clone(),

@@ -202,7 +202,7 @@ impl DirectionState {
     #[inline(always)]
     #[must_use]
     pub const fn fin_end(&self) -> Option<u32> {
-        #[expect(clippy::cast_possible_truncation, reason = "the number is the lower forward")]
+        #[expect(clippy::cast_possible_truncation, reason = "the number is the lower half")]
         if self.fin & FIN_SEEN == 0 { None } else { Some(self.fin as u32) }
     }
 

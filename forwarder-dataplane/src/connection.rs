@@ -273,7 +273,7 @@ async fn forward(
         upstream::connect(&backend, &context.settings().connect, settings.connect_timeout, context.index());
     let connected = tokio::select! {
         biased;
-        end = connection.ordered_end() => return Some(end),
+        end = connection.asked_to_end() => return Some(end),
         connected = Box::pin(connected) => connected,
     };
     let (upstream, endpoint) = match connected {

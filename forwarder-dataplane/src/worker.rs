@@ -36,9 +36,9 @@ pub use self::connections::{Answers, WorkerConnections};
 
 /// The threads beside the workers that write counters: the one of pairs at TC, and the one of tier `sockmap`.
 const OFFLOAD_THREADS: usize = 2;
-/// For how long a worker lets its connections carry out their last order. Those that do not are reset by their sockets' close, but what
+/// For how long a worker lets its connections carry out what they are asked for last. Those that do not are reset by their sockets' close, but what
 /// is joined in the kernel knows numbers that its sockets do not.
-const LAST_ORDER: Duration = Duration::from_secs(2);
+const LAST_ACTION: Duration = Duration::from_secs(2);
 
 /// Something for a worker to do.
 #[derive(Debug)]
@@ -305,7 +305,7 @@ async fn command_loop(worker: Rc<Worker>, mut commands: mpsc::UnboundedReceiver<
     for (_, connection) in worker.connections.borrow().iter() {
         connection.ask_for(Action::End(End::Drained));
     }
-    let deadline = Instant::now() + LAST_ORDER;
+    let deadline = Instant::now() + LAST_ACTION;
     while !worker.connections.borrow().is_empty() && Instant::now() < deadline {
         tokio::task::yield_now().await;
     }

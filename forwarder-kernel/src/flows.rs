@@ -290,7 +290,7 @@ impl FlowTable {
         Ok(has_moved)
     }
 
-    /// Has packets of a pair leave in other ways where those that they take are avoided now; tells whether there are such.
+    /// Has packets of a pair leave by other paths if those that they take are avoided now; tells whether there are such.
     ///
     /// # Errors
     /// The kernel refuses.

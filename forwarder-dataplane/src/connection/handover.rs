@@ -32,7 +32,7 @@ const CHECK: Duration = Duration::from_millis(3);
 const SLOW_CHECK: Duration = Duration::from_millis(50);
 /// For how long the first of them.
 const CHECKED_OFTEN: Duration = Duration::from_millis(200);
-/// How long what was redirected may remain without an answer before it is taken for swallowed: longer than the first
+/// How long what was redirected may remain without an answer before it is taken for lost: longer than the first
 /// retransmissions take.
 const PROBATION: Duration = Duration::from_millis(1_500);
 /// What may be on its way through userspace as the handover begins, even where that is most of the receiver's window.

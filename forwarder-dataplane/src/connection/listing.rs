@@ -24,7 +24,7 @@ impl Connection {
     }
 
     fn state(&self, record: &Record) -> ConnectionState {
-        if self.order_to_end().is_some() {
+        if self.end_asked_for().is_some() {
             ConnectionState::Closing
         } else if record.upstream.is_none() {
             ConnectionState::Connecting
@@ -37,15 +37,15 @@ impl Connection {
         }
     }
 
-    fn order_to_end(&self) -> Option<End> {
+    fn end_asked_for(&self) -> Option<End> {
         self.actions.get().end
     }
 
     /// Waits until the connection is told to end, while nothing is relayed.
-    pub(super) async fn ordered_end(&self) -> End {
+    pub(super) async fn asked_to_end(&self) -> End {
         poll_fn(|cx| {
             self.listen(cx);
-            self.order_to_end().map_or(Poll::Pending, Poll::Ready)
+            self.end_asked_for().map_or(Poll::Pending, Poll::Ready)
         })
         .await
     }

@@ -109,7 +109,7 @@ pub struct Pairs {
     resets: Mutex<Vec<PendingReset>>,
     questions: probes::Limit,
     routes_changed: AtomicBool,
-    /// When pairs looked for their ways anew, last: `CLOCK_MONOTONIC` in nanoseconds.
+    /// When pairs looked for their paths anew, last: `CLOCK_MONOTONIC` in nanoseconds.
     rerouted: AtomicU64,
     /// Whether new connections are held back though the agent listens. The map is written while this is locked.
     leaves: Mutex<bool>,
@@ -186,7 +186,7 @@ impl Pairs {
             probes: [0; 2],
             asked: Asked::default(),
         };
-        // Its way was looked for when it was joined; what has changed since, the sweep told those that were here.
+        // Its path was looked for when it was joined; what has changed since, the sweep told those that were here.
         let [(_, Flow { clock_time, .. }), _] = entry.pair.flows;
         if clock_time <= self.rerouted.load(Ordering::Relaxed) {
             self.reroute(&mut entry);
@@ -225,7 +225,7 @@ impl Pairs {
         })
     }
 
-    /// Has every pair look for its way anew.
+    /// Has every pair look for its path anew.
     pub fn routes_changed(&self) {
         self.routes_changed.store(true, Ordering::Relaxed);
     }

@@ -201,7 +201,7 @@ fn consequence(rule: usize, weight: u32, total: u64) -> String {
     match weight {
         _ if rule > 0 => "nothing follows, because its rule takes no connection".to_owned(),
         0 => "nothing follows, because its weight is 0".to_owned(),
-        _ if u64::from(weight) == total => "every connection is reset".to_owned(),
+        _ if u64::from(weight) == total => "every connection by this route is reset".to_owned(),
         _ => format!("its share of connections ({weight} of {total}) is reset"),
     }
 }

@@ -124,7 +124,7 @@ fn a_new_connection_takes_the_addresses_of_a_pair_that_was_ended() {
 }
 
 #[test]
-fn the_guard_drops_what_sockets_of_a_pair_that_was_ended_say() {
+fn the_egress_program_drops_what_sockets_of_a_pair_that_was_ended_say() {
     let (key, flow) = flow_v4();
     for flags in [FLAG_ACK, FLAG_ACK | FLAG_FIN, FLAG_RST] {
         let Some((_bpffs, bpf)) = ended((key, flow)) else { return };
@@ -135,7 +135,7 @@ fn the_guard_drops_what_sockets_of_a_pair_that_was_ended_say() {
 }
 
 #[test]
-fn the_guard_hands_what_the_agent_says_to_the_neighbour() {
+fn the_egress_program_hands_what_the_agent_says_to_the_neighbour() {
     let mut context = [0; 192];
     context[PRIORITY..][..4].copy_from_slice(&AGENT_LINK_PRIORITY.to_ne_bytes());
     for (key, flow) in [flow_v4(), flow_v6()] {

@@ -48,14 +48,14 @@ impl FlowMaps {
 
     /// The pairs that stand whole in the maps, and the tuples of directions that have no pair or no opposite.
     pub(super) fn list(&self) -> Result<Listed, DatapathError> {
-        let mut halves = HashMap::new();
+        let mut found = HashMap::new();
         for entry in &self.flows {
             let (key, flow) = entry.map_err(|source| error("read", FLOWS, None, source))?;
-            let directions: &mut [Option<(FourTuple, Flow)>; 2] = halves.entry(flow.pair).or_default();
+            let directions: &mut [Option<(FourTuple, Flow)>; 2] = found.entry(flow.pair).or_default();
             directions[usize::from(flow.direction != DIRECTION_REQUEST)] = Some((key, flow));
         }
         let (mut pairs, mut orphans) = (Vec::new(), Vec::new());
-        for (number, directions) in halves {
+        for (number, directions) in found {
             match (directions, self.pairs.get(&number, 0)) {
                 ([Some(request), Some(response)], Ok(state))
                     if request.1.state != STATE_OVER && response.1.state != STATE_OVER =>

@@ -18,14 +18,14 @@ use crate::programs::hook::name_of;
 use forwarder_gateway::model::Egress;
 use forwarder_runtime::lock::lock;
 
-/// How long an interface is not used in a way in which packets did not arrive.
+/// How long an interface is not used by a path on which packets did not arrive.
 const AVOIDANCE: Duration = Duration::from_mins(10);
 /// How often it is read where the stack takes packets from: nobody tells of changes.
 const FILTERS_PERIOD: Duration = Duration::from_secs(3);
 /// How many clients have to find that packets do not arrive before it is taken for true of others: one alone need only not
 /// answer.
 const WITNESSES: usize = 3;
-/// How many of them are remembered for each way.
+/// How many of them are remembered for each path.
 const MOST_WITNESSES: usize = 1024;
 
 /// The interfaces, by index. Shared by the workers, who ask, and the control loop, which attaches.
@@ -350,7 +350,7 @@ mod tests {
     const BY_STACK: EgressPath = EgressPath { interface: 4, via: Via::Stack };
 
     #[test]
-    fn what_is_swallowed_goes_by_the_stack_and_then_not_until_the_interface_is_another() {
+    fn what_does_not_arrive_goes_by_the_stack_and_then_not_until_the_interface_is_another() {
         let paths = Paths::default();
         paths.set_attached(BTreeSet::from([3, 4]), []);
         assert!(paths.avoid(REDIRECTED, CLIENT));
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_way_that_was_chosen_has_no_other() {
+    fn a_setting_leaves_no_other_path() {
         for (egress, path) in [(Egress::Redirect, REDIRECTED), (Egress::Stack, BY_STACK)] {
             let paths = Paths::default();
             paths.set_egress(egress);

@@ -16,6 +16,7 @@ use rtnetlink::new_connection;
 use rtnetlink::packet_route::link::LinkAttribute;
 
 use crate::load_error::{LoadError, with_causes};
+use crate::maps::versions::is_version;
 use crate::net::filters::{Filter, Filters};
 use crate::programs::hook::pinned_program;
 use crate::programs::pin_dir::{self, is_on_bpffs};
@@ -188,11 +189,12 @@ pub async fn search() -> Result<Search, CleanupError> {
     let search::Places { mounts, pin_dirs: places, closed } = search::pin_dirs()?;
     let mut pinned = Vec::new();
     let mut pin_dirs = Vec::new();
+    let is_agents = |folder: &Path| search::holds_maps(folder) || search::is_part(folder);
     for pin_dir in places {
         // Of running agents too: what they have pinned is no orphan's.
-        pinned.extend(pins_in(&pin_dir, search::holds_maps).unwrap_or_default());
+        pinned.extend(pins_in(&pin_dir, is_agents).unwrap_or_default());
         // What is only called as a version's folder may be somebody else's where nobody has said that this is a pin directory.
-        let found = find_by(&pin_dir, search::holds_maps).await;
+        let found = find_by(&pin_dir, is_agents).await;
         pin_dirs.push((pin_dir, found));
     }
     let orphans = orphans::find(&maps_of(&pinned)).await;
@@ -241,12 +243,6 @@ fn lock(pin_dir: &Path) -> Result<Option<File>, CleanupError> {
         Err(LoadError::InUse { path }) => Err(CleanupError::InUse { path }),
         Err(error) => Err(CleanupError::PinDir(error)),
     }
-}
-
-/// Whether a folder is that of a version: `v` and a number.
-fn is_version(path: &Path) -> bool {
-    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    name.strip_prefix('v').is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
 /// What is in a folder, and whether it is a folder itself; sorted.

@@ -8,31 +8,25 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use aya::Pod;
-use aya::maps::{HashMap, Map, MapData};
-use forwarder_common::flow::Flow;
 use forwarder_common::layout::FLOWS;
-use forwarder_common::tuple::FourTuple;
+use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
 
 use crate::load_error::LoadError;
-use crate::maps::versions::{ForeignMap, folders, foreign_maps, map_path, programs_folder};
+use crate::maps::versions::{folders, foreign_maps, has_entries, map_path, programs_folder, version_folders};
 use crate::programs::hook;
 use crate::programs::pin_dir::{check_folders_above, create, is_on_bpffs, take};
 
 /// Where is pinned what holds the programs on interfaces, in the folder of the programs: links, or with clsact the programs.
 pub(super) const LINKS: &str = "links";
 
-/// A flow of version 3, whose agents pinned nothing else where they attached by clsact.
-type FormerFlow = [u8; 104];
-
 /// The pin directory, ours while this lives. Dropping it removes the pins, and the directories that are empty then, unless
 /// they are to be left.
 #[derive(Debug)]
 pub(crate) struct Pins {
     pin_dir: PathBuf,
-    /// What agents of other versions have left, and this one cannot take over.
-    foreign: Vec<ForeignMap>,
     is_left: bool,
+    /// Whether something of other versions may stand there, which this agent cannot take over.
+    may_have_foreign: bool,
     _lock: File,
 }
 
@@ -52,14 +46,13 @@ impl Pins {
         check_folders_above(pin_dir)?;
         let programs = programs_folder(pin_dir);
         let are_attached = has_attachments(&programs);
-        let foreign = foreign_maps(pin_dir);
-        refuse_foreign(pin_dir, &programs, are_attached, &foreign)?;
+        refuse_foreign(pin_dir, &programs, are_attached)?;
         for folder in folders(pin_dir) {
             create(&folder)?;
         }
         // Whoever fails before it has taken over what is there leaves it to one who does not.
-        let is_left = are_attached || has_flows(&map_path(pin_dir, FLOWS));
-        let pins = Self { pin_dir: pin_dir.to_owned(), foreign, is_left, _lock: lock };
+        let is_left = are_attached || has_entries(&map_path(pin_dir, FLOWS));
+        let pins = Self { pin_dir: pin_dir.to_owned(), is_left, may_have_foreign: true, _lock: lock };
         if !is_left {
             pins.clear().map_err(|source| LoadError::PinDir {
                 operation: "remove what a former agent left in",
@@ -73,7 +66,7 @@ impl Pins {
     /// Whether connections of a former agent may live here: it had egress programs, or there are flows.
     pub(crate) fn has_connections(&self) -> bool {
         attachments(&programs_folder(&self.pin_dir)).any(|name| hook::is_egress(&name))
-            || has_flows(&map_path(&self.pin_dir, FLOWS))
+            || has_entries(&map_path(&self.pin_dir, FLOWS))
     }
 
     /// Where links are pinned; made if it is not there.
@@ -86,23 +79,35 @@ impl Pins {
         Ok(links)
     }
 
-    /// Takes over what is pinned: it ends with this agent, unless it is left to the next one. What is of another version is told, and
-    /// forgotten: the programs that use it are about to be replaced.
+    /// Takes over what is pinned: it ends with this agent, unless it is left to the next one.
     pub(crate) fn take_over(&mut self) {
-        let was_left = std::mem::take(&mut self.is_left);
-        for map in std::mem::take(&mut self.foreign) {
-            if let Some(loss) = map.loss().filter(|_| was_left) {
+        self.is_left = false;
+    }
+
+    /// Removes what agents of other versions have pinned, and tells what is lost with it. To be called once this agent's programs hang
+    /// wherever those of a former one did: then nothing uses it any more.
+    pub(crate) fn forget_foreign(&mut self) {
+        if !std::mem::take(&mut self.may_have_foreign) {
+            return;
+        }
+        for map in foreign_maps(&self.pin_dir) {
+            if let Some(loss) = map.loss() {
                 tracing::warn!(
                     map = map.name,
                     path = %map.path.display(),
                     "an agent of another version has left a map whose layout this agent does not know: {loss}"
                 );
             }
-            if let Err(error) = fs::remove_file(&map.path) {
-                tracing::warn!(path = %map.path.display(), %error, "cannot remove a pinned map of another version: its memory is not freed");
+            remove_foreign(&map.path);
+        }
+        let own = folders(&self.pin_dir);
+        for folder in version_folders(&self.pin_dir).into_iter().filter(|folder| !own.contains(folder)) {
+            for program in [PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER] {
+                remove_foreign(&folder.join(program));
             }
-            // Not an error: it may hold more.
-            let _ = map.path.parent().map(fs::remove_dir);
+            // Neither is an error: it may be somebody else's, or hold more.
+            let _ = fs::remove_dir(folder.join(LINKS));
+            let _ = fs::remove_dir(folder);
         }
     }
 
@@ -163,31 +168,24 @@ fn has_attachments(programs: &Path) -> bool {
     attachments(programs).next().is_some()
 }
 
-/// Whether flows stand in the map that is pinned there.
-fn has_flows(flows: &Path) -> bool {
-    flows.exists() && (has_entries::<FourTuple, Flow>(flows) || has_entries::<FourTuple, FormerFlow>(flows))
-}
-
-/// Whether a map of keys and values of such sizes has entries; not if its sizes are others.
-fn has_entries<K: Pod, V: Pod>(path: &Path) -> bool {
-    let Ok(data) = MapData::from_pin(path) else { return false };
-    let Ok(map) = HashMap::<_, K, V>::try_from(Map::HashMap(data)) else { return false };
-    map.keys().next().is_some_and(|key| key.is_ok())
+/// Removes a pin of another version, if it is there.
+fn remove_foreign(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %path.display(), %error, "cannot remove a pin of another version: its memory is not freed");
+        }
+        _ => {}
+    }
 }
 
 /// Refuses to start beside programs that this agent could not replace: those of which an agent of another version has pinned what
 /// holds them, and those that have flows of another version and of which nothing is pinned in `programs`, so that it is not known
 /// where they hang.
-fn refuse_foreign(
-    pin_dir: &Path,
-    programs: &Path,
-    are_attached: bool,
-    foreign: &[ForeignMap],
-) -> Result<(), LoadError> {
-    let folders = fs::read_dir(pin_dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    let attached = folders.filter(|folder| folder != programs).find(|folder| has_attachments(folder));
-    let has_connections = |map: &&ForeignMap| map.name == FLOWS && has_flows(&map.path);
-    let connected = || foreign.iter().find(has_connections).and_then(|map| map.path.parent());
-    let path = attached.or_else(|| connected().filter(|_| !are_attached).map(Path::to_owned));
+fn refuse_foreign(pin_dir: &Path, programs: &Path, are_attached: bool) -> Result<(), LoadError> {
+    let mut folders = version_folders(pin_dir).into_iter().filter(|folder| folder != programs);
+    let attached = folders.find(|folder| has_attachments(folder));
+    let maps = if are_attached { Vec::new() } else { foreign_maps(pin_dir) };
+    let connected = maps.iter().find(|map| map.name == FLOWS && has_entries(&map.path));
+    let path = attached.or_else(|| connected?.path.parent().map(Path::to_owned));
     path.map_or(Ok(()), |path| Err(LoadError::ForeignLayout { path }))
 }

@@ -1,17 +1,19 @@
 //! Looks for the pin directories of agents on every BPF file system that is mounted here.
 
 use std::collections::{BTreeSet, HashSet};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use aya::maps::MapInfo;
 use forwarder_common::layout::PINNED_MAPS;
+use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
 
 use super::{CleanupError, list};
+use crate::maps::versions::{is_named, is_version};
 use crate::programs::pin_dir::is_bpffs;
+use crate::programs::pins::LINKS;
 
 /// How deep below the root of a BPF file system a pin directory is looked for.
 const DEPTH: usize = 4;
@@ -50,13 +52,31 @@ pub(super) fn pin_dirs() -> Result<Places, CleanupError> {
 
 /// Whether a folder is what an agent pins its maps in, whatever it is called and whichever version the agent was of.
 pub(super) fn holds_maps(folder: &Path) -> bool {
+    maps_in(folder) >= ENOUGH_MAPS
+}
+
+/// Whether a folder of an agent's pin directory is one of those in which it pins what has another version than the rest.
+pub(super) fn is_part(folder: &Path) -> bool {
+    let programs = [PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER, LINKS];
+    let is_known = |name: &OsStr| {
+        let mut names = PINNED_MAPS.iter().map(|map| map.name).chain(programs);
+        names.any(|known| known == name)
+    };
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names = entries.map(|entry| entry.file_name()).peekable();
+    is_version(folder)
+        && names.peek().is_some()
+        && names.all(|name| is_known(&name))
+        && PINNED_MAPS.iter().all(|map| is_named(&folder.join(map.name), map.name) != Some(false))
+}
+
+/// How many maps of an agent a folder holds; none if one of them is somebody else's.
+fn maps_in(folder: &Path) -> usize {
     let there: Vec<&str> =
         PINNED_MAPS.iter().map(|map| map.name).filter(|name| folder.join(name).exists()).collect();
     // What cannot be looked at may be ours.
-    let is_ours = |name: &&str| {
-        MapInfo::from_pin(folder.join(name)).map_or(true, |info| info.name_as_str() == Some(*name))
-    };
-    there.len() >= ENOUGH_MAPS && there.iter().all(is_ours)
+    let are_ours = there.iter().all(|name| is_named(&folder.join(name), name) != Some(false));
+    if are_ours { there.len() } else { 0 }
 }
 
 /// Notes the folders that hold such folders. One file system may be mounted more than once.
@@ -71,8 +91,11 @@ fn walk(folder: &Path, depth: usize, seen: &mut HashSet<(u64, u64)>, places: &mu
         Ok(folders) => folders.into_iter().filter(|(_, is_folder)| *is_folder).map(|(path, _)| path),
         Err(error) => return places.closed.push(error),
     };
-    let (versions, others): (Vec<_>, Vec<_>) = folders.partition(|path| holds_maps(path));
-    if !versions.is_empty() {
+    let folders: Vec<_> = folders.collect();
+    // Maps of one agent may have versions of their own, and stand in several folders.
+    let parts: usize = folders.iter().filter(|path| is_part(path)).map(|path| maps_in(path)).sum();
+    let (versions, others): (Vec<_>, Vec<_>) = folders.into_iter().partition(|path| holds_maps(path));
+    if !versions.is_empty() || parts >= ENOUGH_MAPS {
         places.pin_dirs.push(folder.to_owned());
     }
     if depth > 0 {
@@ -127,9 +150,10 @@ mod tests {
     #[test]
     fn folders_of_others_are_not_taken_for_an_agents() {
         let root = tempfile::tempdir().unwrap();
-        for path in
-            ["theirs/v1/flows", "theirs/v1/pairs", "ours/gone/flows", "ours/gone/pairs", "ours/gone/agent"]
-        {
+        let theirs = ["theirs/v1/flows", "theirs/v1/pairs", "theirs/v2/agent", "theirs/v2/more"];
+        let ours = ["ours/gone/flows", "ours/gone/pairs", "ours/gone/agent"];
+        let parts = ["parts/v5/flows", "parts/v5/pairs", "parts/v4/agent", "parts/v4/links"];
+        for path in [&theirs[..], &ours, &parts].concat() {
             let path = root.path().join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, "").unwrap();
@@ -138,7 +162,7 @@ mod tests {
         std::os::unix::fs::symlink(root.path().join("ours"), root.path().join("link")).unwrap();
         let mut places = Places::default();
         walk(root.path(), DEPTH, &mut HashSet::new(), &mut places);
-        assert_eq!(places.pin_dirs, [root.path().join("ours")]);
+        assert_eq!(places.pin_dirs, ["ours", "parts"].map(|name| root.path().join(name)));
         assert!(places.closed.is_empty(), "{:?}", places.closed);
     }
 }
