@@ -54,11 +54,14 @@ fn egress(context: &TcContext, link: LinkLayer) -> i32 {
 #[inline(always)]
 fn hand_over(context: &TcContext, link: LinkLayer, segment: &Segment) -> i32 {
     // SAFETY: the kernel hands the program a valid `__sk_buff`, whose priority may be written.
-    unsafe { (*context.skb.skb).priority = AGENT_PRIORITY };
+    let set_priority = || unsafe { (*context.skb.skb).priority = AGENT_PRIORITY };
     if let LinkLayer::Ip = link {
+        set_priority();
         return TC_ACT_UNSPEC;
     }
-    let Some(flow) = FLOWS.get_ptr(segment.tuple.reversed()) else { return TC_ACT_SHOT };
+    // Otherwise another installation's agent says it: the program of that one knows the neighbour.
+    let Some(flow) = FLOWS.get_ptr(segment.tuple.reversed()) else { return TC_ACT_UNSPEC };
+    set_priority();
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let Some(back) = FLOWS.get_ptr(unsafe { &*flow }.out.reversed()) else { return TC_ACT_SHOT };
     // SAFETY: as above.

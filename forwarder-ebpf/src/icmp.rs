@@ -45,11 +45,12 @@ fn verdict_on(context: &TcContext, link: LinkLayer) -> Verdict {
     let Some(word) = parse_too_big(&SocketBuffer(context), link) else {
         return Verdict::NotTcp;
     };
+    // What comes from where the packet went goes to where the packet came from.
+    let Some(flow) = FLOWS.get_ptr(word.quoted.reversed()) else { return Verdict::NotTcp };
+    // Only of a flow of ours: the clone of another installation keeps its mark, or that one would clone it for ever.
     if handover::take_clone(context) {
         return Verdict::NotTcp;
     }
-    // What comes from where the packet went goes to where the packet came from.
-    let Some(flow) = FLOWS.get_ptr(word.quoted.reversed()) else { return Verdict::NotTcp };
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
     let flow = unsafe { &*flow };
     if flow.state == STATE_OVER || flow.state == STATE_RESET {

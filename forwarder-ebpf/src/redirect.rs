@@ -81,7 +81,8 @@ pub(crate) fn redirect(context: &TcContext, frame: &mut Frame) -> Option<Outcome
     {
         return Some(Outcome::drop(verdict));
     }
-    if flow.state == STATE_HANDOVER {
+    // What the receiver would not take tells the local socket nothing: it would be made believe that all has arrived.
+    if flow.state == STATE_HANDOVER && frame.is_accepted {
         handover::send_clone(context);
     }
     if icmp::is_too_big(context, segment, flow) {

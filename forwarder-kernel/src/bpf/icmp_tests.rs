@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use aya::programs::SchedClassifier;
+use aya::{TestRun as _, TestRunOptions};
 use forwarder_common::flow::{DIRECTION_RESPONSE, Flow, STATE_OFFLOADED};
 use forwarder_common::tuple::FourTuple;
 use forwarder_common::tuple::address_of;
@@ -244,4 +246,30 @@ fn a_packet_that_is_too_large_is_not_redirected_where_nobody_can_be_told() {
     let Some((_bpffs, bpf)) = with_flow(key, flow, known_clocks()) else { return };
     assert_eq!(run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode()).0, TC_ACT_SHOT);
     assert_eq!(verdicts(&bpf), BTreeMap::from([(Verdict::TooBig, 1)]));
+}
+
+/// Whose mark it is, another installation's program knows, which comes later: it would clone a message without one for ever.
+#[test]
+fn the_clone_of_another_installation_keeps_its_mark() {
+    const MARK: usize = 8;
+    let (key, flow) = flow_v4();
+    let frame = Frame::new(key);
+    let Some((_bpffs, bpf)) = with_flow(key, flow, at(&frame)) else { return };
+    let program: &SchedClassifier = bpf.ebpf.program(PROGRAM_ETHERNET).unwrap().try_into().unwrap();
+    let mark = 0x666c_6f77_u32.to_ne_bytes();
+    let mark_after = |quoted: FourTuple| {
+        let (mut before, mut after) = ([0; 192], [0; 192]);
+        before[MARK..][..4].copy_from_slice(&mark);
+        let options = TestRunOptions {
+            data_in: Some(&Word::of(quoted, frame.sequence).encode()),
+            ctx_in: Some(&before),
+            ctx_out: Some(&mut after),
+            ..TestRunOptions::default()
+        };
+        program.test_run(options).unwrap();
+        after[MARK..][..4].to_vec()
+    };
+    // What comes from where packets of a flow go, and what is about packets of nobody here.
+    assert_eq!(mark_after(key.reversed()), [0; 4]);
+    assert_eq!(mark_after(flow.out), mark);
 }

@@ -1,7 +1,8 @@
 //! The ingress and egress programs, run by the kernel over crafted packets, against a naive model: decode, translate each
 //! field by itself, encode with fresh checksums.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use aya::maps::HashMap as BpfHashMap;
 use aya::programs::SchedClassifier;
@@ -19,7 +20,9 @@ use super::frames::{
     Field, Frame, LOOPBACK, REVERSE_SHIFT, TC_ACT_REDIRECT, TC_ACT_SHOT, at, checksum, flow_v4, flow_v6,
     known_clocks, with_flow,
 };
-use super::{PAIR, TC_ACT_UNSPEC, pair, run, run_in, verdicts, write_flows};
+use super::{PAIR, TC_ACT_UNSPEC, in_namespace, pair, run, run_in, verdicts, write_flows};
+use crate::net::interfaces::watch;
+use forwarder_gateway::model::BindAddress;
 
 #[track_caller]
 fn check((key, flow): (FourTuple, Flow), change: impl Fn(&mut Frame)) {
@@ -349,6 +352,41 @@ fn what_comes_by_another_interface_is_left_to_a_stack_that_would_not_take_it() {
     let (key, flow) = elsewhere(flow_v6());
     let Some((_bpffs, bpf)) = with_flow(key, flow, at(&Frame::new(key))) else { return };
     assert_eq!(run(&bpf, PROGRAM_ETHERNET, &Frame::new(key).encode()).0, TC_ACT_REDIRECT);
+}
+
+/// A stranger's packet is forwarded, for the receiver to decide on, but the local socket must not hear from it what has arrived.
+#[test]
+fn only_what_the_receiver_takes_is_cloned_for_the_local_socket() {
+    in_namespace(|_| {
+        let (key, flow) = flow_v4();
+        let honest = Frame::new(key);
+        let flow = Flow { state: STATE_HANDOVER, ..flow };
+        let Some((_bpffs, mut bpf)) = with_flow(key, flow, at(&honest)) else { return };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let interfaces = runtime.block_on(async { watch().await.unwrap().0.borrow().clone() });
+        assert!(bpf.attach(&interfaces, &BTreeSet::from([BindAddress::Any])).is_empty());
+        // Clones come by the interface's own ingress; there is no socket that would be told.
+        let clones = || verdicts(&bpf).get(&Verdict::HandoverIgnored).copied().unwrap_or_default();
+        let send = |frame: &Frame| run(&bpf, PROGRAM_ETHERNET, &frame.encode());
+        let arrives = |expected: u64| {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while clones() < expected && Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+            assert_eq!(clones(), expected);
+        };
+        send(&honest);
+        arrives(1);
+        let strangers = [
+            Frame { sequence: honest.sequence.wrapping_add(1 << 31), ..honest.clone() },
+            Frame { acknowledgement: honest.acknowledgement.wrapping_add(1 << 30), ..honest.clone() },
+        ];
+        for frame in strangers {
+            assert_eq!(send(&frame).0, TC_ACT_REDIRECT, "it is forwarded all the same");
+        }
+        send(&honest);
+        arrives(2);
+    });
 }
 
 /// Prints what the program takes for a packet of a flow, which it turns into itself, so that it may be repeated. For comparisons: a

@@ -9,6 +9,7 @@ use std::os::unix::fs::chown;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use aya::{TestRun, TestRunOptions};
@@ -129,6 +130,18 @@ fn write_flows(bpf: &mut Bpf, flows: &[(FourTuple, Flow)]) {
     let mut map: BpfHashMap<_, FourTuple, Flow> = bpf.ebpf.map_mut(FLOWS).unwrap().try_into().unwrap();
     for (key, flow) in flows {
         map.insert(key, flow, 0).unwrap();
+    }
+}
+
+/// Loads what another one has left. The lock of its directory is free a little later where another test has just started a process,
+/// which has a copy of every descriptor until it executes.
+fn load_after(options: &BpfOptions) -> Result<Bpf, LoadError> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match Bpf::load(options) {
+            Err(LoadError::InUse { .. }) if Instant::now() < deadline => thread::yield_now(),
+            loaded => return loaded,
+        }
     }
 }
 
@@ -463,9 +476,9 @@ fn connections_of_another_version_are_not_run_over() {
     let mut other = unpinned();
     other.map(layout::VERDICTS).unwrap().pin(foreign.join("flows")).unwrap();
     // What only has such a name is somebody else's, and stays.
-    Bpf::load(&options).unwrap().close();
+    load_after(&options).unwrap().close();
     other.map(layout::VERDICTS).unwrap().pin(foreign.join("links/7_ingress")).unwrap();
-    let is_refused = || match Bpf::load(&options) {
+    let is_refused = || match load_after(&options) {
         Err(error @ LoadError::ForeignLayout { .. }) => {
             assert!(error.to_string().contains("forwarder cleanup --yes"), "{error}");
         }
@@ -492,7 +505,7 @@ fn maps_of_another_version_are_lost_and_nothing_else() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let interfaces = runtime.block_on(async { watch().await.unwrap().0.borrow().clone() });
         let start = || {
-            let mut bpf = Bpf::load(&options).unwrap();
+            let mut bpf = load_after(&options).unwrap();
             assert!(bpf.attach(&interfaces, &BTreeSet::from([BindAddress::Any])).is_empty());
             bpf
         };
@@ -536,7 +549,7 @@ fn maps_of_another_version_are_lost_and_nothing_else() {
 fn entries_that_cannot_be_removed_are_told() {
     let Some(bpffs) = bpffs() else { return };
     let options = bpffs.options();
-    let mut bpf = Bpf::load(&options).unwrap();
+    let mut bpf = load_after(&options).unwrap();
     assert!(flows::forget(&options.pin_dir, []).is_ok());
     bpf.pins.leave();
     drop(bpf);
@@ -565,7 +578,7 @@ fn what_is_left_is_found_by_the_next_one() {
             assert_eq!(links().unwrap(), 2 * interfaces.len());
         }
         // One that forwards no connections of its own serves those that it finds all the same.
-        let mut second = Bpf::load(&BpfOptions { most_pairs: None, ..options.clone() }).unwrap();
+        let mut second = load_after(&BpfOptions { most_pairs: None, ..options.clone() }).unwrap();
         assert!(second.attach(&interfaces, &bound).is_empty());
         assert_eq!(pair(&second).opened, 42);
         second.close();
