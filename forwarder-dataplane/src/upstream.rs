@@ -110,10 +110,10 @@ impl ConnectSettings {
 }
 
 /// How many probes may go without an answer before a peer is taken for dead.
-const PROBES: u32 = 6;
+pub(crate) const PROBES: u32 = 6;
 
 /// How long after the last probe the next one is sent, with keepalive after `idle`.
-fn probe_interval(idle: Duration) -> Duration {
+pub(crate) fn probe_interval(idle: Duration) -> Duration {
     (idle / PROBES).max(Duration::from_secs(1))
 }
 

@@ -24,11 +24,13 @@ use forwarder_kernel::tcp::segments::SegmentSocket;
 use forwarder_runtime::lock::lock;
 
 mod ending;
+mod keepalive;
 mod probes;
 mod segments;
 mod view;
 
 use self::ending::{PendingReset, RESET_AGAIN};
+use self::keepalive::{Due, Keepalive};
 pub(crate) use self::probes::Asked;
 use self::segments::Said;
 pub use self::view::{from_pins, reset_pinned};
@@ -43,9 +45,6 @@ const LONGEST_PERIOD: Duration = Duration::from_secs(1);
 const LINGER: Duration = Duration::from_secs(2);
 /// How long a reset is given to be followed by something else of the same sender: then it was a stranger's who knew the number.
 const RESET_STANDS: Duration = Duration::from_millis(200);
-/// How many probes may go without an answer before an end is taken for dead.
-const PROBES: u32 = 6;
-
 /// When a connection is offloaded: whichever comes first.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct OffloadTrigger {
@@ -129,8 +128,8 @@ struct Entry {
     repeated: [u64; 2],
     /// Since when it is over.
     over: Option<Instant>,
-    /// How many probes each end has not answered.
-    probes: [u32; 2],
+    /// The probes that each end has not answered.
+    keepalive: [Keepalive; 2],
     /// What the ends were asked for a stranger's sake.
     asked: Asked,
 }
@@ -183,7 +182,7 @@ impl Pairs {
             gone: None,
             active: Instant::now(),
             over: None,
-            probes: [0; 2],
+            keepalive: Default::default(),
             asked: Asked::default(),
         };
         // Its path was looked for when it was joined; what has changed since, the sweep told those that were here.
@@ -375,24 +374,16 @@ impl Pairs {
             return Fate::Reset(End::IdleTimeout);
         }
         let Some(keepalive) = self.settings.keepalive else { return Fate::Stays };
-        let interval = (keepalive / PROBES).max(Duration::from_secs(1));
         let now = monotonic();
         let ends =
             [(state.request.last_seen, End::DownstreamReset), (state.response.last_seen, End::UpstreamReset)];
         for (side, (last, reason)) in ends.into_iter().enumerate() {
             let quiet = Duration::from_nanos(now.saturating_sub(last));
-            if quiet < keepalive {
-                entry.probes[side] = 0;
-                continue;
+            match entry.keepalive[side].due(quiet, keepalive, Instant::now()) {
+                Due::Nothing => {}
+                Due::Probe => self.send(&[segments::probe(&entry.pair, state, side, now)]),
+                Due::Dead => return Fate::Reset(reason),
             }
-            if quiet < keepalive + interval * entry.probes[side] {
-                continue;
-            }
-            if entry.probes[side] == PROBES {
-                return Fate::Reset(reason);
-            }
-            entry.probes[side] += 1;
-            self.send(&[segments::probe(&entry.pair, state, side, now)]);
         }
         Fate::Stays
     }
