@@ -227,10 +227,11 @@ impl Control {
         report.statuses = statuses;
     }
 
-    /// The listeners that have been without their port for longer than while agents are replaced.
+    /// The listeners whose address this node does not have, and those that have been without their port for longer than while agents
+    /// are replaced: another agent gives up a port, but no address.
     fn lasting_failures(&self) -> Vec<BindFailure> {
         let mut failures = self.shared.in_force().bind_failures();
-        failures.retain(|failure| failure.since.elapsed() >= BIND_GRACE);
+        failures.retain(|failure| failure.address_missing || failure.since.elapsed() >= BIND_GRACE);
         failures
     }
 

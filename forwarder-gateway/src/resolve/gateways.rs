@@ -14,7 +14,8 @@ use super::evaluated::{EvaluatedGateway, Rejection};
 use super::listeners;
 use super::namespaces::AllowedNamespaces;
 
-/// Evaluates the Gateways of accepted classes, oldest first.
+/// Evaluates the Gateways of our classes, oldest first. None of a refused class is served; it has a status all the same, or one of before
+/// would go on to say that it is.
 pub(super) fn evaluate<'a>(
     manifests: &'a Manifests,
     settings: &ResolveSettings,
@@ -28,8 +29,15 @@ pub(super) fn evaluate<'a>(
             Some(Class::Foreign(controller)) if settings.tells_unserved => {
                 problems.push(of_another_controller(name, gateway, controller, settings));
             }
-            // Those of a refused class are told by the class's own problem.
-            Some(Class::Refused { .. } | Class::Foreign(_)) => {}
+            Some(Class::Refused { message, .. }) => {
+                // The class's own problem tells.
+                let mut gateway = evaluate_gateway(name, gateway, settings, &mut Vec::new());
+                let class = &gateway.gateway.spec.gateway_class_name;
+                let message = format!("its GatewayClass {class} is not accepted: {message}");
+                gateway.rejection = Some(Rejection { reason: Reason::InvalidParameters, message });
+                gateways.push(gateway);
+            }
+            Some(Class::Foreign(_)) => {}
             None => problems.push(class_not_found(manifests, name, gateway, settings)),
         }
     }

@@ -153,13 +153,36 @@ struct Reports<'a> {
     current: Vec<(&'a Node, &'a ParentReport)>,
     /// How many nodes there are.
     all: usize,
+    /// The nodes that have none of the Gateway's addresses: they are not to open its ports.
+    elsewhere: BTreeSet<&'a str>,
+}
+
+/// The nodes that have none of a Gateway's addresses, by what they say of the Gateway.
+fn elsewhere<'a>(
+    nodes: &'a [Node],
+    gateway: &NamespacedName,
+    addresses: &[GatewayAddressStatus],
+) -> BTreeSet<&'a str> {
+    let gateway = gateway.to_string();
+    let lacks_all = |node: &&Node| {
+        let report = node.report.as_ref().and_then(|report| report.gateways.get(&gateway));
+        let lacks =
+            |address: &GatewayAddressStatus| report.is_some_and(|it| it.missing.contains(&address.value));
+        !addresses.is_empty() && addresses.iter().all(lacks)
+    };
+    nodes.iter().filter(lacks_all).map(|node| node.name.as_str()).collect()
 }
 
 impl<'a> Reports<'a> {
-    fn new(nodes: &'a [Node], parent: ListenerParent, conditions: &[Condition]) -> Self {
+    fn new(
+        nodes: &'a [Node],
+        parent: ListenerParent,
+        conditions: &[Condition],
+        elsewhere: BTreeSet<&'a str>,
+    ) -> Self {
         let generation = generation(conditions);
         let current = nodes.iter().filter_map(|node| node.in_force(&parent, generation)).collect();
-        Self { parent, generation, current, all: nodes.len() }
+        Self { parent, generation, current, all: nodes.len(), elsewhere }
     }
 
     /// The nodes that could not bind a listener, and why.
@@ -197,9 +220,10 @@ impl<'a> Reports<'a> {
         }
         let (_, why) = failing.first()?;
         let nodes: Vec<&str> = failing.iter().map(|(node, _)| *node).collect();
-        let bound = self.current.len() - failing.len();
-        let message = format!("not bound on {}: {why}; bound on {bound}/{} nodes", list(&nodes), self.all);
-        if failing.len() < self.all {
+        let meant = self.current.iter().filter(|(node, _)| !self.elsewhere.contains(node.name.as_str()));
+        let (bound, all) = (meant.count().saturating_sub(failing.len()), self.all - self.elsewhere.len());
+        let message = format!("not bound on {}: {why}; bound on {bound}/{all} nodes", list(&nodes));
+        if failing.len() < all {
             listener.replace(self.pending(&message));
             return Some(message);
         }
@@ -239,7 +263,8 @@ impl<'a> Reports<'a> {
 
 /// Yields whether it asks for addresses of which no node has any.
 fn apply_to_gateway(name: &NamespacedName, status: &mut GatewayStatus, nodes: &[Node]) -> bool {
-    let reports = Reports::new(nodes, ListenerParent::Gateway(name.clone()), &status.conditions);
+    let elsewhere = elsewhere(nodes, name, &status.addresses);
+    let reports = Reports::new(nodes, ListenerParent::Gateway(name.clone()), &status.conditions, elsewhere);
     let is_accepted = status
         .conditions
         .iter()
@@ -271,7 +296,9 @@ fn apply_to_listener_set(
     without_address: bool,
     nodes: &[Node],
 ) {
-    let reports = Reports::new(nodes, ListenerParent::ListenerSet(name.clone()), &status.conditions);
+    let elsewhere = elsewhere(nodes, &status.gateway, &gateway.addresses);
+    let parent = ListenerParent::ListenerSet(name.clone());
+    let reports = Reports::new(nodes, parent, &status.conditions, elsewhere);
     let verdict = SetVerdict::below(&status.conditions, gateway);
     let partly_bound = reports.evaluate(&mut status.listeners, without_address);
     status.conditions = listener_set_conditions(&verdict, &status.listeners, reports.generation);

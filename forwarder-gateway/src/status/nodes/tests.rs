@@ -105,6 +105,22 @@ fn an_older_generation_does_not_count() {
 }
 
 #[test]
+fn a_node_without_the_address_has_not_opened_the_port() {
+    let nodes = [node("a", "10.0.0.1", taken("mysql")), node("b", "10.0.0.2", missing("10.9.9.9"))];
+    check(
+        statuses(&["mysql"], &["10.9.9.9"]),
+        &nodes,
+        &[
+            "gateway Accepted=False/ListenersNotValid none of the listeners is valid",
+            "gateway Programmed=False/Invalid the Gateway is not accepted",
+            "mysql Accepted=False/PortUnavailable not bound on a: address already in use; bound on 0/1 nodes",
+            "mysql Programmed=False/Invalid not bound on a: address already in use; bound on 0/1 nodes",
+            "addresses 10.9.9.9",
+        ],
+    );
+}
+
+#[test]
 fn a_port_taken_on_every_node_makes_the_listener_unavailable() {
     check(
         statuses(&["mysql", "other"], &[]),
