@@ -90,3 +90,40 @@ fn connections_are_taken_into_the_kernel_with_these_capabilities() {
         client::ping(stream, b"still there").unwrap();
     }
 }
+
+/// The capabilities that the `DaemonSet` asks for which removes what agents have left.
+fn capabilities_of_cleanup() -> Vec<String> {
+    let text = fs::read_to_string(chart().join("../../kustomize/cleanup/cleanup.yaml")).expect("a file");
+    let list = text.lines().find_map(|line| line.trim().strip_prefix("add: [")?.strip_suffix(']'));
+    list.expect("capabilities").split(", ").map(str::to_owned).collect()
+}
+
+#[test]
+fn cleanup_overlooks_nothing_with_the_capabilities_of_its_daemon_set() {
+    if !is_ready() {
+        return;
+    }
+    let mut forwarding =
+        Forwarding::start_with(&AgentCommand::new(&at_once(&[])), peer::echo).expect("it works");
+    let _streams = forwarding.connect_offloaded(1);
+    let pin_dir = forwarding.agent.pin_dir().to_owned();
+    forwarding.agent.kill().expect("it runs");
+    let cleanup = |capabilities: &[&str]| {
+        let words = confined(capabilities);
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).arg(binary()).args(["cleanup", "--yes", "--pin-dir"]).arg(&pin_dir);
+        forwarding.topology.node.output(&mut command).expect("cleanup")
+    };
+    // Where everybody may use bpf(2), nothing is missing.
+    let limit = fs::read_to_string("/proc/sys/kernel/unprivileged_bpf_disabled").expect("a variable");
+    if limit.trim() != "0" {
+        let refused = cleanup(&["NET_ADMIN"]);
+        let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && error.contains("CAP_BPF"), "{refused:?}");
+        assert!(pin_dir.read_dir().expect("a folder").next().is_some(), "the pins stay");
+    }
+    let capabilities = capabilities_of_cleanup();
+    let done = cleanup(&capabilities.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(done.status.success(), "{done:?}");
+    assert!(!pin_dir.exists(), "{done:?}");
+}

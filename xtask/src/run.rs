@@ -1,7 +1,6 @@
 //! The demonstration: the agent on `examples/quickstart`.
 
 use std::ffi::OsString;
-use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::process::CommandExt;
@@ -52,8 +51,9 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
     let mut agent = start(&binary, arguments)?;
     let outcome = attend(&mut agent, &binary, &interrupted);
     let stopped = stop(&mut agent);
+    // Of an agent that had to be killed.
     if !had_pins && Path::new(PINS).exists() {
-        fs::remove_dir_all(PINS).with_context(|| format!("removing {PINS}"))?;
+        process::run(Command::new(&binary).args(["cleanup", "--yes", "--pin-dir", PINS]))?;
     }
     outcome.and(stopped)
 }
@@ -65,7 +65,7 @@ fn start(binary: &Path, arguments: &[OsString]) -> Result<Child> {
         .args(arguments)
         .current_dir(workspace::root())
         .stdin(Stdio::null())
-        // The terminal's Ctrl-C shall not reach the agent beside our SIGTERM: a second signal ends it without a drain.
+        // The terminal's Ctrl-C shall not reach the agent beside our SIGINT: a second signal ends it without a drain.
         .process_group(0);
     eprintln!("$ {}", process::line(&command));
     command.spawn().with_context(|| format!("starting {}", binary.display()))
@@ -106,12 +106,12 @@ fn introduce(binary: &Path) {
     println!("Edit examples/quickstart/*.yaml: the agent follows. Ctrl-C ends everything.");
 }
 
-/// Asks the agent to end, waits, and ends it if it does not.
+/// Asks the agent to end and to leave nothing behind, waits, and ends it if it does not.
 fn stop(agent: &mut Child) -> Result<()> {
     if agent.try_wait()?.is_some() {
         return Ok(());
     }
-    kill_process(Pid::from_child(agent), Signal::TERM).context("stopping the agent")?;
+    kill_process(Pid::from_child(agent), Signal::INT).context("stopping the agent")?;
     let deadline = Instant::now() + STOP_LIMIT;
     while agent.try_wait()?.is_none() {
         if Instant::now() > deadline {

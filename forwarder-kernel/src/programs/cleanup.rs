@@ -14,8 +14,9 @@ use aya::programs::{Link, ProgramError, ProgramInfo, TcAttachType, loaded_progra
 use futures_util::TryStreamExt;
 use rtnetlink::new_connection;
 use rtnetlink::packet_route::link::LinkAttribute;
+use rustix::io::Errno;
 
-use crate::load_error::{LoadError, with_causes};
+use crate::load_error::{LoadError, errno_of, with_causes};
 use crate::maps::versions::is_version;
 use crate::net::filters::{Filter, Filters};
 use crate::programs::hook::pinned_program;
@@ -47,6 +48,16 @@ pub enum CleanupError {
         /// What the kernel said.
         #[source]
         source: io::Error,
+    },
+    /// What is pinned cannot be looked at.
+    #[error(
+        "cannot look at {}, by which a program may hang on an interface: not permitted, and nothing is removed, because the program would \
+         stay there and belong to nobody; run as root, with CAP_BPF",
+        .path.display()
+    )]
+    Denied {
+        /// The pin.
+        path: PathBuf,
     },
     /// The kernel does not list its programs.
     #[error(
@@ -214,7 +225,7 @@ async fn find_by(pin_dir: &Path, is_ours: impl Fn(&Path) -> bool) -> Result<Left
     let lock = lock(pin_dir)?;
     let pins = if lock.is_some() { pins_in(pin_dir, is_ours)? } else { Vec::new() };
     // The filters first: what they are known by is pinned.
-    let mut leftovers = filters(&programs_of(&pins)).await?;
+    let mut leftovers = filters(&programs_of(&pins)?).await?;
     leftovers.extend(pins);
     Ok(Leftovers { leftovers, pin_dir: pin_dir.to_owned(), _lock: lock })
 }
@@ -270,17 +281,26 @@ fn find_pins(folder: PathBuf, found: &mut Vec<Leftover>) -> Result<(), CleanupEr
 }
 
 /// The ids of the programs that are pinned, and of those that use a map that is.
-fn programs_of(pins: &[Leftover]) -> BTreeSet<u32> {
+///
+/// # Errors
+/// What is pinned may be a program, and cannot be looked at: its filters would be overlooked.
+fn programs_of(pins: &[Leftover]) -> Result<BTreeSet<u32>, CleanupError> {
     let maps = maps_of(pins);
-    let mut programs: BTreeSet<u32> =
-        attachments_in(pins, true).filter_map(|path| pinned_program(path)).collect();
+    let mut programs = BTreeSet::new();
+    for path in attachments_in(pins, true) {
+        let looked = ProgramInfo::from_pin(path);
+        if looked.is_err_and(|error| matches!(errno_of(&error), Some(Errno::PERM | Errno::ACCESS))) {
+            return Err(CleanupError::Denied { path: path.clone() });
+        }
+        programs.extend(pinned_program(path));
+    }
     // The kernel lists all programs for CAP_SYS_ADMIN alone. Without it the pinned ones are known.
     for program in loaded_programs().filter_map(Result::ok) {
         if uses(&program, &maps) {
             programs.insert(program.id());
         }
     }
-    programs
+    Ok(programs)
 }
 
 /// The ids of the maps that are pinned.
