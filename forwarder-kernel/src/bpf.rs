@@ -210,13 +210,13 @@ impl Bpf {
         // Before programs hang there: until then they take from an interface only what is expected by it.
         self.paths.set_links(interfaces);
         let mut problems = self.attachments.update(&mut self.ebpf, &wanted);
-        let arrivals = arrivals(interfaces).map(|interface| interface.index);
-        self.paths.set_attached(self.attachments.indices(), arrivals);
-        problems.extend(self.maps.set_local_addresses(interfaces).into_iter().map(AttachProblem::from));
         // What could not be replaced may use what a former agent has pinned.
         if problems.is_empty() {
             self.pins.forget_foreign();
         }
+        let arrivals = arrivals(interfaces).map(|interface| interface.index);
+        self.paths.set_attached(self.attachments.indices(), arrivals);
+        problems.extend(self.maps.set_local_addresses(interfaces).into_iter().map(AttachProblem::from));
         let before = std::mem::take(&mut self.told);
         problems.retain(|problem| {
             let message = problem.to_string();
