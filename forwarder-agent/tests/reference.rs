@@ -15,12 +15,20 @@ use forwarder_gateway::problem::Reason;
 use forwarder_gateway::resolve::ANNOTATIONS;
 use forwarder_kernel::fallback_reason::FallbackReason;
 
+/// A file of the tree, named from this crate.
+fn read(name: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).expect("a file")
+}
+
 /// The rows of the tables of a page, each as its cells.
 fn rows(page: &str) -> Vec<Vec<String>> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/reference").join(page);
-    let text = fs::read_to_string(path).expect("the page");
+    rows_by(page, |line| line.starts_with("| `"))
+}
+
+/// The lines of a page that are such rows, each as its cells.
+fn rows_by(page: &str, is_row: impl Fn(&&str) -> bool) -> Vec<Vec<String>> {
     let cells = |line: &str| line.trim_matches('|').split(" | ").map(|cell| cell.trim().to_owned()).collect();
-    text.lines().filter(|line| line.starts_with("| `")).map(cells).collect()
+    read(&format!("../docs/reference/{page}")).lines().filter(is_row).map(cells).collect()
 }
 
 /// What stands in backticks in a cell of each row.
@@ -87,11 +95,7 @@ fn conditions() -> BTreeSet<[String; 4]> {
 
 #[test]
 fn every_condition_is_explained() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/reference/conditions.md");
-    let text = fs::read_to_string(path).expect("the page");
-    let cells = |line: &str| line.trim_matches('|').split(" | ").map(|cell| cell.trim().to_owned()).collect();
-    let rows: Vec<Vec<String>> =
-        text.lines().filter(|line| line.starts_with("| ") && line.contains("| `")).map(cells).collect();
+    let rows = rows_by("conditions.md", |line| line.starts_with("| ") && line.contains("| `"));
     let written = conditions();
     assert!(written.len() > 20, "{written:?}");
     for [object, type_, status, reason] in &written {
@@ -112,8 +116,7 @@ fn every_condition_is_explained() {
 /// The paths stand in the source alone, each with the methods that it answers.
 #[test]
 fn every_path_of_the_admin_api_is_explained() {
-    let source =
-        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/admin.rs")).expect("a source");
+    let source = read("src/admin.rs");
     let answered: BTreeSet<(String, String)> = source
         .lines()
         .filter_map(|line| line.trim().strip_prefix(".route(\"")?.split_once("\", "))
@@ -133,9 +136,7 @@ fn every_path_of_the_admin_api_is_explained() {
 /// The names stand in the source alone: a metric appears once there is something to count.
 #[test]
 fn every_metric_is_explained() {
-    let source = ["metrics.rs", "metrics/cluster.rs"].map(|file| {
-        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(file)).expect("a source")
-    });
+    let source = ["src/metrics.rs", "src/metrics/cluster.rs"].map(read);
     let known: BTreeSet<&str> = source
         .iter()
         .flat_map(|text| text.split('"'))

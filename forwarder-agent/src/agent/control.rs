@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
-use super::input::OutcomeSender;
+use super::input::PublicationSender;
 use super::sockmap::SockmapTier;
 use crate::report::InputProblems;
 use crate::resolver::{Resolution, Resolver};
@@ -44,7 +44,7 @@ pub(super) struct Control {
     pub(super) sockmap: Arc<SockmapTier>,
     pub(super) segment_size: Arc<SegmentSize>,
     /// Who is told what became of the manifests.
-    pub(super) outcome: Option<OutcomeSender>,
+    pub(super) outcome: Option<PublicationSender>,
     /// What was loaded and put into force last.
     pub(super) in_force: Option<(Arc<Loaded>, Resolution)>,
 }
@@ -237,7 +237,7 @@ impl Control {
 
     /// Tells what became of the manifests, if that is new.
     fn publish(&self, resolution: &Resolution) {
-        let (Some(OutcomeSender { node, sender }), Some((loaded, _))) = (&self.outcome, &self.in_force)
+        let (Some(PublicationSender { node, sender }), Some((loaded, _))) = (&self.outcome, &self.in_force)
         else {
             return;
         };

@@ -19,7 +19,7 @@ pub(super) struct Input {
     /// What resolves it.
     pub(super) resolver: Resolver,
     /// Who is told what became of it; nobody where files are read.
-    pub(super) outcome: Option<OutcomeSender>,
+    pub(super) outcome: Option<PublicationSender>,
     /// How the reading and the telling go.
     pub(super) health: Option<ClusterHealth>,
     /// The `DaemonSet` of the agent's Pod, once it is found.
@@ -29,7 +29,7 @@ pub(super) struct Input {
 }
 
 /// Tells what became of the manifests.
-pub(super) struct OutcomeSender {
+pub(super) struct PublicationSender {
     pub(super) node: String,
     pub(super) sender: watch::Sender<Arc<Publication>>,
 }
@@ -79,7 +79,7 @@ pub(super) async fn open(settings: &Settings) -> Result<Input, ConnectError> {
             Ok(Input {
                 loaded: source.loaded,
                 resolver,
-                outcome: Some(OutcomeSender { node: kube.node_name.clone(), sender }),
+                outcome: Some(PublicationSender { node: kube.node_name.clone(), sender }),
                 health: Some(ClusterHealth { source: source.health, publish }),
                 daemon_set,
                 again: None,

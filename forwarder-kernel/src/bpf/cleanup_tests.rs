@@ -10,7 +10,7 @@ fn the_filters_of_a_killed_agent_are_found_and_removed_and_no_others() {
     let (Some(bpffs), Some(other)) = (bpffs(), bpffs()) else { return };
     in_namespace(|namespace| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let interfaces = runtime.block_on(async { watch().await.unwrap().0.borrow().clone() });
+        let interfaces = interfaces();
         let found = || runtime.block_on(find(&bpffs.options().pin_dir)).unwrap().leftovers;
         assert!(found().is_empty(), "{:?}", found());
 

@@ -20,8 +20,7 @@ use super::frames::{
     Field, Frame, LOOPBACK, REVERSE_SHIFT, TC_ACT_REDIRECT, TC_ACT_SHOT, at, checksum, flow_v4, flow_v6,
     known_clocks, with_flow,
 };
-use super::{PAIR, TC_ACT_UNSPEC, in_namespace, pair, run, run_in, verdicts, write_flows};
-use crate::net::interfaces::watch;
+use super::{PAIR, TC_ACT_UNSPEC, in_namespace, interfaces, pair, run, run_in, verdicts, write_flows};
 use forwarder_gateway::model::BindAddress;
 
 #[track_caller]
@@ -362,9 +361,7 @@ fn only_what_the_receiver_takes_is_cloned_for_the_local_socket() {
         let honest = Frame::new(key);
         let flow = Flow { state: STATE_HANDOVER, ..flow };
         let Some((_bpffs, mut bpf)) = with_flow(key, flow, at(&honest)) else { return };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let interfaces = runtime.block_on(async { watch().await.unwrap().0.borrow().clone() });
-        assert!(bpf.attach(&interfaces, &BTreeSet::from([BindAddress::Any])).is_empty());
+        assert!(bpf.attach(&interfaces(), &BTreeSet::from([BindAddress::Any])).is_empty());
         // Clones come by the interface's own ingress; there is no socket that would be told.
         let clones = || verdicts(&bpf).get(&Verdict::HandoverIgnored).copied().unwrap_or_default();
         let send = |frame: &Frame| run(&bpf, PROGRAM_ETHERNET, &frame.encode());

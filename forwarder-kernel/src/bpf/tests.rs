@@ -145,6 +145,12 @@ fn load_after(options: &BpfOptions) -> Result<Bpf, LoadError> {
     }
 }
 
+/// The interfaces of this namespace.
+fn interfaces() -> Vec<Interface> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async { watch().await.unwrap().0.borrow().clone() })
+}
+
 /// Writes what the programs know of the pair [`PAIR`].
 fn write_pair(bpf: &mut Bpf, pair: Pair) {
     let mut map: BpfHashMap<_, u32, Pair> = bpf.ebpf.map_mut(PAIRS).unwrap().try_into().unwrap();
@@ -502,8 +508,7 @@ fn maps_of_another_version_are_lost_and_nothing_else() {
     let Some(bpffs) = bpffs() else { return };
     let options = BpfOptions { most_pairs: Some(16), ..bpffs.options() };
     in_namespace(|_| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let interfaces = runtime.block_on(async { watch().await.unwrap().0.borrow().clone() });
+        let interfaces = interfaces();
         let start = || {
             let mut bpf = load_after(&options).unwrap();
             assert!(bpf.attach(&interfaces, &BTreeSet::from([BindAddress::Any])).is_empty());
@@ -565,8 +570,7 @@ fn what_is_left_is_found_by_the_next_one() {
     let Some(bpffs) = bpffs() else { return };
     let options = BpfOptions { most_pairs: Some(16), ..bpffs.options() };
     in_namespace(|_| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let interfaces = runtime.block_on(async { watch().await.unwrap().0.borrow().clone() });
+        let interfaces = interfaces();
         let bound = BTreeSet::from([BindAddress::Any]);
         let mut first = Bpf::load(&options).unwrap();
         assert!(first.attach(&interfaces, &bound).is_empty());
@@ -657,8 +661,7 @@ fn filters(namespace: &str, interface: &str) -> usize {
 fn counts_a_connection(kind: AttachKind) {
     let Some(bpffs) = bpffs() else { return };
     in_namespace(|namespace| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let interfaces = runtime.block_on(async { watch().await.unwrap().0.borrow().clone() });
+        let interfaces = interfaces();
         assert_eq!(interfaces.len(), 1, "{interfaces:?}");
         let load = || {
             let mut bpf = Bpf::load(&bpffs.options()).unwrap();
