@@ -1,6 +1,7 @@
 //! The agent: wires source, resolver, reconciler, workers, datapath and admin endpoint, and ends them in order.
 
 mod control;
+mod direct;
 mod input;
 mod kernel;
 mod shutdown;
@@ -12,6 +13,7 @@ use forwarder_common::sockmap::STREAMS_CAPACITY;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::control::Control;
+use self::direct::DirectListeners;
 use self::kernel::{Kernel, find_listener, inherit, offload_after};
 use self::shutdown::{Shutdown, Signals};
 use self::sockmap::SockmapTier;
@@ -25,8 +27,8 @@ use forwarder_dataplane::live::LiveConnections;
 use forwarder_dataplane::offload::sockmap::SockmapSettings;
 use forwarder_dataplane::offload::tier_toggles::TierToggles;
 use forwarder_dataplane::reconciler::{InForce, Reconciler};
-use forwarder_dataplane::upstream::ConnectSettings;
 use forwarder_dataplane::upstream::segment_size::SegmentSize;
+use forwarder_dataplane::upstream::{ConnectSettings, LocalPorts};
 use forwarder_dataplane::worker::Workers;
 use forwarder_dataplane::worker_context::WorkerSettings;
 use forwarder_kernel::net::interfaces::smallest_mtu;
@@ -79,6 +81,11 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         slot: settings.workers + 1,
         patience: settings.keepalive.map(forwarder_dataplane::upstream::patience),
     }));
+    let has_direct = kernel.offloader.as_ref().is_some_and(|offloader| offloader.flows.room_for_direct() > 0);
+    let ports = Arc::new(LocalPorts::new(settings.source_ports, has_direct));
+    if kernel.offloader.is_some() {
+        ports.warn_if_shared();
+    }
     let toggles = Arc::<TierToggles>::default();
     let descriptors = Arc::new(Descriptors::raise());
     let limit = descriptors.limit();
@@ -88,14 +95,21 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
             keepalive: settings.keepalive,
             flows: kernel.offloader.as_ref().map(|offloader| Arc::clone(&offloader.flows)),
             segment_size: Arc::clone(&segment_size),
-            port_range: Arc::default(),
+            ports,
+            descriptors: Arc::clone(&descriptors),
         },
-        descriptors: Arc::clone(&descriptors),
         offloader: kernel.offloader.clone(),
         sockmap: Arc::clone(&sockmap.cell),
         toggles: Arc::clone(&toggles),
         offload_after: offload_after(&settings),
     };
+    let direct = kernel.offloader.as_ref().and_then(|offloader| {
+        let opened = DirectListeners::open(offloader, &settings.pin_dir, worker_settings.connect.clone());
+        opened.unwrap_or_else(|error| {
+            tracing::warn!(%error, "tier direct does not work: connections are accepted");
+            None
+        })
+    });
     let workers = Workers::start(settings.workers, worker_settings)?;
     let shared = Arc::new(AgentState {
         in_force: Arc::new(Mutex::new(InForce::new(kernel.datapath))),
@@ -108,6 +122,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         },
         toggles,
         cluster: input.health,
+        has_direct: direct.is_some(),
         admin: AdminHealth::new(&settings.admin),
     });
     let pairs_thread = match &kernel.offloader {
@@ -140,6 +155,7 @@ async fn run_until_signalled(settings: Settings) -> Result<(), AgentError> {
         in_force: None,
         offloader: kernel.offloader.clone(),
         sockmap: Arc::clone(&sockmap),
+        direct,
         segment_size,
     };
     let signal = tokio::select! {

@@ -274,6 +274,11 @@ fn encode_backends(encoder: &mut DescriptorEncoder<'_>, in_force: &InForce) -> f
     totals("forwarder_backend_connections", "Connections established to endpoints", |own| {
         own.connected.get()
     })?;
+    totals(
+        "forwarder_backend_shared_source_ports",
+        "Connections to endpoints from a local port that any process of the node may be given once the connection is offloaded: its own connection to the same endpoint then times out",
+        |own| own.shared_ports.get(),
+    )?;
     totals("forwarder_backend_received_bytes", "Bytes passed on to endpoints", |own| {
         own.received_bytes.get()
     })?;
@@ -372,7 +377,7 @@ fn encode_sockmap(encoder: &mut DescriptorEncoder<'_>, shared: &AgentState) -> f
         None,
         MetricType::Gauge,
     )?;
-    for tier in [Tier::Tc, Tier::Sockmap] {
+    for tier in [Tier::Direct, Tier::Tc, Tier::Sockmap] {
         gauge(&mut up, [("tier", tier.as_str())], u64::from(shared.toggles.is_on(tier)))?;
     }
     let Some(pairs) = shared.connections.sockmap() else { return Ok(()) };

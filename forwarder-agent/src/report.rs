@@ -1,12 +1,13 @@
 //! What the input amounts to, for the admin endpoint and the log; kept such that a small change is published at a small
 //! cost.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 
 use crate::view;
+use forwarder_gateway::model::ListenerKey;
 use forwarder_gateway::problem::{Problem, Reason, Severity};
 use forwarder_gateway::resolve;
 use forwarder_gateway::status::Statuses;
@@ -25,6 +26,10 @@ pub struct Report {
     pub updates: Updates,
     /// What the kernel does for the agent.
     pub datapath: view::DatapathView,
+    /// The listeners that are to be direct, and whether they are.
+    pub direct: BTreeMap<ListenerKey, bool>,
+    /// Those that are not, and why.
+    pub refused_direct: BTreeMap<ListenerKey, String>,
     /// The agent is ending.
     pub draining: bool,
 }

@@ -3,13 +3,15 @@
 mod admin;
 mod file;
 mod kube;
+mod rules;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use forwarder_common::flow::PAIRS_CAPACITY;
+use forwarder_common::direct::MOST_DIRECT;
+use forwarder_common::flow::{MOST_PAIRS, PAIRS_CAPACITY};
 use ipnet::IpNet;
 use serde::Deserialize;
 
@@ -20,8 +22,9 @@ use forwarder_gateway::resolve::CONTROLLER_NAME;
 
 pub use self::admin::{ADMIN, ADMIN_SOCKET, AdminAddress, AdminSettings, AdminSocketPath, GroupName};
 pub use self::kube::KubeOptions;
+pub(crate) use self::rules::check_rules;
 use forwarder_kube::KubeSettings;
-use forwarder_runtime::values::{BytesText, DurationText, OffloadAfter};
+use forwarder_runtime::values::{BytesText, DurationText, OffloadAfter, SourcePorts};
 
 /// Where settings come from; everything is optional, and what nobody sets has the default that its description names.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
@@ -76,9 +79,14 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_EGRESS", value_enum)]
     pub egress: Option<Egress>,
 
-    /// Maximum number of offloaded connections; others stay in userspace [default: 262144]
+    /// Maximum number of offloaded connections (up to 4,000,000); others stay in userspace [default: 262144]
     #[arg(long, env = "FORWARDER_MAX_PAIRS", value_name = "N")]
     pub max_pairs: Option<u32>,
+
+    /// Maximum number of direct connections (up to 4,000,000), for which 450 bytes each are taken at once; others are accepted. 0 is none
+    /// [default: 0, or 65536 with `--datapath direct`]
+    #[arg(long, env = "FORWARDER_MAX_DIRECT", value_name = "N")]
+    pub max_direct: Option<u32>,
 
     /// Maximum kernel memory for connections of tier `sockmap`; beyond it, connections stay in userspace
     /// [default: 256MiB]
@@ -157,10 +165,15 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_PORT_WAIT", value_name = "DURATION")]
     pub port_wait: Option<DurationText>,
 
-    /// Source addresses for connections to endpoints, used in turn; each allows about 28,000 per endpoint
+    /// Source addresses for connections to endpoints, used in turn; each allows about 32,000 per endpoint
     #[arg(long, env = "FORWARDER_SOURCE_ADDRESSES", value_name = "ADDR", value_delimiter = ',')]
     #[serde(default)]
     pub source_addresses: Vec<IpAddr>,
+
+    /// Local ports for connections to endpoints that no other process of the node is given: a range, `auto` for those above
+    /// `ip_local_port_range`, or `off`. If all are in use, the kernel chooses [default: auto]
+    #[arg(long, env = "FORWARDER_SOURCE_PORTS", value_name = "PORTS")]
+    pub source_ports: Option<SourcePorts>,
 }
 
 /// The settings of an agent, complete and valid.
@@ -182,6 +195,8 @@ pub struct Settings {
     pub egress: Egress,
     /// How many of them the kernel may forward at once.
     pub max_pairs: u32,
+    /// How many connections may be direct at once; 0 is none.
+    pub max_direct: u32,
     /// How many bytes of memory the kernel may hold for connections of tier `sockmap`.
     pub sockmap_memory: u64,
     /// Whether tier `sockmap` may be had on a kernel that is not known to be right.
@@ -196,6 +211,8 @@ pub struct Settings {
     pub drain_timeout: Duration,
     /// Where upstream connections come from; empty leaves the choice to the kernel.
     pub source_addresses: Vec<IpAddr>,
+    /// The local ports that only the agent connects from.
+    pub source_ports: SourcePorts,
     /// Which ports listeners may take.
     pub listener_ports: AllowedPorts,
     /// Which addresses endpoints may have.
@@ -292,6 +309,7 @@ impl Options {
             offload_after: self.offload_after.or(other.offload_after),
             egress: self.egress.or(other.egress),
             max_pairs: self.max_pairs.or(other.max_pairs),
+            max_direct: self.max_direct.or(other.max_direct),
             sockmap_memory: self.sockmap_memory.or(other.sockmap_memory),
             sockmap_unsafe_kernel: self.sockmap_unsafe_kernel.or(other.sockmap_unsafe_kernel),
             hold: self.hold.or(other.hold),
@@ -308,6 +326,7 @@ impl Options {
             endpoint_cidrs: or_others(self.endpoint_cidrs, other.endpoint_cidrs),
             port_wait: self.port_wait.or(other.port_wait),
             source_addresses: or_others(self.source_addresses, other.source_addresses),
+            source_ports: self.source_ports.or(other.source_ports),
         }
     }
 
@@ -357,6 +376,23 @@ impl Options {
                 remedy: "set 1 to 1024",
             });
         }
+        let max_pairs = self.max_pairs.unwrap_or(PAIRS_CAPACITY);
+        if !(1..=MOST_PAIRS).contains(&max_pairs) {
+            return Err(SettingsError::Value {
+                setting: "max-pairs",
+                value: max_pairs.to_string(),
+                remedy: "set 1 to 4000000",
+            });
+        }
+        let is_direct = listener_defaults.datapath == Datapath::Direct;
+        let max_direct = self.max_direct.unwrap_or(if is_direct { DIRECT_CAPACITY } else { 0 });
+        if max_direct > MOST_DIRECT {
+            return Err(SettingsError::Value {
+                setting: "max-direct",
+                value: max_direct.to_string(),
+                remedy: "set 0 to 4000000",
+            });
+        }
         let controller_name = self.controller_name.unwrap_or_else(|| CONTROLLER_NAME.to_owned());
         if !controller_name.contains('/') {
             return Err(SettingsError::Value {
@@ -391,7 +427,8 @@ impl Options {
             workers,
             offload_after: self.offload_after.unwrap_or(OFFLOAD_AFTER),
             egress: self.egress.unwrap_or_default(),
-            max_pairs: self.max_pairs.unwrap_or(PAIRS_CAPACITY).max(1),
+            max_pairs,
+            max_direct,
             sockmap_memory: self.sockmap_memory.map_or(SOCKMAP_MEMORY, |text| text.0),
             sockmap_unsafe_kernel: self.sockmap_unsafe_kernel.unwrap_or_default(),
             hold: or_default(self.hold, Duration::from_secs(30)),
@@ -399,6 +436,7 @@ impl Options {
             keepalive: off_if_zero(or_default(self.keepalive, Duration::from_mins(1))),
             drain_timeout: or_default(self.drain_timeout, Duration::from_secs(30)),
             source_addresses: self.source_addresses,
+            source_ports: self.source_ports.unwrap_or_default(),
             listener_ports,
             endpoint_addresses,
             port_wait: or_default(self.port_wait, PORT_WAIT),
@@ -412,6 +450,9 @@ pub const OFFLOAD_AFTER: OffloadAfter =
 
 /// How many bytes of memory the kernel may hold for connections of tier `sockmap` by default.
 pub const SOCKMAP_MEMORY: u64 = 256 << 20;
+
+/// How many connections may be direct, where the agent's own setting is that they are, unless it says otherwise.
+pub const DIRECT_CAPACITY: u32 = 65_536;
 
 /// How long a port that another process had must have been free, by default, before it is taken: daemons are back sooner.
 pub const PORT_WAIT: Duration = Duration::from_secs(10);
@@ -430,28 +471,6 @@ fn outside(state_dir: Option<PathBuf>, manifests: &Path) -> Result<Option<PathBu
         }),
         other => Ok(other),
     }
-}
-
-/// Refuses a rule that changes nothing, such as `1024-65535` alone: whoever wrote it expects that all else is refused.
-///
-/// # Errors
-/// The first such rule.
-pub(crate) fn check_rules(ports: &AllowedPorts, addresses: &AllowedAddresses) -> Result<(), SettingsError> {
-    if let Some(ports) = ports.without_effect() {
-        return Err(SettingsError::Value {
-            setting: "listener-ports",
-            value: format!("`{ports}`"),
-            remedy: "it changes nothing, because no rule with `!` refuses one of these ports; remove it, or add `!1-65535` to refuse all others",
-        });
-    }
-    if let Some(network) = addresses.without_effect() {
-        return Err(SettingsError::Value {
-            setting: "endpoint-cidrs",
-            value: format!("`{network}`"),
-            remedy: "it changes nothing, because no wider network with `!` refuses it; remove it, or add `!0.0.0.0/0` or `!::/0` to refuse all others",
-        });
-    }
-    Ok(())
 }
 
 fn or_default(value: Option<DurationText>, default: Duration) -> Duration {

@@ -42,6 +42,8 @@ pub struct AgentState {
     pub toggles: Arc<TierToggles>,
     /// How it goes with the Kubernetes API, where that is the source.
     pub cluster: Option<ClusterHealth>,
+    /// Whether there may be direct connections.
+    pub has_direct: bool,
     /// Which ways into the admin endpoint are open.
     pub admin: AdminHealth,
 }
@@ -85,17 +87,23 @@ impl AgentState {
             Some(error) => format!("{error} (`forwarder probe` says more)"),
             None => MissingTiers::UNPREPARED.to_owned(),
         };
+        let direct = || match report.datapath.direct_error.as_ref().or(report.datapath.tc_error.as_ref()) {
+            Some(error) => format!("{error} (`forwarder probe` says more)"),
+            None => MissingTiers::NO_ROOM_FOR_DIRECT.to_owned(),
+        };
         MissingTiers {
             tc: self.connections.pairs.is_none().then(tc),
             sockmap: report.datapath.sockmap_error.clone(),
+            direct: (!self.has_direct).then(direct),
+            refused_direct: report.refused_direct.clone(),
         }
     }
 
     /// The tiers that take connections into the kernel.
     pub fn tiers(&self) -> DatapathTiers {
-        let (has_failed, sockmap_error) = {
-            let report = self.report();
-            (report.datapath.tc_error.is_some(), report.datapath.sockmap_error.clone())
+        let (has_failed, sockmap_error, direct_error) = {
+            let datapath = &self.report().datapath;
+            (datapath.tc_error.is_some(), datapath.sockmap_error.clone(), datapath.direct_error.clone())
         };
         let (pairs, sockmap) = (&self.connections.pairs, self.connections.sockmap.get());
         let is_tc_wanted =
@@ -112,9 +120,20 @@ impl AgentState {
         DatapathTiers {
             tiers: vec![
                 TierView {
+                    tier: Tier::Direct,
+                    state: state(
+                        Tier::Direct,
+                        self.has_direct.then_some(true).or(direct_error.is_some().then_some(false)),
+                    ),
+                    connections: pairs.as_ref().map_or(0, |pairs| pairs.count_direct()),
+                    reason: direct_error,
+                },
+                TierView {
                     tier: Tier::Tc,
                     state: state(Tier::Tc, has_tc),
-                    connections: pairs.as_ref().map_or(0, |pairs| pairs.count()),
+                    connections: pairs
+                        .as_ref()
+                        .map_or(0, |pairs| pairs.count().saturating_sub(pairs.count_direct())),
                     reason: tc_error,
                 },
                 TierView {
@@ -129,6 +148,7 @@ impl AgentState {
 
     /// The state, for people and programs.
     pub fn state(&self) -> view::State {
+        let is_direct = self.report().direct.clone();
         let in_force = self.in_force();
         let failures = in_force.bind_failures();
         let listeners = in_force.table.listeners.iter().map(|(key, listener)| {
@@ -138,6 +158,7 @@ impl AgentState {
                     let sum = |field: fn(&ListenerCounters) -> u64| Some(bound.counters.sum(field));
                     row.id = Some(bound.id.0);
                     row.bound = Some(true);
+                    row.direct = is_direct.get(key).copied();
                     row.connections = sum(|own| own.accepted.get());
                     row.active = Some(bound.counters.active());
                     row.received_bytes = sum(|own| own.received_bytes.iter().map(Counter::get).sum());

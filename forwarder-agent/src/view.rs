@@ -44,6 +44,9 @@ pub struct ListenerView {
     pub error: Option<String>,
     /// How bytes are moved.
     pub datapath: String,
+    /// Of a listener that is to be direct: whether the programs take its new connections now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub direct: Option<bool>,
     /// The route that serves it.
     pub route: Option<String>,
     /// The route's backends.
@@ -110,6 +113,9 @@ pub struct DatapathView {
     /// Why tier `tc` does not work.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tc_error: Option<String>,
+    /// Why tier `direct` does not work.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub direct_error: Option<String>,
     /// Why tier `sockmap` does not work.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sockmap_error: Option<String>,

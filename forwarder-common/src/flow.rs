@@ -25,6 +25,9 @@ mod note;
 /// Entries that [`PAIRS`](crate::layout::PAIRS) holds unless the agent says otherwise; [`FLOWS`](crate::layout::FLOWS) holds twice as many.
 pub const PAIRS_CAPACITY: u32 = 262_144;
 
+/// How many pairs there may be at most.
+pub const MOST_PAIRS: u32 = 4_000_000;
+
 /// The priority (`SO_PRIORITY`) of packets that the agent sends in the name of pairs, which the egress programs let pass. It is
 /// nobody else's, and unlike a mark it has no say in routing.
 pub const AGENT_PRIORITY: u32 = 0x6677_6401;
@@ -62,6 +65,9 @@ pub const FLOW_TIMESTAMPS: u16 = 8;
 /// [`Flow::flags`]: the stack sends the packets on, as a router, once they have been translated, instead of being redirected.
 pub const FLOW_BY_STACK: u16 = 16;
 
+/// [`Flow::flags`]: of a [direct](crate::direct) connection whose handshake is not done.
+pub const FLOW_OPENING: u16 = 32;
+
 /// [`DirectionState::flags`]: the sender has reset the connection, and has sent nothing else since.
 pub const SENDER_RESET: u8 = 1;
 /// [`DirectionState::flags`]: the sender wants to open a new connection on the tuple of this one, which it has forgotten.
@@ -69,10 +75,13 @@ pub const SENDER_SYN: u8 = 2;
 /// [`DirectionState::flags`]: a reset that the receiver would not believe came in the sender's name: the agent is to ask the sender, who
 /// has sent nothing else since.
 pub const SENDER_CHALLENGE: u8 = 4;
+/// [`Pair::offloaded`] of a [direct](crate::direct) connection whose endpoint has refused ([`SENDER_RESET`]), or has not answered: another one is asked in its
+/// place, by another connection.
+pub const REPLACED: u64 = u64::MAX;
 
 /// The neighbour that packets are handed to: `struct bpf_redir_neigh`, as `bpf_redirect_neigh` takes it.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct NextHop {
     /// The family of the address: `AF_INET` (2) or `AF_INET6` (10). A gateway to an IPv4 host may have either (RFC 8950).
     pub family: u32,
@@ -96,7 +105,7 @@ impl NextHop {
 
 /// Value of [`FLOWS`](crate::layout::FLOWS): one direction of a pair. Written by the agent.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Flow {
     /// The tuple that the packets get: that of the other leg.
     pub out: FourTuple,
@@ -110,7 +119,7 @@ pub struct Flow {
     pub clock_time: u64,
     /// The timestamp clock of the agent's socket on the outgoing leg (RFC 7323, milliseconds) at `clock_time`.
     pub clock: u32,
-    /// The pair's number: key of [`PAIRS`](crate::layout::PAIRS).
+    /// The pair's number: key of [`PAIRS`](crate::layout::PAIRS), or of a [direct](crate::direct) connection.
     pub pair: u32,
     /// [`DIRECTION_REQUEST`] or [`DIRECTION_RESPONSE`].
     pub direction: u32,
@@ -125,7 +134,7 @@ pub struct Flow {
     pub source_scale: u8,
     /// The window scale that the agent announced to the receiver, 0 to 14.
     pub target_scale: u8,
-    /// [`FLOW_CLEAR_ECN`], [`FLOW_ENDED`], [`FLOW_REVERSE_ENDED`], [`FLOW_TIMESTAMPS`], [`FLOW_BY_STACK`].
+    /// [`FLOW_CLEAR_ECN`], [`FLOW_ENDED`], [`FLOW_REVERSE_ENDED`], [`FLOW_TIMESTAMPS`], [`FLOW_BY_STACK`], [`FLOW_OPENING`].
     pub flags: u16,
     /// How far the agent's socket on the outgoing leg has acknowledged, in the receiver's own numbers: as the handover begins, and once
     /// nothing reaches it any more. In [`STATE_HANDOVER`] nothing less is acknowledged: what has been promised is on its way, and who
@@ -269,12 +278,21 @@ impl DirectionState {
 pub struct Pair {
     /// When the connection was accepted: `CLOCK_MONOTONIC` in nanoseconds.
     pub opened: u64,
-    /// When its handover began, likewise.
+    /// When its handover began, likewise; of a direct connection, when its handshake was done, 0 before; or [`REPLACED`].
     pub offloaded: u64,
     /// From the client to the endpoint.
     pub request: DirectionState,
     /// From the endpoint to the client.
     pub response: DirectionState,
+}
+
+impl Pair {
+    /// Whether it is an attempt in whose place there is another one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_replaced(&self) -> bool {
+        self.offloaded == REPLACED
+    }
 }
 
 /// The numbers of a segment, in host byte order.

@@ -5,6 +5,7 @@
 
 use core::mem::{align_of, offset_of, size_of};
 
+use crate::direct::{DIRECT, DIRECT_COUNTS, DIRECT_LINKS, DIRECT_SLOTS, DIRECT_STATES, DIRECT_TARGETS};
 use crate::tuple::AddressBytes;
 
 /// Hash of [`ListenerKey`] to [`ListenerValue`]. Written by the agent, read for each packet.
@@ -45,16 +46,25 @@ pub struct PinnedMap {
 }
 
 /// The maps that are pinned, each as `v{version}/{name}` below the pin directory.
-pub const PINNED_MAPS: [PinnedMap; 8] = [
-    PinnedMap { name: LISTENERS, version: 4 },
+pub const PINNED_MAPS: [PinnedMap; 14] = [
+    PinnedMap { name: LISTENERS, version: 5 },
     PinnedMap { name: BACKENDS, version: 4 },
     PinnedMap { name: COUNTERS, version: 4 },
     PinnedMap { name: LOCAL_ADDRESSES, version: 4 },
-    PinnedMap { name: VERDICTS, version: 4 },
+    PinnedMap { name: VERDICTS, version: 5 },
     PinnedMap { name: FLOWS, version: FLOWS_VERSION },
     PinnedMap { name: PAIRS, version: FLOWS_VERSION },
     PinnedMap { name: AGENT, version: 4 },
+    PinnedMap { name: DIRECT, version: DIRECT_VERSION },
+    PinnedMap { name: DIRECT_SLOTS, version: DIRECT_VERSION },
+    PinnedMap { name: DIRECT_STATES, version: DIRECT_VERSION },
+    PinnedMap { name: DIRECT_TARGETS, version: DIRECT_VERSION },
+    PinnedMap { name: DIRECT_LINKS, version: DIRECT_VERSION },
+    PinnedMap { name: DIRECT_COUNTS, version: DIRECT_VERSION },
 ];
+
+/// The version of the maps of direct connections.
+const DIRECT_VERSION: u32 = 5;
 
 /// The version of [`FLOWS`] and [`PAIRS`], neither of which means anything without the other.
 const FLOWS_VERSION: u32 = 4;
@@ -108,6 +118,16 @@ pub struct ListenerValue {
     pub listener_id: u32,
     /// [`STATE_READY`], [`STATE_DRAINING`] or [`STATE_REMOVED`].
     pub state: u32,
+    /// The listener's part of [`DIRECT_TARGETS`], for IPv4 and for IPv6, as [`targets`] has it; 0 where connections are
+    /// accepted.
+    pub targets: [u64; 2],
+}
+
+/// [`ListenerValue::targets`]: `count` of them from `first` on. One word, which programs read at once.
+#[inline(always)]
+#[must_use]
+pub const fn targets(first: u32, count: u32) -> u64 {
+    (count as u64) << 32 | first as u64
 }
 
 /// Key of [`BACKENDS`].
@@ -166,9 +186,10 @@ const _: () = {
     assert!(offset_of!(ListenerKey, port) == 16);
     assert!(offset_of!(ListenerKey, pad) == 18);
 
-    assert!(size_of::<ListenerValue>() == 8 && align_of::<ListenerValue>() == 4);
+    assert!(size_of::<ListenerValue>() == 24 && align_of::<ListenerValue>() == 8);
     assert!(offset_of!(ListenerValue, listener_id) == 0);
     assert!(offset_of!(ListenerValue, state) == 4);
+    assert!(offset_of!(ListenerValue, targets) == 8);
 
     assert!(size_of::<BackendKey>() == 8 && align_of::<BackendKey>() == 4);
     assert!(offset_of!(BackendKey, listener_id) == 0);

@@ -14,6 +14,7 @@ compile_error!(
     "the eBPF objects are built for little-endian machines: maps would be read with their bytes swapped"
 );
 
+pub mod direct;
 pub mod flow;
 pub mod icmp;
 pub mod layout;

@@ -10,10 +10,14 @@ pub const MAX_OPTIONS: usize = 16;
 
 const OPTION_END: u8 = 0;
 const OPTION_NOP: u8 = 1;
+const OPTION_WINDOW_SCALE: u8 = 3;
 const OPTION_SACK: u8 = 5;
 const OPTION_TIMESTAMP: u8 = 8;
 /// The length of the timestamp option (RFC 7323, 3.2).
 const TIMESTAMP_LENGTH: u32 = 10;
+/// The length of the window scale option (RFC 7323, 2.2), and the largest scale that counts (2.3).
+const WINDOW_SCALE_LENGTH: u32 = 3;
+const MAX_SCALE: u32 = 14;
 /// The length of one block of the SACK option (RFC 2018, 3).
 const SACK_BLOCK_LENGTH: u32 = 8;
 /// The most SACK blocks that a header has room for.
@@ -105,6 +109,8 @@ pub struct Options {
     pub sack: u32,
     /// How many SACK blocks there are, up to [`MAX_SACK_BLOCKS`].
     pub sack_blocks: u32,
+    /// One more than the window scale of a SYN (RFC 7323, 2.2), at most 15.
+    pub scale: u32,
 }
 
 /// Why the options of a segment cannot be translated.
@@ -134,7 +140,7 @@ impl OptionsWalk {
     #[inline(always)]
     #[must_use]
     pub const fn new() -> Self {
-        Self { found: Options { timestamps: 0, sack: 0, sack_blocks: 0 }, offset: FIXED_HEADER }
+        Self { found: Options { timestamps: 0, sack: 0, sack_blocks: 0, scale: 0 }, offset: FIXED_HEADER }
     }
 
     /// Looks at one option; whether it was the last one. `read` yields the bytes of the TCP header, which has
@@ -177,6 +183,9 @@ impl OptionsWalk {
             }
             self.found.sack = offset + 2;
             self.found.sack_blocks = blocks;
+        } else if kind == OPTION_WINDOW_SCALE && length == WINDOW_SCALE_LENGTH {
+            let scale = u32::from(read(offset + 2).ok_or(OptionsError::Malformed)?);
+            self.found.scale = if scale > MAX_SCALE { MAX_SCALE + 1 } else { scale + 1 };
         }
         self.offset = offset + length;
         Ok(self.offset >= header_length)

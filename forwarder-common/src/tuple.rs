@@ -31,7 +31,7 @@ pub const fn address_of(bytes: AddressBytes) -> IpAddr {
 
 /// Key of [`FLOWS`](crate::layout::FLOWS): the addresses and ports of a packet. 36 bytes without padding.
 #[repr(C, align(4))]
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub struct FourTuple {
     /// Where it comes from, in network byte order.
     pub source: AddressBytes,

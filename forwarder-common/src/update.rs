@@ -101,6 +101,8 @@ impl FlowUpdate {
 pub struct ListenerUpdate {
     /// Where it stands.
     pub key: ListenerKey,
+    /// Zero.
+    pub pad: u32,
     /// What is to stand there.
     pub value: ListenerValue,
 }
@@ -112,13 +114,17 @@ impl ListenerUpdate {
     /// As it lies in the packet.
     #[must_use]
     pub fn bytes(&self) -> [u8; LISTENER_UPDATE_SIZE] {
-        let Self { key, value } = *self;
+        let Self { key, pad, value } = *self;
         let mut bytes = Bytes::new();
         bytes.put(&key.address);
         bytes.put(&key.port.to_ne_bytes());
         bytes.put(&key.pad.to_ne_bytes());
-        bytes.put(&value.listener_id.to_ne_bytes());
-        bytes.put(&value.state.to_ne_bytes());
+        for word in [pad, value.listener_id, value.state] {
+            bytes.put(&word.to_ne_bytes());
+        }
+        for word in value.targets {
+            bytes.put(&word.to_ne_bytes());
+        }
         bytes.filled
     }
 }
@@ -182,8 +188,8 @@ const _: () = {
     assert!(offset_of!(FlowUpdate, acknowledged) == 76);
     assert!(offset_of!(FlowUpdate, flags) == 80);
 
-    assert!(size_of::<ListenerUpdate>() == 28 && align_of::<ListenerUpdate>() == 4);
-    assert!(offset_of!(ListenerUpdate, value) == 20);
+    assert!(size_of::<ListenerUpdate>() == 48 && align_of::<ListenerUpdate>() == 8);
+    assert!(offset_of!(ListenerUpdate, value) == 24);
 
     assert!(size_of::<CreditUpdate>() == 32 && align_of::<CreditUpdate>() == 8);
     assert!(offset_of!(CreditUpdate, credit) == 8);

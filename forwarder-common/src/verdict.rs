@@ -60,11 +60,15 @@ pub enum Verdict {
     OtherInterface = 23,
     /// Of a pair that the agent has ended: answered with a reset.
     ResetAnswered = 24,
+    /// A new connection to a direct listener that no direct connection could be made for: left to the listener's socket.
+    DirectRefused = 25,
+    /// An endpoint's refusal of a direct connection: turned into the client's SYN to another endpoint.
+    DirectRetried = 26,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 27] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -90,10 +94,12 @@ impl Verdict {
         Self::FragmentRefused,
         Self::OtherInterface,
         Self::ResetAnswered,
+        Self::DirectRefused,
+        Self::DirectRetried,
     ];
 
     /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 25;
+    pub const COUNT: u32 = 27;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -129,6 +135,8 @@ impl Verdict {
             Self::FragmentRefused => "fragment_refused",
             Self::OtherInterface => "other_interface",
             Self::ResetAnswered => "reset_answered",
+            Self::DirectRefused => "direct_refused",
+            Self::DirectRetried => "direct_retried",
         }
     }
 }

@@ -7,6 +7,7 @@ mod handover;
 mod insertion;
 pub(crate) mod listing;
 mod offload;
+mod probation;
 mod relaying;
 
 use std::cell::{Cell, RefCell};
@@ -97,16 +98,18 @@ impl Connection {
             upstream: None,
             upstream_local: None,
             tier: match serving.listener.settings.datapath {
-                Datapath::Auto | Datapath::Splice | Datapath::Tc | Datapath::Sockmap => Tier::Splice,
+                Datapath::Auto | Datapath::Splice | Datapath::Tc | Datapath::Sockmap | Datapath::Direct => {
+                    Tier::Splice
+                }
                 Datapath::Copy => Tier::Copy,
             },
-            orphan: None,
             removal: RemovalWatch::default(),
             slot: worker,
             opened: Instant::now(),
             received: 0,
             sent: 0,
             end: End::Drained,
+            is_moved: false,
         };
         Self {
             record: RefCell::new(Some(record)),
@@ -200,6 +203,11 @@ impl Connection {
         }
     }
 
+    /// How many bytes the sockets have passed on, from the client and from the endpoint.
+    fn relayed(&self) -> [u64; 2] {
+        [self.received.get(), self.sent.get()]
+    }
+
     /// Counts bytes as they move, for the listener, the backend and the connection.
     fn count(&self, received: Moved, sent: Moved, context: &WorkerContext) {
         let up: u64 = received.bytes.iter().sum();
@@ -225,14 +233,12 @@ impl Connection {
 
     /// When it was accepted: `CLOCK_MONOTONIC` in nanoseconds.
     fn opened_at(&self) -> u64 {
-        let age = self.record.borrow().as_ref().map(|record| record.opened.elapsed());
-        let age = u64::try_from(age.unwrap_or_default().as_nanos()).unwrap_or(u64::MAX);
-        monotonic().saturating_sub(age)
+        self.record.borrow().as_ref().map_or_else(monotonic, Record::opened_at)
     }
 
     /// How many bytes have moved.
     fn moved(&self) -> u64 {
-        self.received.get() + self.sent.get()
+        self.relayed().iter().sum()
     }
 }
 
@@ -311,12 +317,14 @@ async fn carry(
     connection: &Connection,
 ) -> Option<End> {
     let tier = match datapath {
-        Datapath::Auto | Datapath::Splice | Datapath::Tc | Datapath::Sockmap => Tier::Splice,
+        Datapath::Auto | Datapath::Splice | Datapath::Tc | Datapath::Sockmap | Datapath::Direct => {
+            Tier::Splice
+        }
         Datapath::Copy => Tier::Copy,
     };
     let mut relay = Relay::new(tier, context, connection, [downstream, upstream]);
     match datapath {
-        Datapath::Auto | Datapath::Tc | Datapath::Sockmap => offload::carry(relay).await,
+        Datapath::Auto | Datapath::Tc | Datapath::Sockmap | Datapath::Direct => offload::carry(relay).await,
         Datapath::Splice | Datapath::Copy => Some(poll_fn(|cx| relay.poll(cx)).await),
     }
 }

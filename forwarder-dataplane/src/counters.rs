@@ -186,6 +186,8 @@ impl ConnectFailure {
 pub struct BackendCounters {
     /// Connections established.
     pub connected: Counter,
+    /// Those of them whose local port the kernel gives to other processes of the node too.
+    pub shared_ports: Counter,
     /// Connections ended.
     pub ended: Counter,
     /// Attempts that failed, indexed as [`ConnectFailure::ALL`].

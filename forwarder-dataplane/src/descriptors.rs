@@ -1,8 +1,10 @@
 //! How the file descriptors that the process may have are shared: some for what the agent itself needs, so that it is reached and reads
 //! its input whatever happens, three quarters of the others at most for listening sockets, and what is left for connections.
 
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Descriptors of the agent itself: maps, programs on interfaces, event loops, pipes, the admin endpoint, the API server.
@@ -17,6 +19,18 @@ pub struct Descriptors {
     /// Those that are not reserved.
     shared: usize,
     listening: AtomicUsize,
+    /// How many accepted connections wait for the socket of their other side.
+    waiting: AtomicUsize,
+}
+
+/// An accepted connection that waits for a descriptor, as long as this lives.
+#[derive(Debug)]
+pub struct Waiting<'a>(&'a Descriptors);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// There is no descriptor left to listen with.
@@ -33,7 +47,7 @@ impl Descriptors {
     /// Where the process may have `limit` of them.
     pub fn new(limit: u64) -> Self {
         let shared = usize::try_from(limit.saturating_sub(RESERVED.min(limit / 4))).unwrap_or(usize::MAX);
-        Self { limit, shared, listening: AtomicUsize::new(0) }
+        Self { limit, shared, listening: AtomicUsize::new(0), waiting: AtomicUsize::new(0) }
     }
 
     /// Raises the limit as far as this process may.
@@ -56,6 +70,17 @@ impl Descriptors {
         (self.shared.saturating_sub(self.listening.load(Ordering::Relaxed)) / OF_CONNECTION).max(1)
     }
 
+    /// Notes that an accepted connection waits for a descriptor: until it has one, none is to be accepted, because its client would take it.
+    pub fn wait(&self) -> Waiting<'_> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        Waiting(self)
+    }
+
+    /// How many accepted connections wait for one.
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
     /// Takes descriptors for a listener's sockets. Only one thread takes them.
     ///
     /// # Errors
@@ -73,6 +98,11 @@ impl Descriptors {
     pub fn give_back(&self, sockets: usize) {
         self.listening.fetch_sub(sockets, Ordering::Relaxed);
     }
+}
+
+/// Whether a call failed because the process or the system has no more descriptors, or no memory for a socket.
+pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
 }
 
 /// As where nothing limits them.

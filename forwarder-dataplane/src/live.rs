@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::offload::sockmap::SockmapCell;
 use crate::offload::sockmap::SockmapPairs;
 use crate::offload::tc::Pairs;
-use crate::view::{ConnectionList, ResetReport, Selector};
+use crate::view::{ConnectionList, Lister, ResetReport, Selector};
 use crate::worker::WorkerConnections;
 
 /// Everything that keeps connections.
@@ -27,10 +27,16 @@ impl LiveConnections {
         let live = self.clone();
         // To look at hundreds of thousands, and to sort them, takes a while: health checks are answered meanwhile.
         let listed = tokio::task::spawn_blocking(move || {
-            let mut found: Vec<_> = of_workers.answers.into_iter().flatten().collect();
-            found.extend(live.pairs.iter().flat_map(|pairs| pairs.list(&selector)));
-            found.extend(live.sockmap().into_iter().flat_map(|pairs| pairs.list(&selector)));
-            ConnectionList::new(found, limit, of_workers.unanswered)
+            let mut lister = Lister::new(limit);
+            of_workers.answers.into_iter().flatten().for_each(|view| lister.add(view));
+            if let Some(pairs) = &live.pairs {
+                pairs.list(&selector, |view| lister.add(view));
+            }
+            live.sockmap()
+                .into_iter()
+                .flat_map(|pairs| pairs.list(&selector))
+                .for_each(|view| lister.add(view));
+            lister.finish(of_workers.unanswered)
         });
         listed.await.expect("a panic ends the process")
     }

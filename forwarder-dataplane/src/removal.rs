@@ -1,6 +1,6 @@
 //! What becomes of open connections when the listener, the backend or the endpoint that they rely on is removed.
 //!
-//! A removal is noted at the listeners that it concerns. Whoever looks at the connections a few times a second anyway
+//! A removal is noted at the listeners that it concerns. Whoever looks at the connections again and again anyway
 //! compares a number, and looks closer where it has changed: a change that removes nothing costs no connection anything.
 
 use std::collections::VecDeque;

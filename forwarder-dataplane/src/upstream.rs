@@ -3,6 +3,7 @@
 pub mod balancer;
 pub mod endpoints;
 mod port;
+mod port_range;
 pub mod segment_size;
 
 use std::io;
@@ -19,16 +20,18 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::counters::{BackendCounters, ConnectFailure, PerWorker};
+use crate::descriptors::{Descriptors, is_exhaustion};
 use crate::relay;
 use crate::upstream::endpoints::EndpointSet;
 use crate::upstream::segment_size::SegmentSize;
 use forwarder_gateway::model::{BackendKey, Endpoints};
 use forwarder_kernel::flows::FlowTable;
 
-pub use self::port::PortRange;
+use self::port::Connecting;
+pub use self::port_range::LocalPorts;
 
-/// How long to wait for a local port to become free before the next attempt.
-const LOCAL_PORT_BACKOFF: Duration = Duration::from_millis(50);
+/// How long to wait for a local port or a descriptor to become free before the next attempt.
+const RESOURCE_BACKOFF: Duration = Duration::from_millis(50);
 
 /// A backend in use: its endpoints of the moment, whose turn it is, and its counters. Shared by every listener whose
 /// route refers to it; it lives on while connections use it.
@@ -72,6 +75,15 @@ impl Upstream {
 
     /// Notes that no endpoint could be connected; logs it the first time.
     fn is_not_reached(&self, endpoint: SocketAddr, failure: ConnectFailure, error: &io::Error) {
+        if failure == ConnectFailure::NoResources {
+            tracing::warn!(
+                backend = %self.key,
+                reason = failure.as_str(),
+                %error,
+                "no socket could be had to connect the backend with: a client is reset; raise the forwarder's limit on open files (LimitNOFILE, ulimit -n)"
+            );
+            return;
+        }
         if !self.is_down.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 backend = %self.key,
@@ -92,10 +104,12 @@ pub struct ConnectSettings {
     /// The segment size that sockets announce.
     pub segment_size: Arc<SegmentSize>,
     /// Local addresses to connect from, in turn, so that more connections to one endpoint fit than there are local
-    /// ports (some 28,000 by default); none leaves the choice to the kernel.
+    /// ports (some 32,000 by default); none leaves the choice to the kernel.
     pub source_addresses: Vec<IpAddr>,
-    /// The ports that the kernel chooses from.
-    pub port_range: Arc<PortRange>,
+    /// The local ports to connect from.
+    pub ports: Arc<LocalPorts>,
+    /// How many connections all workers together may hold: beyond it they wait in the backlog.
+    pub descriptors: Arc<Descriptors>,
     /// Keepalive of both sides; `None` is off.
     pub keepalive: Option<Duration>,
 }
@@ -143,8 +157,11 @@ pub async fn connect(
     let mut last = None;
     for (attempt, endpoint) in endpoints.candidates(turn).enumerate() {
         match connect_patiently(endpoint, settings, turn, connect_timeout).await {
-            Ok(stream) => {
+            Ok((stream, shares_port)) => {
                 backend.is_reached(endpoint);
+                if shares_port {
+                    backend.counters.of(worker).shared_ports.add(1);
+                }
                 return Ok((stream, endpoint));
             }
             Err(error) => {
@@ -158,6 +175,10 @@ pub async fn connect(
                     "cannot connect to endpoint"
                 );
                 last = Some((failure, endpoint, error));
+                // Another endpoint would need the same.
+                if failure == ConnectFailure::NoResources {
+                    break;
+                }
                 // The only endpoint is tried again once if it refused: it may just be restarting its listener.
                 if endpoints.eligible().len() == 1 && failure != ConnectFailure::Refused {
                     break;
@@ -170,37 +191,38 @@ pub async fn connect(
     Err(Some(failure))
 }
 
-/// One attempt; waits for a local port for as long as `connect_timeout` where none is free.
+/// One attempt, which also tells whether it [`shares_port`](Connecting::shares_port); waits for a local port or a descriptor for as long as `connect_timeout` where none is free.
 async fn connect_patiently(
     endpoint: SocketAddr,
     settings: &ConnectSettings,
     turn: usize,
     connect_timeout: Duration,
-) -> io::Result<TcpStream> {
+) -> io::Result<(TcpStream, bool)> {
     let deadline = Instant::now() + connect_timeout;
-    loop {
-        let attempt = connect_once(endpoint, settings, turn);
-        match timeout(connect_timeout, attempt).await.unwrap_or(Err(io::ErrorKind::TimedOut.into())) {
-            Err(error) if is_no_local_port(&error) && Instant::now() + LOCAL_PORT_BACKOFF < deadline => {
-                sleep(LOCAL_PORT_BACKOFF).await;
+    let mut waiting = None;
+    let Connecting { socket, shares_port } = loop {
+        match port::start_connecting(endpoint, settings, turn) {
+            Err(error) if is_of_this_node(&error) && Instant::now() + RESOURCE_BACKOFF < deadline => {
+                // As long as there is no descriptor, nobody else is to be accepted.
+                waiting = is_exhaustion(&error).then(|| settings.descriptors.wait());
+                sleep(RESOURCE_BACKOFF).await;
             }
-            result => return result,
+            result => break result?,
         }
-    }
+    };
+    drop(waiting);
+    let stream = TcpStream::from_std(socket.into())?;
+    timeout(connect_timeout, connected(&stream)).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))?;
+    Ok((stream, shares_port))
 }
 
-async fn connect_once(
-    endpoint: SocketAddr,
-    settings: &ConnectSettings,
-    turn: usize,
-) -> io::Result<TcpStream> {
-    let socket = port::start_connecting(endpoint, settings, turn)?;
-    let stream = TcpStream::from_std(socket.into())?;
+/// Waits until a socket that has sent its SYN is connected.
+async fn connected(stream: &TcpStream) -> io::Result<()> {
     let ready = stream.ready(Interest::WRITABLE | Interest::ERROR).await?;
     if ready.is_error() || ready.is_write_closed() {
         return Err(stream.take_error()?.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()));
     }
-    Ok(stream)
+    Ok(())
 }
 
 /// A socket that is to connect an endpoint.
@@ -223,8 +245,9 @@ pub fn send_ack(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_tcp_quickack(true);
 }
 
-fn is_no_local_port(error: &io::Error) -> bool {
-    Errno::from_io_error(error) == Some(Errno::ADDRNOTAVAIL)
+/// Whether an attempt failed for want of something that the end of another connection gives back, whatever the endpoint.
+fn is_of_this_node(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::ADDRNOTAVAIL) || is_exhaustion(error)
 }
 
 fn classify(error: &io::Error) -> ConnectFailure {
@@ -237,7 +260,7 @@ fn classify(error: &io::Error) -> ConnectFailure {
             ConnectFailure::Unreachable
         }
         Some(Errno::ADDRNOTAVAIL) => ConnectFailure::NoLocalPort,
-        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => ConnectFailure::NoResources,
+        _ if is_exhaustion(error) => ConnectFailure::NoResources,
         _ => ConnectFailure::Other,
     }
 }

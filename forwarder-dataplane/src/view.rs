@@ -4,7 +4,9 @@ mod connection;
 mod selector;
 mod tiers;
 
-pub use self::connection::{ConnectionList, ConnectionState, ConnectionTotals, ConnectionView, ResetReport};
+pub use self::connection::{
+    ConnectionList, ConnectionState, ConnectionTotals, ConnectionView, Lister, ResetReport,
+};
 pub(crate) use self::connection::{canonical, milliseconds};
 pub use self::selector::{Peer, Selector};
 pub use self::tiers::{DatapathTiers, TierState, TierToggleRequest, TierView};

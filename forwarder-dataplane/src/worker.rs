@@ -176,11 +176,17 @@ impl Worker {
         self.loads.get(self.context.index()).expect("a load for each worker")
     }
 
-    fn is_full(&self) -> bool {
+    /// Why no connection is to be accepted now, if so: those that come wait in the backlog.
+    fn is_full(&self) -> Option<&'static str> {
+        let descriptors = &self.context.settings().connect.descriptors;
+        if descriptors.waiting() > 0 {
+            return Some("accepted connections wait for a socket to connect their backend with");
+        }
         let relayed: usize = self.loads.iter().map(|load| load.load(Ordering::Relaxed)).sum();
         let joined =
             self.context.settings().sockmap.get().and_then(|pairs| Some(pairs.as_ref().ok()?.count()));
-        relayed + joined.unwrap_or_default() >= self.context.settings().descriptors.max_connections()
+        (relayed + joined.unwrap_or_default() >= descriptors.max_connections())
+            .then_some("as many connections are open as there are descriptors for")
     }
 
     /// The least busy other worker, where this one has clearly more connections.

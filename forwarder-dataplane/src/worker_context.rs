@@ -4,7 +4,6 @@ use std::cell::{Cell, RefCell, RefMut};
 use std::sync::Arc;
 
 use crate::counters::{PerWorker, WorkerCounters};
-use crate::descriptors::Descriptors;
 use crate::offload::sockmap::SockmapCell;
 use crate::offload::tc::{OffloadTrigger, Offloader};
 use crate::offload::tier_toggles::TierToggles;
@@ -16,8 +15,6 @@ use crate::upstream::ConnectSettings;
 pub struct WorkerSettings {
     /// How endpoints are connected.
     pub connect: ConnectSettings,
-    /// How many connections all workers together may hold: beyond it they wait in the backlog.
-    pub descriptors: Arc<Descriptors>,
     /// What takes connections into the kernel at TC, where that can be done.
     pub offloader: Option<Arc<Offloader>>,
     /// What takes them by a sockmap, where that can be done and is wanted.

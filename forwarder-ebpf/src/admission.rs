@@ -5,6 +5,7 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::trace;
 use forwarder_common::layout::{ANY_ADDRESS, HoldState, ListenerKey, ListenerValue, STATE_REMOVED};
 use forwarder_common::packet::Segment;
+use forwarder_common::tuple::AddressBytes;
 use forwarder_common::verdict::Verdict;
 
 use crate::maps::{AGENT, COUNTERS, LISTENERS, LOCAL_ADDRESSES};
@@ -26,8 +27,8 @@ pub(crate) enum Admission {
 /// Counts the packet for its listener, and decides whether it may go on.
 #[inline(never)]
 pub(crate) fn admit(context: &TcContext, segment: &Segment) -> Admission {
-    let listener_id = match find_listener(segment) {
-        Ok(listener_id) => listener_id,
+    let listener_id = match find_listener(&segment.tuple.destination, segment.tuple.destination_port) {
+        Ok(listener) => listener.listener_id,
         Err(verdict) => return Admission::NotOurs(verdict),
     };
     // Also while a new agent has not given the listener its counters yet.
@@ -69,19 +70,30 @@ fn is_held(context: &TcContext, segment: &Segment) -> bool {
     is_leaving != 0 || !is_listened_to(context, segment)
 }
 
-/// The number of the listener that the segment is for: one on its very address first, as the kernel chooses.
+/// Counts the SYN of a direct connection for its listener.
 #[inline(always)]
-fn find_listener(segment: &Segment) -> Result<u32, Verdict> {
-    let key = ListenerKey::new(segment.tuple.destination, segment.tuple.destination_port);
+pub(crate) fn count_attempt(context: &TcContext, segment: &Segment, listener_id: u32) {
+    let Some(counters) = COUNTERS.get_ptr_mut(listener_id) else { return };
+    // SAFETY: as in `admit`.
+    let counters = unsafe { &mut *counters };
+    counters.packets += 1;
+    counters.bytes += u64::from(context.len().wrapping_sub(segment.ip_offset));
+    counters.syns += 1;
+}
+
+/// The listener of an address and a port: one on this very address first, as the kernel chooses.
+#[inline(always)]
+pub(crate) fn find_listener(address: &AddressBytes, port: u16) -> Result<ListenerValue, Verdict> {
+    let key = ListenerKey::new(*address, port);
     if let Some(listener) = listener_at(&key) {
-        return Ok(listener.listener_id);
+        return Ok(listener);
     }
-    let key = ListenerKey::new(ANY_ADDRESS, segment.tuple.destination_port);
+    let key = ListenerKey::new(ANY_ADDRESS, port);
     let Some(listener) = listener_at(&key) else { return Err(Verdict::NoListener) };
-    if LOCAL_ADDRESSES.get_ptr(segment.tuple.destination).is_none() {
+    if LOCAL_ADDRESSES.get_ptr(address).is_none() {
         return Err(Verdict::NotLocal);
     }
-    Ok(listener.listener_id)
+    Ok(listener)
 }
 
 #[inline(always)]

@@ -11,6 +11,7 @@ use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, LinkLayer
 use forwarder_common::translate::{self, ChecksumChange};
 use forwarder_common::verdict::Verdict;
 
+use crate::flow;
 use crate::frame::find_segment;
 use crate::maps::{EGRESS, FLOWS, Frame, PAIRS};
 use crate::outcome::{count_verdict, redirect_to_neighbour};
@@ -60,12 +61,12 @@ fn hand_over(context: &TcContext, link: LinkLayer, segment: &Segment) -> i32 {
         return TC_ACT_UNSPEC;
     }
     // Otherwise another installation's agent says it: the program of that one knows the neighbour.
-    let Some(flow) = FLOWS.get_ptr(segment.tuple.reversed()) else { return TC_ACT_UNSPEC };
+    let Some(flow) = flow::find(&segment.tuple.reversed()) else { return TC_ACT_UNSPEC };
     set_priority();
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
-    let Some(back) = FLOWS.get_ptr(unsafe { &*flow }.out.reversed()) else { return TC_ACT_SHOT };
+    let Some(back) = flow::find(&unsafe { &*flow.flow }.out.reversed()) else { return TC_ACT_SHOT };
     // SAFETY: as above.
-    redirect_to_neighbour(unsafe { &*back })
+    redirect_to_neighbour(unsafe { &*back.flow })
 }
 
 /// What becomes of a packet that a local socket of a flow sends; `None` for all others.

@@ -30,7 +30,8 @@ use forwarder_common::verdict::Verdict;
 
 use crate::arrival::is_expected;
 use crate::clock::coarse_time;
-use crate::maps::{FLOWS, FRAGMENTS, FRAME, FirstFragment, FragmentKey, INGRESS, PAIRS};
+use crate::flow;
+use crate::maps::{FRAGMENTS, FRAME, FirstFragment, FragmentKey, INGRESS};
 use crate::outcome::{Outcome, transmit};
 use crate::skb::{ECN_MASK, IPV4_CHECKSUM, SocketBuffer, TCP_HEADER, load, store, write};
 /// For how long, in nanoseconds. The fragments of a packet leave together, and identifications are used again: of IPv4 there
@@ -93,16 +94,16 @@ pub(crate) fn redirect(context: &TcContext, link: LinkLayer) -> Outcome {
         source_port: first.source_port,
         destination_port: first.destination_port,
     };
-    let Some(flow) = FLOWS.get_ptr(&tuple) else { return is_others };
+    let Some(found) = flow::find(&tuple) else { return is_others };
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
-    let flow = unsafe { &*flow };
+    let flow = unsafe { &*found.flow };
     if flow.state != STATE_HANDOVER && flow.state != STATE_OFFLOADED {
         return is_others;
     }
     if !is_expected(context, version, flow) {
         return Outcome::pass(Verdict::OtherInterface);
     }
-    let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else { return is_others };
+    let Some(pair) = found.pair() else { return is_others };
     if fragment.position < first.length {
         return Outcome::drop(Verdict::FragmentRefused);
     }

@@ -1,9 +1,11 @@
 //! The TCP segment in a packet.
 
 use aya_ebpf::programs::TcContext;
-use forwarder_common::packet::{LinkLayer, Segment, USUAL_OFFSET, parse, parse_usual};
+use forwarder_common::flow::Seen;
+use forwarder_common::packet::{FLAG_FIN, LinkLayer, Segment, USUAL_OFFSET, parse, parse_usual};
 use forwarder_common::verdict::Verdict;
 
+use crate::clock::coarse_time;
 use crate::maps::{FRAME, Frame};
 use crate::skb::{SocketBuffer, load_into};
 
@@ -51,4 +53,18 @@ pub(crate) fn payload_length(context: &TcContext, segment: &Segment) -> u32 {
     };
     let headers = segment.tcp_offset.wrapping_sub(segment.ip_offset) + segment.header_length;
     total.saturating_sub(headers)
+}
+
+/// What is noted of the packet.
+#[inline(always)]
+pub(crate) fn seen(context: &TcContext, segment: &Segment) -> Seen {
+    Seen {
+        sequence: segment.sequence,
+        acknowledgement: segment.acknowledgement,
+        payload: payload_length(context, segment),
+        window: segment.window,
+        // The end of a segment is noted with its last fragment, which tells where it is.
+        flags: if segment.is_first_fragment { segment.flags & !FLAG_FIN } else { segment.flags },
+        time: coarse_time(),
+    }
 }

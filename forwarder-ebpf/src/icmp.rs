@@ -13,13 +13,12 @@ use forwarder_common::packet::{IpVersion, LinkLayer, Segment, tcp_field};
 use forwarder_common::translate::ChecksumChange;
 use forwarder_common::verdict::Verdict;
 
-use crate::handover;
-use crate::maps::{FLOWS, PAIRS};
 use crate::outcome::{Outcome, transmit};
 use crate::skb::{
     DONT_FRAGMENT, IPV4_CHECKSUM, IPV4_HEADER, IPV4_SOURCE, IPV6_HEADER, IPV6_SOURCE, SocketBuffer,
     TCP_HEADER, load, store, write,
 };
+use crate::{flow, handover};
 /// How many routers may pass a message on.
 const HOP_LIMIT: u32 = 64;
 
@@ -46,17 +45,17 @@ fn verdict_on(context: &TcContext, link: LinkLayer) -> Verdict {
         return Verdict::NotTcp;
     };
     // What comes from where the packet went goes to where the packet came from.
-    let Some(flow) = FLOWS.get_ptr(word.quoted.reversed()) else { return Verdict::NotTcp };
+    let Some(found) = flow::find(&word.quoted.reversed()) else { return Verdict::NotTcp };
     // Only of a flow of ours: the clone of another installation keeps its mark, or that one would clone it for ever.
     if handover::take_clone(context) {
         return Verdict::NotTcp;
     }
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
-    let flow = unsafe { &*flow };
+    let flow = unsafe { &*found.flow };
     if flow.state == STATE_OVER || flow.state == STATE_RESET {
         return Verdict::NotTcp;
     }
-    if PAIRS.get_ptr(flow.pair).is_none() {
+    if found.pair().is_none() {
         return Verdict::NotTcp;
     }
     if flow.state == STATE_HANDOVER {
@@ -152,9 +151,9 @@ pub(crate) fn answer_too_big(context: &TcContext, segment: &Segment, flow: &Flow
 /// A function of its own, as [`verdict_on`].
 #[inline(never)]
 fn action_on_too_big(context: &TcContext, segment: &Segment, flow: &Flow) -> i32 {
-    let Some(back) = FLOWS.get_ptr(flow.out.reversed()) else { return TC_ACT_SHOT };
+    let Some(back) = flow::find(&flow.out.reversed()) else { return TC_ACT_SHOT };
     // SAFETY: the element is allocated to nobody else while this program runs: see `maps`.
-    let back = unsafe { &*back };
+    let back = unsafe { &*back.flow };
     if quote(context, segment, flow.mtu).is_err() {
         return TC_ACT_SHOT;
     }

@@ -2,7 +2,7 @@
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use forwarder_common::packet::LinkLayer;
+use forwarder_common::packet::{FLAG_RST, LinkLayer};
 use forwarder_common::verdict::Verdict;
 
 use crate::admission::{Admission, admit};
@@ -10,7 +10,7 @@ use crate::frame::find_segment;
 use crate::maps::INGRESS;
 use crate::outcome::{Outcome, count_verdict};
 use crate::redirect::redirect;
-use crate::{fragment, icmp};
+use crate::{direct, flow, fragment, icmp};
 
 /// `__sk_buff::pkt_type` of what is addressed to the interface; TCP takes nothing else (`tcp_v4_rcv`).
 const PACKET_HOST: u32 = 0;
@@ -50,10 +50,21 @@ fn decide(context: &TcContext, link: LinkLayer) -> Outcome {
         Err(Verdict::Fragment) => return fragment::redirect(context, link),
         Err(verdict) => return Outcome::pass(verdict),
     };
+    // Kept in memory, where the verifier does not follow it through all that comes then.
+    frame.is_refused =
+        flow::has_direct() && frame.segment.is_attempt() && direct::open(context, &frame.segment) != 0;
+    if flow::has_direct()
+        && frame.segment.flags & FLAG_RST != 0
+        && let Some(outcome) = direct::ask_another(context, &frame.segment)
+    {
+        return outcome;
+    }
     if let Some(outcome) = redirect(context, frame) {
         return outcome;
     }
+    let is_refused = frame.is_refused;
     match admit(context, &frame.segment) {
+        Admission::Counted if is_refused => Outcome::pass(Verdict::DirectRefused),
         Admission::Counted => Outcome::pass(Verdict::Counted),
         Admission::Held => Outcome::drop(Verdict::Held),
         Admission::NotOurs(verdict) => Outcome::pass(verdict),

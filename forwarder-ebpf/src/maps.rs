@@ -4,11 +4,13 @@
 //! meanwhile. The kernel sees to that only up to 6.0: since 6.1, what is freed of a hash that is not preallocated is the next
 //! to be allocated on that CPU (`bpf_mem_cache_free`, `unit_alloc`), as it always was of one that is. So the agent sees to it:
 //! it allocates nothing in a map that programs read within a grace period of a removal (ADR 18), and changes what stands there
-//! in place ([`crate::update`]). Programs neither insert nor remove: but in [`FRAGMENTS`], which says why.
+//! in place ([`crate::update`]). Programs neither insert nor remove: but in [`FRAGMENTS`] and [`DIRECT`], which say why.
 
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, Queue};
 use aya_ebpf::macros::btf_map;
+use forwarder_common::direct::{DIRECT_LINKS_CAPACITY, DirectCounts, DirectLink, DirectSlot, DirectTarget};
 use forwarder_common::flow::{Flow, PAIRS_CAPACITY, Pair, Seen};
 use forwarder_common::layout::{
     BACKENDS_CAPACITY, HoldState, LISTENERS_CAPACITY, LOCAL_ADDRESSES_CAPACITY, LOOSE_INTERFACES_CAPACITY,
@@ -92,6 +94,8 @@ pub(crate) struct Frame {
     /// is one of a flow.
     pub(crate) seen: Seen,
     pub(crate) is_accepted: bool,
+    /// Whether it asks a direct listener for a connection that a socket has to take.
+    pub(crate) is_refused: bool,
 }
 
 /// Which programs a [`Frame`] is for: those at ingress, or those at egress. Neither interrupts its like on one CPU.
@@ -159,6 +163,38 @@ pub(crate) struct FirstFragment {
     pub(crate) flags: u8,
     pub(crate) pad: [u8; 5],
 }
+
+/// Which slot a tuple leads to, of direct connections. The programs insert here, and what is removed may be allocated again at once: so
+/// what stands here is one word, which is taken for true only if the slot says the same.
+#[btf_map(name = "direct")]
+pub(crate) static DIRECT: HashMap<FourTuple, u32, 1, NO_PREALLOC> = HashMap::new();
+
+const MAPPED: usize = BPF_F_MMAPABLE as usize;
+
+/// The direct connections. How many there are, the agent says: so of those below.
+#[btf_map(name = "direct_slots")]
+pub(crate) static DIRECT_SLOTS: Array<DirectSlot, 1, MAPPED> = Array::new();
+
+/// Which slots are in use.
+#[btf_map(name = "direct_states")]
+pub(crate) static DIRECT_STATES: Array<u64, 1, MAPPED> = Array::new();
+
+/// The slots that are not.
+#[btf_map(name = "direct_free")]
+pub(crate) static DIRECT_FREE: Queue<u32, 1> = Queue::new();
+
+/// The endpoints of direct listeners.
+#[btf_map(name = "direct_targets")]
+pub(crate) static DIRECT_TARGETS: Array<DirectTarget, 1, MAPPED> = Array::new();
+
+/// The interfaces towards clients.
+#[btf_map(name = "direct_links")]
+pub(crate) static DIRECT_LINKS: HashMap<u32, DirectLink, { DIRECT_LINKS_CAPACITY as usize }, NO_PREALLOC> =
+    HashMap::new();
+
+/// What is counted of direct connections.
+#[btf_map(name = "direct_counts")]
+pub(crate) static DIRECT_COUNTS: Array<DirectCounts, 1, MAPPED> = Array::new();
 
 /// Whether an agent accepts connections.
 #[btf_map(name = "agent")]

@@ -4,23 +4,29 @@
 
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::{
-    DIRECTION_REQUEST, Flow, STATE_HANDOVER, STATE_OFFLOADED, STATE_OVER, STATE_RESET, Seen,
+    DIRECTION_REQUEST, Flow, STATE_HANDOVER, STATE_OFFLOADED, STATE_OVER, STATE_RESET,
 };
-use forwarder_common::packet::{FLAG_FIN, Segment};
+use forwarder_common::packet::Segment;
 use forwarder_common::verdict::Verdict;
 
 use crate::arrival::is_expected;
-use crate::clock::coarse_time;
-use crate::frame::payload_length;
+use crate::flow::{self, Found};
+use crate::frame::seen;
 use crate::maps::{FLOWS, Frame, PAIRS};
 use crate::outcome::{Outcome, transmit};
 use crate::rewrite::rewrite;
 use crate::skb::SocketBuffer;
-use crate::{fragment, handover, icmp, reset};
+use crate::{direct, fragment, handover, icmp, reset};
 
 /// Translates and redirects the packet if it is one of a flow. `None` for every other packet, which is unchanged.
 #[inline(always)]
 pub(crate) fn redirect(context: &TcContext, frame: &mut Frame) -> Option<Outcome> {
+    // First, where there may be some: the other map is the larger one, and to find nothing there costs as much as to find something.
+    if flow::has_direct()
+        && let Some((flow, slot)) = flow::find_direct(&frame.segment.tuple)
+    {
+        return direct::redirect(context, frame, flow, slot);
+    }
     let segment = &frame.segment;
     #[expect(clippy::needless_borrows_for_generic_args, reason = "a copy would stand on the stack")]
     let Some(flow) = FLOWS.get_ptr(&segment.tuple) else {
@@ -50,7 +56,7 @@ pub(crate) fn redirect(context: &TcContext, frame: &mut Frame) -> Option<Outcome
             release(segment, flow);
             return None;
         }
-        return Some(reset::answer(context, segment, flow));
+        return Some(reset::answer(context, segment, &Found::offloaded(flow)));
     }
     let Some(pair) = PAIRS.get_ptr_mut(flow.pair) else {
         // The agent is just about to insert it: the connection is the local socket's still, a SYN on its tuple included.
@@ -110,18 +116,4 @@ fn release(segment: &Segment, flow: &Flow) -> u32 {
         }
     }
     0
-}
-
-/// What is noted of the packet.
-#[inline(always)]
-fn seen(context: &TcContext, segment: &Segment) -> Seen {
-    Seen {
-        sequence: segment.sequence,
-        acknowledgement: segment.acknowledgement,
-        payload: payload_length(context, segment),
-        window: segment.window,
-        // The end of a segment is noted with its last fragment, which tells where it is.
-        flags: if segment.is_first_fragment { segment.flags & !FLAG_FIN } else { segment.flags },
-        time: coarse_time(),
-    }
 }

@@ -5,7 +5,9 @@
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use forwarder_common::flow::{DirectionState, FLOW_CLEAR_ECN, Flow, STATE_HANDOVER};
-use forwarder_common::packet::{IpVersion, Segment, USUAL_OFFSET, USUAL_OPTIONS, USUAL_TCP_HEADER};
+use forwarder_common::packet::{
+    IpVersion, Segment, USUAL_OFFSET, USUAL_OPTIONS, USUAL_TCP_HEADER, tcp_field,
+};
 use forwarder_common::translate::{
     self, ChecksumChange, MAX_OPTIONS, MAX_SACK_BLOCKS, Options, OptionsWalk, Timestamps,
 };
@@ -239,6 +241,37 @@ fn timestamps(
     }
     let new = old.translated(value_shift, reverse.echo_shift(flow.state));
     [new.value.to_be(), new.echo.to_be()]
+}
+
+/// Rewrites a packet of a direct connection for the other leg: nothing but addresses, ports and the hop limit differ.
+///
+/// # Errors
+/// As [`rewrite`].
+#[inline(never)]
+pub(crate) fn readdress(packet: impl PacketMut, frame: &Frame, flow: &Flow) -> Result<(), Verdict> {
+    let segment = &frame.segment;
+    let [old_ports, new_ports] = [&segment.tuple, &flow.out]
+        .map(|tuple| (u32::from(tuple.source_port) << 16 | u32::from(tuple.destination_port)).to_be());
+    let ports = ChecksumChange::NONE.and(old_ports, new_ports);
+    if !frame.is_usual {
+        packet.store(segment.tcp_offset, &new_ports)?;
+        packet.change_checksum(segment, ports, Summed::Segment)?;
+        return translate_addresses(packet, segment, flow);
+    }
+    let [_, _, _, protocol, source, destination, _, _, _, _, last, ..] = frame.headers;
+    let [.., new_source, _, _, _, new_destination] = *flow.out.address_words();
+    let addresses = ChecksumChange::NONE.and(source, new_source).and(destination, new_destination);
+    let protocol = with_hop_limit_v4(protocol, flow, addresses);
+    packet.store(
+        (USUAL_OFFSET + USUAL_CHANGED * 4) as u32,
+        &[protocol, new_source, new_destination, new_ports],
+    )?;
+    if packet.is_super_packet() {
+        let checksum = addresses.added_to(((u32::from_be(last) >> 16) as u16).to_be());
+        return packet.store(segment.tcp_offset + tcp_field::CHECKSUM as u32, &checksum);
+    }
+    packet.change_checksum(segment, ports, Summed::Segment)?;
+    packet.change_checksum(segment, addresses, Summed::PseudoHeader)
 }
 
 /// Puts the other leg's addresses and the node's own hop limit into the IP header.

@@ -2,17 +2,18 @@
 
 use core::mem::zeroed;
 
-use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_tuple};
+use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, BPF_TCP_LISTEN, bpf_sock, bpf_sock_tuple};
 use aya_ebpf::helpers::generated::{bpf_sk_release, bpf_skc_lookup_tcp, bpf_tcp_sock};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::packet::{IpVersion, Segment};
+use forwarder_common::tuple::FourTuple;
 
 /// `snd_nxt` and `rcv_nxt` of the local socket that the packet is for.
 #[inline(always)]
 pub(crate) fn local_numbers(context: &TcContext, segment: &Segment) -> Option<(u32, u32)> {
     // SAFETY: what is found is released below, on every way.
     unsafe {
-        let socket = find_socket(context, segment, segment.tuple.source_port);
+        let socket = find_socket(context, segment.version, &segment.tuple, segment.tuple.source_port);
         if socket.is_null() {
             return None;
         }
@@ -30,7 +31,7 @@ pub(crate) fn is_listened_to(context: &TcContext, segment: &Segment) -> bool {
     // SAFETY: what is found is released below.
     unsafe {
         // Nothing but a listening socket takes what comes from port 0.
-        let socket = find_socket(context, segment, 0);
+        let socket = find_socket(context, segment.version, &segment.tuple, 0);
         if socket.is_null() {
             return false;
         }
@@ -39,17 +40,37 @@ pub(crate) fn is_listened_to(context: &TcContext, segment: &Segment) -> bool {
     }
 }
 
+/// Whether a local socket has a connection of this tuple, as packets to it do, or is about to have one: more than that it listens.
+#[inline(always)]
+pub(crate) fn is_connected(context: &TcContext, version: IpVersion, tuple: &FourTuple) -> bool {
+    // SAFETY: what is found is released below.
+    unsafe {
+        let socket = find_socket(context, version, tuple, tuple.source_port);
+        if socket.is_null() {
+            return false;
+        }
+        let listens = (*socket).state == BPF_TCP_LISTEN;
+        bpf_sk_release(socket.cast());
+        !listens
+    }
+}
+
 /// The local socket that the packet would be for if it came from `source_port`, or null.
 ///
 /// # Safety
 /// What is not null must be released.
 #[inline(always)]
-unsafe fn find_socket(context: &TcContext, segment: &Segment, source_port: u16) -> *mut bpf_sock {
+unsafe fn find_socket(
+    context: &TcContext,
+    version: IpVersion,
+    to: &FourTuple,
+    source_port: u16,
+) -> *mut bpf_sock {
     // SAFETY: a plain old structure, for which zeros are valid.
     let mut tuple: bpf_sock_tuple = unsafe { zeroed() };
-    let words = segment.tuple.address_words();
-    let ports = [source_port.to_be(), segment.tuple.destination_port.to_be()];
-    let size = match segment.version {
+    let words = to.address_words();
+    let ports = [source_port.to_be(), to.destination_port.to_be()];
+    let size = match version {
         IpVersion::V4 => {
             // SAFETY: the union has only plain members.
             let v4 = unsafe { &mut tuple.__bindgen_anon_1.ipv4 };

@@ -112,6 +112,42 @@ pub(crate) fn write<T>(context: &TcContext, at: u32, value: &T) -> Result<(), Ve
     }
 }
 
+/// Writes the first words of a place into the packet, likewise: `length` bytes of them. Word by word, because older kernels do not see that a length
+/// that is not constant has a bound.
+#[inline(always)]
+pub(crate) fn write_words<const N: usize>(
+    context: &TcContext,
+    at: u32,
+    from: &[u32; N],
+    length: u32,
+) -> Result<(), Verdict> {
+    for (index, word) in from.iter().enumerate() {
+        let offset = index as u32 * 4;
+        if offset < length {
+            write(context, at + offset, word)?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads so many bytes into the first words of a place; the others become zero. Tells whether it did.
+#[inline(always)]
+pub(crate) fn load_words<const N: usize>(
+    context: &TcContext,
+    at: u32,
+    place: &mut [u32; N],
+    length: u32,
+) -> bool {
+    for (index, word) in place.iter_mut().enumerate() {
+        let offset = index as u32 * 4;
+        *word = 0;
+        if offset < length && !load_into(context, at + offset, word) {
+            return false;
+        }
+    }
+    true
+}
+
 #[inline(always)]
 pub(crate) fn mark(context: &TcContext) -> u32 {
     // SAFETY: the kernel hands the program a valid `__sk_buff`, whose mark may be read.

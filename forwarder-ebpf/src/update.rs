@@ -40,9 +40,10 @@ pub fn fwd_set_flow(context: TcContext) -> i32 {
 pub fn fwd_set_listen(context: TcContext) -> i32 {
     let Ok(update) = context.load::<ListenerUpdate>(REQUEST_OFFSET) else { return 0 };
     let Some(listener) = LISTENERS.get_ptr_mut(update.key) else { return 0 };
-    // SAFETY: as above. Programs read the one word or the other.
+    // SAFETY: as above. Programs read one word or another.
     unsafe {
         (*listener).listener_id = update.value.listener_id;
+        (*listener).targets = update.value.targets;
         (*listener).state = update.value.state;
     }
     1

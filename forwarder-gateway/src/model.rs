@@ -169,6 +169,9 @@ pub enum Datapath {
     /// What one socket receives the kernel sends by the other, from the same time on; until then, and where that cannot be
     /// done, as `splice`.
     Sockmap,
+    /// The kernel chooses the endpoint at the client's SYN, and translates and redirects packets from then on: no socket of the node takes
+    /// part, and its firewall sees none of it. Where that cannot be done, as `auto`.
+    Direct,
 }
 
 impl Datapath {
@@ -180,6 +183,7 @@ impl Datapath {
             Self::Sockmap => "sockmap",
             Self::Splice => "splice",
             Self::Copy => "copy",
+            Self::Direct => "direct",
         }
     }
 }

@@ -2,12 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use aya::programs::SchedClassifier;
-use aya::{Ebpf, EbpfError, EbpfLoader};
+use aya::maps::{Map, MapData, Queue};
+use aya::programs::{ProgramError, SchedClassifier};
+use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_log::EbpfLogger;
+use forwarder_common::direct::{
+    DIRECT, DIRECT_FREE, DIRECT_SLOTS, DIRECT_STATES, DIRECT_TARGETS, DIRECT_TARGETS_CAPACITY,
+};
 use forwarder_common::flow::PAIRS_CAPACITY;
 use forwarder_common::layout::{FLOWS, PAIRS};
 use forwarder_common::layout::{LOOSE_INTERFACES, PINNED_MAPS, PinnedMap};
@@ -15,6 +20,7 @@ use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
 use forwarder_common::{
     ListenerCounters, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP, Verdict,
 };
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -26,11 +32,11 @@ use crate::flows::arrival::LooseInterfaces;
 use crate::flows::paths::Paths;
 use crate::flows::{FlowTable, FlowTableError};
 use crate::listener_maps::ListenerMaps;
-use crate::load_error::kernel_release;
+use crate::load_error::{errno_of, kernel_release};
 use crate::maps::listeners::{self, Maps};
 use crate::maps::updates::Updates;
 use crate::maps::versions::map_path;
-use crate::maps::{BackendEntry, DatapathError, ListenerId, ListenerState};
+use crate::maps::{BackendEntry, DatapathError, ListenerId, ListenerState, MapError};
 use crate::net::interfaces::{Interface, arrivals, wanted};
 use crate::net::routes::Routes;
 use crate::programs::attach::{Attachments, Stay};
@@ -40,6 +46,10 @@ use forwarder_gateway::model::{BindAddress, ListenerKey};
 /// The programs, as `cargo xtask build-ebpf` compiled them; empty if it did not.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder.bpf.o"));
 
+/// What the programs ask whether there may be direct connections.
+const DIRECT_ON: &str = "DIRECT_ON";
+/// How often a program is tried to be loaded where signals interrupt that.
+const LOAD_ATTEMPTS: usize = 20;
 /// Where the records of the programs' logs go from; see `aya_log_common::Level`.
 const LOG_OFF: u8 = 0;
 const LOG_TRACE: u8 = aya_log::Level::Trace as u8;
@@ -54,6 +64,8 @@ pub struct BpfOptions {
     /// How many connections may be joined at most; `None` where none may be. Otherwise programs hang at the egress of
     /// the interfaces too, and programs, maps and pins outlive the process.
     pub most_pairs: Option<u32>,
+    /// How many connections may be direct at most; 0 where none may be. Only where connections may be joined.
+    pub most_direct: u32,
 }
 
 /// What [`probe`] found.
@@ -67,16 +79,20 @@ pub struct ProbeReport {
     pub kernel: String,
 }
 
-/// Loads the programs, without pinning or attaching anything, and unloads them.
+/// Loads the programs, without pinning or attaching anything, and unloads them: those that also make direct connections, if
+/// `makes_direct`.
 ///
 /// # Errors
 /// As [`Bpf::load`].
-pub fn probe() -> Result<ProbeReport, LoadError> {
-    let settings = LoadSettings { log_level: LOG_OFF, pin_dir: None, most_pairs: PAIRS_CAPACITY };
-    let mut ebpf = load(&settings)?;
-    for name in [PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP] {
-        load_program(&mut ebpf, name)?;
-    }
+pub fn probe(makes_direct: bool) -> Result<ProbeReport, LoadError> {
+    let most_direct = u32::from(makes_direct);
+    load(&LoadSettings {
+        log_level: LOG_OFF,
+        pin_dir: None,
+        has_flows: true,
+        most_pairs: PAIRS_CAPACITY,
+        most_direct,
+    })?;
     Ok(ProbeReport {
         attach: AttachKind::of_kernel(),
         btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
@@ -91,6 +107,9 @@ pub struct Bpf {
     attachments: Attachments,
     paths: Arc<Paths>,
     has_flows: bool,
+    /// The queue of free slots, where there may be direct connections.
+    direct_free: Option<MapData>,
+    direct_error: Option<String>,
     pins: Pins,
     maps: Maps,
     updates: Arc<Updates>,
@@ -112,17 +131,22 @@ impl Bpf {
         let mut pins = Pins::acquire(&options.pin_dir)?;
         // What another agent has left is served, whatever this one does for connections of its own.
         let has_flows = options.most_pairs.is_some() || pins.has_connections();
-        let settings = LoadSettings {
+        let settings = |most_direct| LoadSettings {
             log_level: if options.trace { LOG_TRACE } else { LOG_OFF },
             pin_dir: Some(pins.pin_dir()),
+            has_flows,
             most_pairs: options.most_pairs.unwrap_or(PAIRS_CAPACITY),
+            most_direct: pins.room_for_direct(most_direct),
         };
-        let mut ebpf = load(&settings)?;
-        if has_flows {
-            for name in [PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP] {
-                load_program(&mut ebpf, name)?;
+        let mut settings_in_force = settings(if has_flows { options.most_direct } else { 0 });
+        let (mut ebpf, direct_error) = match load(&settings_in_force) {
+            // The others are smaller.
+            Err(error) if options.most_direct > 0 => {
+                settings_in_force = settings(0);
+                (load(&settings_in_force)?, Some(error.to_string()))
             }
-        }
+            loaded => (loaded?, None),
+        };
         let kind = AttachKind::of_kernel();
         let stay = match (has_flows, kind) {
             (true, _) => Stay::Programs(pins.links()?),
@@ -130,6 +154,11 @@ impl Bpf {
             (false, AttachKind::Tcx) => Stay::Nothing(None),
         };
         let updates = Arc::new(Updates::take(&mut ebpf, pins.pin_dir())?);
+        let free = ebpf.take_map(DIRECT_FREE).ok_or_else(|| LoadError::no_map(DIRECT_FREE))?;
+        let Map::Queue(free) = free else {
+            return Err(LoadError::Object { reason: format!("map {DIRECT_FREE} is no queue") });
+        };
+        let direct_free = (has_flows && settings_in_force.most_direct > 0).then_some(free);
         let maps = Maps::take(&mut ebpf, pins.pin_dir(), Arc::clone(&updates))?;
         let paths: Arc<Paths> = Arc::default();
         paths.set_filters(LooseInterfaces::new(listeners::table(&mut ebpf, LOOSE_INTERFACES)?));
@@ -138,12 +167,19 @@ impl Bpf {
             attachments: Attachments::new(kind, stay),
             paths,
             has_flows,
+            direct_free,
+            direct_error,
             maps,
             updates,
             pins,
             told: BTreeSet::new(),
             ebpf,
         })
+    }
+
+    /// Why there can be no direct connections, though they were asked for.
+    pub fn direct_error(&self) -> Option<&str> {
+        self.direct_error.as_deref()
     }
 
     /// The pairs that the kernel forwards or may forward; `None` where it may not.
@@ -154,7 +190,8 @@ impl Bpf {
         let open = || {
             let routes = Routes::open()?;
             let (updates, paths) = (Arc::clone(&self.updates), Arc::clone(&self.paths));
-            FlowTable::open(self.pins.pin_dir(), updates, routes, paths)
+            let direct = self.direct_free.as_ref().map(queue).transpose()?;
+            FlowTable::open(self.pins.pin_dir(), updates, routes, paths, direct)
         };
         self.has_flows.then(open)
     }
@@ -210,9 +247,10 @@ impl Bpf {
         // Before programs hang there: until then they take from an interface only what is expected by it.
         self.paths.set_links(interfaces);
         let mut problems = self.attachments.update(&mut self.ebpf, &wanted);
-        // What could not be replaced may use what a former agent has pinned.
-        if problems.is_empty() {
+        // What could not be replaced may use what a former agent has pinned. Where there is no program for, none of his hangs.
+        if problems.iter().all(|problem| matches!(problem, AttachProblem::Unsupported { .. })) {
             self.pins.forget_foreign();
+            self.paths.set_sole();
         }
         let arrivals = arrivals(interfaces).map(|interface| interface.index);
         self.paths.set_attached(self.attachments.indices(), arrivals);
@@ -288,6 +326,15 @@ impl ListenerMaps for Bpf {
         self.maps.set_backends(id, backends)
     }
 
+    fn set_targets(
+        &mut self,
+        key: ListenerKey,
+        id: ListenerId,
+        targets: [u64; 2],
+    ) -> Result<(), DatapathError> {
+        self.maps.set_targets(key, id, targets)
+    }
+
     fn remove_listener(&mut self, key: ListenerKey, id: ListenerId) -> Result<(), DatapathError> {
         self.maps.remove_listener(key, id)
     }
@@ -305,12 +352,26 @@ impl ListenerMaps for Bpf {
     }
 }
 
+/// The queue of free slots, open once more.
+fn queue(map: &MapData) -> Result<Queue<MapData, u32>, DatapathError> {
+    let open = || Queue::try_from(Map::Queue(MapData::from_fd(map.fd().as_fd().try_clone_to_owned()?)?));
+    open().map_err(|source: MapError| DatapathError {
+        operation: "open",
+        map: DIRECT_FREE,
+        entry: None,
+        source: Box::new(source),
+    })
+}
+
 /// How the object is loaded.
 struct LoadSettings<'a> {
     log_level: u8,
     /// Where maps are pinned, and taken from if they are there.
     pin_dir: Option<&'a Path>,
+    /// Whether there are programs at egress too.
+    has_flows: bool,
     most_pairs: u32,
+    most_direct: u32,
 }
 
 /// Before 5.11 maps count as locked memory. Where raising the limit fails, so may creating the maps, with a reason.
@@ -320,13 +381,31 @@ pub(super) fn raise_memory_limit() {
 
 /// Creates the maps and loads the programs.
 fn load(settings: &LoadSettings<'_>) -> Result<Ebpf, LoadError> {
+    // The whole log costs seconds, and may be longer than the kernel takes: only where it is needed. aya asks for it after any failure, also after an
+    // interruption.
+    match load_telling(settings, VerifierLogLevel::STATS) {
+        Err(LoadError::Verifier { .. }) => load_telling(settings, VerifierLogLevel::default()),
+        loaded => loaded,
+    }
+}
+
+/// The same, with so much in the verifier's log if it refuses a program.
+fn load_telling(settings: &LoadSettings<'_>, log: VerifierLogLevel) -> Result<Ebpf, LoadError> {
     if OBJECT.is_empty() {
         return Err(LoadError::NoPrograms);
     }
     raise_memory_limit();
+    let (is_direct_on, most_direct) = (u8::from(settings.most_direct > 0), settings.most_direct.max(1));
     let mut loader = EbpfLoader::new();
     loader
+        .verifier_log_level(log)
         .override_global(aya_log::LEVEL, &settings.log_level, true)
+        .override_global(DIRECT_ON, &is_direct_on, true)
+        .map_max_entries(DIRECT, most_direct.saturating_mul(2))
+        .map_max_entries(DIRECT_SLOTS, most_direct)
+        .map_max_entries(DIRECT_STATES, most_direct)
+        .map_max_entries(DIRECT_FREE, most_direct)
+        .map_max_entries(DIRECT_TARGETS, if settings.most_direct == 0 { 1 } else { DIRECT_TARGETS_CAPACITY })
         .map_max_entries(PAIRS, settings.most_pairs)
         .map_max_entries(FLOWS, settings.most_pairs.saturating_mul(2));
     if let Some(pin_dir) = settings.pin_dir {
@@ -336,7 +415,11 @@ fn load(settings: &LoadSettings<'_>) -> Result<Ebpf, LoadError> {
     }
     let mut ebpf =
         loader.load(OBJECT).map_err(|error| LoadError::new("create the BPF maps".to_owned(), "", error))?;
-    for name in [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER] {
+    let egress = [PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP];
+    let egress = egress.into_iter().filter(|_| settings.has_flows);
+    for name in
+        [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER].into_iter().chain(egress)
+    {
         load_program(&mut ebpf, name)?;
     }
     Ok(ebpf)
@@ -348,8 +431,22 @@ fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), LoadError> {
         .program_mut(name)
         .ok_or_else(|| LoadError::Object { reason: format!("they have no program {name}") })?;
     <&mut SchedClassifier>::try_from(program)
-        .and_then(SchedClassifier::load)
+        .and_then(|program| uninterrupted(|| program.load()))
         .map_err(|error| LoadError::new(format!("load program {name}"), name, EbpfError::from(error)))
+}
+
+/// Has the kernel verify a program, again where a signal has interrupted that: `EAGAIN` (`do_check`). Any signal does that the thread
+/// has to see to, also that a debugger or the freezer of a cgroup has stopped it for a moment.
+pub(super) fn uninterrupted(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
+    for _ in 1..LOAD_ATTEMPTS {
+        match load() {
+            Err(error) if errno_of(&error) == Some(Errno::AGAIN) => {
+                tracing::debug!("a signal has interrupted the loading of a program: it is loaded again");
+            }
+            loaded => return loaded,
+        }
+    }
+    load()
 }
 
 #[cfg(test)]

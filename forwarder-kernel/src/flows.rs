@@ -1,22 +1,28 @@
 //! The flows of offloaded pairs in the kernel's maps, shared by the workers.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use aya::maps::{MapData, Queue};
+use forwarder_common::direct::DIRECT_NUMBER;
 use forwarder_common::flow::{
-    FLOW_BY_STACK, FLOW_ENDED, FLOW_REVERSE_ENDED, NextHop, Pair, STATE_OFFLOADED, STATE_OVER, STATE_RESET,
+    FLOW_BY_STACK, FLOW_ENDED, FLOW_REVERSE_ENDED, Flow, NextHop, Pair, STATE_OFFLOADED, STATE_OVER,
+    STATE_RESET,
 };
 use forwarder_common::layout::FLOWS;
 use forwarder_common::layout::{AGENT, HoldState};
+use forwarder_common::tuple::FourTuple;
 use rustix::io::Errno;
 
-pub use self::flow_maps::{are_pinned, end, forget, read};
-use crate::flows::flow_maps::{FlowMaps, Listed, capacity, error};
-use crate::flows::joined_pair::{Condemned, JoinedPair, ends, key_of};
+use self::direct::DirectTable;
+pub use self::direct::is_direct;
+pub use self::pinned::{are_pinned, end, forget, read};
+use crate::flows::flow_maps::{FlowMaps, Listed, ListedPair, capacity, error};
+use crate::flows::joined_pair::{Condemned, JoinedPair, PairKey, ends, key_of};
 use crate::maps::gate::{Gate, Permit};
 use crate::net::conntrack::Conntrack;
 
@@ -27,19 +33,23 @@ use crate::flows::ports::TakenPorts;
 use crate::load_error::errno_of;
 use crate::maps::DatapathError;
 use crate::maps::updates::Updates;
-use crate::net::egress_path::EgressPath;
-use crate::net::routes::{RouteError, Routes};
+
+use crate::net::egress_path::Via;
+use crate::net::routes::{KnownRoutes, RouteError, Routes};
 use crate::net::stack::Family;
 use crate::tcp::join::{Placement, join};
 use crate::tcp::leg::Leg;
 use forwarder_runtime::lock::lock;
 
 pub mod arrival;
+pub(crate) mod direct;
 mod flow_maps;
 mod hops;
 pub mod joined_pair;
 pub mod paths;
+mod pinned;
 pub mod ports;
+pub mod targets;
 
 /// The flag of `bpf(BPF_MAP_UPDATE_ELEM)` by which an entry must not be there yet: what replaced one would free it.
 const BPF_NOEXIST: u64 = 1;
@@ -47,6 +57,8 @@ const BPF_NOEXIST: u64 = 1;
 /// The maps of flows, open.
 pub struct FlowTable {
     maps: Mutex<FlowMaps>,
+    /// The same maps, to be read by several threads at once.
+    reader: FlowMaps,
     updates: Arc<Updates>,
     /// Before the maps are inserted into.
     gate: Gate<Condemned>,
@@ -59,18 +71,22 @@ pub struct FlowTable {
     live: Arc<AtomicUsize>,
     /// How many the maps have room for.
     room: usize,
+    /// The direct connections, where there may be some.
+    direct: Option<DirectTable>,
 }
 
 /// Leave to join connections. The programs may meanwhile not be told to forget others.
 pub type JoinPermit = Permit<Condemned>;
 
-/// What a former agent has left in the maps.
-#[derive(Debug, Default)]
+/// A pair that a former agent has left in the maps.
+#[derive(Clone, Copy, Debug)]
 pub struct Inherited {
-    /// Whole pairs.
-    pub pairs: Vec<JoinedPair>,
-    /// How many entries made no whole pair, and were removed.
-    pub remnants: usize,
+    /// What tells it from all others.
+    pub key: PairKey,
+    /// Whether the former agent had let go of it: what its sockets held otherwise is lost.
+    pub is_offloaded: bool,
+    /// [`JoinedPair::has_early_end`].
+    pub has_early_end: bool,
 }
 
 /// Why connections cannot be joined at all.
@@ -97,8 +113,9 @@ impl FlowTable {
         updates: Arc<Updates>,
         routes: Routes,
         paths: Arc<Paths>,
+        free: Option<Queue<MapData, u32>>,
     ) -> Result<Self, FlowTableError> {
-        let maps = Mutex::new(FlowMaps::open(pin_dir)?);
+        let (maps, reader) = (Mutex::new(FlowMaps::open(pin_dir)?), FlowMaps::open(pin_dir)?);
         let (next, live) = (AtomicU32::new(1), Arc::new(AtomicUsize::new(0)));
         // Those that are removed from, open for the thread that does so.
         let (mut removed_from, left) = (FlowMaps::open(pin_dir)?, Arc::clone(&live));
@@ -117,7 +134,8 @@ impl FlowTable {
         })?;
         let conntrack = Conntrack::open();
         let room = capacity(pin_dir)?;
-        Ok(Self { maps, updates, gate, routes, conntrack, paths, ports, next, live, room })
+        let direct = free.map(|free| DirectTable::open(pin_dir, free, &paths)).transpose()?;
+        Ok(Self { maps, reader, updates, gate, routes, conntrack, paths, ports, next, live, room, direct })
     }
 
     fn maps(&self) -> MutexGuard<'_, FlowMaps> {
@@ -134,6 +152,11 @@ impl FlowTable {
         &self.ports
     }
 
+    /// How many pairs the maps have room for.
+    pub fn room(&self) -> usize {
+        self.room
+    }
+
     /// How many pairs there are.
     pub fn count(&self) -> usize {
         self.live.load(Ordering::Relaxed)
@@ -144,7 +167,7 @@ impl FlowTable {
         if self.live.load(Ordering::Relaxed) == 0 {
             return false;
         }
-        self.maps().flows.get(&key_of(peer, local), 0).is_ok()
+        self.reader.flows.get(&key_of(peer, local), 0).is_ok()
     }
 
     /// Waits until a connection from `client` to `local` may be joined, which is so at once unless others have been removed
@@ -152,7 +175,7 @@ impl FlowTable {
     pub async fn ready(&self, client: SocketAddr, local: SocketAddr) -> JoinPermit {
         // What is left there of a former connection of the client's has to go first.
         let key = key_of(client, local);
-        let there = self.maps().flows.get(&key, 0).ok();
+        let there = self.reader.flows.get(&key, 0).ok();
         if let Some(flow) = there.filter(|flow| flow.state == STATE_OVER) {
             self.gate.condemn(Condemned::Flows(flow.pair, [key, flow.out.reversed()]));
             self.gate.hasten();
@@ -176,7 +199,8 @@ impl FlowTable {
         let placement = Placement {
             downstream: self.hop(client, downstream.local, downstream.peer)?,
             upstream: self.hop(client, upstream.local, upstream.peer)?,
-            pair: self.next.fetch_add(1, Ordering::Relaxed),
+            // Those above are direct.
+            pair: self.next.fetch_add(1, Ordering::Relaxed) & (DIRECT_NUMBER - 1),
         };
         let mut joint = join(downstream, upstream, placement)?;
         self.check_stack(&joint.flows)?;
@@ -253,13 +277,14 @@ impl FlowTable {
         self.updates.set_flows(&pair.flows)
     }
 
-    /// Looks up anew how a pair's packets leave, after routes or MTUs have changed; tells whether that is another path now.
+    /// Looks up anew how a pair's packets leave, after routes or MTUs have changed; tells whether that is another path now. `known` are
+    /// the routes that others were given since.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn reroute(&self, pair: &mut JoinedPair) -> Result<bool, DatapathError> {
+    pub fn reroute(&self, pair: &mut JoinedPair, known: &mut KnownRoutes) -> Result<bool, DatapathError> {
         let before = *pair;
-        let client = pair.downstream().0.ip();
+        let (client, number) = (pair.downstream().0.ip(), pair.number);
         let [(_, request), (_, response)] = &pair.flows;
         // Where the endpoint is now, and the client: what they send is expected by there, whether what is sent to them leaves so
         // or not.
@@ -267,13 +292,17 @@ impl FlowTable {
         for ((_, flow), towards) in pair.flows.iter_mut().zip(&mut towards) {
             let (local, peer) = ends(&flow.out);
             // Where there is no route for the moment, the old one is as good.
-            let Ok(egress) = self.routes.egress(local.ip(), peer.ip()) else { continue };
+            let Some(egress) = known.egress(&self.routes, local.ip(), peer.ip()) else { continue };
             if egress.is_local {
                 continue;
             }
             *towards = egress.interface;
             if flow.interface != egress.interface {
                 let Ok(via) = self.paths.check(egress.interface, client) else { continue };
+                // Of a direct one nothing goes by the stack.
+                if is_direct(number) && via == Via::Stack {
+                    continue;
+                }
                 flow.flags = flow.flags & !FLOW_BY_STACK | via.flag();
                 flow.hop_limit = self.hop_limit(egress.interface, Family::of(peer.ip()), via);
             }
@@ -285,7 +314,7 @@ impl FlowTable {
         let has_moved = before != *pair;
         if has_moved {
             self.keep_valid(pair);
-            self.updates.set_flows(&pair.flows)?;
+            self.set_flows(&pair.flows)?;
         }
         Ok(has_moved)
     }
@@ -311,18 +340,76 @@ impl FlowTable {
         Ok(true)
     }
 
-    /// What is known of a pair; `None` if it is gone.
-    pub fn pair(&self, number: u32) -> Option<Pair> {
-        self.maps().pairs.get(&number, 0).ok()
+    /// Visits what is known of every pair, with few system calls however many there are. One that is joined or removed meanwhile is
+    /// visited or not.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn for_each_pair(&self, mut visit: impl FnMut(u32, &Pair)) -> Result<(), DatapathError> {
+        // Not under the lock: workers join others meanwhile.
+        self.reader.for_each_pair(&mut visit)
     }
 
-    /// Takes a pair out of the kernel: its packets are the local stack's again, at once; what stands there of it goes a little
-    /// later. To be called once for each pair that was joined or inherited.
-    pub fn remove(&self, pair: &JoinedPair) {
-        if let Err(error) = self.updates.set_flows(&pair.in_state(STATE_OVER)) {
+    /// A pair as it stands in the maps; `None` if it does not stand there whole any more.
+    pub fn find(&self, key: &PairKey) -> Option<JoinedPair> {
+        if is_direct(key.number) {
+            return self.direct.as_ref()?.maps().find(key);
+        }
+        self.reader.find(key)
+    }
+
+    /// What is known of a pair; `None` if it is gone.
+    pub fn pair(&self, number: u32) -> Option<Pair> {
+        if is_direct(number) {
+            return self.direct.as_ref()?.maps().get(number).map(|(_, pair)| pair);
+        }
+        self.reader.pairs.get(&number, 0).ok()
+    }
+
+    /// Leaves a pair's packets to the local stack again, at once. What is known of the pair stays until it is removed.
+    pub fn release(&self, pair: &JoinedPair) {
+        if let Err(error) = self.set_flows(&pair.in_state(STATE_OVER)) {
             tracing::warn!(%error, "cannot end an offloaded connection at once: it goes on until its map entries are removed");
         }
-        self.gate.condemn(pair.condemned());
+    }
+
+    /// Takes a pair out of the kernel: it is released, and what stands there of it goes a little later. To be called once for
+    /// each pair that was joined or inherited.
+    pub fn remove(&self, pair: &JoinedPair) {
+        self.release(pair);
+        self.condemn(&pair.key());
+    }
+
+    fn condemn(&self, key: &PairKey) {
+        match &self.direct {
+            Some(direct) if is_direct(key.number) => {
+                direct.remove(key);
+                let (endpoint, local) = key.upstream();
+                self.ports.free(local, endpoint);
+            }
+            _ => self.gate.condemn(key.condemned()),
+        }
+    }
+
+    /// Changes the flows of a pair in place, wherever they stand.
+    fn set_flows(&self, flows: &[(FourTuple, Flow); 2]) -> Result<(), DatapathError> {
+        match &self.direct {
+            Some(direct) if is_direct(flows[0].1.pair) => {
+                direct.maps().set_flows(flows);
+                Ok(())
+            }
+            _ => self.updates.set_flows(flows),
+        }
+    }
+
+    /// The same of a pair of which no more is known.
+    pub fn forget(&self, key: &PairKey) {
+        match self.find(key) {
+            Some(pair) => self.remove(&pair),
+            // What another connection has by now is not this one's to give up.
+            None if is_direct(key.number) => {}
+            None => self.gate.condemn(key.condemned()),
+        }
     }
 
     /// Has the kernel forward nothing of a pair any more, and reset whoever still sends something of it. Its addresses are
@@ -331,14 +418,17 @@ impl FlowTable {
     /// # Errors
     /// The kernel refuses.
     pub fn end(&self, pair: &JoinedPair) -> Result<(), DatapathError> {
-        self.updates.set_flows(&pair.in_state(STATE_RESET))
+        self.set_flows(&pair.in_state(STATE_RESET))
     }
 
     /// Whether the addresses and ports are still this pair's.
     pub fn holds(&self, pair: &JoinedPair) -> bool {
-        let maps = self.maps();
+        if is_direct(pair.number) {
+            let there = self.find(&pair.key());
+            return there.is_some_and(|there| there.flows.iter().all(|(_, flow)| flow.state != STATE_OVER));
+        }
         pair.flows.iter().all(|(key, _)| {
-            let there = maps.flows.get(key, 0);
+            let there = self.reader.flows.get(key, 0);
             there.is_ok_and(|flow| flow.pair == pair.number && flow.state != STATE_OVER)
         })
     }
@@ -358,38 +448,37 @@ impl FlowTable {
         self.maps().agent.set(0, state, 0).map_err(|source| error("write to", AGENT, None, source))
     }
 
-    /// Takes over what a former agent has left. To be called once, before anything is joined.
+    /// Takes over what a former agent has left: `take` gets each whole pair. Yields how many entries made none, and were removed. To be
+    /// called once, before anything is joined.
     ///
     /// # Errors
     /// The maps cannot be read.
-    pub fn inherit(&self) -> Result<Inherited, DatapathError> {
-        let maps = self.maps();
-        let Listed { pairs, orphans } = maps.list()?;
-        let pairs: Vec<JoinedPair> = pairs.into_iter().map(|(pair, _)| pair).collect();
-        let numbers: Vec<u32> = maps.pairs.keys().filter_map(Result::ok).collect();
-        self.next.store(numbers.iter().max().map_or(1, |last| last.wrapping_add(1)), Ordering::Relaxed);
-        let whole: HashSet<u32> = pairs.iter().map(|pair| pair.number).collect();
-        let mut remnants = orphans.len();
+    pub fn inherit(&self, mut take: impl FnMut(&Inherited)) -> Result<usize, DatapathError> {
+        let Listed { pairs, orphans, states } = self.reader.list()?;
+        let numbers = states.iter().copied().chain(pairs.iter().map(|pair| pair.key.number));
+        self.next.store(numbers.max().map_or(1, |last| last.wrapping_add(1)), Ordering::Relaxed);
         for (number, key) in &orphans {
             self.gate.condemn(Condemned::Flows(*number, [*key; 2]));
         }
-        for number in numbers.iter().filter(|number| !whole.contains(number)) {
-            remnants += 1;
+        for number in &states {
             self.gate.condemn(Condemned::State(*number));
         }
-        drop(maps);
         self.live.store(pairs.len(), Ordering::Relaxed);
-        for pair in &pairs {
-            let (endpoint, local) = pair.upstream();
+        let mut known = BTreeSet::new();
+        for ListedPair { key, paths, is_offloaded, has_early_end, .. } in pairs {
+            let (endpoint, local) = key.upstream();
             self.ports.take(local, endpoint);
-            let [request, response] = pair.flows.map(|(_, flow)| EgressPath::of(&flow));
-            self.paths.want(request.interface);
-            self.paths.want(response.interface);
-            // The former agent had seen that its ends hear each other.
-            if pair.is_offloaded() {
-                self.paths.prove([response, request]);
+            if known.insert((paths, is_offloaded)) {
+                let [request, response] = paths;
+                self.paths.want(request.interface);
+                self.paths.want(response.interface);
+                // The former agent had seen that its ends hear each other.
+                if is_offloaded {
+                    self.paths.prove([response, request]);
+                }
             }
+            take(&Inherited { key, is_offloaded, has_early_end });
         }
-        Ok(Inherited { pairs, remnants })
+        Ok(orphans.len() + states.len())
     }
 }

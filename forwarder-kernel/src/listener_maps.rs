@@ -28,6 +28,18 @@ pub trait ListenerMaps: Send {
     /// As [`ListenerMaps::set_listener`].
     fn set_backends(&mut self, id: ListenerId, backends: Vec<BackendEntry>) -> Result<(), DatapathError>;
 
+    /// Has the programs choose the endpoints of a listener's new connections among these, instead of leaving them to its socket:
+    /// [`ListenerValue::targets`](forwarder_common::ListenerValue::targets). Zeros leave them to it.
+    ///
+    /// # Errors
+    /// As [`ListenerMaps::set_listener`].
+    fn set_targets(
+        &mut self,
+        key: ListenerKey,
+        id: ListenerId,
+        targets: [u64; 2],
+    ) -> Result<(), DatapathError>;
+
     /// Removes a listener, its endpoints and its counters. To remove an unknown one is no error.
     ///
     /// # Errors

@@ -167,6 +167,9 @@ impl LoadError {
         }
         let source = Box::new(error);
         match source.as_ref() {
+            EbpfError::ProgramError(ProgramError::LoadError { .. }) if errno == Some(Errno::AGAIN) => {
+                Self::Other { operation, reason: "signals interrupt it again and again; find out what signals or stops the agent (a debugger, a freezer), and start it again".to_owned(), source }
+            }
             EbpfError::ProgramError(ProgramError::LoadError { .. }) => Self::Verifier {
                 program: program.to_owned(),
                 release: kernel_release(),

@@ -1,8 +1,10 @@
 //! The maps as the agent writes them: of listeners, and what all have in common.
 
+pub(crate) mod batch;
 pub mod gate;
 pub mod grace;
 pub mod listeners;
+pub(crate) mod mapped;
 pub mod updates;
 pub(crate) mod versions;
 

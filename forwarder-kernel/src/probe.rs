@@ -15,11 +15,19 @@ pub fn probe() -> Result<String, String> {
     if let Some(obstacle) = kernel_obstacle() {
         return Err(obstacle.to_owned());
     }
-    let report = bpf::probe().map_err(|error| error.to_string())?;
+    let report = bpf::probe(false).map_err(|error| error.to_string())?;
     Routes::open().map_err(|error| error.to_string())?;
     SegmentSocket::open().map_err(|error| error.to_string())?;
     read_a_connection().map_err(|error| format!("cannot read the state of a connection: {error}"))?;
     Ok(format!("translated and redirected at TC, attached by {}", report.attach.as_str()))
+}
+
+/// Whether the kernel takes the programs that make direct connections.
+///
+/// # Errors
+/// It does not, and why.
+pub fn probe_direct() -> Result<(), String> {
+    bpf::probe(true).map(drop).map_err(|error| error.to_string())
 }
 
 fn read_a_connection() -> std::io::Result<Leg> {

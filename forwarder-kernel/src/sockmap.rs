@@ -15,7 +15,7 @@ use forwarder_common::update::{CreditUpdate, PROGRAM_SET_CREDIT};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
-use crate::bpf::raise_memory_limit;
+use crate::bpf::{raise_memory_limit, uninterrupted};
 use crate::btf::{self, BtfError};
 use crate::load_error::{LoadError, errno_of, kernel_release};
 use crate::maps::DatapathError;
@@ -134,15 +134,17 @@ impl Sockmap {
         let setter = ebpf.program_mut(PROGRAM_SET_CREDIT).ok_or_else(|| LoadError::Object {
             reason: format!("they have no program {PROGRAM_SET_CREDIT}"),
         })?;
-        <&mut SchedClassifier>::try_from(setter).and_then(SchedClassifier::load).map_err(|error| {
-            LoadError::new(format!("load program {PROGRAM_SET_CREDIT}"), PROGRAM_SET_CREDIT, error.into())
-        })?;
+        <&mut SchedClassifier>::try_from(setter)
+            .and_then(|program| uninterrupted(|| program.load()))
+            .map_err(|error| {
+                LoadError::new(format!("load program {PROGRAM_SET_CREDIT}"), PROGRAM_SET_CREDIT, error.into())
+            })?;
         let program = ebpf
             .program_mut(PROGRAM_VERDICT)
             .ok_or_else(|| LoadError::Object { reason: format!("they have no program {PROGRAM_VERDICT}") })?;
         let program =
             <&mut SkSkb>::try_from(program).map_err(|error| failed("find", EbpfError::from(error)))?;
-        program.load().map_err(|error| failed("load", EbpfError::from(error)))?;
+        uninterrupted(|| program.load()).map_err(|error| failed("load", EbpfError::from(error)))?;
         // Before the first socket is there: those that are there already it would not see.
         program.attach(maps.sources.fd()).map_err(|error| failed("attach", EbpfError::from(error)))?;
         Ok(Self { maps: Mutex::new(maps), notices: Mutex::new(notices), verdicts, ebpf })

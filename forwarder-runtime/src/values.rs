@@ -73,6 +73,49 @@ impl<'de> Deserialize<'de> for BytesText {
     }
 }
 
+/// Which local ports only the agent connects from.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum SourcePorts {
+    /// Those above the range that the kernel chooses from.
+    #[default]
+    Auto,
+    /// These.
+    Range {
+        /// The first of them.
+        first: u16,
+        /// The last of them.
+        last: u16,
+    },
+    /// None: the kernel chooses.
+    Off,
+}
+
+impl std::str::FromStr for SourcePorts {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => return Ok(Self::Auto),
+            "off" => return Ok(Self::Off),
+            _ => {}
+        }
+        let range = || {
+            let (first, last) = text.split_once('-')?;
+            let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+            (0 < first && first <= last).then_some(Self::Range { first, last })
+        };
+        range().ok_or_else(|| {
+            format!("`{text}` is neither a range of ports such as `61000-65535`, nor `auto`, nor `off`")
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for SourcePorts {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 /// A duration as people write it: `90s`, `1h 30m`, or `0`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct DurationText(pub Duration);
@@ -99,6 +142,17 @@ impl<'de> Deserialize<'de> for DurationText {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn source_ports_are_a_range_or_a_word() {
+        let ports = |text: &str| text.parse::<SourcePorts>();
+        assert_eq!(ports("61000-65535"), Ok(SourcePorts::Range { first: 61_000, last: 65_535 }));
+        assert_eq!(ports("9-9"), Ok(SourcePorts::Range { first: 9, last: 9 }));
+        assert_eq!((ports("auto"), ports("off")), (Ok(SourcePorts::Auto), Ok(SourcePorts::Off)));
+        for bad in ["", "1", "0-9", "9-8", "1-70000", "none", "1-2-3"] {
+            assert!(ports(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn offloading_is_due_after_bytes_or_a_time() {

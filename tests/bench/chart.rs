@@ -16,7 +16,7 @@ const NAME_WIDTH: u32 = 80;
 const FONT: &str = "sans-serif";
 /// What has no forwarder in userspace, the peers, and the forwarder.
 const COLOURS: [(&[&str], RGBColor); 3] = [
-    (&["direct", "dnat"], RGBColor(158, 158, 158)),
+    (&["routing", "dnat"], RGBColor(158, 158, 158)),
     (&["haproxy", "nginx"], RGBColor(120, 158, 206)),
     (&[], RGBColor(225, 129, 44)),
 ];
@@ -121,12 +121,12 @@ mod tests {
             reading: Reading { series: Series::new("latency", "us"), value, cost: None },
         };
         let report =
-            Report { entries: vec![entry("direct", 12.5), entry("splice", 25.5)], ..Report::default() };
+            Report { entries: vec![entry("routing", 12.5), entry("splice", 25.5)], ..Report::default() };
         let head = Head { kernel: String::new(), cpus: 2, version: String::new(), rounds: 1, seconds: 1 };
         let folder = tempfile::tempdir().unwrap();
         draw(&report.document(head), folder.path()).unwrap();
         let svg = fs::read_to_string(folder.path().join("latency.svg")).unwrap();
-        for text in ["latency [us]: less is better", "direct", "splice", "12.5", "25.5"] {
+        for text in ["latency [us]: less is better", "routing", "splice", "12.5", "25.5"] {
             assert!(svg.contains(text), "no {text} in {svg}");
         }
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);

@@ -35,7 +35,7 @@ struct Arguments {
     #[arg(long)]
     quick: bool,
     /// Only this metric (throughput, latency, connections, requests, memory, change, resolve) or this path (dnat, nginx, or
-    /// a tier such as splice); may be repeated. Where a path is named, direct and haproxy are measured too, as references.
+    /// a tier such as splice); may be repeated. Where a path is named, routing and haproxy are measured too, as references.
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
     /// Number of rounds.

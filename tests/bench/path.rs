@@ -26,6 +26,8 @@ const SOURCES: u8 = 11;
 /// Debian keeps the module apart; where it is built in, there is no such file.
 const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 const QUEUE: u32 = 4096;
+/// Half of them are those of direct connections.
+const DIRECT_PORTS: &str = "--source-ports=10240-65535";
 /// More than bulk streams at a time, in both directions.
 const PIPES: u32 = 150;
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -34,7 +36,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) enum Path {
     /// The node only routes.
-    Direct,
+    Routing,
     /// The node's kernel rewrites addresses.
     Dnat,
     Haproxy,
@@ -46,7 +48,7 @@ pub(crate) enum Path {
 impl Path {
     pub(crate) fn name(&self) -> &str {
         match self {
-            Self::Direct => "direct",
+            Self::Routing => "routing",
             Self::Dnat => "dnat",
             Self::Haproxy => "haproxy",
             Self::Nginx => "nginx",
@@ -67,7 +69,7 @@ pub(crate) fn all() -> Result<(Vec<Path>, Vec<Unavailable>)> {
     let mut probe = Command::new(binary());
     probe.args(["probe", "--output", "json"]);
     let (tiers, unavailable) = parse_tiers(&stdout(&mut probe)?)?;
-    let peers = [Path::Direct, Path::Dnat, Path::Haproxy, Path::Nginx];
+    let peers = [Path::Routing, Path::Dnat, Path::Haproxy, Path::Nginx];
     Ok((peers.into_iter().chain(tiers.into_iter().map(Path::Forwarder)).collect(), unavailable))
 }
 
@@ -132,13 +134,18 @@ impl Running {
         let target = topology.node_address(LISTENER_PORT);
         let endpoint = topology.backend1_address(ENDPOINT_PORT);
         let (target, means) = match path {
-            Path::Direct => (endpoint, Means::Routing),
+            Path::Routing => (endpoint, Means::Routing),
             Path::Dnat => (target, translate(&topology.node, target, endpoint)?),
             Path::Haproxy => (target, haproxy(&topology.node, endpoint)?),
             Path::Nginx => (target, nginx(&topology.node, endpoint)?),
             Path::Forwarder(tier) => {
                 let manifests = Manifests::forward(LISTENER_PORT, &[endpoint])?;
-                let agent = Agent::start(&topology.node, &manifests.path(), &["--datapath", tier])?;
+                let mut arguments = vec!["--datapath", tier];
+                if tier == "direct" {
+                    // Of the many ports, some are its own.
+                    arguments.push(DIRECT_PORTS);
+                }
+                let agent = Agent::start(&topology.node, &manifests.path(), &arguments)?;
                 (target, Means::Agent { agent: Box::new(agent), _manifests: manifests })
             }
         };

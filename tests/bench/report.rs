@@ -92,7 +92,7 @@ impl Report {
             min: values.iter().copied().reduce(f64::min)?,
             max: values.iter().copied().reduce(f64::max)?,
             rounds: values.len(),
-            vs_direct: ratio("direct"),
+            vs_routing: ratio("routing"),
             vs_haproxy: ratio("haproxy"),
             cpu_s_per_gbit: cost("throughput"),
             cpu_us_per_connection: cost("connections"),
@@ -142,7 +142,7 @@ pub(crate) struct Summary {
     pub(crate) rounds: usize,
     /// The median over rounds of the ratio within the round.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) vs_direct: Option<f64>,
+    pub(crate) vs_routing: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) vs_haproxy: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -194,7 +194,7 @@ fn rows(results: &[Summary]) -> Table {
         ("MEDIAN".to_owned(), results.iter().map(|result| Some(number(result.median))).collect()),
         ("MIN".to_owned(), results.iter().map(|result| Some(number(result.min))).collect()),
         ("MAX".to_owned(), results.iter().map(|result| Some(number(result.max))).collect()),
-        ("x DIRECT".to_owned(), results.iter().map(|result| result.vs_direct.map(ratio)).collect()),
+        ("x ROUTING".to_owned(), results.iter().map(|result| result.vs_routing.map(ratio)).collect()),
         ("x HAPROXY".to_owned(), results.iter().map(|result| result.vs_haproxy.map(ratio)).collect()),
         (format!("CPU {cost_unit}"), results.iter().map(|result| result.cost().map(number)).collect()),
     ];
@@ -287,28 +287,28 @@ mod tests {
     #[test]
     fn ratios_are_formed_within_rounds() {
         // The ratio of the medians would be 1.
-        let report = report(&[("direct", &[1.0, 2.0, 4.0]), ("copy", &[2.0, 4.0, 1.0])]);
+        let report = report(&[("routing", &[1.0, 2.0, 4.0]), ("copy", &[2.0, 4.0, 1.0])]);
         let document = report.document(head());
         let copy = document.results.last().unwrap();
-        assert_eq!((copy.vs_direct, copy.vs_haproxy), (Some(2.0), None));
+        assert_eq!((copy.vs_routing, copy.vs_haproxy), (Some(2.0), None));
         assert_eq!((copy.min, copy.median, copy.max), (1.0, 2.0, 4.0));
     }
 
     #[test]
     fn the_json_keeps_its_shape() {
-        let mut report = report(&[("direct", &[2.0]), ("haproxy", &[1.0])]);
+        let mut report = report(&[("routing", &[2.0]), ("haproxy", &[1.0])]);
         report.unavailable.push(Unavailable { path: "tc".to_owned(), reason: "EPERM".to_owned() });
         report.failures.push(Failure { metric: "memory".to_owned(), path: None, error: "no".to_owned() });
-        let result = |path: &str, value: f64, vs_direct: f64, vs_haproxy: f64| {
+        let result = |path: &str, value: f64, vs_routing: f64, vs_haproxy: f64| {
             json!({
                 "metric": "throughput", "path": path, "streams": 4, "unit": "gbps", "rounds": 1,
                 "median": value, "min": value, "max": value,
-                "vs_direct": vs_direct, "vs_haproxy": vs_haproxy, "cpu_s_per_gbit": 0.5,
+                "vs_routing": vs_routing, "vs_haproxy": vs_haproxy, "cpu_s_per_gbit": 0.5,
             })
         };
         let expected = json!({
             "kernel": "6.1", "cpus": 2, "version": "0.1.0", "rounds": 3, "seconds": 1,
-            "results": [result("direct", 2.0, 1.0, 2.0), result("haproxy", 1.0, 0.5, 1.0)],
+            "results": [result("routing", 2.0, 1.0, 2.0), result("haproxy", 1.0, 0.5, 1.0)],
             "unavailable": [{"path": "tc", "reason": "EPERM"}],
             "failures": [{"metric": "memory", "error": "no"}],
         });
@@ -317,7 +317,7 @@ mod tests {
 
     #[test]
     fn a_failed_figure_leaves_nothing_behind() {
-        let mut report = report(&[("direct", &[2.0]), ("haproxy", &[1.0])]);
+        let mut report = report(&[("routing", &[2.0]), ("haproxy", &[1.0])]);
         report.drop_figure(Figure::Throughput { streams: 1 }, "haproxy");
         assert_eq!(report.entries.len(), 2);
         report.drop_figure(Figure::Throughput { streams: 4 }, "haproxy");
@@ -326,7 +326,7 @@ mod tests {
 
     #[test]
     fn the_table_is_readable_and_narrow() {
-        let report = report(&[("direct", &[20_000_000.0]), ("haproxy", &[1.0])]);
+        let report = report(&[("routing", &[20_000_000.0]), ("haproxy", &[1.0])]);
         let table = report.document(head()).table();
         assert!(table.lines().all(|line| line.chars().count() <= TABLE_WIDTH), "{table}");
         assert!(table.contains("throughput, 4 streams [gbps]: more is better"), "{table}");

@@ -31,7 +31,7 @@ impl Selection {
         let all_metrics = !METRICS.into_iter().any(is_named);
         let all_paths = !paths.iter().any(|path| is_named(path.name()));
         let is_default = |metric: &str| all_metrics && (all_paths || metric != PATHLESS);
-        let is_reference = |path: &Path| matches!(path, Path::Direct | Path::Haproxy);
+        let is_reference = |path: &Path| matches!(path, Path::Routing | Path::Haproxy);
         Ok(Self {
             metrics: METRICS.into_iter().filter(|metric| is_default(metric) || is_named(metric)).collect(),
             paths: paths
@@ -62,7 +62,7 @@ mod tests {
 
     fn check(names: &[&str], metrics: &[&str], paths: &[&str]) {
         let all =
-            [Path::Direct, Path::Dnat, Path::Haproxy, Path::Nginx, Path::Forwarder("splice".to_owned())];
+            [Path::Routing, Path::Dnat, Path::Haproxy, Path::Nginx, Path::Forwarder("splice".to_owned())];
         let names: Vec<String> = names.iter().map(ToString::to_string).collect();
         let selection = Selection::new(&names, &all, &[]).unwrap();
         assert_eq!(selection.metrics, metrics);
@@ -72,18 +72,18 @@ mod tests {
 
     #[test]
     fn metrics_and_paths_are_selected_by_name() {
-        let all = ["direct", "dnat", "haproxy", "nginx", "splice"];
+        let all = ["routing", "dnat", "haproxy", "nginx", "splice"];
         check(&[], &METRICS, &all);
         check(&["latency"], &["latency"], &all);
-        check(&["splice"], &METRICS[..6], &["direct", "haproxy", "splice"]);
-        check(&["memory", "dnat", "latency"], &["latency", "memory"], &["direct", "dnat", "haproxy"]);
+        check(&["splice"], &METRICS[..6], &["routing", "haproxy", "splice"]);
+        check(&["memory", "dnat", "latency"], &["latency", "memory"], &["routing", "dnat", "haproxy"]);
     }
 
     #[test]
     fn what_does_not_exist_is_refused() {
         let check = |name: &str, expected: &str| {
             let tier = Unavailable { path: "sockmap".to_owned(), reason: "EPERM".to_owned() };
-            let error = Selection::new(&[name.to_owned()], &[Path::Direct], &[tier]).unwrap_err();
+            let error = Selection::new(&[name.to_owned()], &[Path::Routing], &[tier]).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
         };
         check("speed", "there are throughput");

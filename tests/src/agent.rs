@@ -16,6 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::attach;
+use crate::evidence;
 use crate::http::{self, Response};
 use crate::metrics::Metrics;
 use crate::netns::NetNs;
@@ -169,6 +170,15 @@ impl AgentCommand {
         command.arg("--pin-dir").arg(&pins.0).args(&self.arguments);
         command.envs(attach::environment()).envs(self.environment.iter().copied());
         let process = Process::start(netns, &mut command, &folder.path().join("log"))?;
+        for path in ["/v1/connections", "/metrics"] {
+            let socket = socket.clone();
+            evidence::add(format!("{} {path}", socket.display()), move || {
+                let response = http::get_by(&socket, path).ok()?;
+                // A metric that is 0 tells nothing.
+                let told = |line: &&str| !line.starts_with('#') && !line.ends_with(" 0");
+                Some(response.body.lines().filter(told).collect::<Vec<_>>().join("\n"))
+            });
+        }
         let mut agent = Agent { process, netns: netns.clone(), pins, admin, socket, _folder: folder };
         let ended = wait_for(DEADLINE, || {
             if let Ok(Some(status)) = agent.process.try_wait() {

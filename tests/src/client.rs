@@ -39,7 +39,7 @@ pub fn transfer(stream: &TcpStream, seed: u64, up: u64, down: u64) -> Result<()>
         reader.read_exact(digests.as_flattened_mut()).context("receive the digests")?;
         ensure!(received == digests[0], "{down} bytes from the server arrived changed");
         ensure!(sent == digests[1], "{up} bytes from the client arrived changed");
-        ensure!(reader.read(&mut [0])? == 0, "more data than was sent");
+        ensure!(read(reader, &mut [0])? == 0, "more data than was sent");
         Ok(())
     })
 }

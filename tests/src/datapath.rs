@@ -6,10 +6,10 @@ use std::{env, fmt};
 use anyhow::Result;
 
 use crate::agent::{Agent, AgentCommand};
-use crate::wait::wait_for;
+use crate::wait::{wait_for, wait_until};
 
 /// What such tests go through unless `FORWARDER_TEST_DATAPATHS`, separated by commas, names others.
-const USUAL: [Datapath; 3] = [Datapath("splice"), Datapath("tc"), Datapath("sockmap")];
+const USUAL: [Datapath; 4] = [Datapath("splice"), Datapath("tc"), Datapath("direct"), Datapath("sockmap")];
 /// When the kernel takes a connection over, unless `FORWARDER_TEST_OFFLOAD` says something else: early, since
 /// conversations are short.
 const OFFLOAD: &str = "--offload-after 16KiB,250ms";
@@ -27,12 +27,15 @@ pub struct Datapath(&'static str);
 impl Datapath {
     /// Those that tests go through.
     pub fn chosen() -> Vec<Self> {
-        let all = [Self("splice"), Self("copy"), Self("tc"), Self("sockmap")];
+        let all = [Self("splice"), Self("copy"), Self("tc"), Self("direct"), Self("sockmap")];
         env::var("FORWARDER_TEST_DATAPATHS").map_or_else(
             |_| USUAL.into_iter().filter(|datapath| datapath.is_taken()).collect(),
             |names| {
                 let known = |name: &str| all.into_iter().find(|datapath| datapath.0 == name);
-                names.split(',').map(|name| known(name).expect("splice, copy, tc or sockmap")).collect()
+                names
+                    .split(',')
+                    .map(|name| known(name).expect("splice, copy, tc, direct or sockmap"))
+                    .collect()
             },
         )
     }
@@ -63,7 +66,20 @@ impl Datapath {
 
     /// Whether the kernel forwards offloaded connections.
     pub fn is_by_kernel(self) -> bool {
-        matches!(self.0, "tc" | "sockmap")
+        matches!(self.0, "tc" | "direct" | "sockmap")
+    }
+
+    /// Waits until new connections are such as it says: those to a direct listener are accepted for a moment after the port is open.
+    #[track_caller]
+    pub fn wait_ready(self, agent: &Agent) {
+        if self.0 != "direct" {
+            return;
+        }
+        wait_until("every listener is direct", COUNTED, || {
+            let state = agent.state().expect("the state");
+            let listeners = state["listeners"].as_array().expect("a list");
+            listeners.iter().all(|listener| listener["direct"] == true)
+        });
     }
 
     /// Prints how many bytes each tier has forwarded; yields those that the kernel has forwarded by itself.

@@ -44,6 +44,18 @@ impl Agent {
         self.metrics().expect("metrics").sum("forwarder_tier_fallbacks_total", &[("reason", reason)])
     }
 
+    /// How many packets the ingress programs gave a verdict.
+    pub fn verdicts(&self, verdict: &str) -> i64 {
+        self.metrics().expect("metrics").sum("forwarder_ingress_verdicts_total", &[("verdict", verdict)])
+    }
+
+    /// How many attempts to connect to an endpoint failed for `reason`.
+    pub fn connect_failures(&self, reason: &str) -> i64 {
+        self.metrics()
+            .expect("metrics")
+            .sum("forwarder_backend_connect_failures_total", &[("reason", reason)])
+    }
+
     /// How many connections have ended by `end`.
     pub fn ended(&self, end: &str) -> i64 {
         self.metrics().expect("metrics").sum("forwarder_connections_ended_total", &[("end", end)])

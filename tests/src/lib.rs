@@ -16,6 +16,8 @@ mod cut;
 pub mod database;
 pub mod databases;
 pub mod datapath;
+pub mod direct;
+mod evidence;
 pub mod fixture;
 pub mod forge;
 pub mod gateways;

@@ -16,6 +16,7 @@ use anyhow::{Context as _, Result};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::command::stdout;
+use crate::evidence;
 use crate::wait::patient;
 
 /// Where `ip netns` keeps its namespaces.
@@ -71,6 +72,13 @@ impl NetNs {
         let handle = File::open(&path).with_context(|| format!("open {}", path.display()))?;
         let netns = Self { inner: Arc::new(Inner { name, handle }) };
         netns.ip(&["link", "set", "lo", "up"])?;
+        for (what, program) in [("sockets", &["ss", "-tinmoH"]), ("counters", &["nstat", "-as"])] {
+            let name = netns.name().to_owned();
+            evidence::add(format!("{what} of {name}"), move || {
+                let output = Command::new("ip").args(["netns", "exec", &name]).args(program).output().ok()?;
+                output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+            });
+        }
         Ok(netns)
     }
 

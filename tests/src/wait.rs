@@ -5,6 +5,8 @@ use std::sync::LazyLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::evidence;
+
 /// How long between two looks at a condition.
 const INTERVAL: Duration = Duration::from_millis(5);
 
@@ -31,9 +33,12 @@ pub fn wait_for<T>(deadline: Duration, mut condition: impl FnMut() -> Option<T>)
     }
 }
 
-/// Waits until `condition` holds; fails the test with `what` after `deadline`.
+/// Waits until `condition` holds; fails the test with `what` after `deadline`, and shows how things stand then.
 #[track_caller]
 pub fn wait_until(what: &str, deadline: Duration, mut condition: impl FnMut() -> bool) {
     let held = wait_for(deadline, || condition().then_some(()));
+    if held.is_none() {
+        evidence::show();
+    }
     assert!(held.is_some(), "not within {:?}: {what}", patient(deadline));
 }

@@ -24,7 +24,7 @@ fn each_path_is_measured_and_reported_as_json() {
     let document: Value = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
     let results = document["results"].as_array().unwrap();
     let paths: Vec<&str> = results.iter().map(|result| result["path"].as_str().unwrap()).collect();
-    assert_eq!(paths, ["direct", "haproxy", "splice"]);
+    assert_eq!(paths, ["routing", "haproxy", "splice"]);
     for result in results {
         assert_eq!(result["metric"], "connections");
         assert!(result["median"].as_f64().unwrap() > 0.0, "{result}");

@@ -13,14 +13,29 @@ use forwarder_common::layout::{FLOWS, PAIRS};
 use forwarder_common::tuple::FourTuple;
 use forwarder_tests::kernel::{at_once, is_ready};
 use forwarder_tests::wait::patient;
-use forwarder_tests::{Agent, AgentCommand, Forwarding, http, peer, wait_until};
+use forwarder_tests::{Agent, AgentCommand, Forwarding, client, http, peer, process, wait_until};
 
 /// How many requests are timed.
 const SAMPLES: usize = 30;
-/// The entries that the maps have place for, all of them used. Nobody is behind them: nothing is sent to their ends.
+/// Nobody is behind most of the pairs: nothing is sent to their ends.
 const QUIET: [&str; 2] = ["--keepalive", "0"];
+/// How many pairs there are, if not as many as by default.
+const COUNT: &str = "FORWARDER_TEST_PAIRS";
+/// How many of them have ends.
+const REAL: usize = 50;
+/// To how many endpoints they lead, about, and from which ports.
+const PORTS: u32 = 25_000;
+const FIRST_PORT: u32 = 1024;
+/// How many of the clients have addresses of one network of 256.
+const NETWORK: &str = "198.0.1.0/24";
 /// How much sooner than a list of all connections everything else is answered, at the least.
 const SOONER: u32 = 4;
+/// What the agent may take for each of them, in bytes.
+const MEMORY: u64 = 150;
+/// Which part of one CPU looking after them may take, in percent; on a machine where others run too.
+const SHARE: f64 = 7.0;
+/// For how long that is observed for each so many of them.
+const OBSERVED: Duration = Duration::from_secs(10);
 const WAIT: Duration = Duration::from_mins(1);
 
 type Pinned<K, V> = HashMap<MapData, K, V>;
@@ -30,8 +45,13 @@ fn open<K: Pod, V: Pod>(folder: &Path, name: &str) -> Pinned<K, V> {
     Map::HashMap(data).try_into().expect("a hash map of these")
 }
 
-/// Fills the maps with copies of the one pair that stands in them: of other clients, at other endpoints.
-fn fill(pins: &Path) {
+/// How many pairs there are to be.
+fn count() -> u32 {
+    std::env::var(COUNT).map_or(PAIRS_CAPACITY, |text| text.parse().expect("a number of pairs"))
+}
+
+/// Fills the maps up to `count` with copies of a pair that stands in them: of other clients, at other endpoints.
+fn fill(pins: &Path, count: u32) {
     let mut flows = open::<FourTuple, Flow>(pins, FLOWS);
     let mut pairs = open::<u32, Pair>(pins, PAIRS);
     let all: Vec<(FourTuple, Flow)> = flows.iter().collect::<Result<_, _>>().expect("flows");
@@ -41,21 +61,24 @@ fn fill(pins: &Path) {
     let (request, response) = (of_direction(DIRECTION_REQUEST), of_direction(1 - DIRECTION_REQUEST));
     let number = request.1.pair;
     let state = pairs.get(&number, 0).expect("a pair");
-    for copy in 1..PAIRS_CAPACITY {
-        let number = number.wrapping_add(copy);
-        let [_, a, b, c] = copy.to_be_bytes();
-        let with_host = |mut address: [u8; 16], first: u8| {
+    let last = pairs.keys().map(|number| number.expect("a key")).max().expect("a pair");
+    for copy in 1..=count - u32::try_from(pairs.keys().count()).expect("few") {
+        let number = last.wrapping_add(copy);
+        let with_host = |mut address: [u8; 16], first: u8, number: u32| {
+            let [_, a, b, c] = number.to_be_bytes();
             address[12..].copy_from_slice(&[first, a, b, c]);
             address
         };
-        let [client, endpoint] = [198, 199].map(|first| with_host(request.0.source, first));
+        let client = with_host(request.0.source, 198, copy);
+        let endpoint = with_host(request.0.source, 199, copy / PORTS);
+        let port = u16::try_from(FIRST_PORT + copy % PORTS).expect("a port");
         let (mut key, mut flow) = request;
         key.source = client;
-        flow.out.destination = endpoint;
+        (flow.out.destination, flow.out.source_port) = (endpoint, port);
         flow.pair = number;
         flows.insert(key, flow, 0).expect("a place for a flow");
         let (mut key, mut flow) = response;
-        key.source = endpoint;
+        (key.source, key.destination_port) = (endpoint, port);
         flow.out.destination = client;
         flow.pair = number;
         flows.insert(key, flow, 0).expect("a place for a flow");
@@ -84,24 +107,76 @@ fn time(agent: &Agent, path: &str) -> (Duration, Duration) {
     (taken[SAMPLES / 2], taken[SAMPLES - 1])
 }
 
+/// What the agent has of the node's memory, in bytes.
+fn memory(agent: &Agent) -> u64 {
+    agent.rss_kib().expect("its memory") * 1024
+}
+
+/// How long the thread that looks after pairs has run.
+fn sweeping(agent: &Agent) -> Duration {
+    let tasks = fs::read_dir(format!("/proc/{}/task", agent.id())).expect("threads");
+    let of_thread = |task: fs::DirEntry| {
+        let read = |name| fs::read_to_string(task.path().join(name)).ok();
+        let is_it = read("comm")?.trim() == "pairs";
+        // The first number of `schedstat`: nanoseconds on a CPU.
+        let ran = read("schedstat")?.split(' ').next()?.parse().ok()?;
+        is_it.then_some(Duration::from_nanos(ran))
+    };
+    tasks.filter_map(Result::ok).find_map(of_thread).expect("the thread that looks after pairs")
+}
+
 #[test]
 fn health_and_metrics_are_answered_while_the_kernel_forwards_all_it_may() {
     if !is_ready() {
         return;
     }
-    let forwarding = Forwarding::start(&at_once(&QUIET), peer::echo).expect("it works");
-    let Forwarding { mut agent, topology, manifests, .. } = forwarding;
-    let alone = ["/healthz", "/metrics"].map(|path| time(&agent, path));
-    let address = topology.node_address(forwarder_tests::fixture::LISTENER_PORT);
-    let stream = forwarder_tests::client::connect(&topology.client, address).expect("a connection");
-    agent.offload(std::slice::from_ref(&stream));
+    let count = count();
+    let most = count.to_string();
+    let arguments = at_once(&[&QUIET[..], &["--max-pairs", &most]].concat());
+    let forwarding = Forwarding::start(&arguments, peer::echo).expect("it works");
+    let alone = ["/healthz", "/metrics"].map(|path| time(&forwarding.agent, path));
+    let streams = forwarding.connect_offloaded(REAL);
+    let ping_all = || streams.iter().for_each(|stream| client::ping(stream, b"still").expect("an answer"));
+    let Forwarding { mut agent, topology, manifests, server } = forwarding;
+    let memory_alone = memory(&agent);
     agent.kill().expect("it runs");
-    fill(&version(&agent));
+    fill(&version(&agent), count);
 
-    let command = AgentCommand::new(&at_once(&QUIET)).succeeding(&agent);
+    let start = Instant::now();
+    let command = AgentCommand::new(&arguments).succeeding(&agent);
     let agent = command.start(&topology.node, &manifests.path()).expect("an agent");
-    wait_until("all are taken over", WAIT, || agent.pairs() == i64::from(PAIRS_CAPACITY));
+    wait_until("all are taken over", WAIT, || agent.pairs() == i64::from(count));
+    println!("all are taken over {:?} after the start", start.elapsed());
+    ping_all();
     let standing = ["/healthz", "/metrics"].map(|path| time(&agent, path));
+    let counted = || agent.metrics().expect("metrics").sum("forwarder_connections_total", &[]);
+    wait_until("all are counted for their listener", WAIT, || counted() == i64::from(count));
+
+    let share = |time: Duration| {
+        let (before, start) = (sweeping(&agent), Instant::now());
+        thread::sleep(time);
+        100.0 * sweeping(&agent).saturating_sub(before).as_secs_f64() / start.elapsed().as_secs_f64()
+    };
+    // What the former agent has counted is not counted once more: each has moved a byte.
+    assert!(agent.metric("forwarder_received_bytes_total") < i64::from(count));
+
+    let observed = OBSERVED * count.div_ceil(PAIRS_CAPACITY);
+    // At first, and whenever the network of the node changes, each looks for its path anew.
+    let mut shares = Vec::new();
+    wait_until("looking after them takes its share", observed * 5, || {
+        ping_all();
+        shares.push(share(observed));
+        shares.last().is_some_and(|share| *share <= SHARE)
+    });
+    ping_all();
+    let memory = (memory(&agent) - memory_alone) / u64::from(count);
+    println!("looking after them takes {shares:.1?} % of a CPU, and {memory} bytes for each");
+    assert!(memory <= MEMORY, "{memory} bytes for each pair");
+
+    let start = Instant::now();
+    let few = agent.get("/v1/connections?limit=10").expect("a list");
+    assert_eq!(few.body.matches("\"tier\":\"tc\"").count(), 10);
+    println!("a list of ten takes {:?}", start.elapsed());
 
     let is_done = AtomicBool::new(false);
     let (listed, busy) = thread::scope(|scope| {
@@ -113,8 +188,8 @@ fn health_and_metrics_are_answered_while_the_kernel_forwards_all_it_may() {
                 let path = "/v1/connections";
                 let response =
                     http::get_within(&topology.node, address, path, patient(WAIT)).expect("a list");
-                let count = response.body.matches("\"tier\":\"tc\"").count();
-                assert_eq!(u32::try_from(count), Ok(PAIRS_CAPACITY));
+                let listed = response.body.matches("\"tier\":\"tc\"").count();
+                assert_eq!(u32::try_from(listed), Ok(count));
                 lists += 1;
             }
             start.elapsed() / lists
@@ -125,7 +200,7 @@ fn health_and_metrics_are_answered_while_the_kernel_forwards_all_it_may() {
     });
     for (index, what) in ["/healthz", "/metrics"].into_iter().enumerate() {
         println!(
-            "{what} (middle, longest): alone {:?}, with {PAIRS_CAPACITY} pairs {:?}, while they are listed {:?}",
+            "{what} (middle, longest): alone {:?}, with {count} pairs {:?}, while they are listed {:?}",
             alone[index], standing[index], busy[index]
         );
         for (_, longest) in [standing[index], busy[index]] {
@@ -133,6 +208,14 @@ fn health_and_metrics_are_answered_while_the_kernel_forwards_all_it_may() {
         }
     }
     println!("a list of all takes {listed:?}");
+
+    let start = Instant::now();
+    let mut command = agent.command(&["conns", "reset", "--downstream", NETWORK]);
+    let reset = topology.node.run(|| process::stdout(&mut command)).expect("a report");
+    println!("a reset of one network takes {:?}", start.elapsed());
+    assert_eq!(reset, "reset 256 connections\n");
+    ping_all();
+    drop(server);
     agent_ends(agent);
 }
 

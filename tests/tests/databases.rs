@@ -90,6 +90,7 @@ fn a_mariadb_session_with_think_time_outlives_dumps() {
     let listener = topology.node_address(LISTENER_PORT);
     for datapath in Datapath::chosen() {
         let agent = datapath.agent().start(&topology.node, &manifests.path()).unwrap();
+        datapath.wait_ready(&agent);
         let mut session = Session::open(client, listener).unwrap();
         let identity = session.ask("SELECT CONNECTION_ID()").unwrap();
         let mut random = Random::new(1);

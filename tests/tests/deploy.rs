@@ -244,9 +244,9 @@ fn the_agent_knows_every_variable_that_it_is_given() {
         .clone();
     // One value that each of the settings may have.
     let value = |name: &str| match name {
-        "datapath" | "egress" => "auto",
+        "datapath" | "egress" | "sourcePorts" => "auto",
         "onRemoval" => "keep",
-        "maxPairs" | "workers" => "1",
+        "maxPairs" | "maxDirect" | "workers" => "1",
         "sockmapMemory" => "1MiB",
         "listenerPorts" => "{!1-1023,80-88}",
         "endpointCidrs" => "{!10.0.0.0/8,10.1.0.0/16}",

@@ -40,11 +40,6 @@ fn connect(forwarding: &Forwarding, family: Family, count: usize) -> Vec<TcpStre
     (0..count).map(connect).collect()
 }
 
-fn verdicts(forwarding: &Forwarding, verdict: &str) -> i64 {
-    let metrics = forwarding.agent.metrics().expect("metrics");
-    metrics.sum("forwarder_ingress_verdicts_total", &[("verdict", verdict)])
-}
-
 fn nft(netns: &NetNs, rules: &str) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("rules");
@@ -92,8 +87,8 @@ fn the_stack_carries_what_is_left_to_it() {
         forwarding.offload(&streams);
         let traffic = Traffic::start(streams);
         traffic.wait_progress(LONG);
-        assert!(verdicts(&forwarding, "left_to_stack") > 0, "{family:?}");
-        assert_eq!(verdicts(&forwarding, "redirected"), 0, "{family:?}");
+        assert!(forwarding.agent.verdicts("left_to_stack") > 0, "{family:?}");
+        assert_eq!(forwarding.agent.verdicts("redirected"), 0, "{family:?}");
         // And without an agent.
         forwarding.agent.kill().expect("it ends");
         traffic.wait_progress(LONG);
@@ -117,7 +112,7 @@ fn a_smaller_mtu_is_told_by_the_stack_too() {
         traffic.wait_progress(LONG);
         forwarding.topology.set_mtu(2, backend1, 1300).expect("an MTU");
         traffic.wait_progress(LONG);
-        wait_until("senders are told", WAIT, || verdicts(&forwarding, "too_big") > 1);
+        wait_until("senders are told", WAIT, || forwarding.agent.verdicts("too_big") > 1);
         traffic.wait_progress(LONG);
         traffic.finish().expect("every byte");
     }
@@ -159,7 +154,7 @@ fn where_redirected_packets_vanish_the_stack_sends_them() {
         // The first finds out, and goes on by the stack.
         let first = connect(&forwarding, family, 1);
         forwarding.offload(&first);
-        assert!(verdicts(&forwarding, "left_to_stack") > 0, "{family:?}");
+        assert!(forwarding.agent.verdicts("left_to_stack") > 0, "{family:?}");
         // Others follow at once.
         let others = connect(&forwarding, family, 4);
         forwarding.offload(&others);

@@ -163,7 +163,10 @@ fn check_reset(family: Family, chains: Chains, doing: Doing, has_agent: bool) {
         });
         if doing == Doing::Stalling {
             wait_until("the endpoint takes no more", WAIT, || {
-                forwarding.topology.backend1.counter("TCPToZeroWindowAdv").expect("a counter") > 0
+                // It closes its window, or has no memory left before that, which counts as another thing (`tcp_select_window`).
+                ["TCPToZeroWindowAdv", "TCPRcvQDrop", "RcvPruned"]
+                    .iter()
+                    .any(|name| forwarding.topology.backend1.counter(name).expect("a counter") > 0)
             });
         }
         let at = reset(&forwarding, downstream);

@@ -129,18 +129,13 @@ fn through_wires(trouble: Trouble, check: impl Fn(&Forwarding, &Wire)) {
     }
 }
 
-fn verdicts(forwarding: &Forwarding, verdict: &str) -> i64 {
-    let metrics = forwarding.agent.metrics().expect("metrics");
-    metrics.sum("forwarder_ingress_verdicts_total", &[("verdict", verdict)])
-}
-
 #[test]
 fn fragments_of_either_family_arrive() {
     if !is_ready() {
         return;
     }
     through_wires(Trouble { whole: Some(WHOLE), ..Trouble::default() }, |forwarding, _| {
-        assert_eq!(verdicts(forwarding, "fragment"), 0);
+        assert_eq!(forwarding.agent.verdicts("fragment"), 0);
     });
 }
 
@@ -152,9 +147,9 @@ fn what_fragments_in_disorder_lose_is_sent_again() {
     let hold = Duration::from_millis(2);
     let trouble = Trouble { whole: Some(WHOLE), held: 100, repeated: 100, hold, ..Trouble::default() };
     through_wires(trouble, |forwarding, wire| {
-        println!("{:?}, {} before their first", wire.done(), verdicts(forwarding, "fragment"));
+        println!("{:?}, {} before their first", wire.done(), forwarding.agent.verdicts("fragment"));
         assert!(wire.done().held > 0);
-        assert!(verdicts(forwarding, "fragment") > 0);
+        assert!(forwarding.agent.verdicts("fragment") > 0);
     });
 }
 
@@ -180,6 +175,6 @@ fn a_sender_without_df_hears_of_what_is_too_large_for_the_node() {
                 flows.iter().any(|flow| flow["formatted"]["value"]["mtu"] == 1400)
             });
         });
-        assert!(verdicts(&forwarding, "too_big") > 0);
+        assert!(forwarding.agent.verdicts("too_big") > 0);
     }
 }

@@ -167,6 +167,7 @@ fn sequence_numbers_may_wrap_on_either_leg_in_either_direction() {
     }
     for datapath in Datapath::chosen() {
         let forwarding = Forwarding::start_with(&datapath.agent(), tell_and_transfer).unwrap();
+        datapath.wait_ready(&forwarding.agent);
         let mut to_find: Vec<&str> = NAMES.to_vec();
         let (start, mut opened) = (Instant::now(), 0);
         // One of 256 connections is close enough; those that are not are closed again.
@@ -203,6 +204,8 @@ fn sequence_numbers_may_wrap_on_either_leg_in_either_direction() {
 
 #[test]
 fn sequence_numbers_may_wrap_with_any_byte_of_the_client() {
+    /// So much that a fast machine comes to a handover too.
+    const MUCH: u32 = 8_000_000;
     if !require_root() {
         return;
     }
@@ -212,12 +215,27 @@ fn sequence_numbers_may_wrap_with_any_byte_of_the_client() {
         let server = Server::start(&topology.backend1, endpoint, peer::transfer).unwrap();
         let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).unwrap();
         let agent = datapath.agent().start(&topology.node, &manifests.path()).unwrap();
+        datapath.wait_ready(&agent);
         let address = topology.node_address(LISTENER_PORT);
         // The number of the SYN, of the request, of the data before and about a handover, and of the end.
-        for before in [1, 2, 17, 18, 1000, 60_000, 65_536, 65_553, 66_000, 100_000, 400_016, 400_017, 400_018]
-        {
+        for before in [
+            1,
+            2,
+            17,
+            18,
+            1000,
+            60_000,
+            65_536,
+            65_553,
+            66_000,
+            100_000,
+            1_000_000,
+            MUCH + 16,
+            MUCH + 17,
+            MUCH + 18,
+        ] {
             let stream = topology.client.run(|| connect_with(address, 0_u32.wrapping_sub(before))).unwrap();
-            if let Err(error) = client::transfer(&stream, before.into(), 400_000, 100_000) {
+            if let Err(error) = client::transfer(&stream, before.into(), MUCH.into(), 100_000) {
                 panic!("{datapath}: wraps after {before} bytes: {error:#}");
             }
         }

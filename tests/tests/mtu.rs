@@ -89,11 +89,6 @@ fn offloaded(forwarding: &Forwarding, family: Family, count: usize) -> Vec<TcpSt
     streams
 }
 
-fn verdicts(forwarding: &Forwarding, verdict: &str) -> i64 {
-    let metrics = forwarding.agent.metrics().expect("metrics");
-    metrics.sum("forwarder_ingress_verdicts_total", &[("verdict", verdict)])
-}
-
 /// The message after which [`echo_then_transfer`] serves a transfer: as long as those that offload a connection.
 const TRANSFER: &[u8; 10] = b"a transfer";
 
@@ -126,13 +121,13 @@ fn what_a_router_says_of_large_packets_reaches_their_sender() {
         let forwarding = start(topology, endpoint, echo_then_transfer);
         // Only small packets so far: nobody knows of the router's limit.
         let stream = offloaded(&forwarding, family, 1).remove(0);
-        assert_eq!(verdicts(&forwarding, "too_big_passed_on"), 0);
+        assert_eq!(forwarding.agent.verdicts("too_big_passed_on"), 0);
         client::ping(&stream, TRANSFER).expect("an echo");
         let started = Instant::now();
         client::transfer(&stream, 7, 16_000_000, 16_000_000).unwrap_or_else(|error| {
             panic!("network {index}, {family:?}: {error:#}\n{}", forwarding.agent.log())
         });
-        let told = verdicts(&forwarding, "too_big_passed_on");
+        let told = forwarding.agent.verdicts("too_big_passed_on");
         println!("{told} words of the router, {:?}", started.elapsed());
         assert!(told > 0, "network {index}, {family:?}");
     });
@@ -147,10 +142,10 @@ fn it_reaches_their_sender_without_an_agent() {
         let (topology, _router, endpoint) = routed(index, family);
         let mut forwarding = start(topology, endpoint, peer::echo);
         let mut streams = offloaded(&forwarding, family, 2 * FLOWS);
-        assert_eq!(verdicts(&forwarding, "too_big_passed_on"), 0);
+        assert_eq!(forwarding.agent.verdicts("too_big_passed_on"), 0);
         let first = Traffic::start(streams.split_off(FLOWS));
         first.wait_progress(LONG);
-        assert!(verdicts(&forwarding, "too_big_passed_on") > 0);
+        assert!(forwarding.agent.verdicts("too_big_passed_on") > 0);
         // The hosts forget what they have heard.
         for netns in [&forwarding.topology.client, &forwarding.topology.backend1] {
             netns.ip(&["-4", "route", "flush", "cache"]).expect("it works");
@@ -176,16 +171,16 @@ fn check_lowered(topology: Topology, family: Family, lower: impl FnOnce(&Topolog
     let forwarding = start(topology, endpoint.ip(), peer::echo);
     let traffic = Traffic::start(offloaded(&forwarding, family, FLOWS));
     traffic.wait_progress(LONG);
-    assert_eq!(verdicts(&forwarding, "too_big"), 0);
+    assert_eq!(forwarding.agent.verdicts("too_big"), 0);
     lower(&forwarding.topology);
     for _ in 0..3 {
         traffic.wait_progress(LONG);
     }
-    wait_until("senders are told", WAIT, || verdicts(&forwarding, "too_big") > 0);
+    wait_until("senders are told", WAIT, || forwarding.agent.verdicts("too_big") > 0);
     traffic.wait_progress(LONG);
-    let told = verdicts(&forwarding, "too_big");
+    let told = forwarding.agent.verdicts("too_big");
     traffic.finish().expect("every byte");
-    println!("{told} packets were too large, {} in the end", verdicts(&forwarding, "too_big"));
+    println!("{told} packets were too large, {} in the end", forwarding.agent.verdicts("too_big"));
     forwarding.agent.wait_empty();
 }
 

@@ -137,11 +137,6 @@ impl Attacked {
         let number = &pairs[0]["formatted"]["value"]["request"]["sequence_end"];
         number.as_u64().and_then(|number| number.try_into().ok()).expect("a sequence number")
     }
-
-    fn verdicts(&self, verdict: &str) -> i64 {
-        let metrics = self.forwarding.agent.metrics().expect("metrics");
-        metrics.sum("forwarder_ingress_verdicts_total", &[("verdict", verdict)])
-    }
 }
 
 fn reset(sequence: u32) -> Forged {
@@ -265,14 +260,14 @@ fn what_comes_by_another_interface_is_taken_as_the_stack_would_take_it() {
             let probe = Forged { sequence: attacked.expected().wrapping_add(1 << 30), ..reset(0) };
             wait_until("it is strict", WAIT, || {
                 forge::send(backend2, attacked.downstream(), [probe]).expect("sent");
-                attacked.verdicts("other_interface") > 0
+                attacked.forwarding.agent.verdicts("other_interface") > 0
             });
             let dropped = node.counter("IPReversePathFilter").expect("a counter");
             inject();
             attacked.check_alive(&format!("{by:?} {family:?}"));
             assert!(node.counter("IPReversePathFilter").expect("a counter") > dropped, "{by:?}");
             node.sysctl("ipv4/conf/veth3/rp_filter", "0").expect("a variable");
-            let strict = || attacked.verdicts("other_interface");
+            let strict = || attacked.forwarding.agent.verdicts("other_interface");
             wait_until("it is strict no more", WAIT, || {
                 let before = strict();
                 forge::send(backend2, attacked.downstream(), [probe]).expect("sent");

@@ -119,6 +119,7 @@ fn converse(datapath: Datapath, offload: &[&str], mute: Mute, count: u64) -> Vec
     };
     let agent = datapath.agent_with(offload);
     let forwarding = Forwarding::start_with(&agent, serve).expect("an agent and an endpoint");
+    datapath.wait_ready(&forwarding.agent);
     let (next, slowest, shown) = (AtomicU64::new(0), Mutex::new(Duration::ZERO), Once::new());
     thread::scope(|scope| {
         for _ in 0..AT_ONCE {

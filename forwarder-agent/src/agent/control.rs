@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
+use super::direct::DirectListeners;
 use super::input::PublicationSender;
 use super::sockmap::SockmapTier;
 use crate::report::InputProblems;
@@ -34,6 +35,8 @@ const BIND_GRACE: Duration = Duration::from_secs(10);
 
 /// How often it is looked whether the programs still hang where they were attached.
 const VERIFICATION: Duration = Duration::from_secs(2);
+/// Every how many times direct listeners are looked at, even where nothing is known to have changed.
+const DIRECT_VERIFICATIONS: u32 = 15;
 
 /// What follows the input.
 pub(super) struct Control {
@@ -42,6 +45,7 @@ pub(super) struct Control {
     pub(super) resolver: Resolver,
     pub(super) offloader: Option<Arc<Offloader>>,
     pub(super) sockmap: Arc<SockmapTier>,
+    pub(super) direct: Option<DirectListeners>,
     pub(super) segment_size: Arc<SegmentSize>,
     /// Who is told what became of the manifests.
     pub(super) outcome: Option<PublicationSender>,
@@ -59,7 +63,7 @@ impl Control {
     ) {
         let offloader = self.offloader.clone();
         let mut retry = tokio::time::interval(BIND_RETRY);
-        let mut retries = 0_u32;
+        let (mut retries, mut verifications) = (0_u32, 0_u32);
         let mut told_failures = 0;
         let mut verification = tokio::time::interval(VERIFICATION);
         verification.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -73,6 +77,7 @@ impl Control {
                     let started = Instant::now();
                     let loaded = Arc::clone(&loaded.borrow_and_update());
                     if self.update_endpoints(&loaded, started).await {
+                        self.update_direct();
                         continue;
                     }
                     self.note_addresses(interfaces.as_ref());
@@ -92,6 +97,8 @@ impl Control {
                     }
                 }
                 () = changed(routes.as_mut()) => {
+                    // First, so that those that are opened by the old ones are all there.
+                    self.update_direct();
                     if let Some(offloader) = &offloader {
                         offloader.pairs.routes_changed();
                     }
@@ -107,6 +114,12 @@ impl Control {
                 // Before anything was loaded, nothing would be wanted.
                 _ = verification.tick(), if self.in_force.is_some() => {
                     self.attach(interfaces.as_mut());
+                    verifications = verifications.wrapping_add(1);
+                    // Now and then whatever is known: what was found of a path holds for some minutes.
+                    let is_due = verifications.is_multiple_of(DIRECT_VERIFICATIONS);
+                    if self.direct.as_ref().is_some_and(|direct| is_due || !direct.is_settled(&self.shared)) {
+                        self.update_direct();
+                    }
                     continue;
                 }
                 _ = retry.tick() => {
@@ -119,6 +132,22 @@ impl Control {
                     }
                 }
             }
+            self.update_direct();
+            self.report();
+        }
+    }
+
+    /// Has the programs serve direct listeners as is in force, and tells which of them they cannot.
+    fn update_direct(&mut self) {
+        let Some(direct) = &mut self.direct else { return };
+        let told = direct.update(&self.shared);
+        let refused =
+            told.iter().filter_map(|(key, told)| Some((*key, told.as_ref().err()?.clone()))).collect();
+        let mut report = self.shared.report();
+        report.direct = told.iter().map(|(key, told)| (*key, *told == Ok(true))).collect();
+        if report.refused_direct != refused {
+            report.refused_direct = refused;
+            drop(report);
             self.report();
         }
     }

@@ -37,12 +37,13 @@ impl Kernel {
     /// Loads the programs; without them, or where the interfaces are not known, the agent says why, once, and forwards all the same.
     pub(super) fn load(settings: &Settings, interfaces: Result<(), &InterfacesError>) -> Self {
         let is_wanted = match settings.listener_defaults.datapath {
-            DatapathChoice::Auto | DatapathChoice::Tc => true,
+            DatapathChoice::Auto | DatapathChoice::Tc | DatapathChoice::Direct => true,
             DatapathChoice::Sockmap | DatapathChoice::Splice | DatapathChoice::Copy => false,
         };
         let mut tc_error = kernel_obstacle().filter(|_| is_wanted).map(str::to_owned);
         let options = BpfOptions {
             most_pairs: (is_wanted && tc_error.is_none()).then_some(settings.max_pairs),
+            most_direct: settings.max_direct,
             pin_dir: settings.pin_dir.clone(),
             trace: tracing::enabled!(target: "forwarder_kernel::programs", tracing::Level::TRACE),
         };
@@ -61,6 +62,10 @@ impl Kernel {
             }
         }
         tracing::info!(pins = %bpf.pin_dir().display(), attach = bpf.attach_kind().as_str(), "eBPF programs loaded");
+        let direct_error = bpf.direct_error().map(str::to_owned);
+        if let Some(reason) = &direct_error {
+            tracing::warn!(reason, "tier direct does not work: connections are accepted");
+        }
         let offloader = bpf.flows().and_then(|flows| match make_offloader(flows, settings) {
             Ok(made) => Some(Arc::new(made)),
             Err(error) => {
@@ -79,7 +84,12 @@ impl Kernel {
             offloader,
             routes,
             datapath: Some(Box::new(bpf)),
-            view: view::DatapathView { programs: true, tc_error, ..view::DatapathView::default() },
+            view: view::DatapathView {
+                programs: true,
+                tc_error,
+                direct_error,
+                ..view::DatapathView::default()
+            },
         }
     }
 
@@ -120,6 +130,13 @@ fn make_offloader(
 ) -> anyhow::Result<Offloader> {
     let flows = Arc::new(flows?);
     flows.paths().set_egress(settings.egress);
+    if u32::try_from(flows.room()) != Ok(settings.max_pairs) {
+        tracing::warn!(
+            max_pairs = settings.max_pairs,
+            room = flows.room(),
+            "a former agent's maps have room for another number of connections than --max-pairs: it stays until they are removed, by SIGINT or `forwarder cleanup`"
+        );
+    }
     let pair_settings = PairSettings {
         keepalive: settings.keepalive,
         idle_timeout: settings.listener_defaults.idle_timeout,
@@ -160,33 +177,30 @@ fn follow_routes() -> Option<watch::Receiver<u64>> {
 /// Takes over what a former agent has left in the kernel.
 pub(super) fn inherit(offloader: &Offloader, shared: &AgentState, slot: usize) {
     failpoint::block("adopt.begin");
-    let inherited = match offloader.flows.inherit() {
-        Ok(inherited) => inherited,
+    let (mut adopted, mut reset) = (0_u64, Vec::new());
+    let inherited = offloader.flows.inherit(|pair| {
+        if pair.is_offloaded {
+            offloader.pairs.adopt(pair);
+            adopted += 1;
+        } else {
+            reset.push(pair.key);
+        }
+    });
+    let remnants = match inherited {
+        Ok(remnants) => remnants,
         Err(error) => {
             tracing::error!(%error, "cannot take over the connections that a former agent offloaded: the kernel forwards them, but they are neither counted nor timed out");
             return;
         }
     };
     failpoint::block("adopt.inherited");
-    let (mut adopted, mut reset) = (0_u64, 0_usize);
-    for pair in inherited.pairs {
-        if pair.is_offloaded() {
-            offloader.pairs.adopt(&pair);
-            adopted += 1;
-        } else {
-            // What its agent had read and not passed on died with it: a gap that nobody can fill.
-            offloader.pairs.reset(&pair);
-            reset += 1;
-        }
+    // What its agent had read and not passed on died with it: a gap that nobody can fill.
+    for pair in &reset {
+        offloader.pairs.reset(pair);
     }
     failpoint::block("adopt.taken_over");
-    if adopted > 0 || reset + inherited.remnants > 0 {
-        tracing::info!(
-            adopted,
-            reset,
-            remnants = inherited.remnants,
-            "took over a former agent's connections"
-        );
+    if adopted > 0 || reset.len() + remnants > 0 {
+        tracing::info!(adopted, reset = reset.len(), remnants, "took over a former agent's connections");
     }
     shared.worker_counters.of(slot).inherited.add(adopted);
 }

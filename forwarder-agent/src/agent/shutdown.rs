@@ -58,9 +58,17 @@ pub(super) async fn read_at_hangup(mut hangup: Signal, again: Option<Arc<Notify>
 }
 
 /// Waits until pairs that are over have gone, unless there are others, for which something stays anyway.
-async fn see_out(pairs: &Pairs) {
+async fn see_out(pairs: &Arc<Pairs>) {
     let deadline = Instant::now() + LAST_PAIRS;
-    while pairs.count() > 0 && pairs.are_over() && Instant::now() < deadline {
+    let are_over = || {
+        let pairs = Arc::clone(pairs);
+        tokio::task::spawn_blocking(move || pairs.are_over())
+    };
+    pairs.discover();
+    while pairs.count() > 0
+        && are_over().await.expect("a panic ends the process")
+        && Instant::now() < deadline
+    {
         sleep(LAST_PAIRS_PERIOD).await;
     }
 }
@@ -129,7 +137,10 @@ impl Shutdown {
             offloader.pairs.have_left();
         }
         // Before the table of listeners is locked: who looks after the pairs locks it while the pairs are.
-        let connections = successor.map_or(0, |offloader| offloader.pairs.count());
+        let connections = successor.map_or(0, |offloader| {
+            offloader.pairs.discover();
+            offloader.pairs.count()
+        });
         if let (Some(offloader), None) = (&self.offloader, successor) {
             offloader.pairs.reset_all();
         }

@@ -41,6 +41,7 @@ enum DatapathCommand {
 /// A tier that can be switched.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 enum KernelTier {
+    Direct,
     Tc,
     Sockmap,
 }
@@ -78,6 +79,7 @@ pub(crate) fn run(args: &DatapathArgs) -> anyhow::Result<ExitCode> {
 
 fn toggle(tier: KernelTier, is_on: bool) -> TierToggleRequest {
     match tier {
+        KernelTier::Direct => TierToggleRequest { direct: Some(is_on), ..TierToggleRequest::default() },
         KernelTier::Tc => TierToggleRequest { tc: Some(is_on), ..TierToggleRequest::default() },
         KernelTier::Sockmap => TierToggleRequest { sockmap: Some(is_on), ..TierToggleRequest::default() },
     }

@@ -47,7 +47,7 @@ enum Command {
     Explain(explain::ExplainArgs),
     /// List open connections, or reset some of them
     Conns(conns::ConnsArgs),
-    /// Show which kernel tiers (tc, sockmap) take new connections, or switch one on or off
+    /// Show which kernel tiers (direct, tc, sockmap) take new connections, or switch one on or off
     Datapath(datapath::DatapathArgs),
     /// List or remove what stopped agents left in the kernel
     Cleanup(cleanup::CleanupArgs),

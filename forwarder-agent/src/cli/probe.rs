@@ -18,6 +18,8 @@ use forwarder_runtime::error::one_line;
 
 /// How long the Kubernetes API may take to answer.
 const KUBERNETES: Duration = Duration::from_secs(5);
+/// What tier `direct` needs beside what tier `tc` does.
+const DIRECT: &str = "for listeners that ask for it, where the agent has --max-direct and local ports of its own (--source-ports)";
 
 #[derive(Args, Debug)]
 pub(crate) struct ProbeArgs {
@@ -53,10 +55,13 @@ impl Finding {
 }
 
 pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
+    let tc = forwarder_kernel::probe::probe();
+    let direct = tc.clone().and_then(|_| forwarder_kernel::probe::probe_direct()).map(|()| DIRECT.to_owned());
     let findings = [
         Finding::new("tier copy", Ok("read(2) and write(2): always".to_owned())),
         Finding::new("tier splice", relay::probe_splice().map_err(|error| error.to_string())),
-        Finding::new("tier tc", forwarder_kernel::probe::probe()),
+        Finding::new("tier direct", direct),
+        Finding::new("tier tc", tc),
         Finding::new("tier sockmap", sockmap::probe(args.sockmap_unsafe_kernel)),
         Finding::new("eBPF programs", programs()),
         Finding::new("low ports", low_ports()),
@@ -79,7 +84,7 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn programs() -> Result<String, String> {
-    forwarder_kernel::bpf::probe()
+    forwarder_kernel::bpf::probe(false)
         .map(|report| {
             let btf = if report.btf { "BTF" } else { "no BTF: bpftool prints maps without names" };
             format!("attached by {}, {btf}", report.attach.as_str())

@@ -5,19 +5,19 @@ use std::future::poll_fn;
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
-use forwarder_common::flow::{
-    DIRECTION_REQUEST, DIRECTION_RESPONSE, DirectionState, Flow, Pair, SENDER_RESET,
-};
-use forwarder_common::translate::is_before;
+use forwarder_common::flow::{DIRECTION_REQUEST, DIRECTION_RESPONSE, Pair};
+use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::time::sleep;
 
 use super::Connection;
 use super::attempt::Attempt;
+use super::probation::{self, Heard, Probation};
 use super::relaying::Relay;
 use crate::counters::End;
-use crate::offload::tc::{Asked, Offloader};
+use crate::offload::tc::{Asked, Offloader, reset_by_end};
 use crate::relay::{Direction, Tier};
+use crate::upstream;
 use forwarder_kernel::fallback_reason::FallbackReason;
 use forwarder_kernel::flows::JoinPermit;
 use forwarder_kernel::flows::joined_pair::JoinedPair;
@@ -32,11 +32,10 @@ const CHECK: Duration = Duration::from_millis(3);
 const SLOW_CHECK: Duration = Duration::from_millis(50);
 /// For how long the first of them.
 const CHECKED_OFTEN: Duration = Duration::from_millis(200);
-/// How long what was redirected may remain without an answer before it is taken for lost: longer than the first
-/// retransmissions take.
-const PROBATION: Duration = Duration::from_millis(1_500);
 /// What may be on its way through userspace as the handover begins, even where that is most of the receiver's window.
 const SMALL_REMAINDER: u64 = 16 << 10;
+/// The largest window that TCP can announce (RFC 7323, 2.3), in bytes.
+const LARGEST_WINDOW: u32 = 1 << 30;
 
 /// Joins the two sides at TC, and hands them over once what their sockets had received before has been delivered.
 pub(super) async fn attempt(offloader: &Offloader, relay: &mut Relay<'_>) -> Attempt {
@@ -139,7 +138,7 @@ impl Joined<'_> {
     fn abort(&mut self) {
         self.count();
         if let Some(pair) = self.pair.take() {
-            self.offloader.pairs.reset(&pair);
+            self.offloader.pairs.reset_joined(&pair);
         }
     }
 
@@ -184,7 +183,7 @@ async fn deliver(mut joined: Joined<'_>, relay: &mut Relay<'_>) -> Delivery {
     let started = Instant::now();
     let mut landed = pin!(offloader.grace.period());
     let mut has_landed = false;
-    let mut probation = Probation::default();
+    let mut probation = None;
     let mut asked = Asked::default();
     let mut seen = 0;
     relay.hold_ends(true);
@@ -219,14 +218,11 @@ async fn deliver(mut joined: Joined<'_>, relay: &mut Relay<'_>) -> Delivery {
             seen = bytes;
             connection.active.set(context.sweep());
         }
-        for (forward, end) in [(&state.request, End::DownstreamReset), (&state.response, End::UpstreamReset)]
-        {
-            if forward.flags & SENDER_RESET != 0 {
-                // The other end may have taken it for one beyond what it has received so far.
-                joined.abort();
-                silence(downstream, upstream);
-                return Delivery::Ended(end);
-            }
+        if let Some(end) = reset_by_end(&state) {
+            // The other end may have taken it for one beyond what it has received so far.
+            joined.abort();
+            silence(downstream, upstream);
+            return Delivery::Ended(end);
         }
         offloader.pairs.ask(pair, &mut asked, &state);
         if !has_landed {
@@ -250,14 +246,20 @@ async fn deliver(mut joined: Joined<'_>, relay: &mut Relay<'_>) -> Delivery {
             continue;
         }
         let heard =
-            if has_ended { Heard::Both } else { probation.evaluate(offloader, pair, &state, connection) };
+            if has_ended { Heard::Both } else { evaluate(&mut probation, relay, offloader, pair, &state) };
         match heard {
             Heard::Both => {}
             Heard::Waiting => continue,
             Heard::Blackholed(path) => {
                 if takes_another_path(offloader, pair, path, connection) {
-                    probation = Probation::after(&state);
+                    if let Some(probation) = &mut probation {
+                        Probation::restart(probation, &state);
+                    }
                     continue;
+                }
+                failpoint::reached("take_back.begin").await;
+                if let Err(end) = take_back(&mut joined).await {
+                    return Delivery::Ended(end);
                 }
                 context.counters().taken_back.add(1);
                 relay.hold_ends(false);
@@ -265,7 +267,9 @@ async fn deliver(mut joined: Joined<'_>, relay: &mut Relay<'_>) -> Delivery {
             }
             Heard::OneWay(path) => {
                 if takes_another_path(offloader, pair, path, connection) {
-                    probation = Probation::after(&state);
+                    if let Some(probation) = &mut probation {
+                        Probation::restart(probation, &state);
+                    }
                     continue;
                 }
                 joined.abort();
@@ -289,10 +293,72 @@ async fn deliver(mut joined: Joined<'_>, relay: &mut Relay<'_>) -> Delivery {
         );
         if let (Some(pair), Some(mut record)) = (joined.pair.take(), connection.hand_over()) {
             record.tier = Tier::Tc;
-            offloader.pairs.add(&pair, Some(record));
+            offloader.pairs.add(&pair, record);
         }
         failpoint::reached("complete.handed_over").await;
         return Delivery::Delivered;
+    }
+}
+
+/// Whether the two ends of a pair hear each other, for all that is known of its paths and of what it has moved since its sockets have
+/// delivered everything.
+fn evaluate(
+    probation: &mut Option<Probation>,
+    relay: &Relay<'_>,
+    offloader: &Offloader,
+    pair: &JoinedPair,
+    state: &Pair,
+) -> Heard {
+    let [request, response] = pair.flows.map(|(_, flow)| EgressPath::of(&flow));
+    let paths = [response, request];
+    if offloader.flows.paths().is_proven(paths) {
+        return Heard::Both;
+    }
+    let Some(probation) = probation else {
+        let room = [relay.downstream, relay.upstream].map(|socket| {
+            // What they have not acknowledged yet, they do now: later, it could be taken for an acknowledgement that was redirected.
+            upstream::send_ack(socket);
+            // No window is larger than the buffer.
+            let buffer = SockRef::from(socket).recv_buffer_size();
+            buffer
+                .ok()
+                .and_then(|size| u32::try_from(size).ok())
+                .unwrap_or(LARGEST_WINDOW)
+                .min(LARGEST_WINDOW)
+        });
+        *probation = Some(Probation::new(room));
+        return Heard::Waiting;
+    };
+    let heard = probation.evaluate(pair, state, relay.connection.relayed(), Instant::now());
+    if heard == Heard::Both {
+        offloader.flows.paths().prove(paths);
+    }
+    heard
+}
+
+/// Leaves the packets of a pair, of which nothing has arrived, to the local sockets again.
+///
+/// # Errors
+/// How the connection ends, because one end has heard the other until just now: the sockets do not know of what.
+async fn take_back(joined: &mut Joined<'_>) -> Result<(), End> {
+    let offloader = joined.offloader;
+    let Some(pair) = &joined.pair else { return Ok(()) };
+    offloader.flows.release(pair);
+    // Whatever is redirected still is noted after that.
+    offloader.grace.period().await;
+    let Some(state) = offloader.flows.pair(pair.number) else { return Ok(()) };
+    let lost = probation::is_heard(pair, &state, joined.connection.relayed()).then_some(End::Lost);
+    match reset_by_end(&state).or(lost) {
+        Some(end) => {
+            joined.count();
+            let [downstream, upstream] = joined.sockets;
+            silence(downstream, upstream);
+            if let Some(pair) = joined.pair.take() {
+                offloader.pairs.reset_released(&pair);
+            }
+            Err(end)
+        }
+        None => Ok(()),
     }
 }
 
@@ -352,104 +418,5 @@ fn silence(downstream: &TcpStream, upstream: &TcpStream) {
             tracing::debug!(%error, "cannot silence a socket before it is closed: it may send a reset");
         }
         failpoint::block("silence.downstream");
-    }
-}
-
-/// What is known of the ends of a joined pair before it is known whether they hear each other.
-#[derive(Debug, Default)]
-struct Probation {
-    /// How far the ends had sent, and how much of it again, when one was first seen to be acknowledged by the other.
-    first: Option<([u32; 2], [u64; 2])>,
-    /// How many packets had come from the other end of each direction when the last of them was seen, and when that was, or
-    /// when something was first sent again after that.
-    silent: [Option<(u64, Instant)>; 2],
-    /// How many bytes had been sent again when the present path was taken.
-    repeated: [u64; 2],
-}
-
-/// Whether the two ends of a pair hear each other.
-enum Heard {
-    Both,
-    Waiting,
-    /// Nothing that was sent on has arrived; how it left.
-    Blackholed(EgressPath),
-    /// Nothing of one direction has arrived, but something of the other has, so that the sockets do not know all.
-    OneWay(EgressPath),
-}
-
-impl Probation {
-    /// Anew, of a pair that takes another path from now on.
-    fn after(state: &Pair) -> Self {
-        Self { repeated: [state.request.repeated, state.response.repeated], ..Self::default() }
-    }
-
-    fn evaluate(
-        &mut self,
-        offloader: &Offloader,
-        pair: &JoinedPair,
-        state: &Pair,
-        connection: &Connection,
-    ) -> Heard {
-        let [request, response] = pair.flows.map(|(_, flow)| flow);
-        let paths = [EgressPath::of(&response), EgressPath::of(&request)];
-        if offloader.flows.paths().is_proven(paths) {
-            return Heard::Both;
-        }
-        let (client, endpoint) = (&state.request, &state.response);
-        let up = DirectionProgress::of(client, endpoint, &request, connection.received.get());
-        let down = DirectionProgress::of(endpoint, client, &response, connection.sent.get());
-        let directions = [up, down];
-        let is_heard = directions.iter().any(|direction| direction.is_heard);
-        if directions.iter().all(|direction| direction.is_heard || !direction.is_used) && is_heard {
-            // Acknowledgements of the direction that is heard have to arrive too: where they do not, it does not go on, or
-            // only again.
-            let sent = ([client.sequence_end, endpoint.sequence_end], [client.repeated, endpoint.repeated]);
-            let goes_on = self.first.is_some_and(|first| first.0 != sent.0 && first.1 == sent.1);
-            if up.is_heard && down.is_heard || goes_on {
-                offloader.flows.paths().prove(paths);
-                return Heard::Both;
-            }
-            if self.first.is_none_or(|first| first.1 != sent.1) {
-                self.first = Some(sent);
-            }
-        }
-        // Sent more than once, and no answer of any kind since. What has acknowledged the remainder before is no answer.
-        let directions = [(client, endpoint, &request), (endpoint, client, &response)];
-        for ((silent, repeated), (forward, other, flow)) in
-            self.silent.iter_mut().zip(self.repeated).zip(directions)
-        {
-            let is_repeated = forward.repeated > repeated;
-            let since = match *silent {
-                Some((packets, since)) if packets == other.packets && is_repeated => since,
-                _ => silent.insert((other.packets, Instant::now())).1,
-            };
-            let end = forward.sequence_end.wrapping_add(flow.sequence_shift);
-            if since.elapsed() >= PROBATION && is_before(other.acknowledged, end) {
-                let heard = if is_heard { Heard::OneWay } else { Heard::Blackholed };
-                return heard(EgressPath::of(flow));
-            }
-        }
-        Heard::Waiting
-    }
-}
-
-/// What is known of one direction of a pair on probation.
-#[derive(Clone, Copy, Debug)]
-struct DirectionProgress {
-    /// Something of it was redirected.
-    is_used: bool,
-    /// Something of that was acknowledged.
-    is_heard: bool,
-}
-
-impl DirectionProgress {
-    /// Of what comes from `forward`'s end, of which the local sockets have passed on `relayed` bytes.
-    fn of(forward: &DirectionState, other: &DirectionState, flow: &Flow, relayed: u64) -> Self {
-        // The end of what the local sockets have sent, in the numbers of their leg.
-        let beyond = forward.bytes.wrapping_sub(relayed);
-        #[expect(clippy::cast_possible_truncation, reason = "modulo 2^32")]
-        let local_end = forward.sequence_end.wrapping_sub(beyond as u32).wrapping_add(flow.sequence_shift);
-        let end = forward.sequence_end.wrapping_add(flow.sequence_shift);
-        Self { is_used: is_before(local_end, end), is_heard: is_before(local_end, other.acknowledged) }
     }
 }

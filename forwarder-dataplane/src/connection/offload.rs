@@ -27,7 +27,7 @@ const DOUBLINGS: u32 = 4;
 pub(super) async fn carry(mut relay: Relay<'_>) -> Option<End> {
     let Relay { context, connection, .. } = relay;
     let tier = match connection.serving.listener.settings.datapath {
-        Datapath::Auto | Datapath::Tc | Datapath::Splice | Datapath::Copy => Tier::Tc,
+        Datapath::Auto | Datapath::Tc | Datapath::Direct | Datapath::Splice | Datapath::Copy => Tier::Tc,
         Datapath::Sockmap => Tier::Sockmap,
     };
     let after = context.settings().offload_after;
@@ -106,7 +106,7 @@ fn is_offered(tier: Tier, context: &WorkerContext) -> Result<(), FallbackReason>
             Some(Ok(pairs)) if pairs.is_leaving() => return Err(FallbackReason::Shutdown),
             Some(Ok(_)) => {}
         },
-        Tier::Tc | Tier::Splice | Tier::Copy => {}
+        Tier::Tc | Tier::Direct | Tier::Splice | Tier::Copy => {}
     }
     if settings.toggles.is_on(tier) { Ok(()) } else { Err(FallbackReason::SwitchedOff) }
 }

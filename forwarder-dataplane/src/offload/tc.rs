@@ -1,11 +1,11 @@
 //! Offloaded pairs, which the kernel forwards by itself: counted, timed out, ended, and taken over from a former agent.
 //!
-//! A pair has no socket and no task. What is known of it stands in the maps, and is looked at a few times a second.
+//! A pair has no socket and no task. What is known of it stands in the maps, and is looked at again and again: a few times a second,
+//! or every some seconds where there are very many.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -14,37 +14,37 @@ use forwarder_common::flow::{Flow, Pair, SENDER_RESET};
 use crate::counters::End;
 use crate::listener::BoundListener;
 use crate::record::Record;
-use crate::relay::Tier;
-use crate::removal::{self, RemovalWatch};
 use forwarder_kernel::clock::monotonic;
-use forwarder_kernel::flows::FlowTable;
 use forwarder_kernel::flows::joined_pair::JoinedPair;
+use forwarder_kernel::flows::{FlowTable, Inherited};
 use forwarder_kernel::maps::grace::Grace;
+use forwarder_kernel::net::routes::KnownRoutes;
 use forwarder_kernel::tcp::segments::SegmentSocket;
 use forwarder_runtime::lock::lock;
 
 mod ending;
+mod entry;
 mod keepalive;
 mod probes;
 mod segments;
+mod sweep;
+mod table;
 mod view;
 
 use self::ending::{PendingReset, RESET_AGAIN};
-use self::keepalive::{Due, Keepalive};
+use self::entry::{Entry, Incoming};
 pub(crate) use self::probes::Asked;
 use self::segments::Said;
+use self::table::{Places, Table};
 pub use self::view::{from_pins, reset_pinned};
 
-/// How often pairs are looked at.
+/// How often pairs are looked at, if there are few.
 const PERIOD: Duration = Duration::from_millis(250);
 /// Where there are many, how much longer than looking at them takes the thread waits before the next time, and at most:
 /// what is over has to make room for others.
-const MOST_WORK: u32 = 40;
-const LONGEST_PERIOD: Duration = Duration::from_secs(1);
-/// How long after its last packet a pair of which both ends have ended is kept, for what is sent again.
-const LINGER: Duration = Duration::from_secs(2);
-/// How long a reset is given to be followed by something else of the same sender: then it was a stranger's who knew the number.
-const RESET_STANDS: Duration = Duration::from_millis(200);
+const MOST_WORK: u32 = 20;
+const LONGEST_PERIOD: Duration = Duration::from_secs(15);
+
 /// When a connection is offloaded: whichever comes first.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct OffloadTrigger {
@@ -100,11 +100,13 @@ pub struct Pairs {
     flows: Arc<FlowTable>,
     socket: SegmentSocket,
     settings: PairSettings,
-    table: Mutex<HashMap<u32, Entry>>,
+    table: Mutex<Table>,
     /// Those that have come since the table was last looked at: workers do not wait for that.
-    incoming: Mutex<Vec<Entry>>,
+    incoming: Mutex<Vec<Incoming>>,
     /// How many there are in both: whoever counts them does not wait for a sweep.
     count: AtomicUsize,
+    /// How many of them are direct, as of the last look at all.
+    count_direct: AtomicUsize,
     resets: Mutex<Vec<PendingReset>>,
     questions: probes::Limit,
     routes_changed: AtomicBool,
@@ -113,34 +115,6 @@ pub struct Pairs {
     /// Whether new connections are held back though the agent listens. The map is written while this is locked.
     leaves: Mutex<bool>,
     stops: AtomicBool,
-}
-
-struct Entry {
-    pair: JoinedPair,
-    /// `None` for one that is over, and for one of a former agent until its listener is there.
-    record: Option<Record>,
-    is_counted: bool,
-    /// Since when the listener of a pair of a former agent is known to be gone.
-    gone: Option<Instant>,
-    /// When payload was last seen to have moved, and how much had; what was sent again counts apart.
-    active: Instant,
-    bytes: [u64; 2],
-    repeated: [u64; 2],
-    /// Since when it is over.
-    over: Option<Instant>,
-    /// The probes that each end has not answered.
-    keepalive: [Keepalive; 2],
-    /// What the ends were asked for a stranger's sake.
-    asked: Asked,
-}
-
-/// What becomes of a pair that was looked at.
-enum Fate {
-    Stays,
-    /// It is over and nothing more is to be expected.
-    Leaves,
-    /// The agent ends it.
-    Reset(End),
 }
 
 impl Pairs {
@@ -153,6 +127,7 @@ impl Pairs {
             table: Mutex::default(),
             incoming: Mutex::default(),
             count: AtomicUsize::new(0),
+            count_direct: AtomicUsize::new(0),
             resets: Mutex::default(),
             questions: probes::Limit::default(),
             routes_changed: AtomicBool::new(false),
@@ -162,53 +137,50 @@ impl Pairs {
         }
     }
 
-    /// Looks after a pair from now on that a former agent offloaded. It gets a record once its listener is bound.
-    pub fn adopt(&self, pair: &JoinedPair) {
-        self.add(pair, None);
+    /// Looks after a pair from now on that a former agent offloaded. It is counted for its listener once that is bound.
+    pub fn adopt(&self, inherited: &Inherited) {
+        // Routes that have changed since its path was looked for, the sweep told those that were here.
+        if self.rerouted.load(Ordering::Relaxed) > 0 {
+            self.routes_changed();
+        }
+        self.push(Incoming::inherited(inherited.key, inherited.has_early_end));
     }
 
-    /// Looks after a pair from now on; `record` is that of its connection, if it is known.
-    pub(crate) fn add(&self, pair: &JoinedPair, mut record: Option<Record>) {
-        if let Some(record) = &mut record {
-            // Only one thread may add to one counter.
-            record.slot = self.settings.slot;
-        }
-        let mut entry = Entry {
-            bytes: record.as_ref().map_or([0; 2], |record| [record.received, record.sent]),
-            is_counted: record.is_some(),
-            record,
-            pair: *pair,
-            repeated: [0; 2],
-            gone: None,
-            active: Instant::now(),
-            over: None,
-            keepalive: Default::default(),
-            asked: Asked::default(),
-        };
-        // Its path was looked for when it was joined; what has changed since, the sweep told those that were here.
-        let [(_, Flow { clock_time, .. }), _] = entry.pair.flows;
+    /// Looks after a pair from now on whose connection a worker has recorded.
+    pub(crate) fn add(&self, pair: &JoinedPair, record: Record) {
+        self.push(Incoming::recorded(pair, record));
+        // Its path was looked for when it was joined.
+        let [(_, Flow { clock_time, .. }), _] = pair.flows;
         if clock_time <= self.rerouted.load(Ordering::Relaxed) {
-            self.reroute(&mut entry);
+            self.reroute(&mut { *pair }, &mut KnownRoutes::default());
         }
-        self.count.fetch_add(1, Ordering::Relaxed);
-        lock(&self.incoming).push(entry);
     }
 
-    /// The pairs, with those that have come since the table was last looked at.
-    fn table(&self) -> MutexGuard<'_, HashMap<u32, Entry>> {
+    fn push(&self, incoming: Incoming) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+        lock(&self.incoming).push(incoming);
+    }
+
+    /// Visits every pair with what the maps say of it, `None` where that is gone, and keeps those for which `visit` says so. With a
+    /// million pairs it takes part of a second, and waits as long for others who do it: not for a thread that has anything else to do.
+    fn retain(&self, visit: impl FnMut(&mut Entry, Option<&Pair>, &mut Places) -> bool) {
         let mut table = lock(&self.table);
         let incoming = std::mem::take(&mut *lock(&self.incoming));
-        table.extend(incoming.into_iter().map(|entry| (entry.pair.number, entry)));
-        table
+        let mut gone = 0;
+        for incoming in incoming {
+            if let Some(mut former) = table.insert(incoming) {
+                former.end(End::Lost, self.settings.slot);
+                gone += 1;
+            }
+        }
+        gone += table.retain(&self.flows, visit);
+        self.count.fetch_sub(gone, Ordering::Relaxed);
     }
 
-    /// Visits every pair, and keeps those for which `visit` says so. With many pairs it takes a second, and waits as long for others who
-    /// do it: not for a thread that has anything else to do.
-    fn retain(&self, mut visit: impl FnMut(&mut Entry) -> bool) {
-        let mut table = self.table();
-        let before = table.len();
-        table.retain(|_, entry| visit(entry));
-        self.count.fetch_sub(before - table.len(), Ordering::Relaxed);
+    /// Looks after the direct connections from now on that programs have made since this was done last.
+    pub fn discover(&self) {
+        let come = lock(&self.table).discover(&self.flows);
+        self.count.fetch_add(come, Ordering::Relaxed);
     }
 
     /// How many there are.
@@ -216,12 +188,42 @@ impl Pairs {
         self.count.load(Ordering::Relaxed)
     }
 
+    /// How many direct connections there are, as of the last look at all.
+    pub fn count_direct(&self) -> usize {
+        self.count_direct.load(Ordering::Relaxed).min(self.count())
+    }
+
     /// Whether all of them are over, and only kept for what is sent again.
     pub fn are_over(&self) -> bool {
-        self.table().values().all(|entry| {
-            let [(_, request), _] = &entry.pair.flows;
-            self.flows.pair(entry.pair.number).is_none_or(|state| state.is_over(request))
-        })
+        self.discover();
+        let mut are_over = true;
+        self.retain(|entry, state, _| {
+            are_over &= state.is_none_or(|state| self.is_over(entry, state));
+            true
+        });
+        are_over
+    }
+
+    /// Whether nothing more is to be forwarded of a pair but what is sent again.
+    fn is_over(&self, entry: &Entry, state: &Pair) -> bool {
+        let may_be = state.has_fin() || entry.has_early_end || reset_by_end(state).is_some();
+        // The flow tells it: to be asked for where it may say so.
+        state.is_replaced()
+            || may_be && self.flows.find(&entry.key()).is_none_or(|pair| state.is_over(&pair.flows[0].1))
+    }
+
+    /// Ends a pair from outside, and counts it up to now.
+    fn reset_entry(&self, entry: &mut Entry, state: Option<&Pair>, reason: End) {
+        // Its client is another one's.
+        if let Some(state) = state.filter(|state| state.is_replaced()) {
+            sweep::replaced(entry, state, self.settings.slot);
+            return self.flows.forget(&entry.key());
+        }
+        if let Some(state) = state {
+            entry.note(state, self.settings.slot, monotonic());
+        }
+        self.reset(&entry.key());
+        entry.end(reason, self.settings.slot);
     }
 
     /// Has every pair look for its path anew.
@@ -237,9 +239,20 @@ impl Pairs {
         let pairs = Arc::clone(self);
         thread::Builder::new().name("pairs".to_owned()).spawn(move || {
             while !pairs.stops.load(Ordering::Relaxed) {
+                pairs.tick();
                 let started = Instant::now();
-                pairs.sweep(&find);
-                thread::park_timeout((started.elapsed() * MOST_WORK).clamp(PERIOD, LONGEST_PERIOD));
+                let mut urgent = pairs.sweep(&find);
+                let until = Instant::now() + (started.elapsed() * MOST_WORK).clamp(PERIOD, LONGEST_PERIOD);
+                while !pairs.stops.load(Ordering::Relaxed) {
+                    let next = until.min(Instant::now() + PERIOD);
+                    pairs.reroute_some(next);
+                    thread::park_timeout(next.saturating_duration_since(Instant::now()));
+                    if Instant::now() >= until {
+                        break;
+                    }
+                    pairs.tick();
+                    urgent = pairs.look_again(&urgent);
+                }
             }
         })
     }
@@ -275,165 +288,6 @@ impl Pairs {
         self.stops.store(true, Ordering::Relaxed);
     }
 
-    /// Looks at every pair once.
-    fn sweep(&self, find: &FindListener) {
-        self.hold(None);
-        self.flows.paths().refresh_filters();
-        let reroutes =
-            self.routes_changed.swap(false, Ordering::Relaxed) | self.flows.paths().take_changed_mtus();
-        if reroutes {
-            self.rerouted.store(monotonic(), Ordering::Relaxed);
-        }
-        self.retain(|entry| {
-            if reroutes {
-                self.reroute(entry);
-            }
-            match self.look(entry, find) {
-                Fate::Stays => true,
-                Fate::Leaves => {
-                    self.flows.remove(&entry.pair);
-                    false
-                }
-                Fate::Reset(reason) => {
-                    self.reset(&entry.pair);
-                    end(entry, reason);
-                    false
-                }
-            }
-        });
-        self.send_resets_again();
-    }
-
-    fn look(&self, entry: &mut Entry, find: &FindListener) -> Fate {
-        let Some(state) = self.flows.pair(entry.pair.number) else {
-            end(entry, End::Lost);
-            return Fate::Leaves;
-        };
-        if entry.record.is_none() && !entry.is_counted {
-            match find(entry.pair.downstream().1) {
-                ListenerLookup::Bound(listener) => {
-                    entry.record = Some(self.inherit(&entry.pair, &state, listener));
-                    entry.is_counted = true;
-                    entry.gone = None;
-                }
-                ListenerLookup::Awaited => entry.gone = None,
-                ListenerLookup::Gone => drop(entry.gone.get_or_insert_with(Instant::now)),
-            }
-        }
-        let repeated = [state.request.repeated, state.response.repeated];
-        if repeated != entry.repeated {
-            entry.repeated = repeated;
-            entry.active = Instant::now();
-        }
-        let bytes = [state.request.bytes, state.response.bytes];
-        if bytes != entry.bytes {
-            entry.bytes = bytes;
-            entry.active = Instant::now();
-            if let Some(record) = &mut entry.record {
-                record.count_forwarded(bytes[0], bytes[1]);
-            }
-        }
-        let [(_, request), _] = &entry.pair.flows;
-        if state.is_over(request) {
-            return close(entry, &state);
-        }
-        entry.over = None;
-        self.ask(&entry.pair, &mut entry.asked, &state);
-        if self.is_removed(entry) {
-            return Fate::Reset(End::Removed);
-        }
-        self.time_out(entry, &state)
-    }
-
-    /// Whether a pair has to end since its listener, backend or endpoint was removed.
-    fn is_removed(&self, entry: &mut Entry) -> bool {
-        let Some(record) = &mut entry.record else {
-            let spread = entry.pair.downstream().0.port();
-            let since = entry.gone.zip(self.settings.removal_window);
-            return since
-                .is_some_and(|(gone, window)| Instant::now() >= removal::deadline(gone, window, spread));
-        };
-        record.is_removed()
-    }
-
-    /// Whether a pair has been idle for too long, or one of its ends is dead.
-    fn time_out(&self, entry: &mut Entry, state: &Pair) -> Fate {
-        let (idle_timeout, half_closed_timeout) = match &entry.record {
-            Some(record) => {
-                let settings = &record.serving.listener.settings;
-                (settings.idle_timeout, settings.half_closed_timeout)
-            }
-            None => (self.settings.idle_timeout, self.settings.half_closed_timeout),
-        };
-        let idle = entry.active.elapsed();
-        let over = |timeout: Option<Duration>| timeout.is_some_and(|timeout| idle >= timeout);
-        if state.has_fin() && over(half_closed_timeout) {
-            return Fate::Reset(End::HalfClosedTimeout);
-        }
-        if over(idle_timeout) {
-            return Fate::Reset(End::IdleTimeout);
-        }
-        let Some(keepalive) = self.settings.keepalive else { return Fate::Stays };
-        let now = monotonic();
-        let ends =
-            [(state.request.last_seen, End::DownstreamReset), (state.response.last_seen, End::UpstreamReset)];
-        for (side, (last, reason)) in ends.into_iter().enumerate() {
-            let quiet = Duration::from_nanos(now.saturating_sub(last));
-            match entry.keepalive[side].due(quiet, keepalive, Instant::now()) {
-                Due::Nothing => {}
-                Due::Probe => self.send(&[segments::probe(&entry.pair, state, side, now)]),
-                Due::Dead => return Fate::Reset(reason),
-            }
-        }
-        Fate::Stays
-    }
-
-    /// The record of a pair that a former agent has offloaded, once its listener is there.
-    fn inherit(&self, pair: &JoinedPair, state: &Pair, listener: Arc<BoundListener>) -> Record {
-        let (client, _) = pair.downstream();
-        let serving = listener.serving.load_full();
-        let (endpoint, local) = pair.upstream();
-        let mut upstreams = serving.upstreams.iter().flatten();
-        let upstream = upstreams.find(|upstream| upstream.endpoints.load().has(endpoint)).cloned();
-        listener.counters.of(self.settings.slot).accepted.add(1);
-        if let Some(upstream) = &upstream {
-            upstream.counters.of(self.settings.slot).connected.add(1);
-        }
-        // What was removed while no agent ran counts as removed now.
-        let removal = match &upstream {
-            Some(_) => RemovalWatch::default(),
-            None => RemovalWatch::lost(&listener.removals, &serving.listener.settings, client.port()),
-        };
-        let age = Duration::from_nanos(monotonic().saturating_sub(state.opened));
-        Record {
-            orphan: upstream.is_none().then_some(endpoint),
-            removal,
-            listener,
-            serving,
-            downstream: client,
-            upstream: upstream.map(|upstream| (upstream, endpoint)),
-            upstream_local: Some(local),
-            tier: Tier::Tc,
-            slot: self.settings.slot,
-            opened: Instant::now().checked_sub(age).unwrap_or_else(Instant::now),
-            received: state.request.bytes,
-            sent: state.response.bytes,
-            end: End::Drained,
-        }
-    }
-
-    fn reroute(&self, entry: &mut Entry) {
-        match self.flows.reroute(&mut entry.pair) {
-            Ok(true) => {
-                tracing::debug!(pair = entry.pair.number, "an offloaded connection has another next hop");
-            }
-            Ok(false) => {}
-            Err(error) => {
-                tracing::warn!(%error, "cannot change the next hop of an offloaded connection: its packets may be lost; `forwarder conns reset` ends it");
-            }
-        }
-    }
-
     fn send(&self, segments: &[Said]) {
         for said in segments {
             if let Err(error) = said.send(&self.socket) {
@@ -443,29 +297,8 @@ impl Pairs {
     }
 }
 
-/// What becomes of a pair that is over.
-fn close(entry: &mut Entry, state: &Pair) -> Fate {
-    let since = *entry.over.get_or_insert_with(Instant::now);
-    let reason = if state.request.flags & SENDER_RESET != 0 {
-        End::DownstreamReset
-    } else if state.response.flags & SENDER_RESET != 0 {
-        End::UpstreamReset
-    } else {
-        End::Finished
-    };
-    if reason != End::Finished {
-        // The reset may have been lost, or been one that the other end does not believe, which then may have nothing to say.
-        return if since.elapsed() >= RESET_STANDS { Fate::Reset(reason) } else { Fate::Stays };
-    }
-    end(entry, reason);
-    let last = state.request.last_seen.max(state.response.last_seen);
-    let quiet = Duration::from_nanos(monotonic().saturating_sub(last));
-    if quiet < LINGER { Fate::Stays } else { Fate::Leaves }
-}
-
-/// Counts and logs the end of a pair's connection.
-fn end(entry: &mut Entry, reason: End) {
-    if let Some(mut record) = entry.record.take() {
-        record.end = reason;
-    }
+/// How a connection has ended by a reset of one of its ends, if it has.
+pub(crate) fn reset_by_end(state: &Pair) -> Option<End> {
+    let ends = [(&state.request, End::DownstreamReset), (&state.response, End::UpstreamReset)];
+    ends.into_iter().find(|(forward, _)| forward.flags & SENDER_RESET != 0).map(|(_, end)| end)
 }

@@ -9,11 +9,12 @@ use crate::relay::Tier;
 pub struct TierToggles {
     tc: AtomicBool,
     sockmap: AtomicBool,
+    direct: AtomicBool,
 }
 
 impl Default for TierToggles {
     fn default() -> Self {
-        Self { tc: AtomicBool::new(true), sockmap: AtomicBool::new(true) }
+        Self { tc: AtomicBool::new(true), sockmap: AtomicBool::new(true), direct: AtomicBool::new(true) }
     }
 }
 
@@ -32,6 +33,7 @@ impl TierToggles {
         match tier {
             Tier::Tc => Some(&self.tc),
             Tier::Sockmap => Some(&self.sockmap),
+            Tier::Direct => Some(&self.direct),
             Tier::Splice | Tier::Copy => None,
         }
     }

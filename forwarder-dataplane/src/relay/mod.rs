@@ -46,11 +46,13 @@ pub enum Tier {
     Tc,
     /// What one socket receives sent by the other, by the kernel.
     Sockmap,
+    /// As `tc`, from the client's SYN on: no socket of the node takes part.
+    Direct,
 }
 
 impl Tier {
     /// Every tier, in the order of its discriminant.
-    pub const ALL: [Self; 4] = [Self::Splice, Self::Copy, Self::Tc, Self::Sockmap];
+    pub const ALL: [Self; 5] = [Self::Splice, Self::Copy, Self::Tc, Self::Sockmap, Self::Direct];
 
     /// Its name in metrics and logs.
     pub fn as_str(self) -> &'static str {
@@ -59,6 +61,7 @@ impl Tier {
             Self::Copy => "copy",
             Self::Tc => "tc",
             Self::Sockmap => "sockmap",
+            Self::Direct => "direct",
         }
     }
 }
@@ -108,6 +111,15 @@ pub struct Moved {
     pub bytes: [u64; Tier::ALL.len()],
     /// A fallback that happened.
     pub fallback: Option<Fallback>,
+}
+
+impl Moved {
+    /// What a tier has written.
+    pub(crate) fn by(tier: Tier, bytes: u64) -> Self {
+        let mut moved = Self::default();
+        moved.bytes[tier as usize] = bytes;
+        moved
+    }
 }
 
 /// Which of the two sockets failed, and how. A reset by the peer is an outcome, not an error of ours.

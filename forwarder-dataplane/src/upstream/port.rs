@@ -6,8 +6,6 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd as _;
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use socket2::Socket;
@@ -15,46 +13,22 @@ use socket2::Socket;
 use super::{ConnectSettings, open};
 use forwarder_kernel::flows::FlowTable;
 use forwarder_kernel::flows::ports::Free;
-use forwarder_runtime::lock::lock;
 
 /// How many gaps between the ports of pairs are tried for one connection: sockets may use what lies there.
 const GAPS: usize = 256;
+/// How many of the agent's own ports are tried. Where most of them are in use, the kernel finds another one sooner.
+const OWN_PORTS: usize = 3;
 /// `IP_LOCAL_PORT_RANGE` (`linux/in.h`), since Linux 6.3.
 const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
-/// Where the kernel says from which ports it chooses.
-const RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
-/// What it chooses from by default.
-const DEFAULT_RANGE: RangeInclusive<u16> = 32_768..=60_999;
-/// How long what was read there is taken to hold.
-const RANGE_HOLDS: Duration = Duration::from_secs(1);
 
-/// The ports that the kernel chooses from.
-#[derive(Debug, Default)]
-pub struct PortRange(Mutex<Option<(Instant, RangeInclusive<u16>)>>);
-
-impl PortRange {
-    /// The range that is set, a second ago at most.
-    fn get(&self) -> RangeInclusive<u16> {
-        let mut known = lock(&self.0);
-        if let Some((read, range)) = &*known
-            && read.elapsed() < RANGE_HOLDS
-        {
-            return range.clone();
-        }
-        let range =
-            std::fs::read_to_string(RANGE).ok().and_then(|text| parse(&text)).unwrap_or(DEFAULT_RANGE);
-        *known = Some((Instant::now(), range.clone()));
-        range
-    }
+/// A socket that has sent its SYN.
+pub(super) struct Connecting {
+    pub(super) socket: Socket,
+    /// Whether the connection may be offloaded, and comes from a port that the kernel gives to other processes of the node too.
+    pub(super) shares_port: bool,
 }
 
-fn parse(text: &str) -> Option<RangeInclusive<u16>> {
-    let (low, high) = text.trim().split_once(char::is_whitespace)?;
-    let (low, high) = (low.parse().ok()?, high.trim().parse().ok()?);
-    (low <= high).then_some(low..=high)
-}
-
-/// A socket that has sent its SYN from addresses and ports that no offloaded pair uses.
+/// Sends a SYN from addresses and ports that no offloaded pair uses.
 ///
 /// # Errors
 /// `EADDRNOTAVAIL` where no port is free, or what else the kernel said.
@@ -62,50 +36,108 @@ pub(super) fn start_connecting(
     endpoint: SocketAddr,
     settings: &ConnectSettings,
     turn: usize,
-) -> io::Result<Socket> {
+) -> io::Result<Connecting> {
     let source = settings.source(endpoint, turn);
-    let Some(flows) = settings.flows.as_ref().filter(|flows| flows.count() > 0) else {
+    let by_kernel = |shares_port| {
         let socket = open(endpoint, settings)?;
         bind(&socket, source)?;
         start(&socket, endpoint)?;
-        return Ok(socket);
+        Ok(Connecting { socket, shares_port })
     };
-    let range = settings.port_range.get();
-    let (low, high) = (*range.start(), *range.end());
-    let random = RandomState::new().hash_one(turn) % (u64::from(high - low) + 1);
-    let middle = u16::try_from(random).map_or(low, |random| low + random);
-    let mut gaps = 0;
-    // From somewhere within the range to its end, and then what lies before.
-    for mut rest in [middle..=high, low..=middle] {
-        while gaps < GAPS && !rest.is_empty() {
-            gaps += 1;
-            let free = flows.ports().find(endpoint, source, &rest);
-            let socket = open(endpoint, settings)?;
-            let last = match free {
-                Free::All => bind(&socket, source).map(|()| high)?,
-                Free::Gap(gap) => match restrict(&socket, endpoint, source, &gap) {
-                    Ok(last) => last,
-                    Err(error) => {
-                        rest = after(*gap.start(), &rest);
-                        match Errno::from_io_error(&error) {
-                            Some(Errno::ADDRINUSE) => continue,
-                            _ => return Err(error),
-                        }
-                    }
-                },
-                Free::Nothing => break,
-            };
-            match start(&socket, endpoint) {
-                Ok(()) if !is_taken(flows, &socket, endpoint)? => return Ok(socket),
-                // A pair was joined on it meanwhile: the egress program has stopped the SYN.
-                Ok(()) => {}
-                Err(error) if Errno::from_io_error(&error) == Some(Errno::ADDRNOTAVAIL) => {}
+    let Some(flows) = &settings.flows else { return by_kernel(false) };
+    let search = |number: usize| {
+        let random = RandomState::new().hash_one((turn, number));
+        Search { endpoint, source, settings, flows, random }
+    };
+    if let Some(own) = settings.ports.own() {
+        for number in 0..OWN_PORTS {
+            let found = search(number).among(&own, 1, |socket, free, _| {
+                bind_port(socket, endpoint, source, *free.start()).map(|()| *free.start())
+            });
+            match found {
+                Ok(Some(socket)) => return Ok(Connecting { socket, shares_port: false }),
+                Ok(None) => {}
+                // Somebody does not let the agent have them.
+                Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::ACCESS | Errno::PERM)) => {
+                    break;
+                }
                 Err(error) => return Err(error),
             }
-            rest = after(last, &rest);
         }
     }
-    Err(Errno::ADDRNOTAVAIL.into())
+    if flows.count() == 0 {
+        return by_kernel(true);
+    }
+    let range = settings.ports.of_kernel();
+    let found = search(0).among(&range, GAPS, |socket, free, is_all| {
+        if is_all {
+            return bind(socket, source).map(|()| *range.end());
+        }
+        restrict(socket, endpoint, source, free)
+    })?;
+    let socket = found.ok_or(Errno::ADDRNOTAVAIL)?;
+    Ok(Connecting { socket, shares_port: true })
+}
+
+/// What a local port is looked for.
+struct Search<'a> {
+    endpoint: SocketAddr,
+    source: Option<IpAddr>,
+    settings: &'a ConnectSettings,
+    flows: &'a FlowTable,
+    /// Where in a range to begin.
+    random: u64,
+}
+
+impl Search<'_> {
+    /// A socket that connects from a port in `range`, after so many attempts at most; `None` where none is free. `take` has a socket
+    /// use some of the next ports that no pair does, tells up to which, and is told whether no pair leads to the endpoint.
+    fn among(
+        &self,
+        range: &RangeInclusive<u16>,
+        most: usize,
+        take: impl Fn(&Socket, &RangeInclusive<u16>, bool) -> io::Result<u16>,
+    ) -> io::Result<Option<Socket>> {
+        let Self { endpoint, source, settings, flows, random } = *self;
+        let (low, high) = (*range.start(), *range.end());
+        let middle = u16::try_from(random % (u64::from(high - low) + 1)).map_or(low, |random| low + random);
+        let mut attempts = 0;
+        // From somewhere within the range to its end, and then what lies before.
+        for mut rest in [middle..=high, low..=middle] {
+            while attempts < most && !rest.is_empty() {
+                attempts += 1;
+                let (free, is_all) = match flows.ports().find(endpoint, source, &rest) {
+                    Free::All => (rest.clone(), true),
+                    Free::Gap(gap) => (gap, false),
+                    Free::Nothing => break,
+                };
+                let socket = open(endpoint, settings)?;
+                let last = match take(&socket, &free, is_all) {
+                    Ok(last) => last,
+                    Err(error) if Errno::from_io_error(&error) == Some(Errno::ADDRINUSE) => {
+                        rest = after(*free.start(), &rest);
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
+                let first = *free.start();
+                let is_taken = || match flows.ports().find(endpoint, source, &(first..=first)) {
+                    // The kernel had more than one to choose from.
+                    _ if is_all || first < last => is_taken(flows, &socket, endpoint),
+                    free => Ok(free == Free::Nothing),
+                };
+                match start(&socket, endpoint) {
+                    Ok(()) if !is_taken()? => return Ok(Some(socket)),
+                    // A pair was joined on it meanwhile: the egress program has stopped the SYN.
+                    Ok(()) => {}
+                    Err(error) if Errno::from_io_error(&error) == Some(Errno::ADDRNOTAVAIL) => {}
+                    Err(error) => return Err(error),
+                }
+                rest = after(last, &rest);
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// The part of a range that lies behind a port.
@@ -166,7 +198,8 @@ fn set_range(socket: &Socket, ports: &RangeInclusive<u16>) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The same for one port, on kernels before 6.3: refused with `EADDRINUSE` where another socket has it, to any endpoint.
+/// The same for one port: one of the agent's own, or any on kernels before 6.3. Refused with `EADDRINUSE` where another socket has it, to any
+/// endpoint.
 fn bind_port(socket: &Socket, endpoint: SocketAddr, source: Option<IpAddr>, port: u16) -> io::Result<()> {
     let any = match endpoint {
         SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -226,14 +259,5 @@ mod tests {
         let socket = open(endpoint, &ConnectSettings::default()).unwrap();
         let own = bind_port(&socket, endpoint, None, endpoint.port());
         assert_eq!(Errno::from_io_error(&own.unwrap_err()), Some(Errno::ADDRINUSE), "it is the listener's");
-    }
-
-    #[test]
-    fn the_kernels_range_is_understood() {
-        assert_eq!(parse("32768\t60999\n"), Some(32_768..=60_999));
-        assert_eq!(parse("1 65535"), Some(1..=u16::MAX));
-        for bad in ["", "1", "2 1", "a b", "1 70000"] {
-            assert_eq!(parse(bad), None, "{bad}");
-        }
     }
 }

@@ -40,7 +40,8 @@ pub struct ConnectionView {
     pub sent_bytes: u64,
     /// How long ago it was accepted, in milliseconds.
     pub age_ms: u64,
-    /// How long ago a byte last moved, in milliseconds; exact to a quarter of a second.
+    /// How long ago a byte last moved, in milliseconds, as of when it was looked at last: a quarter of a second ago, or some seconds where
+    /// very many are offloaded.
     pub idle_ms: u64,
     /// Why it is not at tier `tc`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -121,27 +122,68 @@ pub struct ResetReport {
 
 impl ConnectionList {
     /// Sorts and adds up `connections`, and keeps the first `limit`.
-    pub fn new(mut connections: Vec<ConnectionView>, limit: Option<usize>, unanswered: usize) -> Self {
-        connections.sort_by(|a, b| {
+    pub fn new(
+        connections: impl IntoIterator<Item = ConnectionView>,
+        limit: Option<usize>,
+        unanswered: usize,
+    ) -> Self {
+        let mut lister = Lister::new(limit);
+        connections.into_iter().for_each(|connection| lister.add(connection));
+        lister.finish(unanswered)
+    }
+}
+
+/// Makes a list of connections, of which it keeps few more at a time than it is to have.
+#[derive(Debug)]
+pub struct Lister {
+    limit: usize,
+    list: ConnectionList,
+}
+
+impl Lister {
+    /// A list of so many connections at most.
+    pub fn new(limit: Option<usize>) -> Self {
+        Self { limit: limit.unwrap_or(usize::MAX), list: ConnectionList::default() }
+    }
+
+    /// Adds a connection, at least to the totals.
+    pub fn add(&mut self, connection: ConnectionView) {
+        /// How many are kept beyond the limit before they are sorted out.
+        const SURPLUS: usize = 10_000;
+        let Self { limit, list } = self;
+        list.totals.add(&connection);
+        list.connections.push(connection);
+        if list.connections.len() >= limit.saturating_mul(2).saturating_add(SURPLUS) {
+            list.cut(*limit);
+        }
+    }
+
+    /// The list.
+    pub fn finish(mut self, unanswered: usize) -> ConnectionList {
+        self.list.cut(self.limit);
+        self.list.unanswered = unanswered;
+        self.list
+    }
+}
+
+impl ConnectionList {
+    /// Keeps the first `limit`.
+    fn cut(&mut self, limit: usize) {
+        self.connections.sort_by(|a, b| {
             let by_age = || b.age_ms.cmp(&a.age_ms).then_with(|| a.downstream.cmp(&b.downstream));
             a.listener.cmp(&b.listener).then_with(by_age)
         });
-        let totals = ConnectionTotals::of(&connections);
-        connections.truncate(limit.unwrap_or(usize::MAX));
-        Self { connections, totals, unanswered }
+        self.connections.truncate(limit);
     }
 }
 
 impl ConnectionTotals {
-    fn of(connections: &[ConnectionView]) -> Self {
-        let mut totals = Self { connections: connections.len(), ..Self::default() };
-        for connection in connections {
-            *totals.tiers.entry(connection.tier).or_default() += 1;
-            *totals.states.entry(connection.state).or_default() += 1;
-            totals.received_bytes += connection.received_bytes;
-            totals.sent_bytes += connection.sent_bytes;
-        }
-        totals
+    fn add(&mut self, connection: &ConnectionView) {
+        self.connections += 1;
+        *self.tiers.entry(connection.tier).or_default() += 1;
+        *self.states.entry(connection.state).or_default() += 1;
+        self.received_bytes += connection.received_bytes;
+        self.sent_bytes += connection.sent_bytes;
     }
 }
 

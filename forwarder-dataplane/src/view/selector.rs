@@ -59,19 +59,32 @@ impl Selector {
 
     /// Whether the connection matches all that is given.
     pub fn matches(&self, connection: &ConnectionView) -> bool {
-        let Self { listener, route, backend, downstream, upstream, idle_longer_than, all: _ } = self;
-        let is = |wanted: &Option<String>, found: Option<&String>| {
-            wanted.as_ref().is_none_or(|wanted| found == Some(wanted))
+        let ConnectionView { listener, route, backend, downstream, upstream, idle_ms, .. } = connection;
+        self.matches_names(listener, route.as_deref(), backend.as_deref())
+            && self.matches_ends(*downstream, *upstream, *idle_ms)
+    }
+
+    /// Whether a connection that is served so matches what is given of that.
+    pub(crate) fn matches_names(&self, listener: &str, route: Option<&str>, backend: Option<&str>) -> bool {
+        let is = |wanted: &Option<String>, found: Option<&str>| {
+            wanted.as_deref().is_none_or(|wanted| found == Some(wanted))
         };
-        let is_peer = |wanted: &Option<Peer>, found: Option<SocketAddr>| {
+        is(&self.listener, Some(listener)) && is(&self.route, route) && is(&self.backend, backend)
+    }
+
+    /// Whether a connection between these ends, on which no byte has moved for so long, matches what is given of that.
+    pub(crate) fn matches_ends(
+        &self,
+        downstream: SocketAddr,
+        upstream: Option<SocketAddr>,
+        idle_ms: u64,
+    ) -> bool {
+        let is = |wanted: Option<Peer>, found: Option<SocketAddr>| {
             wanted.is_none_or(|wanted| found.is_some_and(|found| wanted.is(found)))
         };
-        is(listener, Some(&connection.listener))
-            && is(route, connection.route.as_ref())
-            && is(backend, connection.backend.as_ref())
-            && is_peer(downstream, Some(connection.downstream))
-            && is_peer(upstream, connection.upstream)
-            && idle_longer_than.is_none_or(|idle| Duration::from_millis(connection.idle_ms) > idle.0)
+        is(self.downstream, Some(downstream))
+            && is(self.upstream, upstream)
+            && self.idle_longer_than.is_none_or(|idle| Duration::from_millis(idle_ms) > idle.0)
     }
 }
 

@@ -64,12 +64,15 @@ pub struct TierToggleRequest {
     /// Tier `sockmap`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sockmap: Option<bool>,
+    /// Tier `direct`: its listeners' sockets take new connections where it is off, from some seconds later on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direct: Option<bool>,
 }
 
 impl TierToggleRequest {
     /// The tiers that are named, and whether they are to take new connections.
     pub fn named(self) -> impl Iterator<Item = (Tier, bool)> {
-        [(Tier::Tc, self.tc), (Tier::Sockmap, self.sockmap)]
+        [(Tier::Tc, self.tc), (Tier::Sockmap, self.sockmap), (Tier::Direct, self.direct)]
             .into_iter()
             .filter_map(|(tier, is_on)| Some((tier, is_on?)))
     }

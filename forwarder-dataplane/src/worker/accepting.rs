@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use tokio::time::sleep;
 
 use super::Worker;
+use crate::descriptors::is_exhaustion;
 use crate::listener::BoundListener;
 
 /// How many connections a worker accepts before it lets the ones that it has run.
@@ -28,11 +29,8 @@ pub(super) async fn accept(
     let mut pause = ACCEPT_PAUSE.0;
     let mut batch = 0;
     let done = loop {
-        let accepted = if worker.is_full() {
-            Err(io::Error::other(format!(
-                "{} connections are open",
-                worker.context.settings().descriptors.max_connections()
-            )))
+        let accepted = if let Some(reason) = worker.is_full() {
+            Err(io::Error::other(reason))
         } else {
             tokio::select! {
                 biased;
@@ -51,7 +49,7 @@ pub(super) async fn accept(
                 }
             }
             // The client gave up, or the network reported an earlier error of this one connection (accept(2)).
-            Err(error) if !worker.is_full() && !is_exhaustion(&error) => {}
+            Err(error) if worker.is_full().is_none() && !is_exhaustion(&error) => {}
             Err(error) => {
                 worker.context.counters().accept_pauses.add(1);
                 if pause == ACCEPT_PAUSE.0 {
@@ -125,8 +123,4 @@ fn is_of_one_connection(error: &io::Error) -> bool {
                 | Errno::NONET
         )
     )
-}
-
-fn is_exhaustion(error: &io::Error) -> bool {
-    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::list;
-use crate::model::{Datapath, ListenerParent, Listeners};
+use crate::model::{Datapath, ListenerKey, ListenerParent, Listeners};
 use crate::problem::{Problem, Reason};
 
 /// Why tiers of the kernel do not work on this node, each as a sentence without a final period. `None` for one that works, and for one
@@ -14,12 +14,20 @@ pub struct MissingTiers {
     pub tc: Option<String>,
     /// Tier `sockmap`.
     pub sockmap: Option<String>,
+    /// Tier `direct`.
+    pub direct: Option<String>,
+    /// Why tier `direct`, which works here, does not serve listeners that ask for it.
+    pub refused_direct: BTreeMap<ListenerKey, String>,
 }
 
 impl MissingTiers {
     /// Why there is no tier `tc` for a listener that asks for it by annotation, if the agent's own setting is another tier.
     pub const UNPREPARED: &str = "the agent's own --datapath is another tier, so that it has no map of pairs; start it with --datapath auto, and \
                                   name other tiers in annotations";
+
+    /// Why there is no tier `direct` for a listener that asks for it by annotation, if the agent has not made room for it.
+    pub const NO_ROOM_FOR_DIRECT: &str = "the agent has made no room for direct connections; start it with --max-direct, and with --datapath auto, tc or \
+                                          direct";
 
     /// A warning for each Gateway and ListenerSet with listeners that ask for a missing tier by its name. They are served all the same, at
     /// another tier; who asks for `auto` leaves the choice to the agent, and is told nothing.
@@ -28,10 +36,13 @@ impl MissingTiers {
             return Vec::new();
         }
         let mut asking: BTreeMap<(&ListenerParent, &str, &str), Vec<&str>> = BTreeMap::new();
-        for listener in listeners.values() {
+        for (key, listener) in listeners {
             let reason = match listener.settings.datapath {
                 Datapath::Tc => self.tc.as_deref(),
                 Datapath::Sockmap => self.sockmap.as_deref(),
+                Datapath::Direct => {
+                    self.direct.as_deref().or_else(|| self.refused_direct.get(key).map(String::as_str))
+                }
                 Datapath::Auto | Datapath::Splice | Datapath::Copy => None,
             };
             if let Some(reason) = reason {
@@ -46,9 +57,13 @@ impl MissingTiers {
         }
         let problem = |((parent, tier, reason), names): ((&ListenerParent, &str, &str), Vec<&str>)| {
             let (listeners, ask) = if names.len() == 1 { ("listener", "asks") } else { ("listeners", "ask") };
+            let instead = if tier == Datapath::Direct.as_str() {
+                "accepted, as with `auto`,"
+            } else {
+                "forwarded at tier splice"
+            };
             let message = format!(
-                "{listeners} {} {ask} for tier {tier}, which does not work on this node: {reason}; connections are forwarded at tier splice \
-                 instead",
+                "{listeners} {} {ask} for tier {tier}, which does not work on this node: {reason}; connections are {instead} instead",
                 list(&names)
             );
             // By annotation, or by a setting of the agent: no field of the object has to be wrong.
@@ -86,7 +101,7 @@ mod tests {
             ("c", 3, Datapath::Tc),
             ("d", 4, Datapath::Sockmap),
         ]);
-        let missing = MissingTiers { tc: Some("no BTF".to_owned()), sockmap: None };
+        let missing = MissingTiers { tc: Some("no BTF".to_owned()), ..MissingTiers::default() };
         let problems: Vec<String> = missing.problems(&listeners).iter().map(ToString::to_string).collect();
         let expected = "Gateway db/gw: listeners a, c ask for tier tc, which does not work on this node: no BTF; connections \
                         are forwarded at tier splice instead (TierUnavailable)";
@@ -97,9 +112,24 @@ mod tests {
     }
 
     #[test]
+    fn a_listener_that_cannot_be_direct_is_told_why() {
+        let listeners = listeners(&[("a", 1, Datapath::Direct), ("b", 2, Datapath::Direct)]);
+        let refused_direct =
+            BTreeMap::from([(*listeners.keys().next().unwrap(), "it has no route".to_owned())]);
+        let missing = MissingTiers { refused_direct, ..MissingTiers::default() };
+        let [problem] = &missing.problems(&listeners)[..] else { panic!("one problem") };
+        let expected = "listener a asks for tier direct, which does not work on this node: it has no route; connections are accepted, as \
+                        with `auto`, instead";
+        assert_eq!(problem.message, expected);
+        let missing = MissingTiers { direct: Some(MissingTiers::NO_ROOM_FOR_DIRECT.to_owned()), ..missing };
+        let [problem] = &missing.problems(&listeners)[..] else { panic!("one problem") };
+        assert!(problem.message.starts_with("listeners a, b ask for tier direct"), "{}", problem.message);
+    }
+
+    #[test]
     fn a_listener_at_two_addresses_is_named_once() {
         let listeners = listeners(&[("a", 1, Datapath::Tc), ("a", 2, Datapath::Tc)]);
-        let missing = MissingTiers { tc: Some("no BTF".to_owned()), sockmap: None };
+        let missing = MissingTiers { tc: Some("no BTF".to_owned()), ..MissingTiers::default() };
         let [problem] = &missing.problems(&listeners)[..] else { panic!("one problem") };
         assert!(problem.message.starts_with("listener a asks for tier tc"), "{}", problem.message);
     }

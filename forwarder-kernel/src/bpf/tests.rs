@@ -25,7 +25,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::*;
 use crate::flows;
-use crate::maps::versions::{map_path, programs_folder};
+use crate::maps::versions::{folders, map_path, programs_folder};
 use crate::net::interfaces::{InterfaceKind, watch};
 use crate::programs::attach::{AttachKind, Stay};
 
@@ -84,7 +84,12 @@ struct Bpffs(tempfile::TempDir);
 
 impl Bpffs {
     fn options(&self) -> BpfOptions {
-        BpfOptions { pin_dir: self.0.path().join("forwarder"), trace: false, most_pairs: None }
+        BpfOptions {
+            pin_dir: self.0.path().join("forwarder"),
+            trace: false,
+            most_pairs: None,
+            most_direct: 0,
+        }
     }
 }
 
@@ -122,7 +127,14 @@ fn load_egress(bpf: &mut Bpf) {
 
 /// Loaded, with maps that are pinned nowhere.
 fn unpinned() -> Ebpf {
-    load(&LoadSettings { log_level: LOG_OFF, pin_dir: None, most_pairs: 16 }).unwrap()
+    load(&LoadSettings {
+        log_level: LOG_OFF,
+        pin_dir: None,
+        has_flows: false,
+        most_pairs: 16,
+        most_direct: 16,
+    })
+    .unwrap()
 }
 
 /// Writes directions of a pair.
@@ -426,26 +438,15 @@ fn pins_are_ours_alone_and_vanish_with_us() {
     let Some(bpffs) = bpffs() else { return };
     let options = bpffs.options();
     let bpf = Bpf::load(&options).unwrap();
-    let mut names: Vec<_> = fs::read_dir(programs_folder(bpf.pin_dir()))
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    assert_eq!(
-        names,
-        [
-            "agent",
-            "backends",
-            "counters",
-            "flows",
-            PROGRAM_SET_FLOW,
-            PROGRAM_SET_LISTENER,
-            "listeners",
-            "local_addresses",
-            "pairs",
-            "verdicts"
-        ]
-    );
+    let pinned = |folder: &Path| {
+        let entries = fs::read_dir(folder).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect::<BTreeSet<_>>()
+    };
+    let folders = folders(bpf.pin_dir());
+    let found: BTreeSet<String> = folders.iter().flat_map(|folder| pinned(folder)).collect();
+    let maps = PINNED_MAPS.iter().map(|map| map.name);
+    let programs = [PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER].into_iter();
+    assert_eq!(found, maps.chain(programs).map(str::to_owned).collect());
     match Bpf::load(&options) {
         Err(error @ LoadError::InUse { .. }) => {
             assert!(error.to_string().contains("another agent"), "{error}");
@@ -594,7 +595,12 @@ fn what_is_left_is_found_by_the_next_one() {
 fn another_file_system_is_refused() {
     let Some(_bpffs) = bpffs() else { return };
     let directory = tempfile::tempdir().unwrap();
-    let options = BpfOptions { pin_dir: directory.path().join("forwarder"), trace: false, most_pairs: None };
+    let options = BpfOptions {
+        pin_dir: directory.path().join("forwarder"),
+        trace: false,
+        most_pairs: None,
+        most_direct: 0,
+    };
     match Bpf::load(&options) {
         Err(error @ LoadError::NotBpffs { .. }) => {
             assert!(error.to_string().contains("mount -t bpf -o mode=0700 bpf /sys/fs/bpf"), "{error}");
@@ -619,7 +625,7 @@ async fn programs_that_log_are_loaded() {
 #[test]
 fn the_probe_leaves_nothing() {
     let Some(_bpffs) = bpffs() else { return };
-    assert!(!probe().unwrap().kernel.is_empty());
+    assert!(!probe(true).unwrap().kernel.is_empty());
 }
 
 /// Runs `ip` with arguments that have no blanks in them.

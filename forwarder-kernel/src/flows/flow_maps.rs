@@ -1,34 +1,69 @@
 //! The maps of flows as they lie in the kernel, and what a dead agent has left in them.
 
-use std::collections::HashMap;
-use std::io;
+use std::os::fd::AsFd as _;
 use std::path::Path;
+use std::thread;
 
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, MapInfo};
-use forwarder_common::flow::{DIRECTION_REQUEST, Flow, Pair, STATE_OVER, STATE_RESET};
+use forwarder_common::flow::{
+    DIRECTION_REQUEST, DIRECTION_RESPONSE, Flow, Pair, STATE_OFFLOADED, STATE_OVER, STATE_RESET,
+};
 use forwarder_common::layout::{AGENT, HoldState};
 use forwarder_common::layout::{FLOWS, PAIRS};
 use forwarder_common::tuple::FourTuple;
 
-use crate::flows::joined_pair::{Condemned, JoinedPair};
-use crate::load_error::LoadError;
+use crate::flows::joined_pair::{Condemned, JoinedPair, PairKey, is_early_end};
 use crate::maps::versions::map_path;
-use crate::maps::{DatapathError, updates};
-use crate::programs::pin_dir::lock;
+use crate::maps::{DatapathError, batch};
+use crate::net::egress_path::EgressPath;
 
 /// The maps, open.
 pub(super) struct FlowMaps {
     pub(super) flows: BpfHashMap<MapData, FourTuple, Flow>,
     pub(super) pairs: BpfHashMap<MapData, u32, Pair>,
     pub(super) agent: Array<MapData, HoldState>,
+    /// The first two once more, to be read by thousands of entries at a time.
+    bulk: Bulk,
+}
+
+struct Bulk {
+    flows: MapData,
+    pairs: MapData,
 }
 
 /// What stands in the maps.
+#[derive(Debug, Default)]
 pub(super) struct Listed {
     /// The pairs that stand whole there.
-    pub(super) pairs: Vec<(JoinedPair, Pair)>,
+    pub(super) pairs: Vec<ListedPair>,
     /// The directions that have no pair or no opposite, or are over: their pairs' numbers, and their tuples.
     pub(super) orphans: Vec<(u32, FourTuple)>,
+    /// The pairs that have no directions.
+    pub(super) states: Vec<u32>,
+}
+
+/// A pair that stands whole in the maps.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ListedPair {
+    pub(super) key: PairKey,
+    /// Where its packets leave: from the client first.
+    pub(super) paths: [EgressPath; 2],
+    /// Whether the sockets of its agent have nothing more to do with it.
+    pub(super) is_offloaded: bool,
+    /// [`JoinedPair::has_early_end`].
+    pub(super) has_early_end: bool,
+    /// Whether an agent has ended it.
+    pub(super) is_ended: bool,
+}
+
+/// One direction of a pair, as far as it takes to find the other one: there may be millions.
+struct ListedFlow {
+    pair: u32,
+    direction: u32,
+    state: u32,
+    flags: u16,
+    path: EgressPath,
+    tuple: FourTuple,
 }
 
 impl FlowMaps {
@@ -38,36 +73,104 @@ impl FlowMaps {
             MapData::from_pin(map_path(pin_dir, name)).map_err(|source| error("open", name, None, source))
         };
         let hash = |name| Ok(Map::HashMap(open(name)?));
+        let bulk = Bulk { flows: open(FLOWS)?, pairs: open(PAIRS)? };
         let failed = |name| move |source| error("open", name, None, source);
         Ok(Self {
             flows: BpfHashMap::try_from(hash(FLOWS)?).map_err(failed(FLOWS))?,
             pairs: BpfHashMap::try_from(hash(PAIRS)?).map_err(failed(PAIRS))?,
             agent: Array::try_from(Map::Array(open(AGENT)?)).map_err(failed(AGENT))?,
+            bulk,
         })
     }
 
-    /// The pairs that stand whole in the maps, and the tuples of directions that have no pair or no opposite.
+    /// Visits what is known of every pair.
+    pub(super) fn for_each_pair(&self, mut visit: impl FnMut(u32, &Pair)) -> Result<(), DatapathError> {
+        batch::for_each(self.bulk.pairs.fd().as_fd(), |number, pair| visit(*number, pair))
+            .map_err(|source| error("read", PAIRS, None, source.into()))
+    }
+
+    /// The directions of all pairs, sorted.
+    fn directions(&self) -> Result<Vec<ListedFlow>, DatapathError> {
+        let mut directions = Vec::new();
+        batch::for_each(self.bulk.flows.fd().as_fd(), |tuple: &FourTuple, flow: &Flow| {
+            let Flow { pair, direction, state, flags, .. } = *flow;
+            let path = EgressPath::of(flow);
+            directions.push(ListedFlow { pair, direction, state, flags, path, tuple: *tuple });
+        })
+        .map_err(|source| error("read", FLOWS, None, source.into()))?;
+        directions.sort_unstable_by_key(|one| (one.pair, one.direction));
+        Ok(directions)
+    }
+
+    /// The numbers of all pairs of which something is known, sorted.
+    fn numbers(&self) -> Result<Vec<u32>, DatapathError> {
+        let mut numbers = Vec::new();
+        self.for_each_pair(|number, _| numbers.push(number))?;
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    /// What stands in the maps.
     pub(super) fn list(&self) -> Result<Listed, DatapathError> {
-        let mut found = HashMap::new();
-        for entry in &self.flows {
-            let (key, flow) = entry.map_err(|source| error("read", FLOWS, None, source))?;
-            let directions: &mut [Option<(FourTuple, Flow)>; 2] = found.entry(flow.pair).or_default();
-            directions[usize::from(flow.direction != DIRECTION_REQUEST)] = Some((key, flow));
-        }
-        let (mut pairs, mut orphans) = (Vec::new(), Vec::new());
-        for (number, directions) in found {
-            match (directions, self.pairs.get(&number, 0)) {
-                ([Some(request), Some(response)], Ok(state))
-                    if request.1.state != STATE_OVER && response.1.state != STATE_OVER =>
+        // Each waits for memory most of the time.
+        let (directions, states) = thread::scope(|scope| {
+            let states = thread::Builder::new().spawn_scoped(scope, || self.numbers());
+            let directions = self.directions();
+            let states = match states {
+                Ok(states) => states.join().expect("a panic ends the process"),
+                Err(_) => self.numbers(),
+            };
+            (directions, states)
+        });
+        let (directions, states) = (directions?, states?);
+        let mut listed = Listed::default();
+        // Both are sorted by number.
+        let mut states = states.into_iter().peekable();
+        for of_pair in directions.chunk_by(|one, other| one.pair == other.pair) {
+            let number = of_pair[0].pair;
+            listed.states.extend(std::iter::from_fn(|| states.next_if(|state| *state < number)));
+            let has_state = states.next_if_eq(&number).is_some();
+            match of_pair {
+                [request, response]
+                    if (request.direction, response.direction) == (DIRECTION_REQUEST, DIRECTION_RESPONSE)
+                        && of_pair.iter().all(|one| one.state != STATE_OVER)
+                        && has_state =>
                 {
-                    pairs.push((JoinedPair { number, flows: [request, response] }, state));
+                    listed.pairs.push(ListedPair {
+                        key: PairKey { number, tuples: [request.tuple, response.tuple] },
+                        paths: [request.path, response.path],
+                        is_offloaded: of_pair.iter().all(|one| one.state == STATE_OFFLOADED),
+                        has_early_end: of_pair.iter().any(|one| is_early_end(one.flags)),
+                        is_ended: of_pair.iter().any(|one| one.state == STATE_RESET),
+                    });
                 }
-                (directions, _) => {
-                    orphans.extend(directions.into_iter().flatten().map(|(key, _)| (number, key)));
+                orphans => {
+                    listed.orphans.extend(orphans.iter().map(|one| (number, one.tuple)));
+                    listed.states.extend(has_state.then_some(number));
                 }
             }
         }
-        Ok(Listed { pairs, orphans })
+        listed.states.extend(states);
+        Ok(listed)
+    }
+
+    /// A pair as it stands in the maps; `None` if it does not stand there whole any more.
+    pub(super) fn find(&self, key: &PairKey) -> Option<JoinedPair> {
+        let flow = |tuple: FourTuple| {
+            let flow = self.flows.get(&tuple, 0).ok().filter(|flow| flow.pair == key.number)?;
+            Some((tuple, flow))
+        };
+        let [request, response] = key.tuples;
+        Some(JoinedPair { number: key.number, flows: [flow(request)?, flow(response)?] })
+    }
+
+    /// The pairs that no agent has ended, and what is known of each.
+    pub(super) fn living(&self) -> Result<Vec<(JoinedPair, Pair)>, DatapathError> {
+        let listed = self.list()?.pairs;
+        let living = listed.iter().filter(|pair| !pair.is_ended);
+        Ok(living
+            .filter_map(|pair| Some((self.find(&pair.key)?, self.pairs.get(&pair.key.number, 0).ok()?)))
+            .collect())
     }
 
     /// Removes what is there.
@@ -84,58 +187,6 @@ impl FlowMaps {
             }
         }
     }
-}
-
-/// Whether an agent of this version has pinned its flows in a directory.
-pub fn are_pinned(pin_dir: &Path) -> bool {
-    map_path(pin_dir, FLOWS).exists()
-}
-
-/// What a dead agent, or a running one, has pinned in a directory.
-///
-/// # Errors
-/// Nothing is pinned there, or it cannot be read.
-pub fn read(pin_dir: &Path) -> Result<Vec<(JoinedPair, Pair)>, DatapathError> {
-    let maps = FlowMaps::open(pin_dir)?;
-    let mut pairs = maps.list()?.pairs;
-    pairs.retain(|(pair, _)| !pair.is_ended());
-    Ok(pairs)
-}
-
-/// Has the kernel forward nothing more of pairs that a dead agent has pinned in a directory, and reset whoever still sends
-/// something of them, until they are forgotten.
-///
-/// # Errors
-/// The program that the agent has left for this cannot be opened, or the kernel refuses.
-pub fn end<'a>(pin_dir: &Path, pairs: impl IntoIterator<Item = &'a JoinedPair>) -> Result<(), DatapathError> {
-    let setter = updates::open_flow_setter(pin_dir)?;
-    pairs.into_iter().try_for_each(|pair| updates::set_flows(&setter, &pair.in_state(STATE_RESET)))
-}
-
-/// Takes pairs out of the maps that a dead agent has pinned in a directory; an agent that runs by now has taken them over, and
-/// removes them itself. None starts meanwhile, and the next one waits for a grace period before it puts anything into them.
-///
-/// # Errors
-/// The directory cannot be locked, such as one that is somebody else's, or the maps cannot be opened: the pairs stay in them.
-pub fn forget<'a>(
-    pin_dir: &Path,
-    pairs: impl IntoIterator<Item = &'a JoinedPair>,
-) -> Result<(), DatapathError> {
-    let _lock = match lock(pin_dir) {
-        Ok(lock) => lock,
-        Err(LoadError::InUse { .. }) => return Ok(()),
-        Err(refused) => {
-            return Err(error(
-                "remove connections that have ended from",
-                FLOWS,
-                None,
-                MapError::from(io::Error::other(refused)),
-            ));
-        }
-    };
-    let mut maps = FlowMaps::open(pin_dir)?;
-    pairs.into_iter().for_each(|pair| maps.remove(pair.condemned()));
-    Ok(())
 }
 
 /// How many pairs the maps that are pinned in a directory have room for.

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use forwarder_common::flow::{Flow, STATE_OFFLOADED, STATE_RESET};
+use forwarder_common::flow::{FLOW_ENDED, FLOW_REVERSE_ENDED, Flow, STATE_OFFLOADED, STATE_RESET};
 use forwarder_common::tuple::{FourTuple, address_bytes, address_of};
 
 /// A pair that the kernel forwards: its number and its two directions, from the client first.
@@ -14,20 +14,57 @@ pub struct JoinedPair {
     pub flows: [(FourTuple, Flow); 2],
 }
 
-impl JoinedPair {
+/// What tells a pair from all others: its number, and the tuples of its packets as they arrive, from the client first.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct PairKey {
+    /// Its number.
+    pub number: u32,
+    /// The tuples.
+    pub tuples: [FourTuple; 2],
+}
+
+impl PairKey {
+    /// That of the pair between `(client, address)` and `(endpoint, local)`: the ends, and the addresses of this node that they
+    /// speak to.
+    pub fn new(
+        number: u32,
+        downstream: (SocketAddr, SocketAddr),
+        upstream: (SocketAddr, SocketAddr),
+    ) -> Self {
+        let tuples = [downstream, upstream].map(|(end, own)| key_of(end, own));
+        Self { number, tuples }
+    }
+
     /// The client, and the node's address that it has connected to.
     pub fn downstream(&self) -> (SocketAddr, SocketAddr) {
-        ends(&self.flows[0].0)
+        ends(&self.tuples[0])
     }
 
     /// The endpoint, and the node's address that it was connected from.
     pub fn upstream(&self) -> (SocketAddr, SocketAddr) {
-        ends(&self.flows[1].0)
+        ends(&self.tuples[1])
     }
 
     /// What is removed at its end.
     pub(super) fn condemned(&self) -> Condemned {
-        Condemned::Pair(self.number, self.flows.map(|(key, _)| key))
+        Condemned::Pair(self.number, self.tuples)
+    }
+}
+
+impl JoinedPair {
+    /// What tells it from all others.
+    pub fn key(&self) -> PairKey {
+        PairKey { number: self.number, tuples: self.flows.map(|(key, _)| key) }
+    }
+
+    /// The client, and the node's address that it has connected to.
+    pub fn downstream(&self) -> (SocketAddr, SocketAddr) {
+        self.key().downstream()
+    }
+
+    /// The endpoint, and the node's address that it was connected from.
+    pub fn upstream(&self) -> (SocketAddr, SocketAddr) {
+        self.key().upstream()
     }
 
     /// Its directions once they have come to a last state.
@@ -44,6 +81,15 @@ impl JoinedPair {
     pub fn is_offloaded(&self) -> bool {
         self.flows.iter().all(|(_, flow)| flow.state == STATE_OFFLOADED)
     }
+
+    /// Whether an end of it reached a local socket before the handover: then no FIN of it is seen.
+    pub fn has_early_end(&self) -> bool {
+        self.flows.iter().any(|(_, flow)| is_early_end(flow.flags))
+    }
+}
+
+pub(super) const fn is_early_end(flags: u16) -> bool {
+    flags & (FLOW_ENDED | FLOW_REVERSE_ENDED) != 0
 }
 
 /// What is to be removed from the maps. All of it is [`STATE_OVER`](forwarder_common::flow::STATE_OVER), or of no effect by itself.

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,7 @@ pub struct Paths {
     known: Mutex<Known>,
     changed: Notify,
     filters: Mutex<Filters>,
+    is_sole: AtomicBool,
 }
 
 /// Where the stack takes packets from.
@@ -164,9 +166,29 @@ impl Paths {
         Err(fallback_reason)
     }
 
+    /// The interfaces by which packets may be redirected to anybody, and their MTUs: programs hang there, and nothing is known to get lost.
+    pub fn redirecting(&self) -> Vec<(u32, u32)> {
+        let known = self.known();
+        let may_redirect = |index: u32| {
+            let anybody = IpAddr::from(std::net::Ipv4Addr::UNSPECIFIED);
+            known.via(index, anybody) == Ok(Via::Redirect)
+        };
+        let attached = known.links.iter().filter(|(index, link)| {
+            known.attached.contains(index)
+                && link.begins_with == Some(LinkLayer::Ethernet)
+                && may_redirect(**index)
+        });
+        attached.map(|(index, link)| (*index, link.mtu)).collect()
+    }
+
     /// Asks for programs on an interface.
     pub fn want(&self, interface: u32) {
         self.known().wanted.insert(interface);
+        self.changed.notify_one();
+    }
+
+    /// Has who waits for a [change](Self::changed) look anew.
+    pub(crate) fn notify(&self) {
         self.changed.notify_one();
     }
 
@@ -175,9 +197,19 @@ impl Paths {
         self.known().wanted.clone()
     }
 
-    /// Waits until programs are asked for on another interface.
+    /// Waits until programs are asked for on another interface, or have what direct connections need.
     pub async fn changed(&self) {
         self.changed.notified().await;
+    }
+
+    /// Notes that no other programs than this agent's hang anywhere: none of a former one's.
+    pub(crate) fn set_sole(&self) {
+        self.is_sole.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether that was noted.
+    pub(crate) fn is_sole(&self) -> bool {
+        self.is_sole.load(Ordering::Relaxed)
     }
 
     /// Notes where programs hang now, and by which interfaces packets may arrive. What is known of an interface ends with it.

@@ -48,7 +48,7 @@ impl Grace {
 }
 
 /// Waits, on this thread, for a grace period that begins now.
-pub(super) fn wait() {
+pub(crate) fn wait() {
     // `sys_membarrier` calls `synchronize_rcu`. Where there is one CPU only, it has no need to: no packet is on its way then
     // (but on kernels for real time).
     if membarrier(MembarrierCommand::Global).is_err() {

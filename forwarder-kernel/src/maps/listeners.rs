@@ -36,6 +36,8 @@ pub(crate) struct Maps {
     verdicts: PerCpuArray<MapData, u64>,
     /// The listener that each key of `listeners` was last written for.
     known_listeners: HashMap<layout::ListenerKey, ListenerId>,
+    /// Where each of the listeners leads programs: [`ListenerValue::targets`].
+    targets: HashMap<ListenerId, [u64; 2]>,
     /// The listeners that have counters.
     known_counters: BTreeSet<ListenerId>,
     /// What stands in `backends`, by slot.
@@ -136,6 +138,7 @@ impl Maps {
             local_addresses,
             verdicts: typed(ebpf, layout::VERDICTS, PerCpuArray::try_from)?,
             known_listeners: HashMap::new(),
+            targets: HashMap::new(),
             known_counters: BTreeSet::new(),
             known_backends: HashMap::new(),
         })
@@ -155,7 +158,8 @@ impl Maps {
             ListenerState::Draining => STATE_DRAINING,
         };
         let map_key = map_key(key);
-        match self.write_listener(map_key, ListenerValue { listener_id: id.0, state }) {
+        let targets = self.targets.get(&id).copied().unwrap_or_default();
+        match self.write_listener(map_key, ListenerValue { listener_id: id.0, state, targets }) {
             Ok(()) => {
                 self.former_listeners.remove(&map_key);
                 self.known_listeners.insert(map_key, id);
@@ -168,6 +172,27 @@ impl Maps {
                 Err(write_error(layout::LISTENERS, key.to_string(), source))
             }
         }
+    }
+
+    pub(crate) fn set_targets(
+        &mut self,
+        key: ListenerKey,
+        id: ListenerId,
+        targets: [u64; 2],
+    ) -> Result<(), DatapathError> {
+        let map_key = map_key(key);
+        // Another listener may have the key by now.
+        if self.known_listeners.get(&map_key) != Some(&id)
+            || self.targets.get(&id).copied().unwrap_or_default() == targets
+        {
+            return Ok(());
+        }
+        let value = ListenerValue { listener_id: id.0, state: STATE_READY, targets };
+        self.updates
+            .set_listener(map_key, value)
+            .map_err(|source| write_error(layout::LISTENERS, key.to_string(), source))?;
+        self.targets.insert(id, targets);
+        Ok(())
     }
 
     /// Makes a listener that stands there what is said, or a new one.
@@ -245,6 +270,7 @@ impl Maps {
                 self.known_listeners.remove(&map_key);
             }
         }
+        self.targets.remove(&id);
         let backends = self.set_backends(id, Vec::new());
         if backends.is_ok() {
             self.known_backends.remove(&id);
@@ -259,7 +285,7 @@ impl Maps {
         key: layout::ListenerKey,
         describe: impl FnOnce() -> String,
     ) -> Result<(), DatapathError> {
-        let gone = ListenerValue { listener_id: 0, state: STATE_REMOVED };
+        let gone = ListenerValue { listener_id: 0, state: STATE_REMOVED, targets: [0; 2] };
         self.updates
             .set_listener(key, gone)
             .map_err(|source| write_error(layout::LISTENERS, describe(), source))?;

@@ -50,7 +50,7 @@ impl Updates {
     /// # Errors
     /// The kernel refuses.
     pub(super) fn set_listener(&self, key: ListenerKey, value: ListenerValue) -> Result<bool, MapError> {
-        let request = ListenerUpdate { key, value }.bytes();
+        let request = ListenerUpdate { key, pad: 0, value }.bytes();
         Ok(run(&self.listeners, &request)? > 0)
     }
 }

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
 
 use aya::maps::{MapData, MapInfo};
+use forwarder_common::direct::DIRECT;
 use forwarder_common::layout::{
     AGENT, FLOWS, LISTENERS, LOCAL_ADDRESSES, PINNED_MAPS, PROGRAMS_VERSION, VERDICTS,
 };
@@ -92,7 +93,7 @@ impl ForeignMap {
     /// What is lost because this agent cannot take it over; `None` if nothing is.
     pub(crate) fn loss(&self) -> Option<&'static str> {
         match self.name {
-            FLOWS if has_entries(&self.path) => Some(
+            FLOWS | DIRECT if has_entries(&self.path) => Some(
                 "the connections that the kernel forwarded by it end: each end is reset when it sends next, or times out if a firewall drops \
                  that packet",
             ),
@@ -100,7 +101,7 @@ impl ForeignMap {
             AGENT | LISTENERS | LOCAL_ADDRESSES => {
                 Some("clients that connect before this agent listens may be refused instead of waiting")
             }
-            // Pairs are told of with their flows; the rest each agent begins anew.
+            // Pairs are told of with their flows, and what belongs to direct connections with what leads to them; the rest each agent begins anew.
             _ => None,
         }
     }
@@ -126,6 +127,9 @@ fn foreign_paths(pin_dir: &Path) -> Vec<ForeignMap> {
 
 #[cfg(test)]
 mod tests {
+    use forwarder_common::direct::{
+        DIRECT_COUNTS, DIRECT_LINKS, DIRECT_SLOTS, DIRECT_STATES, DIRECT_TARGETS,
+    };
     use forwarder_common::layout::{BACKENDS, COUNTERS, PAIRS};
 
     use super::*;
@@ -148,7 +152,22 @@ mod tests {
 
     #[test]
     fn each_map_is_one_whose_loss_has_been_thought_of() {
-        let known = [LISTENERS, BACKENDS, COUNTERS, LOCAL_ADDRESSES, VERDICTS, FLOWS, PAIRS, AGENT];
+        let known = [
+            LISTENERS,
+            BACKENDS,
+            COUNTERS,
+            LOCAL_ADDRESSES,
+            VERDICTS,
+            FLOWS,
+            PAIRS,
+            AGENT,
+            DIRECT,
+            DIRECT_SLOTS,
+            DIRECT_STATES,
+            DIRECT_TARGETS,
+            DIRECT_LINKS,
+            DIRECT_COUNTS,
+        ];
         assert_eq!(PINNED_MAPS.map(|map| map.name), known, "say in `ForeignMap::loss` what is lost with it");
     }
 }

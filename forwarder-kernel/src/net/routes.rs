@@ -1,5 +1,6 @@
 //! Which interface the packets to a peer leave by, as the kernel routes them.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Mutex;
@@ -146,6 +147,17 @@ impl Routes {
             })
         };
         lookup().map_err(|source| RouteError::Lookup { local, peer, source })
+    }
+}
+
+/// Routes as they were a moment ago, for whoever needs many at once.
+#[derive(Debug, Default)]
+pub struct KnownRoutes(HashMap<(IpAddr, IpAddr), Option<ResolvedRoute>>);
+
+impl KnownRoutes {
+    /// [`Routes::egress`]; `None` where there is no route.
+    pub(crate) fn egress(&mut self, routes: &Routes, local: IpAddr, peer: IpAddr) -> Option<ResolvedRoute> {
+        *self.0.entry((local, peer)).or_insert_with(|| routes.egress(local, peer).ok())
     }
 }
 

@@ -8,6 +8,8 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use aya::maps::MapInfo;
+use forwarder_common::direct::{DIRECT, DIRECT_SLOTS, DIRECT_STATES, DIRECT_TARGETS};
 use forwarder_common::layout::FLOWS;
 use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
 
@@ -51,7 +53,7 @@ impl Pins {
             create(&folder)?;
         }
         // Whoever fails before it has taken over what is there leaves it to one who does not.
-        let is_left = are_attached || has_entries(&map_path(pin_dir, FLOWS));
+        let is_left = are_attached || has_flows(pin_dir);
         let pins = Self { pin_dir: pin_dir.to_owned(), is_left, may_have_foreign: true, _lock: lock };
         if !is_left {
             pins.clear().map_err(|source| LoadError::PinDir {
@@ -66,7 +68,31 @@ impl Pins {
     /// Whether connections of a former agent may live here: it had egress programs, or there are flows.
     pub(crate) fn has_connections(&self) -> bool {
         attachments(&programs_folder(&self.pin_dir)).any(|name| hook::is_egress(&name))
-            || has_entries(&map_path(&self.pin_dir, FLOWS))
+            || has_flows(&self.pin_dir)
+    }
+
+    /// For how many direct connections maps are to be made, where `wanted` are: as many as the pinned ones have room for, if connections live in
+    /// them, or may. Otherwise those are removed, so that they are made anew.
+    pub(crate) fn room_for_direct(&self, wanted: u32) -> u32 {
+        let path = map_path(&self.pin_dir, DIRECT_SLOTS);
+        let Some(room) = MapInfo::from_pin(&path).ok().map(|info| info.max_entries()) else { return wanted };
+        if room == wanted.max(1) {
+            return wanted;
+        }
+        // Programs that hang on interfaces may be making some just now, if there is room for more than none.
+        let may_have = room > 1 && has_attachments(&programs_folder(&self.pin_dir));
+        if may_have || has_entries(&map_path(&self.pin_dir, DIRECT)) {
+            tracing::warn!(
+                wanted,
+                room,
+                "a former agent's maps have room for another number of connections than --max-direct: it stays until they are removed, by SIGINT or `forwarder cleanup`"
+            );
+            return room;
+        }
+        for name in [DIRECT, DIRECT_SLOTS, DIRECT_STATES, DIRECT_TARGETS] {
+            remove_foreign(&map_path(&self.pin_dir, name));
+        }
+        wanted
     }
 
     /// Where links are pinned; made if it is not there.
@@ -156,6 +182,11 @@ impl Drop for Pins {
         }
         let _ = fs::remove_dir(&self.pin_dir);
     }
+}
+
+/// Whether connections are in the maps of this version.
+fn has_flows(pin_dir: &Path) -> bool {
+    [FLOWS, DIRECT].into_iter().any(|name| has_entries(&map_path(pin_dir, name)))
 }
 
 /// The names of what is pinned for the places where programs hang, in a folder of programs.

@@ -189,6 +189,7 @@ impl Stage {
         topology.client.sysctl("ipv4/tcp_tw_reuse", "1")?;
         let command = datapath.agent().environment("FORWARDER_CONNECT_TIMEOUT", CONNECT_TIMEOUT);
         let agent = command.start(&topology.node, &manifests.path())?;
+        datapath.wait_ready(&agent);
         Ok(Self { agent, topology, datapath, family, board, _servers: servers, _manifests: manifests })
     }
 

@@ -4,10 +4,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::segments::{self, Said};
-use super::{PERIOD, Pairs, end};
+use super::sweep::quiet;
+use super::{PERIOD, Pairs};
 use crate::counters::End;
 use forwarder_kernel::clock::monotonic;
-use forwarder_kernel::flows::joined_pair::JoinedPair;
+use forwarder_kernel::flows::joined_pair::{JoinedPair, PairKey};
 use forwarder_runtime::lock::lock;
 
 /// When what ends a pair is sent again: it may be lost, and an end with nothing to say tells nobody.
@@ -34,7 +35,13 @@ impl Pairs {
     /// Whoever sends something of it is reset by the program, with the number that it acknowledges. An end that is silent is
     /// made to send: by a number that it has acknowledged before (RFC 9293, 3.10.7.4), and by a reset, which it answers with
     /// the right number if that of the reset is wrong (RFC 5961, 3.2).
-    pub fn reset(&self, pair: &JoinedPair) {
+    pub fn reset(&self, key: &PairKey) {
+        let Some(pair) = self.flows.find(key) else { return self.flows.forget(key) };
+        self.reset_joined(&pair);
+    }
+
+    /// The same of a pair as it stands in the maps.
+    pub(crate) fn reset_joined(&self, pair: &JoinedPair) {
         if let Err(error) = self.flows.end(pair) {
             tracing::debug!(%error, "cannot mark an offloaded connection as ended: its peers learn it from their own next segments");
             return self.flows.remove(pair);
@@ -46,6 +53,15 @@ impl Pairs {
         if let Some(reset) = self.send_reset(reset) {
             lock(&self.resets).push(reset);
         }
+    }
+
+    /// The same of a pair whose packets are the local stack's already, and which has no sockets any more: it is the stack that resets
+    /// whoever sends something of it.
+    pub fn reset_released(&self, pair: &JoinedPair) {
+        if let Some(state) = self.flows.pair(pair.number) {
+            self.send(&segments::last_words(pair, &state, monotonic()));
+        }
+        self.flows.remove(pair);
     }
 
     /// Tells both ends, or waits until they are quiet, unless the pair's addresses are another connection's by now; says what is
@@ -69,16 +85,14 @@ impl Pairs {
     /// Whether an end of a pair that was ended still sends.
     fn is_heard(&self, reset: &PendingReset) -> bool {
         let Some(state) = self.flows.pair(reset.pair.number) else { return false };
-        let last = state.request.last_seen.max(state.response.last_seen);
-        let quiet = Duration::from_nanos(monotonic().saturating_sub(last));
-        quiet < RESET_LINGER && reset.since.elapsed() < LONGEST_RESET
+        quiet(&state, monotonic()) < RESET_LINGER && reset.since.elapsed() < LONGEST_RESET
     }
 
     /// Ends every pair, for an agent that leaves nothing behind.
     pub fn reset_all(&self) {
-        self.retain(|entry| {
-            self.reset(&entry.pair);
-            end(entry, End::Drained);
+        self.discover();
+        self.retain(|entry, state, _| {
+            self.reset_entry(entry, state, End::Drained);
             false
         });
         let resets = std::mem::take(&mut *lock(&self.resets));

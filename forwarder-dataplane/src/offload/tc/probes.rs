@@ -100,6 +100,11 @@ impl Asked {
     }
 }
 
+/// Whether somebody claims something that an end is to be asked about.
+pub(super) const fn is_claimed(state: &Pair) -> bool {
+    (state.request.flags | state.response.flags) & (SENDER_SYN | SENDER_CHALLENGE) != 0
+}
+
 /// Which end is to be asked for what came in a direction, if any: the other one about a new connection, since its answer tells
 /// who has forgotten the old one to reset it (RFC 9293, 3.5.1); the sender itself about a reset, since it answers with the exact
 /// one if that was its own.

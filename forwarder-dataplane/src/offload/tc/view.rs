@@ -1,41 +1,45 @@
 //! What operators see of offloaded pairs, from the maps alone where no agent runs.
 
+use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use forwarder_common::flow::Pair;
 use thiserror::Error;
 
-use super::{Entry, Pairs, RESET_AGAIN, end, segments};
+use super::entry::{Entry, Place, Served};
+use super::sweep::quiet;
+use super::{Pairs, RESET_AGAIN, segments};
 use crate::counters::End;
 use crate::relay::Tier;
-use crate::view::milliseconds;
 use crate::view::{ConnectionState, ConnectionView, Selector};
+use crate::view::{canonical, milliseconds};
 use forwarder_kernel::clock::monotonic;
 use forwarder_kernel::flows::{self, joined_pair::JoinedPair};
 use forwarder_kernel::maps::DatapathError;
 use forwarder_kernel::tcp::segments::{SegmentError, SegmentSocket};
 
 impl Pairs {
-    /// The connections that match. It may take a second.
-    pub fn list(&self, selector: &Selector) -> Vec<ConnectionView> {
-        let mut found = Vec::new();
-        self.retain(|entry| {
-            found.extend(self.view(entry).filter(|view| selector.matches(view)));
+    /// Shows the connections that match. It may take a second.
+    pub fn list(&self, selector: &Selector, mut show: impl FnMut(ConnectionView)) {
+        let (mut meant, now) = (Meant::new(selector), monotonic());
+        self.retain(|entry, state, _| {
+            if let Some(state) = state.filter(|state| self.is_meant(entry, state, &mut meant, now)) {
+                show(view_of(entry, state, now));
+            }
             true
         });
-        found
     }
 
     /// Resets both ends of the connections that match; tells how many. It may take a second.
     pub fn reset_matching(&self, selector: &Selector) -> usize {
-        let mut count = 0;
-        self.retain(|entry| {
-            let is_meant = self.view(entry).is_some_and(|view| selector.matches(&view));
+        let (mut meant, now, mut count) = (Meant::new(selector), monotonic(), 0);
+        self.retain(|entry, state, _| {
+            let is_meant = state.is_some_and(|state| self.is_meant(entry, state, &mut meant, now));
             if is_meant {
-                self.reset(&entry.pair);
-                end(entry, End::ResetByOperator);
+                self.reset_entry(entry, state, End::ResetByOperator);
                 count += 1;
             }
             !is_meant
@@ -43,24 +47,86 @@ impl Pairs {
         count
     }
 
-    /// `None` for a pair that is over.
-    fn view(&self, entry: &Entry) -> Option<ConnectionView> {
-        if entry.over.is_some() {
-            return None;
+    /// Whether a pair matches and is not over.
+    fn is_meant(&self, entry: &Entry, state: &Pair, meant: &mut Meant<'_>, now: u64) -> bool {
+        entry.over().is_none() && meant.holds(entry, state, now) && !self.is_over(entry, state)
+    }
+}
+
+/// Which pairs a selector means: what they have in common is compared once.
+struct Meant<'a> {
+    selector: &'a Selector,
+    places: HashMap<*const Place, bool>,
+}
+
+impl<'a> Meant<'a> {
+    fn new(selector: &'a Selector) -> Self {
+        Self { selector, places: HashMap::new() }
+    }
+
+    fn holds(&mut self, entry: &Entry, state: &Pair, now: u64) -> bool {
+        let place = &entry.place;
+        let upstream = Some(place.endpoint);
+        self.selector.matches_ends(entry.client(), upstream, milliseconds(entry.idle_by(state, now)))
+            && *self.places.entry(Arc::as_ptr(place)).or_insert_with(|| {
+                let names = Names::of(place);
+                self.selector.matches_names(&names.listener, names.route.as_deref(), names.backend.as_deref())
+            })
+    }
+}
+
+/// What operators call that which serves a pair.
+struct Names {
+    listener: String,
+    route: Option<String>,
+    backend: Option<String>,
+}
+
+impl Names {
+    fn of(place: &Place) -> Self {
+        let Some(Served { serving, upstream, .. }) = &place.served else {
+            return Self { listener: String::new(), route: None, backend: None };
+        };
+        Self {
+            listener: serving.listener.name.to_string(),
+            route: serving.listener.route.as_ref().map(|route| route.name.to_string()),
+            backend: upstream.as_ref().map(|upstream| upstream.key.to_string()),
         }
-        let state = self.flows.pair(entry.pair.number)?;
-        let of_pair = view(&entry.pair, &state, monotonic());
-        let Some(record) = &entry.record else { return Some(of_pair) };
-        Some(ConnectionView {
-            upstream: of_pair.upstream,
-            upstream_local: of_pair.upstream_local,
-            tier: of_pair.tier,
-            state: of_pair.state,
-            received_bytes: of_pair.received_bytes,
-            sent_bytes: of_pair.sent_bytes,
-            idle_ms: milliseconds(entry.active.elapsed()),
-            ..record.view()
-        })
+    }
+}
+
+/// What operators see of a pair that is not over.
+fn view_of(entry: &Entry, state: &Pair, now: u64) -> ConnectionView {
+    let Place { address, endpoint, served, .. } = &*entry.place;
+    let Names { listener, route, backend } = Names::of(&entry.place);
+    ConnectionView {
+        listener,
+        address: served
+            .as_ref()
+            .map_or_else(|| address.to_string(), |served| served.listener.key.to_string()),
+        route,
+        backend,
+        downstream: canonical(entry.client()),
+        upstream: Some(*endpoint),
+        upstream_local: Some(entry.local()),
+        tier: entry.tier(),
+        state: state_of(state),
+        received_bytes: state.request.bytes,
+        sent_bytes: state.response.bytes,
+        age_ms: milliseconds(Duration::from_nanos(now.saturating_sub(state.opened))),
+        idle_ms: milliseconds(entry.idle_by(state, now)),
+        reason: None,
+    }
+}
+
+/// How a pair stands that is not over, and whose sockets have nothing more to do with it.
+fn state_of(state: &Pair) -> ConnectionState {
+    if state.offloaded == 0 {
+        ConnectionState::Connecting
+    } else if state.has_fin() {
+        ConnectionState::HalfClosed
+    } else {
+        ConnectionState::Offloaded
     }
 }
 
@@ -122,7 +188,6 @@ fn view(pair: &JoinedPair, state: &Pair, now: u64) -> ConnectionView {
     let (client, address) = pair.downstream();
     let (endpoint, local) = pair.upstream();
     let [(_, request), _] = &pair.flows;
-    let since = |time: u64| milliseconds(Duration::from_nanos(now.saturating_sub(time)));
     ConnectionView {
         listener: String::new(),
         address: address.to_string(),
@@ -131,20 +196,18 @@ fn view(pair: &JoinedPair, state: &Pair, now: u64) -> ConnectionView {
         downstream: client,
         upstream: Some(endpoint),
         upstream_local: Some(local),
-        tier: Tier::Tc,
+        tier: if flows::is_direct(pair.number) { Tier::Direct } else { Tier::Tc },
         state: if state.is_over(request) {
             ConnectionState::Closing
         } else if !pair.is_offloaded() {
             ConnectionState::Handover
-        } else if state.has_fin() {
-            ConnectionState::HalfClosed
         } else {
-            ConnectionState::Offloaded
+            state_of(state)
         },
         received_bytes: state.request.bytes,
         sent_bytes: state.response.bytes,
-        age_ms: since(state.opened),
-        idle_ms: since(state.request.last_seen.max(state.response.last_seen)),
+        age_ms: milliseconds(Duration::from_nanos(now.saturating_sub(state.opened))),
+        idle_ms: milliseconds(quiet(state, now)),
         reason: None,
     }
 }

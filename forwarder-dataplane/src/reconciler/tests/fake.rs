@@ -65,6 +65,10 @@ impl ListenerMaps for Fake {
         Ok(())
     }
 
+    fn set_targets(&mut self, _: ListenerKey, _: ListenerId, _: [u64; 2]) -> Result<(), DatapathError> {
+        self.check("listeners")
+    }
+
     fn remove_listener(&mut self, key: ListenerKey, id: ListenerId) -> Result<(), DatapathError> {
         self.check("listeners")?;
         let mut told = self.told.lock().unwrap();
