@@ -123,7 +123,7 @@ impl Search<'_> {
                 let first = *free.start();
                 let is_taken = || match flows.ports().find(endpoint, source, &(first..=first)) {
                     // The kernel had more than one to choose from.
-                    _ if is_all || first < last => is_taken(flows, &socket, endpoint),
+                    _ if first < last => is_taken(flows, &socket, endpoint),
                     free => Ok(free == Free::Nothing),
                 };
                 match start(&socket, endpoint) {
