@@ -15,7 +15,7 @@ use forwarder_gateway::manifests::{
     GatewayClassSpec, GatewaySpec, Listener, Manifests, Metadata, NamespacedName, ParentRef,
     SERVICE_NAME_LABEL, Service, ServicePort, ServiceSpec, TcpRoute, TcpRouteRule, TcpRouteSpec,
 };
-use forwarder_gateway::model::{Datapath, ListenerSettings, OnRemoval, RouteTable};
+use forwarder_gateway::model::{ListenerSettings, RouteTable};
 use forwarder_gateway::plan;
 use forwarder_gateway::resolve::{CONTROLLER_NAME, ResolveSettings, resolve, update_endpoints};
 
@@ -26,12 +26,8 @@ const PER_SERVICE: usize = 10;
 
 fn settings() -> ResolveSettings {
     ResolveSettings::for_files(ListenerSettings {
-        datapath: Datapath::Auto,
         idle_timeout: Some(Duration::from_hours(1)),
-        half_closed_timeout: Some(Duration::from_mins(10)),
-        connect_timeout: Duration::from_secs(5),
-        on_removal: OnRemoval::Keep,
-        removal_drain: Duration::from_secs(30),
+        ..ListenerSettings::default()
     })
 }
 

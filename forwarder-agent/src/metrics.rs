@@ -16,6 +16,7 @@ use forwarder_dataplane::counters::{
 };
 use forwarder_dataplane::reconciler::{InForce, SocketState};
 use forwarder_dataplane::relay::{Fallback, Tier};
+use forwarder_gateway::model::Xdp;
 use forwarder_kernel::fallback_reason::FallbackReason;
 use forwarder_runtime::lock::lock;
 
@@ -206,13 +207,15 @@ impl<'a> Listeners<'a> {
             ("forwarder_ingress_syns", "Connection attempts that arrived, retransmitted ones included", 0),
             ("forwarder_ingress_packets", "TCP packets that arrived; a GRO super-packet counts once", 1),
             ("forwarder_ingress_bytes", "Bytes of these packets from the IP header on", 2),
+            ("forwarder_ingress_denied", "Connection attempts dropped because the client is not let in", 3),
         ] {
             let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             for (labels, counters) in &counted {
                 let value = match field {
                     0 => counters.syns,
                     1 => counters.packets,
-                    _ => counters.bytes,
+                    2 => counters.bytes,
+                    _ => counters.denied,
                 };
                 counter(&mut metric, *labels, value)?;
             }
@@ -226,6 +229,15 @@ impl<'a> Listeners<'a> {
         for (verdict, count) in datapath.verdicts().unwrap_or_default() {
             counter(&mut verdicts, [("verdict", verdict.as_str())], count)?;
         }
+        let mut at_xdp = encoder.encode_descriptor(
+            "forwarder_xdp_interfaces",
+            "Interfaces on which a program hangs at XDP",
+            None,
+            MetricType::Gauge,
+        )?;
+        let mode = Xdp::Native;
+        let count = datapath.attachments().iter().filter(|one| one.xdp == Some(mode)).count();
+        gauge(&mut at_xdp, [("mode", mode.as_str())], count as u64)?;
         let mut restored = encoder.encode_descriptor(
             "forwarder_attachments_restored",
             "Times that programs were attached again because somebody had removed them from an interface",

@@ -1,12 +1,14 @@
 //! Settings of the agent: from flags, the environment and one YAML file, in this order of precedence.
 
 mod admin;
+mod defaults;
 mod file;
 mod kube;
 mod rules;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -16,13 +18,14 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use forwarder_gateway::allowed::{AllowedAddresses, AllowedPorts, Ports, Rule};
-use forwarder_gateway::model::{Datapath, Egress, ListenerSettings, OnRemoval};
+use forwarder_gateway::model::{Datapath, Egress, ListenerSettings, OnRemoval, Xdp};
 use forwarder_gateway::problem::Location;
 use forwarder_gateway::resolve::CONTROLLER_NAME;
 
 pub use self::admin::{ADMIN, ADMIN_SOCKET, AdminAddress, AdminSettings, AdminSocketPath, GroupName};
+pub use self::defaults::{DIRECT_CAPACITY, OFFLOAD_AFTER, PIN_DIR, PORT_WAIT, SOCKMAP_MEMORY};
 pub use self::kube::KubeOptions;
-pub(crate) use self::rules::check_rules;
+pub(crate) use self::rules::{check_clients, check_networks, check_rules};
 use forwarder_kube::KubeSettings;
 use forwarder_runtime::values::{BytesText, DurationText, OffloadAfter, SourcePorts};
 
@@ -78,6 +81,11 @@ pub struct Options {
     /// How packets of offloaded connections leave the node [default: auto]
     #[arg(long, env = "FORWARDER_EGRESS", value_enum)]
     pub egress: Option<Egress>,
+
+    /// Drop SYNs of refused clients (--client-cidrs) in the driver of an interface, before TC (`native`), where the driver can. To
+    /// attach may interrupt the interface for a moment [default: off]
+    #[arg(long, env = "FORWARDER_XDP", value_enum)]
+    pub xdp: Option<Xdp>,
 
     /// Maximum number of offloaded connections (up to 4,000,000); others stay in userspace [default: 262144]
     #[arg(long, env = "FORWARDER_MAX_PAIRS", value_name = "N")]
@@ -160,6 +168,13 @@ pub struct Options {
     #[serde(default)]
     pub endpoint_cidrs: Vec<Rule<IpNet>>,
 
+    /// Networks of clients that are not let in, such as `!203.0.113.0/24`, and exceptions, such as `203.0.113.7`. The narrowest network that
+    /// contains an address decides; an address in no network is let in. An annotation of a Gateway can refuse more, not less [default: all
+    /// are let in]
+    #[arg(long, env = "FORWARDER_CLIENT_CIDRS", value_name = "CIDR", value_delimiter = ',')]
+    #[serde(default)]
+    pub client_cidrs: Vec<Rule<IpNet>>,
+
     /// How long a port that another process used must be free before a listener takes it, so that a restarted daemon gets its
     /// port back [default: 10s]
     #[arg(long, env = "FORWARDER_PORT_WAIT", value_name = "DURATION")]
@@ -193,6 +208,8 @@ pub struct Settings {
     pub offload_after: OffloadAfter,
     /// How their packets leave the node.
     pub egress: Egress,
+    /// Whether, and how, programs hang at XDP.
+    pub xdp: Xdp,
     /// How many of them the kernel may forward at once.
     pub max_pairs: u32,
     /// How many connections may be direct at once; 0 is none.
@@ -308,6 +325,7 @@ impl Options {
             datapath: self.datapath.or(other.datapath),
             offload_after: self.offload_after.or(other.offload_after),
             egress: self.egress.or(other.egress),
+            xdp: self.xdp.or(other.xdp),
             max_pairs: self.max_pairs.or(other.max_pairs),
             max_direct: self.max_direct.or(other.max_direct),
             sockmap_memory: self.sockmap_memory.or(other.sockmap_memory),
@@ -324,6 +342,7 @@ impl Options {
             removal_drain: self.removal_drain.or(other.removal_drain),
             listener_ports: or_others(self.listener_ports, other.listener_ports),
             endpoint_cidrs: or_others(self.endpoint_cidrs, other.endpoint_cidrs),
+            client_cidrs: or_others(self.client_cidrs, other.client_cidrs),
             port_wait: self.port_wait.or(other.port_wait),
             source_addresses: or_others(self.source_addresses, other.source_addresses),
             source_ports: self.source_ports.or(other.source_ports),
@@ -344,8 +363,12 @@ impl Options {
                 remedy: "set how long an attempt may take, such as 3s",
             });
         }
+        let client_cidrs = AllowedAddresses::new(self.client_cidrs.clone());
+        check_networks("client-cidrs", &client_cidrs)?;
+        check_clients(&client_cidrs)?;
         Ok(ListenerSettings {
             datapath: self.datapath.unwrap_or(defaults.datapath),
+            client_cidrs: Arc::new(client_cidrs),
             idle_timeout: off_if_zero(or_default(
                 self.idle_timeout,
                 defaults.idle_timeout.unwrap_or_default(),
@@ -410,7 +433,7 @@ impl Options {
         };
         let listener_ports = AllowedPorts::new(self.listener_ports);
         let endpoint_addresses = match source {
-            SourceSettings::Files { .. } => AllowedAddresses::for_files(self.endpoint_cidrs),
+            SourceSettings::Files { .. } => AllowedAddresses::new(self.endpoint_cidrs),
             SourceSettings::Kube(_) => AllowedAddresses::for_cluster(self.endpoint_cidrs),
         };
         check_rules(&listener_ports, &endpoint_addresses)?;
@@ -427,6 +450,7 @@ impl Options {
             workers,
             offload_after: self.offload_after.unwrap_or(OFFLOAD_AFTER),
             egress: self.egress.unwrap_or_default(),
+            xdp: self.xdp.unwrap_or_default(),
             max_pairs,
             max_direct,
             sockmap_memory: self.sockmap_memory.map_or(SOCKMAP_MEMORY, |text| text.0),
@@ -443,22 +467,6 @@ impl Options {
         })
     }
 }
-
-/// When connections are taken into the kernel by default.
-pub const OFFLOAD_AFTER: OffloadAfter =
-    OffloadAfter { bytes: Some(64 << 10), age: Some(Duration::from_millis(500)) };
-
-/// How many bytes of memory the kernel may hold for connections of tier `sockmap` by default.
-pub const SOCKMAP_MEMORY: u64 = 256 << 20;
-
-/// How many connections may be direct, where the agent's own setting is that they are, unless it says otherwise.
-pub const DIRECT_CAPACITY: u32 = 65_536;
-
-/// How long a port that another process had must have been free, by default, before it is taken: daemons are back sooner.
-pub const PORT_WAIT: Duration = Duration::from_secs(10);
-
-/// Where maps are pinned by default.
-pub const PIN_DIR: &str = "/sys/fs/bpf/forwarder";
 
 /// The folder of the state, which must not be read as a manifest itself.
 fn outside(state_dir: Option<PathBuf>, manifests: &Path) -> Result<Option<PathBuf>, SettingsError> {

@@ -47,6 +47,9 @@ pub struct ListenerView {
     /// Of a listener that is to be direct: whether the programs take its new connections now.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub direct: Option<bool>,
+    /// The networks of clients that are not let in, and exceptions: `--client-cidrs` and the annotation together.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub client_cidrs: Vec<String>,
     /// The route that serves it.
     pub route: Option<String>,
     /// The route's backends.
@@ -116,6 +119,9 @@ pub struct DatapathView {
     /// Why tier `direct` does not work.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub direct_error: Option<String>,
+    /// Why there is no program at XDP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub xdp_error: Option<String>,
     /// Why tier `sockmap` does not work.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sockmap_error: Option<String>,
@@ -131,6 +137,9 @@ pub struct InterfaceView {
     pub name: String,
     /// `tcx` or `clsact`.
     pub attachment: String,
+    /// `native`, where a program hangs at XDP too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub xdp: Option<String>,
 }
 
 impl From<&Problem> for ProblemView {
@@ -153,6 +162,7 @@ pub fn listener(key: ListenerKey, listener: &Listener, table: &RouteTable) -> Li
         listener: listener.name.to_string(),
         address: key.to_string(),
         datapath: listener.settings.datapath.to_string(),
+        client_cidrs: listener.settings.client_cidrs.rules().iter().map(ToString::to_string).collect(),
         route: listener.route.as_ref().map(|route| route.name.to_string()),
         backends: backends
             .map(|backend| {

@@ -26,6 +26,10 @@ pub const FLOWS: &str = "flows";
 /// Hash of a pair's number (`u32`) to [`Pair`](crate::flow::Pair).
 pub const PAIRS: &str = "pairs";
 
+/// LPM trie of [`ClientNetwork`] to [`CLIENT_ALLOWED`] or [`CLIENT_DENIED`]: which clients listeners take. The longest prefix decides. Written by
+/// the agent, read for each SYN to a listener that has [`ListenerValue::client_rules`].
+pub const CLIENT_RULES: &str = "client_rules";
+
 /// Array of one [`HoldState`].
 pub const AGENT: &str = "agent";
 
@@ -46,11 +50,12 @@ pub struct PinnedMap {
 }
 
 /// The maps that are pinned, each as `v{version}/{name}` below the pin directory.
-pub const PINNED_MAPS: [PinnedMap; 14] = [
+pub const PINNED_MAPS: [PinnedMap; 15] = [
     PinnedMap { name: LISTENERS, version: 5 },
     PinnedMap { name: BACKENDS, version: 4 },
-    PinnedMap { name: COUNTERS, version: 4 },
+    PinnedMap { name: COUNTERS, version: 5 },
     PinnedMap { name: LOCAL_ADDRESSES, version: 4 },
+    PinnedMap { name: CLIENT_RULES, version: 1 },
     PinnedMap { name: VERDICTS, version: 5 },
     PinnedMap { name: FLOWS, version: FLOWS_VERSION },
     PinnedMap { name: PAIRS, version: FLOWS_VERSION },
@@ -79,6 +84,14 @@ pub const LISTENERS_CAPACITY: u32 = 65_536;
 pub const BACKENDS_CAPACITY: u32 = 262_144;
 /// Entries that [`LOCAL_ADDRESSES`] holds.
 pub const LOCAL_ADDRESSES_CAPACITY: u32 = 4_096;
+
+/// Entries that [`CLIENT_RULES`] holds.
+pub const CLIENT_RULES_CAPACITY: u32 = 262_144;
+
+/// Value of [`CLIENT_RULES`]: clients of the network are not let in.
+pub const CLIENT_DENIED: u32 = 0;
+/// Value of [`CLIENT_RULES`]: they are, though those of a wider network are not.
+pub const CLIENT_ALLOWED: u32 = 1;
 
 /// The address of a listener that is bound to every address of the node.
 pub const ANY_ADDRESS: AddressBytes = [0; 16];
@@ -110,6 +123,19 @@ impl ListenerKey {
     }
 }
 
+/// Key of [`CLIENT_RULES`] behind the length of its prefix, which counts the bits from `rules` on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct ClientNetwork {
+    /// [`ListenerValue::client_rules`].
+    pub rules: u32,
+    /// The network's address, in network byte order; one of IPv4 as mapped into IPv6.
+    pub address: AddressBytes,
+}
+
+/// The length of the prefix that is an address with the number of its rules.
+pub const CLIENT_BITS: u32 = 160;
+
 /// Value of [`LISTENERS`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -121,6 +147,10 @@ pub struct ListenerValue {
     /// The listener's part of [`DIRECT_TARGETS`], for IPv4 and for IPv6, as [`targets`] has it; 0 where connections are
     /// accepted.
     pub targets: [u64; 2],
+    /// The rules of [`CLIENT_RULES`] that decide which clients are let in; 0 where all are.
+    pub client_rules: u32,
+    /// Zero.
+    pub pad: u32,
 }
 
 /// [`ListenerValue::targets`]: `count` of them from `first` on. One word, which programs read at once.
@@ -178,6 +208,8 @@ pub struct ListenerCounters {
     pub packets: u64,
     /// Bytes of these packets from the IP header on, with the padding of frames shorter than Ethernet's minimum.
     pub bytes: u64,
+    /// Connection attempts dropped because the client is not let in. They are not among `syns`.
+    pub denied: u64,
 }
 
 const _: () = {
@@ -186,10 +218,15 @@ const _: () = {
     assert!(offset_of!(ListenerKey, port) == 16);
     assert!(offset_of!(ListenerKey, pad) == 18);
 
-    assert!(size_of::<ListenerValue>() == 24 && align_of::<ListenerValue>() == 8);
+    assert!(size_of::<ListenerValue>() == 32 && align_of::<ListenerValue>() == 8);
     assert!(offset_of!(ListenerValue, listener_id) == 0);
     assert!(offset_of!(ListenerValue, state) == 4);
     assert!(offset_of!(ListenerValue, targets) == 8);
+    assert!(offset_of!(ListenerValue, client_rules) == 24);
+
+    assert!(size_of::<ClientNetwork>() == 20 && align_of::<ClientNetwork>() == 4);
+    assert!(offset_of!(ClientNetwork, address) == 4);
+    assert!(size_of::<ClientNetwork>() * 8 == CLIENT_BITS as usize);
 
     assert!(size_of::<BackendKey>() == 8 && align_of::<BackendKey>() == 4);
     assert!(offset_of!(BackendKey, listener_id) == 0);
@@ -204,22 +241,27 @@ const _: () = {
     assert!(size_of::<HoldState>() == 16 && align_of::<HoldState>() == 8);
     assert!(offset_of!(HoldState, is_leaving) == 8);
 
-    assert!(size_of::<ListenerCounters>() == 24 && align_of::<ListenerCounters>() == 8);
+    assert!(size_of::<ListenerCounters>() == 32 && align_of::<ListenerCounters>() == 8);
     assert!(offset_of!(ListenerCounters, syns) == 0);
     assert!(offset_of!(ListenerCounters, packets) == 8);
     assert!(offset_of!(ListenerCounters, bytes) == 16);
+    assert!(offset_of!(ListenerCounters, denied) == 24);
 };
 
 #[cfg(feature = "aya")]
 #[expect(unsafe_code, reason = "aya's Pod is an unsafe trait")]
 mod pod {
-    use super::{BackendKey, BackendValue, HoldState, ListenerCounters, ListenerKey, ListenerValue};
+    use super::{
+        BackendKey, BackendValue, ClientNetwork, HoldState, ListenerCounters, ListenerKey, ListenerValue,
+    };
 
     // SAFETY: `repr(C)`, made of integers only, so every pattern of bits is valid, and the sizes asserted above equal
     // the sums of the fields' sizes, so there are no padding bytes.
     unsafe impl aya::Pod for ListenerKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for ListenerValue {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for ClientNetwork {}
     // SAFETY: as above.
     unsafe impl aya::Pod for BackendKey {}
     // SAFETY: as above.

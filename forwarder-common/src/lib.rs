@@ -41,5 +41,11 @@ pub const PROGRAM_EGRESS_ETHERNET: &str = "fwd_egress_eth";
 /// The egress program for interfaces whose packets begin with the IP header.
 pub const PROGRAM_EGRESS_IP: &str = "fwd_egress_ip";
 
+/// The program at XDP, for frames in one piece.
+pub const PROGRAM_XDP: &str = "fwd_xdp";
+
+/// The same, for frames in several pieces too.
+pub const PROGRAM_XDP_FRAGS: &str = "fwd_xdp_frags";
+
 /// Every program, for TC.
 pub const PROGRAMS: [&str; 4] = [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP];

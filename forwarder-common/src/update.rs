@@ -125,6 +125,9 @@ impl ListenerUpdate {
         for word in value.targets {
             bytes.put(&word.to_ne_bytes());
         }
+        for word in [value.client_rules, value.pad] {
+            bytes.put(&word.to_ne_bytes());
+        }
         bytes.filled
     }
 }
@@ -188,7 +191,7 @@ const _: () = {
     assert!(offset_of!(FlowUpdate, acknowledged) == 76);
     assert!(offset_of!(FlowUpdate, flags) == 80);
 
-    assert!(size_of::<ListenerUpdate>() == 48 && align_of::<ListenerUpdate>() == 8);
+    assert!(size_of::<ListenerUpdate>() == 56 && align_of::<ListenerUpdate>() == 8);
     assert!(offset_of!(ListenerUpdate, value) == 24);
 
     assert!(size_of::<CreditUpdate>() == 32 && align_of::<CreditUpdate>() == 8);

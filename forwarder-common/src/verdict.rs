@@ -64,11 +64,13 @@ pub enum Verdict {
     DirectRefused = 25,
     /// An endpoint's refusal of a direct connection: turned into the client's SYN to another endpoint.
     DirectRetried = 26,
+    /// A new connection to a listener that does not let its client in: dropped.
+    ClientDenied = 27,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -96,10 +98,11 @@ impl Verdict {
         Self::ResetAnswered,
         Self::DirectRefused,
         Self::DirectRetried,
+        Self::ClientDenied,
     ];
 
     /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 27;
+    pub const COUNT: u32 = 28;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -137,6 +140,7 @@ impl Verdict {
             Self::ResetAnswered => "reset_answered",
             Self::DirectRefused => "direct_refused",
             Self::DirectRetried => "direct_retried",
+            Self::ClientDenied => "client_denied",
         }
     }
 }

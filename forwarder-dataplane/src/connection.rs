@@ -259,6 +259,10 @@ pub(crate) async fn serve(context: &WorkerContext, downstream: TcpStream, connec
 /// Chooses the backend of a new connection.
 fn choose(connection: &Connection) -> Result<Arc<Upstream>, End> {
     let serving = &connection.serving;
+    // Where no program looks at its SYN.
+    if serving.listener.settings.client_cidrs.refusing(connection.downstream.ip().to_canonical()).is_some() {
+        return Err(End::ClientDenied);
+    }
     if serving.listener.route.is_none() {
         return Err(End::NoRoute);
     }

@@ -72,6 +72,8 @@ pub enum End {
     ResetByOperator,
     /// Its listener, backend or endpoint was removed, and the listener's settings say so: both sides were reset.
     Removed,
+    /// The listener does not let the client in, and no program had dropped its SYN: the client was reset.
+    ClientDenied,
     /// The listener has no route: the client was reset.
     NoRoute,
     /// The route has no backend with a weight: the client was reset.
@@ -88,7 +90,7 @@ pub enum End {
 
 impl End {
     /// Every end, in the order of its discriminant.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Finished,
         Self::DownstreamReset,
         Self::UpstreamReset,
@@ -97,6 +99,7 @@ impl End {
         Self::Drained,
         Self::ResetByOperator,
         Self::Removed,
+        Self::ClientDenied,
         Self::NoRoute,
         Self::NoDestination,
         Self::InvalidBackend,
@@ -116,6 +119,7 @@ impl End {
             Self::Drained => "drained",
             Self::ResetByOperator => "reset_by_operator",
             Self::Removed => "removed",
+            Self::ClientDenied => "client_denied",
             Self::NoRoute => "no_route",
             Self::NoDestination => "no_destination",
             Self::InvalidBackend => "invalid_backend",

@@ -126,6 +126,15 @@ impl InForce {
         }
     }
 
+    /// Has the kernel know which clients a listener lets in.
+    fn write_clients(&mut self, key: ListenerKey, id: ListenerId, listener: &Listener) {
+        if let Some(datapath) = &mut self.datapath
+            && let Err(error) = datapath.set_clients(key, id, &listener.settings.client_cidrs)
+        {
+            tracing::warn!(listener = %listener.name, %error, "cannot tell the BPF programs which clients the listener does not let in: they are accepted and reset, instead of being dropped, and the listener is not direct");
+        }
+    }
+
     /// What connections may rely on that an operation, which has not been performed yet, removes: by their listeners.
     fn removed_by(&self, op: &Op) -> Vec<(Arc<BoundListener>, Removed)> {
         let of = |key: &ListenerKey, removed: Removed| match self.sockets.get(key) {
@@ -294,6 +303,8 @@ impl Reconciler {
                 let serving = in_force.serving(listener);
                 if let Some(SocketState::Bound(bound)) = in_force.sockets.get(key) {
                     bound.serving.store(Arc::new(serving));
+                    let id = bound.id;
+                    in_force.write_clients(*key, id, listener);
                     in_force.write_backends(*key);
                 }
             }
@@ -313,6 +324,7 @@ impl Reconciler {
         });
         let opened = opened.and_then(|sockets| {
             // Known to the kernel before the port is open, so that the first SYN is counted.
+            in_force.write_clients(key, id, listener);
             in_force.with_datapath(|datapath| datapath.set_listener(key, id, ListenerState::Ready));
             listener::listen(sockets).inspect_err(|_| {
                 descriptors.give_back(count);

@@ -171,17 +171,10 @@ mod tests {
 
     use super::*;
     use forwarder_gateway::manifests::NamespacedName;
-    use forwarder_gateway::model::{Datapath, OnRemoval};
+    use forwarder_gateway::model::OnRemoval;
 
     fn settings(on_removal: OnRemoval) -> ListenerSettings {
-        ListenerSettings {
-            datapath: Datapath::Auto,
-            idle_timeout: None,
-            half_closed_timeout: None,
-            connect_timeout: Duration::from_secs(3),
-            on_removal,
-            removal_drain: Duration::from_mins(1),
-        }
+        ListenerSettings { on_removal, removal_drain: Duration::from_mins(1), ..ListenerSettings::default() }
     }
 
     fn backend(name: &str) -> BackendKey {

@@ -37,7 +37,7 @@ use crate::outcome::{Outcome, transmit};
 use crate::rewrite::readdress;
 use crate::sk_lookup::is_connected;
 use crate::skb::SocketBuffer;
-use crate::{fragment, icmp, reset};
+use crate::{clients, fragment, icmp, reset};
 
 mod choice;
 mod handshake;
@@ -117,6 +117,10 @@ pub(crate) fn open(context: &TcContext, segment: &Segment) -> u32 {
     let Ok(listener) = admission::find_listener(address, port) else { return 0 };
     if listener.state != STATE_READY {
         return 0;
+    }
+    // Another listener than the one that has been asked may have the address meanwhile.
+    if clients::is_denied(&listener, &segment.tuple.source) {
+        return 1;
     }
     let (first, count) = choice::targets_of(&listener, segment.version);
     if count == 0 {

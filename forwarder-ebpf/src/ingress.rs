@@ -10,7 +10,7 @@ use crate::frame::find_segment;
 use crate::maps::INGRESS;
 use crate::outcome::{Outcome, count_verdict};
 use crate::redirect::redirect;
-use crate::{direct, flow, fragment, icmp};
+use crate::{clients, direct, flow, fragment, icmp};
 
 /// `__sk_buff::pkt_type` of what is addressed to the interface; TCP takes nothing else (`tcp_v4_rcv`).
 const PACKET_HOST: u32 = 0;
@@ -50,6 +50,9 @@ fn decide(context: &TcContext, link: LinkLayer) -> Outcome {
         Err(Verdict::Fragment) => return fragment::redirect(context, link),
         Err(verdict) => return Outcome::pass(verdict),
     };
+    if clients::refuse(&frame.segment) {
+        return Outcome::drop(Verdict::ClientDenied);
+    }
     // Kept in memory, where the verifier does not follow it through all that comes then.
     frame.is_refused =
         flow::has_direct() && frame.segment.is_attempt() && direct::open(context, &frame.segment) != 0;

@@ -3,7 +3,7 @@
 //! A packet enters each file once on its way: [`ingress`] finds the TCP segment in it ([`frame`]) and has [`redirect`] turn what
 //! belongs to a flow into a packet of the other leg ([`fragment`], if it comes in pieces; [`rewrite`] changes it, and [`handover`]
 //! has a copy for the local socket as long as that still sends). [`icmp`] tells the ends of packets that are too large, and [`reset`]
-//! answers packets of pairs that the agent has ended. [`direct`] makes connections of its own at the SYN. Everything else goes on as it was, and what is for a listener is counted
+//! answers packets of pairs that the agent has ended. [`direct`] makes connections of its own at the SYN. A SYN of a client that its listener does not let in is dropped ([`clients`]), at XDP already where a program hangs there ([`xdp`]). Everything else goes on as it was, and what is for a listener is counted
 //! ([`admission`]). [`egress`] holds back what the local sockets of a flow say. Those of [`update`] hang nowhere: by them, the agent
 //! changes what stands in the maps. Below all of them are [`flow`] (where what is known of connections stands), [`outcome`], [`arrival`], [`sk_lookup`], [`clock`], [`packet`]
 //! (what a packet is wherever a program meets it), [`skb`] (what it is at TC) and [`maps`].
@@ -12,6 +12,7 @@
 
 mod admission;
 mod arrival;
+mod clients;
 mod clock;
 mod compose;
 mod direct;
@@ -31,6 +32,7 @@ mod rewrite;
 mod sk_lookup;
 mod skb;
 mod update;
+mod xdp;
 
 /// What the kernel demands of programs that call its GPL-only helpers.
 #[unsafe(link_section = "license")]

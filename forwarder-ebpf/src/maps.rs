@@ -8,12 +8,13 @@
 
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, Queue};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, Queue};
 use aya_ebpf::macros::btf_map;
 use forwarder_common::direct::{DIRECT_LINKS_CAPACITY, DirectCounts, DirectLink, DirectSlot, DirectTarget};
 use forwarder_common::flow::{Flow, PAIRS_CAPACITY, Pair, Seen};
 use forwarder_common::layout::{
-    BACKENDS_CAPACITY, HoldState, LISTENERS_CAPACITY, LOCAL_ADDRESSES_CAPACITY, LOOSE_INTERFACES_CAPACITY,
+    BACKENDS_CAPACITY, CLIENT_RULES_CAPACITY, ClientNetwork, HoldState, LISTENERS_CAPACITY,
+    LOCAL_ADDRESSES_CAPACITY, LOOSE_INTERFACES_CAPACITY,
 };
 use forwarder_common::packet::{Fragment, Segment, UsualHeaders};
 use forwarder_common::translate::OptionsWalk;
@@ -54,6 +55,11 @@ pub(crate) static LOCAL_ADDRESSES: HashMap<
     { LOCAL_ADDRESSES_CAPACITY as usize },
     NO_PREALLOC,
 > = HashMap::new();
+
+/// Which clients the listeners let in.
+#[btf_map(name = "client_rules")]
+pub(crate) static CLIENT_RULES: LpmTrie<ClientNetwork, u32, { CLIENT_RULES_CAPACITY as usize }> =
+    LpmTrie::new();
 
 /// The interfaces whose packets are taken whoever is expected behind them.
 #[btf_map(name = "loose_interfaces")]

@@ -2,6 +2,7 @@
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
+use forwarder_common::layout::STATE_READY;
 use forwarder_common::tuple::FourTuple;
 use forwarder_common::update::{FlowUpdate, ListenerUpdate, REQUEST_OFFSET};
 
@@ -42,6 +43,11 @@ pub fn fwd_set_listen(context: TcContext) -> i32 {
     let Some(listener) = LISTENERS.get_ptr_mut(update.key) else { return 0 };
     // SAFETY: as above. Programs read one word or another.
     unsafe {
+        // First what keeps clients from it.
+        if update.value.state != STATE_READY {
+            (&raw mut (*listener).state).write_volatile(update.value.state);
+        }
+        (&raw mut (*listener).client_rules).write_volatile(update.value.client_rules);
         (*listener).listener_id = update.value.listener_id;
         (*listener).targets = update.value.targets;
         (*listener).state = update.value.state;

@@ -1,4 +1,4 @@
-//! Which addresses endpoints may have, and which ports listeners may take.
+//! Which addresses endpoints and clients may have, and which ports listeners may take.
 //!
 //! Both are lists of ranges: one that begins with `!` refuses what lies in it, any other allows it, and of those that an address or
 //! a port lies in, the narrowest decides. What no range says anything of is allowed.
@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use ipnet::IpNet;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, Serializer};
 
 /// One range of a list.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -27,11 +27,13 @@ pub struct Ports {
     last: u16,
 }
 
-/// Which addresses endpoints may have.
+/// Which addresses endpoints or clients may have.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct AllowedAddresses {
-    /// With those of `special` that no rule is about.
+    /// With those of `special` that no rule is about: each network once, and after all that it lies in.
     rules: Vec<Rule<IpNet>>,
+    /// The narrowest other network around that of each rule.
+    around: Vec<Option<usize>>,
     /// What is refused without any rule.
     special: Vec<Rule<IpNet>>,
 }
@@ -56,8 +58,8 @@ const SPECIAL: [&str; 7] = [
 
 impl AllowedAddresses {
     /// All addresses, as `rules` say.
-    pub fn for_files(rules: Vec<Rule<IpNet>>) -> Self {
-        Self { rules, special: Vec::new() }
+    pub fn new(rules: Vec<Rule<IpNet>>) -> Self {
+        Self::with(rules, Vec::new())
     }
 
     /// All but the special ones, unless `rules` say otherwise.
@@ -66,25 +68,89 @@ impl AllowedAddresses {
         let is_told = |range| rules.iter().any(|rule| rule.range == range);
         let others: Vec<_> = special.iter().copied().filter(|rule| !is_told(rule.range)).collect();
         rules.extend(others);
-        Self { rules, special: special.into() }
+        Self::with(rules, special.into())
     }
 
-    /// A network that a rule allows although no network around it is refused, if there is one: the rule changes nothing.
-    pub fn without_effect(&self) -> Option<IpNet> {
-        let rules = [&self.rules[..], &self.special].concat();
-        without_effect(&rules, |inner, outer| outer.contains(&inner))
+    fn with(mut rules: Vec<Rule<IpNet>>, special: Vec<Rule<IpNet>>) -> Self {
+        for rule in &mut rules {
+            rule.range = rule.range.trunc();
+        }
+        // Of two about one network, the one that refuses comes first, and stays.
+        rules.sort_unstable_by_key(|rule| (order(rule.range), rule.is_allowed));
+        rules.dedup_by_key(|rule| rule.range);
+        let mut around = Vec::with_capacity(rules.len());
+        let mut open: Vec<(usize, IpNet)> = Vec::new();
+        for (index, rule) in rules.iter().enumerate() {
+            while open.pop_if(|(_, network)| !network.contains(&rule.range)).is_some() {}
+            around.push(open.last().map(|(index, _)| *index));
+            open.push((index, rule.range));
+        }
+        Self { rules, around, special }
+    }
+
+    /// The rules, with those that no one has written.
+    pub fn rules(&self) -> &[Rule<IpNet>] {
+        &self.rules
+    }
+
+    /// Whether there is no rule: all addresses are allowed.
+    pub fn is_empty(&self) -> bool {
+        self.rules.is_empty()
+    }
+
+    /// The addresses that both allow.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        if self.is_empty() || other.is_empty() {
+            return if self.is_empty() { other.clone() } else { self.clone() };
+        }
+        // Of any address, the narrowest network here is within the narrowest one of either list: both have decided of all of it.
+        let networks = self.rules.iter().chain(&other.rules).map(|rule| rule.range);
+        let allows = |list: &Self, network| list.around(network).next().is_none_or(|rule| rule.is_allowed);
+        let both = |range| Rule { range, is_allowed: allows(self, range) && allows(other, range) };
+        Self::new(networks.map(both).collect())
+    }
+
+    /// The rules about a network and what it lies in, the narrowest first.
+    fn around(&self, network: IpNet) -> impl Iterator<Item = &Rule<IpNet>> {
+        let last = self.rules.partition_point(|rule| order(rule.range) <= order(network)).checked_sub(1);
+        let next = |index: &usize| self.around.get(*index).copied().flatten();
+        let rules = std::iter::successors(last, next).filter_map(|index| self.rules.get(index));
+        rules.filter(move |rule| rule.range.contains(&network))
+    }
+
+    /// The networks that rules allow although no network around them is refused: such a rule changes nothing.
+    pub fn without_effect(&self) -> impl Iterator<Item = IpNet> {
+        let is_refused = |network: IpNet| {
+            let refuses = |rule: &Rule<IpNet>| !rule.is_allowed && rule.range.contains(&network);
+            self.around(network).any(refuses) || self.special.iter().any(refuses)
+        };
+        self.rules
+            .iter()
+            .filter(|rule| rule.is_allowed)
+            .map(|rule| rule.range)
+            .filter(move |it| !is_refused(*it))
+    }
+
+    /// The first network of IPv4 that is written as one of IPv6 (`::ffff:0:0/96`), if there is one: clients have no such addresses.
+    pub fn mapped(&self) -> Option<IpNet> {
+        let is_mapped = |network: &IpNet| {
+            network.prefix_len() >= 96 && network.addr().to_canonical().is_ipv4() && network.addr().is_ipv6()
+        };
+        self.rules.iter().map(|rule| rule.range).find(is_mapped)
     }
 
     /// The network because of which `ip` is refused, if it is. One of IPv4 that is mapped into IPv6 has to be allowed as both.
     pub fn refusing(&self, ip: IpAddr) -> Option<IpNet> {
-        let refusing = |ip: IpAddr| {
-            let holds = |rule: &&Rule<IpNet>| rule.range.contains(&ip);
-            decide(self.rules.iter().filter(holds), |range| {
-                u32::from(range.max_prefix_len() - range.prefix_len())
-            })
-        };
-        refusing(ip).or_else(|| Some(ip.to_canonical()).filter(|own| *own != ip).and_then(refusing))
+        let refusing = |ip: IpAddr| self.around(ip.into()).next().filter(|rule| !rule.is_allowed);
+        let as_own = || Some(ip.to_canonical()).filter(|own| *own != ip).and_then(refusing);
+        refusing(ip).or_else(as_own).map(|rule| rule.range)
     }
+}
+
+/// By which networks are in order: each after all that it lies in.
+fn order(network: IpNet) -> (IpAddr, u8) {
+    (network.network(), network.prefix_len())
 }
 
 impl AllowedPorts {
@@ -95,7 +161,12 @@ impl AllowedPorts {
 
     /// Ports that a rule allows although no rule refuses any of them, if there are: the rule changes nothing.
     pub fn without_effect(&self) -> Option<Ports> {
-        without_effect(&self.0, |one, other| one.first <= other.last && other.first <= one.last)
+        let overlaps = |one: Ports, other: Ports| one.first <= other.last && other.first <= one.last;
+        let has_effect = |rule: &&Rule<Ports>| {
+            self.0.iter().any(|other| !other.is_allowed && overlaps(rule.range, other.range))
+        };
+        let allowing = self.0.iter().filter(|rule| rule.is_allowed);
+        allowing.filter(|rule| !has_effect(rule)).map(|rule| rule.range).next()
     }
 
     /// The ports because of which `port` is refused, if it is.
@@ -103,14 +174,6 @@ impl AllowedPorts {
         let holds = |rule: &&Rule<Ports>| rule.range.range().contains(&port);
         decide(self.0.iter().filter(holds), |range| u32::from(range.last - range.first))
     }
-}
-
-/// The first rule that allows only what no other one refuses: whoever wrote it expects that something is refused.
-fn without_effect<R: Copy>(rules: &[Rule<R>], takes_from: impl Fn(R, R) -> bool) -> Option<R> {
-    let has_effect =
-        |rule: &&Rule<R>| rules.iter().any(|other| !other.is_allowed && takes_from(rule.range, other.range));
-    let allowing = rules.iter().filter(|rule| rule.is_allowed);
-    allowing.filter(|rule| !has_effect(rule)).map(|rule| rule.range).next()
 }
 
 /// The range that refuses what lies in all of these, if the narrowest one does; of two that are as wide, the one that refuses.
@@ -167,6 +230,19 @@ where
     }
 }
 
+impl<R: fmt::Display> fmt::Display for Rule<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", if self.is_allowed { "" } else { "!" }, self.range)
+    }
+}
+
+/// As a list of its rules, as they are written.
+impl Serialize for AllowedAddresses {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.rules.iter().map(Rule::to_string))
+    }
+}
+
 impl fmt::Display for Ports {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.range().count() {
@@ -178,6 +254,8 @@ impl fmt::Display for Ports {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn rules<R>(text: &str) -> Vec<Rule<R>>
@@ -199,7 +277,7 @@ mod tests {
             ("!0.0.0.0/0 !::/0 10.0.0.0/8", &["10.0.0.1"], &["11.0.0.1", "fd00::1"]),
             ("10.0.0.0/8 !10.0.0.0/8", &[], &["10.0.0.1", "::ffff:10.0.0.1"]),
         ] {
-            let addresses = AllowedAddresses::for_files(rules(text));
+            let addresses = AllowedAddresses::new(rules(text));
             for ip in allowed {
                 assert_eq!(addresses.refusing(ip.parse().unwrap()), None, "{text}: {ip}");
             }
@@ -243,11 +321,43 @@ mod tests {
             let ports = AllowedPorts::new(rules(text));
             assert_eq!(ports.without_effect().map(|ports| ports.to_string()).as_deref(), found, "{text}");
         }
-        let [of_files, of_cluster] = [AllowedAddresses::for_files, AllowedAddresses::for_cluster]
-            .map(|make| make(rules("127.0.0.0/8")).without_effect().map(|network| network.to_string()));
+        let [of_files, of_cluster] = [AllowedAddresses::new, AllowedAddresses::for_cluster].map(|make| {
+            make(rules("127.0.0.0/8")).without_effect().next().map(|network| network.to_string())
+        });
         assert_eq!((of_files.as_deref(), of_cluster), (Some("127.0.0.0/8"), None));
-        assert_eq!(AllowedAddresses::for_files(rules("!0.0.0.0/0 10.0.0.0/8")).without_effect(), None);
-        assert!(AllowedAddresses::for_cluster(rules("0.0.0.0/0")).without_effect().is_some());
+        assert_eq!(AllowedAddresses::new(rules("!0.0.0.0/0 10.0.0.0/8")).without_effect().next(), None);
+        assert!(AllowedAddresses::for_cluster(rules("0.0.0.0/0")).without_effect().next().is_some());
+    }
+
+    /// Networks that lie in each other now and then.
+    fn networks() -> impl Strategy<Value = Vec<Rule<IpNet>>> {
+        let network = (0..8_u8, prop_oneof![Just(0), Just(8), 29..=32_u8], any::<bool>());
+        let rule = network.prop_map(|(last, prefix, is_allowed)| {
+            let range = IpNet::new(IpAddr::from([10, 0, 0, last]), prefix).unwrap();
+            Rule { range, is_allowed }
+        });
+        proptest::collection::vec(rule, 0..6)
+    }
+
+    proptest! {
+        #[test]
+        fn of_the_networks_around_an_address_the_narrowest_decides(rules in networks(), last in 0..9_u8) {
+            let list = AllowedAddresses::new(rules.clone());
+            for address in [[10, 0, 0, last], [11, 0, 0, last]].map(IpAddr::from) {
+                let around = rules.iter().filter(|rule| rule.range.contains(&address));
+                let refusing = decide(around, |range| u32::from(range.max_prefix_len() - range.prefix_len()));
+                prop_assert_eq!(list.refusing(address), refusing.map(|network| network.trunc()), "{}", address);
+            }
+        }
+
+        #[test]
+        fn both_lists_have_to_allow_an_address(one in networks(), other in networks(), last in 0..9_u8) {
+            let (one, other) = (AllowedAddresses::new(one), AllowedAddresses::new(other));
+            for address in [[10, 0, 0, last], [11, 0, 0, last]].map(IpAddr::from) {
+                let refused = [&one, &other].iter().any(|list| list.refusing(address).is_some());
+                prop_assert_eq!(one.and(&other).refusing(address).is_some(), refused, "{}", address);
+            }
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
+use crate::allowed::AllowedAddresses;
 use crate::manifests::{Kind, NamespacedName, ObjectRef};
 use crate::problem::Reason;
 
@@ -202,6 +203,28 @@ pub enum Egress {
     Stack,
 }
 
+/// Whether, and how, programs hang at XDP.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Xdp {
+    /// Nowhere: TC drops what is to be dropped.
+    #[default]
+    Off,
+    /// In the driver of each interface that can. There is no `generic`, in the kernel's receive path: of packets that it copies for that, the
+    /// programs at TC do not see the Ethernet header (ADR 24).
+    Native,
+}
+
+impl Xdp {
+    /// Its name in settings, and in what is shown.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Native => "native",
+        }
+    }
+}
+
 impl fmt::Display for Datapath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
@@ -251,6 +274,9 @@ impl OnRemoval {
 pub struct ListenerSettings {
     /// How bytes are moved.
     pub datapath: Datapath,
+    /// Which clients are let in.
+    #[serde(skip_serializing_if = "is_empty")]
+    pub client_cidrs: Arc<AllowedAddresses>,
     /// After how long without a byte in either direction a connection is reset.
     #[serde(serialize_with = "duration_text")]
     pub idle_timeout: Option<Duration>,
@@ -271,6 +297,7 @@ impl Default for ListenerSettings {
     fn default() -> Self {
         Self {
             datapath: Datapath::default(),
+            client_cidrs: Arc::default(),
             idle_timeout: None,
             half_closed_timeout: Some(Duration::from_mins(15)),
             connect_timeout: Duration::from_secs(3),
@@ -289,6 +316,10 @@ impl ListenerSettings {
             OnRemoval::Reset => Some(Duration::ZERO),
         }
     }
+}
+
+fn is_empty(clients: &AllowedAddresses) -> bool {
+    clients.is_empty()
 }
 
 #[expect(clippy::ref_option, reason = "serde passes a reference to the field")]

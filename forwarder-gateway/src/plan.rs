@@ -104,10 +104,7 @@ mod tests {
 
     use super::*;
     use crate::manifests::NamespacedName;
-    use crate::model::{
-        Backend, BindAddress, Datapath, ListenerName, ListenerParent, ListenerSettings, OnRemoval, Route,
-        Target,
-    };
+    use crate::model::{Backend, BindAddress, ListenerName, ListenerParent, ListenerSettings, Route, Target};
     use crate::problem::Reason;
 
     fn port(number: u16) -> NonZeroU16 {
@@ -155,12 +152,8 @@ mod tests {
                     section: format!("section-{section}"),
                 },
                 settings: ListenerSettings {
-                    datapath: Datapath::Auto,
                     idle_timeout: (idle > 0).then(|| Duration::from_secs(idle)),
-                    half_closed_timeout: None,
-                    connect_timeout: Duration::from_secs(5),
-                    on_removal: OnRemoval::Keep,
-                    removal_drain: Duration::from_secs(30),
+                    ..ListenerSettings::default()
                 },
                 route,
             })

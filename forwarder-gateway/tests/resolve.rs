@@ -17,8 +17,7 @@ use std::time::{Duration, Instant};
 use forwarder_gateway::allowed::{AllowedAddresses, AllowedPorts};
 use forwarder_gateway::manifests::{ApiRelease, Change, EndpointSlice, Manifests, Metadata, NamespacedName};
 use forwarder_gateway::model::{
-    BackendKey, Datapath, ListenerKey, ListenerName, ListenerParent, ListenerSettings, OnRemoval, RouteTable,
-    Target,
+    BackendKey, ListenerKey, ListenerName, ListenerParent, ListenerSettings, RouteTable, Target,
 };
 use forwarder_gateway::plan;
 use forwarder_gateway::resolve::{
@@ -32,12 +31,10 @@ use serde_json::{Value, json};
 
 fn settings() -> ResolveSettings {
     let defaults = ListenerSettings {
-        datapath: Datapath::Auto,
         idle_timeout: Some(Duration::from_hours(1)),
         half_closed_timeout: Some(Duration::from_mins(10)),
         connect_timeout: Duration::from_secs(5),
-        on_removal: OnRemoval::Keep,
-        removal_drain: Duration::from_secs(30),
+        ..ListenerSettings::default()
     };
     let addresses = ["192.0.2.9", "2001:db8::9"].map(|ip| ip.parse().unwrap());
     ResolveSettings {
@@ -165,7 +162,11 @@ fn setting_changes(settings: &ListenerSettings, defaults: &ListenerSettings) -> 
         panic!("settings are no object");
     };
     let changed = settings.iter().filter(|(name, value)| defaults.get(*name) != Some(value));
-    changed.fold(String::new(), |all, (name, value)| format!("{all} {name}={}", value.as_str().unwrap()))
+    let shown = |value: &Value| match value {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    changed.fold(String::new(), |all, (name, value)| format!("{all} {name}={}", shown(value)))
 }
 
 fn render_statuses(out: &mut String, statuses: &Statuses) {

@@ -18,9 +18,9 @@ use forwarder_common::layout::{FLOWS, PAIRS};
 use forwarder_common::layout::{LOOSE_INTERFACES, PINNED_MAPS, PinnedMap};
 use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
 use forwarder_common::{
-    ListenerCounters, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP, Verdict,
+    ListenerCounters, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_XDP,
+    Verdict,
 };
-use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -32,7 +32,7 @@ use crate::flows::arrival::LooseInterfaces;
 use crate::flows::paths::Paths;
 use crate::flows::{FlowTable, FlowTableError};
 use crate::listener_maps::ListenerMaps;
-use crate::load_error::{errno_of, kernel_release};
+use crate::load_error::kernel_release;
 use crate::maps::listeners::{self, Maps};
 use crate::maps::updates::Updates;
 use crate::maps::versions::map_path;
@@ -41,15 +41,16 @@ use crate::net::interfaces::{Interface, arrivals, wanted};
 use crate::net::routes::Routes;
 use crate::programs::attach::{Attachments, Stay};
 use crate::programs::pins::Pins;
-use forwarder_gateway::model::{BindAddress, ListenerKey};
+use crate::programs::uninterrupted;
+use crate::programs::xdp::XdpHooks;
+use forwarder_gateway::allowed::AllowedAddresses;
+use forwarder_gateway::model::{BindAddress, ListenerKey, Xdp};
 
 /// The programs, as `cargo xtask build-ebpf` compiled them; empty if it did not.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder.bpf.o"));
 
 /// What the programs ask whether there may be direct connections.
 const DIRECT_ON: &str = "DIRECT_ON";
-/// How often a program is tried to be loaded where signals interrupt that.
-const LOAD_ATTEMPTS: usize = 20;
 /// Where the records of the programs' logs go from; see `aya_log_common::Level`.
 const LOG_OFF: u8 = 0;
 const LOG_TRACE: u8 = aya_log::Level::Trace as u8;
@@ -66,6 +67,8 @@ pub struct BpfOptions {
     pub most_pairs: Option<u32>,
     /// How many connections may be direct at most; 0 where none may be. Only where connections may be joined.
     pub most_direct: u32,
+    /// Whether, and how, programs hang at XDP.
+    pub xdp: Xdp,
 }
 
 /// What [`probe`] found.
@@ -100,11 +103,32 @@ pub fn probe(makes_direct: bool) -> Result<ProbeReport, LoadError> {
     })
 }
 
+/// Has the kernel verify a program at XDP, and unloads it.
+///
+/// # Errors
+/// As [`Bpf::load`].
+pub fn probe_xdp() -> Result<(), LoadError> {
+    let settings = LoadSettings {
+        log_level: LOG_OFF,
+        pin_dir: None,
+        has_flows: false,
+        most_pairs: PAIRS_CAPACITY,
+        most_direct: 0,
+    };
+    XdpHooks::load(&mut load(&settings)?, Xdp::Native).1.map_err(xdp_error)
+}
+
+fn xdp_error(error: ProgramError) -> LoadError {
+    LoadError::new(format!("load program {PROGRAM_XDP}"), PROGRAM_XDP, error.into())
+}
+
 /// The loaded programs, their maps and pins, and the interfaces that the programs are attached to. Dropping it detaches
 /// the programs and removes the pins.
 // Fields are dropped in order: what is attached first, the pins before the maps.
 pub struct Bpf {
     attachments: Attachments,
+    xdp: XdpHooks,
+    xdp_error: Option<String>,
     paths: Arc<Paths>,
     has_flows: bool,
     /// The queue of free slots, where there may be direct connections.
@@ -148,6 +172,7 @@ impl Bpf {
             loaded => (loaded?, None),
         };
         let kind = AttachKind::of_kernel();
+        let (xdp, xdp_loaded) = XdpHooks::load(&mut ebpf, options.xdp);
         let stay = match (has_flows, kind) {
             (true, _) => Stay::Programs(pins.links()?),
             (false, AttachKind::Clsact) => Stay::Nothing(Some(pins.links()?)),
@@ -165,6 +190,8 @@ impl Bpf {
         pins.take_over();
         Ok(Self {
             attachments: Attachments::new(kind, stay),
+            xdp,
+            xdp_error: xdp_loaded.err().map(|error| xdp_error(error).to_string()),
             paths,
             has_flows,
             direct_free,
@@ -180,6 +207,11 @@ impl Bpf {
     /// Why there can be no direct connections, though they were asked for.
     pub fn direct_error(&self) -> Option<&str> {
         self.direct_error.as_deref()
+    }
+
+    /// Why there are no programs at XDP, though they were asked for.
+    pub fn xdp_error(&self) -> Option<&str> {
+        self.xdp_error.as_deref()
     }
 
     /// The pairs that the kernel forwards or may forward; `None` where it may not.
@@ -224,7 +256,8 @@ impl Bpf {
 
     /// The interfaces that ingress programs hang on.
     pub fn attachments(&self) -> Vec<Attachment> {
-        self.attachments.iter().collect()
+        let with_xdp = |(index, attachment)| Attachment { xdp: self.xdp.mode(index), ..attachment };
+        self.attachments.iter().map(with_xdp).collect()
     }
 
     /// Attaches the programs to the interfaces through which connections to listeners on `bound` arrive, see
@@ -233,6 +266,7 @@ impl Bpf {
     /// interface does not concern the others, and is tried again in each call.
     pub fn attach(&mut self, interfaces: &[Interface], bound: &BTreeSet<BindAddress>) -> Vec<AttachProblem> {
         let mut wanted = wanted(interfaces, bound);
+        let at_xdp = self.xdp.update(&mut self.ebpf, &wanted);
         if self.has_flows {
             let demanded = self.paths.wanted();
             let missing = |interface: &&Interface| {
@@ -254,6 +288,8 @@ impl Bpf {
         }
         let arrivals = arrivals(interfaces).map(|interface| interface.index);
         self.paths.set_attached(self.attachments.indices(), arrivals);
+        problems.extend(at_xdp);
+        self.maps.retry_clients();
         problems.extend(self.maps.set_local_addresses(interfaces).into_iter().map(AttachProblem::from));
         let before = std::mem::take(&mut self.told);
         problems.retain(|problem| {
@@ -320,6 +356,19 @@ impl ListenerMaps for Bpf {
         state: ListenerState,
     ) -> Result<(), DatapathError> {
         self.maps.set_listener(key, id, state)
+    }
+
+    fn set_clients(
+        &mut self,
+        key: ListenerKey,
+        id: ListenerId,
+        clients: &Arc<AllowedAddresses>,
+    ) -> Result<(), DatapathError> {
+        self.maps.set_clients(key, id, clients)
+    }
+
+    fn are_clients_checked(&self, id: ListenerId) -> bool {
+        self.maps.are_clients_checked(id)
     }
 
     fn set_backends(&mut self, id: ListenerId, backends: Vec<BackendEntry>) -> Result<(), DatapathError> {
@@ -433,20 +482,6 @@ fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), LoadError> {
     <&mut SchedClassifier>::try_from(program)
         .and_then(|program| uninterrupted(|| program.load()))
         .map_err(|error| LoadError::new(format!("load program {name}"), name, EbpfError::from(error)))
-}
-
-/// Has the kernel verify a program, again where a signal has interrupted that: `EAGAIN` (`do_check`). Any signal does that the thread
-/// has to see to, also that a debugger or the freezer of a cgroup has stopped it for a moment.
-pub(super) fn uninterrupted(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
-    for _ in 1..LOAD_ATTEMPTS {
-        match load() {
-            Err(error) if errno_of(&error) == Some(Errno::AGAIN) => {
-                tracing::debug!("a signal has interrupted the loading of a program: it is loaded again");
-            }
-            loaded => return loaded,
-        }
-    }
-    load()
 }
 
 #[cfg(test)]

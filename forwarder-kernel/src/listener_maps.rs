@@ -1,8 +1,10 @@
 //! The kernel's maps of listeners as the reconciler sees them: the only seam between the two. [`Bpf`](crate::bpf::Bpf) is the real one.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use forwarder_common::{ListenerCounters, Verdict};
+use forwarder_gateway::allowed::AllowedAddresses;
 use forwarder_gateway::model::{BindAddress, ListenerKey};
 
 use crate::maps::{BackendEntry, DatapathError, ListenerId, ListenerState};
@@ -21,6 +23,21 @@ pub trait ListenerMaps: Send {
         id: ListenerId,
         state: ListenerState,
     ) -> Result<(), DatapathError>;
+
+    /// Has the programs drop the SYNs of clients that a listener does not let in. To be called before the listener is set, so that its first
+    /// SYN is looked at too.
+    ///
+    /// # Errors
+    /// As [`ListenerMaps::set_listener`]. Programs then let all clients in, and leave them to the listener's socket.
+    fn set_clients(
+        &mut self,
+        key: ListenerKey,
+        id: ListenerId,
+        clients: &Arc<AllowedAddresses>,
+    ) -> Result<(), DatapathError>;
+
+    /// Whether programs know which clients a listener lets in.
+    fn are_clients_checked(&self, id: ListenerId) -> bool;
 
     /// Writes the endpoints of a listener, replacing those written before; only what differs is written.
     ///

@@ -1,10 +1,12 @@
 //! The maps as the agent writes them: of listeners, and what all have in common.
 
 pub(crate) mod batch;
+mod client_rules;
 pub mod gate;
 pub mod grace;
 pub mod listeners;
 pub(crate) mod mapped;
+mod remover;
 pub mod updates;
 pub(crate) mod versions;
 

@@ -30,6 +30,14 @@ pub fn probe_direct() -> Result<(), String> {
     bpf::probe(true).map(drop).map_err(|error| error.to_string())
 }
 
+/// Whether the kernel takes a program at XDP. Whether a driver does, shows when it is attached.
+///
+/// # Errors
+/// It does not, and why.
+pub fn probe_xdp() -> Result<(), String> {
+    bpf::probe_xdp().map_err(|error| error.to_string())
+}
+
 fn read_a_connection() -> std::io::Result<Leg> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let stream = TcpStream::connect(listener.local_addr()?)?;

@@ -15,12 +15,13 @@ use forwarder_common::update::{CreditUpdate, PROGRAM_SET_CREDIT};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
-use crate::bpf::{raise_memory_limit, uninterrupted};
+use crate::bpf::raise_memory_limit;
 use crate::btf::{self, BtfError};
 use crate::load_error::{LoadError, errno_of, kernel_release};
 use crate::maps::DatapathError;
 use crate::maps::listeners::typed;
 use crate::maps::updates;
+use crate::programs::uninterrupted;
 use forwarder_runtime::failpoint;
 use forwarder_runtime::lock::lock;
 

@@ -249,7 +249,8 @@ fn the_agent_knows_every_variable_that_it_is_given() {
         "maxPairs" | "maxDirect" | "workers" => "1",
         "sockmapMemory" => "1MiB",
         "listenerPorts" => "{!1-1023,80-88}",
-        "endpointCidrs" => "{!10.0.0.0/8,10.1.0.0/16}",
+        "endpointCidrs" | "clientCidrs" => "{!10.0.0.0/8,10.1.0.0/16}",
+        "xdp" => "native",
         _ => "1s",
     };
     let set: Vec<String> =
@@ -277,6 +278,8 @@ fn bad_values_are_refused_by_name() {
         ("--set=settings.hold=soon", "hold"),
         ("--set=settings.listenerPorts={mysql}", "listenerPorts"),
         ("--set=settings.endpointCidrs={db}", "endpointCidrs"),
+        ("--set=settings.clientCidrs={everybody}", "clientCidrs"),
+        ("--set=settings.xdp=fast", "xdp"),
         ("--set=drainTimeoutSeconds=30s", "drainTimeoutSeconds"),
         ("--set=controllerName=forwarder", "controllerName"),
         ("--set=admin.port=0", "port"),

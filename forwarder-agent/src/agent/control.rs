@@ -20,6 +20,7 @@ use forwarder_gateway::manifests::Change;
 use forwarder_gateway::status::nodes::NodeReport;
 use forwarder_gateway::status::{self, BindFailure};
 use forwarder_kernel::net::interfaces::{Interface, node_addresses, smallest_mtu};
+use forwarder_kernel::programs::attach::AttachProblem;
 use forwarder_kube::publish::Publication;
 use forwarder_runtime::panics;
 use forwarder_source::Loaded;
@@ -228,13 +229,21 @@ impl Control {
         let mut in_force = self.shared.in_force();
         let Some(datapath) = &mut in_force.datapath else { return };
         for problem in datapath.attach(&interfaces, &bound) {
+            if let AttachProblem::Xdp { .. } = problem {
+                tracing::warn!(%problem, "no program hangs at XDP of an interface");
+                continue;
+            }
             tracing::warn!(%problem, "cannot attach the eBPF programs to an interface: its packets are not counted, and its connections are forwarded in userspace");
         }
         let attachments = datapath.attachments();
         drop(in_force);
         self.shared.report().datapath.interfaces = attachments
             .into_iter()
-            .map(|one| view::InterfaceView { name: one.interface, attachment: one.kind.as_str().to_owned() })
+            .map(|one| view::InterfaceView {
+                name: one.interface,
+                attachment: one.kind.as_str().to_owned(),
+                xdp: one.xdp.map(|mode| mode.as_str().to_owned()),
+            })
             .collect();
     }
 

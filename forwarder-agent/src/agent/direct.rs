@@ -71,7 +71,14 @@ impl DirectListeners {
             self.has_failed = false;
         }
         let (is_on, ports) = (shared.toggles.is_on(Tier::Direct), self.connect.ports.of_direct());
-        let wanted = wanted(&shared.in_force());
+        let (wanted, unchecked) = {
+            let in_force = shared.in_force();
+            let (wanted, datapath) = (wanted(&in_force), in_force.datapath.as_ref());
+            let is_unchecked = |id| datapath.is_none_or(|datapath| !datapath.are_clients_checked(id));
+            let ids = wanted.iter().map(|(_, bound)| bound.id);
+            let unchecked: BTreeSet<_> = ids.filter(|id| is_unchecked(*id)).collect();
+            (wanted, unchecked)
+        };
         let mut told = BTreeMap::new();
         let mut leading = BTreeMap::new();
         // Not while what is in force is locked: the kernel is asked for routes.
@@ -81,6 +88,7 @@ impl DirectListeners {
                 // In a moment.
                 (_, Some(false)) => Ok([0; 2]),
                 (_, None) => Err("programs of a former agent still hang on an interface; the log says why they cannot be replaced".to_owned()),
+                _ if unchecked.contains(&bound.id) => Err("the programs do not know which clients it lets in; the log says why".to_owned()),
                 (None, _) => Err("there are no local ports of its own: see --source-ports".to_owned()),
                 (Some(ports), Some(true)) => self.set(bound.id, &bound.serving.load_full(), ports),
             };

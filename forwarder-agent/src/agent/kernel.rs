@@ -44,6 +44,7 @@ impl Kernel {
         let options = BpfOptions {
             most_pairs: (is_wanted && tc_error.is_none()).then_some(settings.max_pairs),
             most_direct: settings.max_direct,
+            xdp: settings.xdp,
             pin_dir: settings.pin_dir.clone(),
             trace: tracing::enabled!(target: "forwarder_kernel::programs", tracing::Level::TRACE),
         };
@@ -65,6 +66,10 @@ impl Kernel {
         let direct_error = bpf.direct_error().map(str::to_owned);
         if let Some(reason) = &direct_error {
             tracing::warn!(reason, "tier direct does not work: connections are accepted");
+        }
+        let xdp_error = bpf.xdp_error().map(str::to_owned);
+        if let Some(reason) = &xdp_error {
+            tracing::warn!(reason, "there is no program at XDP: TC drops what is to be dropped");
         }
         let offloader = bpf.flows().and_then(|flows| match make_offloader(flows, settings) {
             Ok(made) => Some(Arc::new(made)),
@@ -88,6 +93,7 @@ impl Kernel {
                 programs: true,
                 tc_error,
                 direct_error,
+                xdp_error,
                 ..view::DatapathView::default()
             },
         }

@@ -9,7 +9,10 @@ use clap::Args;
 use super::admin::{AgentArgs, AskError};
 use super::validate::{ServedArgs, load, print_problems};
 use super::{Output, print_json, table};
-use crate::view::{ListenerView, State};
+use crate::view::{InterfaceView, ListenerView, State};
+
+/// How many of a listener's networks of clients are shown.
+const NETWORKS_SHOWN: usize = 16;
 
 #[derive(Args, Debug)]
 pub(crate) struct ExplainArgs {
@@ -70,17 +73,25 @@ fn print(state: &State) {
         if let Some(error) = &listener.error {
             println!("error: listener {}: {error}", listener.listener);
         }
+        if let Some(networks) = clients(&listener.client_cidrs) {
+            println!("clients of listener {}: {networks}", listener.listener);
+        }
     }
     if let Some(datapath) = &state.datapath {
         if let Some(error) = &datapath.error {
             println!("\neBPF programs: off: {error}");
         } else {
             let interfaces = datapath.interfaces.iter();
-            let interfaces: Vec<_> =
-                interfaces.map(|one| format!("{} ({})", one.name, one.attachment)).collect();
-            println!("\neBPF programs: on {}", interfaces.join(", "));
+            let shown = |one: &InterfaceView| {
+                let xdp = one.xdp.as_ref().map(|mode| format!(", xdp {mode}"));
+                format!("{} ({}{})", one.name, one.attachment, xdp.unwrap_or_default())
+            };
+            println!("\neBPF programs: on {}", interfaces.map(shown).collect::<Vec<_>>().join(", "));
             if let Some(error) = &datapath.tc_error {
                 println!("tier tc: off: {error}");
+            }
+            if let Some(error) = &datapath.xdp_error {
+                println!("xdp: off: {error}");
             }
         }
     }
@@ -88,6 +99,13 @@ fn print(state: &State) {
         println!();
         print_problems(&state.problems);
     }
+}
+
+/// The networks of clients that are not let in, and exceptions: the first ones, if there are any.
+fn clients(networks: &[String]) -> Option<String> {
+    let (shown, others) = networks.split_at(networks.len().min(NETWORKS_SHOWN));
+    let more = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };
+    (!shown.is_empty()).then(|| shown.join(" ") + &more)
 }
 
 /// A row of the table; a listener's own columns stand in its first row only.

@@ -21,6 +21,9 @@ const KUBERNETES: Duration = Duration::from_secs(5);
 /// What tier `direct` needs beside what tier `tc` does.
 const DIRECT: &str = "for listeners that ask for it, where the agent has --max-direct and local ports of its own (--source-ports)";
 
+/// What a program at XDP needs.
+const XDP: &str = "drops for --client-cidrs, where the agent has --xdp native and the driver takes it";
+
 #[derive(Args, Debug)]
 pub(crate) struct ProbeArgs {
     /// Output format
@@ -64,6 +67,7 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
         Finding::new("tier tc", tc),
         Finding::new("tier sockmap", sockmap::probe(args.sockmap_unsafe_kernel)),
         Finding::new("eBPF programs", programs()),
+        Finding::new("program at XDP", forwarder_kernel::probe::probe_xdp().map(|()| XDP.to_owned())),
         Finding::new("low ports", low_ports()),
         Finding::new("open files", Ok(open_files())),
         Finding::new("kernel", Ok(kernel())),

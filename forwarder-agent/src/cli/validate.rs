@@ -82,7 +82,7 @@ fn count(number: usize, thing: &str) -> String {
 /// The state that an agent would have with these manifests.
 pub(crate) fn load(path: &Path, served: &ServedArgs) -> anyhow::Result<State> {
     let listener_ports = AllowedPorts::new(served.listener_ports.clone());
-    let endpoint_addresses = AllowedAddresses::for_files(served.endpoint_cidrs.clone());
+    let endpoint_addresses = AllowedAddresses::new(served.endpoint_cidrs.clone());
     check_rules(&listener_ports, &endpoint_addresses)?;
     let loaded = FileSource::new(path).load();
     let resolver = Resolver::new(ResolveSettings {

@@ -1,4 +1,4 @@
-//! The rules on listeners' ports and endpoints' addresses, as far as they are checked before any manifest is read.
+//! The rules on listeners' ports, and on the addresses of endpoints and clients, as far as they are checked before any manifest is read.
 
 use super::SettingsError;
 use forwarder_gateway::allowed::{AllowedAddresses, AllowedPorts};
@@ -15,12 +15,34 @@ pub(crate) fn check_rules(ports: &AllowedPorts, addresses: &AllowedAddresses) ->
             remedy: "it changes nothing, because no rule with `!` refuses one of these ports; remove it, or add `!1-65535` to refuse all others",
         });
     }
-    if let Some(network) = addresses.without_effect() {
-        return Err(SettingsError::Value {
-            setting: "endpoint-cidrs",
-            value: format!("`{network}`"),
-            remedy: "it changes nothing, because no wider network with `!` refuses it; remove it, or add `!0.0.0.0/0` or `!::/0` to refuse all others",
-        });
-    }
-    Ok(())
+    check_networks("endpoint-cidrs", addresses)
+}
+
+/// The same for a list of networks, which is a setting of this name.
+///
+/// # Errors
+/// The first such rule.
+pub(crate) fn check_networks(
+    setting: &'static str,
+    addresses: &AllowedAddresses,
+) -> Result<(), SettingsError> {
+    let Some(network) = addresses.without_effect().next() else { return Ok(()) };
+    Err(SettingsError::Value {
+        setting,
+        value: format!("`{network}`"),
+        remedy: "it changes nothing, because no wider network with `!` refuses it; remove it, or add `!0.0.0.0/0` or `!::/0` to refuse all others",
+    })
+}
+
+/// Refuses a network that no client has an address of.
+///
+/// # Errors
+/// The first such network.
+pub(crate) fn check_clients(clients: &AllowedAddresses) -> Result<(), SettingsError> {
+    let Some(network) = clients.mapped() else { return Ok(()) };
+    Err(SettingsError::Value {
+        setting: "client-cidrs",
+        value: format!("`{network}`"),
+        remedy: "it is a network of IPv4 that is mapped into IPv6; write it as one of IPv4",
+    })
 }

@@ -35,6 +35,28 @@ fn a_rule_that_refuses_nothing_by_itself_is_refused() {
 }
 
 #[test]
+fn networks_of_clients_say_something_or_are_refused() {
+    let outcome = |text: &str| {
+        let options = Options { manifests: Some("m".into()), ..from_text(text)? };
+        let settings = options.validate().map_err(|error| error.to_string())?;
+        Ok::<_, String>(settings.listener_defaults.client_cidrs.rules().len())
+    };
+    assert_eq!(outcome("clientCidrs: ['!10.0.0.0/8', 10.1.0.0/16]\n"), Ok(2));
+    let error = outcome("clientCidrs: [10.0.0.0/8]\n").unwrap_err();
+    assert!(error.contains("client-cidrs cannot be `10.0.0.0/8`: it changes nothing"), "{error}");
+    let error = outcome("clientCidrs: ['!::ffff:10.0.0.0/104']\n").unwrap_err();
+    assert!(error.contains("write it as one of IPv4"), "{error}");
+    // Without quotes, `!` is a tag of YAML: never a list that refuses less than was meant.
+    for text in [
+        "clientCidrs: [!10.0.0.0/8]\n",
+        "clientCidrs: [!10.0.0.0/8 10.1.0.0/16]\n",
+        "clientCidrs:\n- !10.0.0.0/8\n",
+    ] {
+        outcome(text).expect_err(text);
+    }
+}
+
+#[test]
 fn the_admin_endpoint_has_a_socket_a_group_and_names() {
     let admin = |text: &str| {
         let options = Options { manifests: Some("m".into()), ..from_text(text).unwrap() };

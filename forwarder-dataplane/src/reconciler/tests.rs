@@ -8,9 +8,7 @@ use self::fake::{Fake, Told};
 use super::*;
 use crate::worker_context::WorkerSettings;
 use forwarder_gateway::manifests::NamespacedName;
-use forwarder_gateway::model::{
-    Backend, BindAddress, Datapath, ListenerName, ListenerParent, ListenerSettings, OnRemoval, Route,
-};
+use forwarder_gateway::model::{Backend, BindAddress, ListenerName, ListenerParent, ListenerSettings, Route};
 
 fn port(number: u16) -> NonZeroU16 {
     NonZeroU16::new(number).unwrap()
@@ -31,14 +29,7 @@ fn backend(name: &str) -> BackendKey {
 
 /// Adds a listener whose route leads to `endpoints`.
 fn add(table: &mut RouteTable, name: &str, port: NonZeroU16, endpoints: &[SocketAddr]) {
-    let settings = ListenerSettings {
-        datapath: Datapath::Auto,
-        idle_timeout: None,
-        half_closed_timeout: None,
-        connect_timeout: Duration::from_secs(3),
-        on_removal: OnRemoval::Keep,
-        removal_drain: Duration::from_secs(30),
-    };
+    let settings = ListenerSettings { half_closed_timeout: None, ..ListenerSettings::default() };
     let listener = Listener {
         name: ListenerName {
             parent: ListenerParent::Gateway(NamespacedName::new("default", "gw")),

@@ -5,10 +5,13 @@
 //! Listeners of a ListenerSet have what the Gateway says for all listeners as their defaults.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use ipnet::IpNet;
 
+use crate::allowed::{AllowedAddresses, Rule};
 use crate::manifests::{Gateway, Kind, ObjectRef};
 use crate::model::{Datapath, ListenerSettings, OnRemoval};
 use crate::problem::{Problem, Reason};
@@ -17,11 +20,12 @@ use crate::problem::{Problem, Reason};
 const PREFIX: &str = "forwarder.dev/";
 
 /// What they set, in the order in which they are listed to whoever mistypes one.
-pub const ANNOTATIONS: [&str; 6] = [
+pub const ANNOTATIONS: [&str; 7] = [
     "forwarder.dev/idle-timeout",
     "forwarder.dev/half-closed-timeout",
     "forwarder.dev/connect-timeout",
     "forwarder.dev/datapath",
+    "forwarder.dev/client-cidrs",
     "forwarder.dev/on-removal",
     "forwarder.dev/removal-drain",
 ];
@@ -60,6 +64,7 @@ pub(super) fn apply(
             "half-closed-timeout" => annotation.apply(timeout, |s, v| s.half_closed_timeout = v),
             "connect-timeout" => annotation.apply(connect_timeout, |s, v| s.connect_timeout = v),
             "datapath" => annotation.apply(datapath, |s, v| s.datapath = v),
+            "client-cidrs" => annotation.apply_clients(),
             "on-removal" => annotation.apply(on_removal, |s, v| s.on_removal = v),
             "removal-drain" => annotation.apply(duration, |s, v| s.removal_drain = v),
             _ => {
@@ -89,9 +94,48 @@ struct Annotation<'a> {
 }
 
 impl Annotation<'_> {
-    fn apply<T: Copy>(
+    /// Has listeners let in only clients that are let in without the annotation too: whoever runs the agent, or has made the Gateway of a
+    /// ListenerSet, may rely on it. Networks that cannot be read are left out, and all others hold.
+    fn apply_clients(&mut self) {
+        let before: Vec<_> =
+            self.settings.iter_mut().map(|settings| std::mem::take(&mut settings.client_cidrs)).collect();
+        let mut unread = Vec::new();
+        self.apply(
+            |text| {
+                let (clients, complaints) = clients(text);
+                unread.extend(complaints);
+                if clients.is_empty() {
+                    return Err(format!(
+                        "{text:?} has no network that refuses a client: what holds without it stays in force; add one with `!`, or remove it"
+                    ));
+                }
+                Ok(Arc::new(clients))
+            },
+            |settings, clients| settings.client_cidrs = clients,
+        );
+        self.complaints.extend(unread);
+        // Listeners that have the same lists share what comes of them.
+        let mut latest: Option<[Arc<AllowedAddresses>; 3]> = None;
+        for (settings, before) in self.settings.iter_mut().zip(before) {
+            let own = std::mem::take(&mut settings.client_cidrs);
+            settings.client_cidrs = match latest.take() {
+                _ if own.is_empty() => before,
+                Some([one, other, both]) if Arc::ptr_eq(&one, &before) && Arc::ptr_eq(&other, &own) => {
+                    latest = Some([one, other, Arc::clone(&both)]);
+                    both
+                }
+                _ => {
+                    let both = Arc::new(before.and(&own));
+                    latest = Some([before, own, Arc::clone(&both)]);
+                    both
+                }
+            };
+        }
+    }
+
+    fn apply<T: Clone>(
         &mut self,
-        parse: impl Fn(&str) -> Result<T, String>,
+        mut parse: impl FnMut(&str) -> Result<T, String>,
         set: impl Fn(&mut ListenerSettings, T),
     ) {
         let value = self.value;
@@ -112,7 +156,7 @@ impl Annotation<'_> {
                 Ok((targets, parsed)) => {
                     for index in targets {
                         if let Some(settings) = self.settings.get_mut(index) {
-                            set(settings, parsed);
+                            set(settings, parsed.clone());
                         }
                     }
                 }
@@ -168,6 +212,30 @@ fn connect_timeout(text: &str) -> Result<Duration, String> {
         );
     }
     Ok(duration)
+}
+
+/// The clients that networks allow, which are separated by spaces, and what is wrong with those that are left out.
+fn clients(text: &str) -> (AllowedAddresses, Vec<String>) {
+    let (mut rules, mut complaints) = (Vec::new(), Vec::new());
+    for word in text.split_whitespace() {
+        match word.parse::<Rule<IpNet>>() {
+            Ok(rule) if AllowedAddresses::new(vec![rule]).mapped().is_some() => complaints.push(format!(
+                "`{word}` is a network of IPv4 that is mapped into IPv6: it is ignored; write it as one of IPv4"
+            )),
+            Ok(rule) => rules.push(rule),
+            Err(why) => complaints
+                .push(format!("{why}: it is ignored, and the other networks hold; correct it, or remove it")),
+        }
+    }
+    let all = AllowedAddresses::new(rules);
+    let superfluous: HashSet<IpNet> = all.without_effect().collect();
+    for network in all.rules().iter().map(|rule| rule.range).filter(|range| superfluous.contains(range)) {
+        complaints.push(format!(
+            "`{network}` changes nothing, because no wider network with `!` refuses it; remove it, or add `!0.0.0.0/0` or `!::/0` to refuse all others"
+        ));
+    }
+    let effective = all.rules().iter().filter(|rule| !superfluous.contains(&rule.range)).copied();
+    (AllowedAddresses::new(effective.collect()), complaints)
 }
 
 fn datapath(text: &str) -> Result<Datapath, String> {

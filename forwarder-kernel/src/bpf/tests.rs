@@ -32,6 +32,9 @@ use crate::programs::attach::{AttachKind, Stay};
 #[path = "cleanup_tests.rs"]
 mod cleanup_tests;
 
+#[path = "clients_tests.rs"]
+mod clients_tests;
+
 #[path = "live_tests.rs"]
 mod live_tests;
 
@@ -89,6 +92,7 @@ impl Bpffs {
             trace: false,
             most_pairs: None,
             most_direct: 0,
+            xdp: Xdp::Off,
         }
     }
 }
@@ -244,7 +248,7 @@ fn check(frame: &[u8], verdict: Verdict, listener: ListenerId, syns: u64, bytes:
     assert_eq!(verdicts(&bpf), BTreeMap::from([(verdict, 1)]));
     for id in [EXACT_ID, EXACT_V6_ID, WILDCARD_ID] {
         let expected = if id == listener && verdict == Verdict::Counted {
-            ListenerCounters { syns, packets: 1, bytes: u64::try_from(bytes).unwrap() }
+            ListenerCounters { syns, packets: 1, bytes: u64::try_from(bytes).unwrap(), denied: 0 }
         } else {
             ListenerCounters::default()
         };
@@ -600,6 +604,7 @@ fn another_file_system_is_refused() {
         trace: false,
         most_pairs: None,
         most_direct: 0,
+        xdp: Xdp::Off,
     };
     match Bpf::load(&options) {
         Err(error @ LoadError::NotBpffs { .. }) => {
@@ -693,7 +698,7 @@ fn counts_a_connection(kind: AttachKind) {
         let bound = BTreeSet::from([BindAddress::Any]);
         assert!(bpf.attach(&interfaces, &bound).is_empty());
         assert!(bpf.attach(&interfaces, &bound).is_empty());
-        assert_eq!(bpf.attachments(), [Attachment { interface: "lo".to_owned(), kind }]);
+        assert_eq!(bpf.attachments(), [Attachment { interface: "lo".to_owned(), kind, xdp: None }]);
 
         drop(TcpStream::connect(address).unwrap());
         let counters = bpf.counters(id).unwrap();

@@ -5,19 +5,22 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use aya::maps::{HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
+use aya::maps::{
+    HashMap as BpfHashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues,
+};
 use aya::{Ebpf, Pod};
 use forwarder_common::layout::{self, ANY_ADDRESS, STATE_DRAINING, STATE_READY, STATE_REMOVED};
 use forwarder_common::tuple::{AddressBytes, address_bytes, address_of};
 use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerValue, Verdict};
-use rustix::io::Errno;
 
-use crate::load_error::{LoadError, errno_of};
+use crate::load_error::LoadError;
+use crate::maps::client_rules::ClientRules;
 use crate::maps::gate::Gate;
+use crate::maps::remover::{Remover, Stale, absent};
 use crate::maps::updates::Updates;
-use crate::maps::versions::map_path;
 use crate::maps::{BackendEntry, DatapathError, ListenerId, ListenerState};
 use crate::net::interfaces::Interface;
+use forwarder_gateway::allowed::AllowedAddresses;
 use forwarder_gateway::model::{BindAddress, ListenerKey};
 
 type Table<K, V> = BpfHashMap<MapData, K, V>;
@@ -36,8 +39,11 @@ pub(crate) struct Maps {
     verdicts: PerCpuArray<MapData, u64>,
     /// The listener that each key of `listeners` was last written for.
     known_listeners: HashMap<layout::ListenerKey, ListenerId>,
-    /// Where each of the listeners leads programs: [`ListenerValue::targets`].
-    targets: HashMap<ListenerId, [u64; 2]>,
+    /// What stands in `listeners` for each of them, or is to once it is set.
+    values: HashMap<ListenerId, ListenerValue>,
+    client_rules: ClientRules,
+    /// The listeners of which the programs do not know which clients to let in.
+    unchecked: BTreeMap<ListenerId, (ListenerKey, Arc<AllowedAddresses>)>,
     /// The listeners that have counters.
     known_counters: BTreeSet<ListenerId>,
     /// What stands in `backends`, by slot.
@@ -51,52 +57,6 @@ pub(crate) struct Maps {
     /// What was condemned since everything that was had to be removed, last: it may still stand there.
     condemned: HashSet<Stale>,
     updates: Arc<Updates>,
-}
-
-/// What is of no use any more.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-enum Stale {
-    Listener(layout::ListenerKey),
-    Counters(u32),
-    Address(AddressBytes),
-}
-
-/// The maps that programs read, open for who removes from them.
-struct Remover {
-    listeners: Table<layout::ListenerKey, ListenerValue>,
-    counters: PerCpuHashMap<MapData, u32, ListenerCounters>,
-    local_addresses: Table<AddressBytes, u32>,
-}
-
-impl Remover {
-    /// Opens the maps that are pinned in a directory.
-    fn open(pin_dir: &Path) -> Result<Self, MapError> {
-        let open = |name: &str| MapData::from_pin(map_path(pin_dir, name));
-        Ok(Self {
-            listeners: BpfHashMap::try_from(Map::HashMap(open(layout::LISTENERS)?))?,
-            counters: PerCpuHashMap::try_from(Map::PerCpuHashMap(open(layout::COUNTERS)?))?,
-            local_addresses: BpfHashMap::try_from(Map::HashMap(open(layout::LOCAL_ADDRESSES)?))?,
-        })
-    }
-
-    fn remove(&mut self, stale: Stale) {
-        let removed = match stale {
-            Stale::Listener(key) => {
-                let entry = || format!("port {}", key.port);
-                absent(layout::LISTENERS, self.listeners.remove(&key), entry)
-            }
-            Stale::Counters(id) => {
-                absent(layout::COUNTERS, self.counters.remove(&id), || format!("listener {id}"))
-            }
-            Stale::Address(address) => {
-                let entry = || address_of(address).to_string();
-                absent(layout::LOCAL_ADDRESSES, self.local_addresses.remove(&address), entry)
-            }
-        };
-        if let Err(error) = removed {
-            tracing::warn!(%error, "cannot remove an entry from the BPF maps: the programs keep it");
-        }
-    }
 }
 
 impl Maps {
@@ -121,11 +81,7 @@ impl Maps {
             |operation: &str, error: MapError| LoadError::new(operation.to_owned(), "", error.into());
         let mut remover = Remover::open(pin_dir).map_err(|error| failed("open the BPF maps", error))?;
         // After what has just been removed.
-        let gate = Gate::start("maps", move |batch| {
-            for stale in batch {
-                remover.remove(stale);
-            }
-        });
+        let gate = Gate::start("maps", move |batch| remover.remove_all(batch));
         Ok(Self {
             gate: gate.map_err(|error| failed("start a thread for the BPF maps", error.into()))?,
             condemned: HashSet::new(),
@@ -138,7 +94,9 @@ impl Maps {
             local_addresses,
             verdicts: typed(ebpf, layout::VERDICTS, PerCpuArray::try_from)?,
             known_listeners: HashMap::new(),
-            targets: HashMap::new(),
+            values: HashMap::new(),
+            client_rules: ClientRules::new(typed(ebpf, layout::CLIENT_RULES, LpmTrie::try_from)?),
+            unchecked: BTreeMap::new(),
             known_counters: BTreeSet::new(),
             known_backends: HashMap::new(),
         })
@@ -158,9 +116,10 @@ impl Maps {
             ListenerState::Draining => STATE_DRAINING,
         };
         let map_key = map_key(key);
-        let targets = self.targets.get(&id).copied().unwrap_or_default();
-        match self.write_listener(map_key, ListenerValue { listener_id: id.0, state, targets }) {
+        let value = ListenerValue { state, ..self.value(id) };
+        match self.write_listener(map_key, value) {
             Ok(()) => {
+                self.values.insert(id, value);
                 self.former_listeners.remove(&map_key);
                 self.known_listeners.insert(map_key, id);
                 Ok(())
@@ -180,18 +139,85 @@ impl Maps {
         id: ListenerId,
         targets: [u64; 2],
     ) -> Result<(), DatapathError> {
-        let map_key = map_key(key);
-        // Another listener may have the key by now.
-        if self.known_listeners.get(&map_key) != Some(&id)
-            || self.targets.get(&id).copied().unwrap_or_default() == targets
-        {
+        let former = self.value(id);
+        if former.targets == targets {
             return Ok(());
         }
-        let value = ListenerValue { listener_id: id.0, state: STATE_READY, targets };
-        self.updates
-            .set_listener(map_key, value)
-            .map_err(|source| write_error(layout::LISTENERS, key.to_string(), source))?;
-        self.targets.insert(id, targets);
+        self.change(key, id, ListenerValue { targets, ..former })
+    }
+
+    pub(crate) fn set_clients(
+        &mut self,
+        key: ListenerKey,
+        id: ListenerId,
+        clients: &Arc<AllowedAddresses>,
+    ) -> Result<(), DatapathError> {
+        let former = self.value(id);
+        let written = self.client_rules.number(clients).map_err(|(network, source)| {
+            write_error(layout::CLIENT_RULES, format!("{network} of listener {key}"), source)
+        });
+        let changed = match written {
+            Ok(client_rules) => self.change(key, id, ListenerValue { client_rules, ..former }),
+            // Neither those of before, which may refuse whom these let in: its socket decides.
+            Err(error) => self
+                .change(key, id, ListenerValue { client_rules: 0, targets: [0; 2], ..former })
+                .and(Err(error)),
+        };
+        if changed.is_ok() {
+            self.unchecked.remove(&id);
+        } else {
+            self.unchecked.insert(id, (key, Arc::clone(clients)));
+        }
+        self.forget_client_rules(former.client_rules);
+        changed
+    }
+
+    /// Tries again what programs could not be told of clients: there may be room by now.
+    pub(crate) fn retry_clients(&mut self) {
+        for (id, (key, clients)) in self.unchecked.clone() {
+            if self.set_clients(key, id, &clients).is_ok() {
+                tracing::info!(listener = %key, "the BPF programs know now which clients the listener does not let in");
+            }
+        }
+    }
+
+    /// Whether programs know which clients a listener lets in.
+    pub(crate) fn are_clients_checked(&self, id: ListenerId) -> bool {
+        !self.unchecked.contains_key(&id)
+    }
+
+    /// Removes rules on clients if no listener has them.
+    fn forget_client_rules(&mut self, number: u32) {
+        if number == 0 || self.values.values().any(|value| value.client_rules == number) {
+            return;
+        }
+        for rule in self.client_rules.forget(number) {
+            self.gate.condemn(Stale::ClientRule(rule));
+        }
+    }
+
+    /// What stands there for a listener, or is to.
+    pub(crate) fn value(&self, id: ListenerId) -> ListenerValue {
+        let new =
+            ListenerValue { listener_id: id.0, state: STATE_READY, targets: [0; 2], client_rules: 0, pad: 0 };
+        self.values.get(&id).copied().unwrap_or(new)
+    }
+
+    /// Makes a listener what is said, now if it stands there.
+    fn change(
+        &mut self,
+        key: ListenerKey,
+        id: ListenerId,
+        value: ListenerValue,
+    ) -> Result<(), DatapathError> {
+        let map_key = map_key(key);
+        // Another listener may have the key by now.
+        if self.known_listeners.get(&map_key) == Some(&id) && self.values.get(&id) != Some(&value) {
+            self.updates
+                .set_listener(map_key, value)
+                .map_err(|source| write_error(layout::LISTENERS, key.to_string(), source))?;
+        }
+        self.values.insert(id, value);
         Ok(())
     }
 
@@ -270,7 +296,13 @@ impl Maps {
                 self.known_listeners.remove(&map_key);
             }
         }
-        self.targets.remove(&id);
+        // Where it stands still, its rules hold.
+        if listener.is_ok() {
+            self.unchecked.remove(&id);
+            if let Some(value) = self.values.remove(&id) {
+                self.forget_client_rules(value.client_rules);
+            }
+        }
         let backends = self.set_backends(id, Vec::new());
         if backends.is_ok() {
             self.known_backends.remove(&id);
@@ -285,7 +317,11 @@ impl Maps {
         key: layout::ListenerKey,
         describe: impl FnOnce() -> String,
     ) -> Result<(), DatapathError> {
-        let gone = ListenerValue { listener_id: 0, state: STATE_REMOVED, targets: [0; 2] };
+        // For a program that has found the listener, its clients stay who they are.
+        let id = self.known_listeners.get(&key);
+        let client_rules = id.map_or(0, |id| self.value(*id).client_rules);
+        let gone =
+            ListenerValue { listener_id: 0, state: STATE_REMOVED, targets: [0; 2], client_rules, pad: 0 };
         self.updates
             .set_listener(key, gone)
             .map_err(|source| write_error(layout::LISTENERS, describe(), source))?;
@@ -294,8 +330,12 @@ impl Maps {
     }
 
     pub(crate) fn remove_former_listeners(&mut self) -> Result<(), DatapathError> {
-        for key in std::mem::take(&mut self.former_listeners) {
+        for key in self.former_listeners.clone() {
             self.remove_entry(key, || format!("port {} of a former agent", key.port))?;
+            self.former_listeners.remove(&key);
+        }
+        for rule in self.client_rules.take_former() {
+            self.gate.condemn(Stale::ClientRule(rule));
         }
         Ok(())
     }
@@ -313,6 +353,7 @@ impl Maps {
             syns: sum.syns.wrapping_add(cpu.syns),
             packets: sum.packets.wrapping_add(cpu.packets),
             bytes: sum.bytes.wrapping_add(cpu.bytes),
+            denied: sum.denied.wrapping_add(cpu.denied),
         }))
     }
 
@@ -419,22 +460,4 @@ fn write_error(map: &'static str, entry: String, source: MapError) -> DatapathEr
 
 fn read_error(map: &'static str, entry: String, source: MapError) -> DatapathError {
     DatapathError { operation: "read", map, entry: Some(entry), source: Box::new(source) }
-}
-
-/// Whether an entry is absent after its removal; that it was not there is no error.
-fn absent(
-    map: &'static str,
-    removed: Result<(), MapError>,
-    entry: impl FnOnce() -> String,
-) -> Result<(), DatapathError> {
-    match removed {
-        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-        Err(source) if errno_of(&source) == Some(Errno::NOENT) => Ok(()),
-        Err(source) => Err(DatapathError {
-            operation: "remove from",
-            map,
-            entry: Some(entry()),
-            source: Box::new(source),
-        }),
-    }
 }

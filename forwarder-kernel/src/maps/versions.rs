@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use aya::maps::{MapData, MapInfo};
 use forwarder_common::direct::DIRECT;
 use forwarder_common::layout::{
-    AGENT, FLOWS, LISTENERS, LOCAL_ADDRESSES, PINNED_MAPS, PROGRAMS_VERSION, VERDICTS,
+    AGENT, CLIENT_RULES, FLOWS, LISTENERS, LOCAL_ADDRESSES, PINNED_MAPS, PROGRAMS_VERSION, VERDICTS,
 };
 
 /// `BPF_MAP_GET_NEXT_KEY` (`linux/bpf.h`).
@@ -101,6 +101,9 @@ impl ForeignMap {
             AGENT | LISTENERS | LOCAL_ADDRESSES => {
                 Some("clients that connect before this agent listens may be refused instead of waiting")
             }
+            CLIENT_RULES if has_entries(&self.path) => {
+                Some("clients that listeners do not let in are let in until this agent has written its rules")
+            }
             // Pairs are told of with their flows, and what belongs to direct connections with what leads to them; the rest each agent begins anew.
             _ => None,
         }
@@ -137,7 +140,7 @@ mod tests {
     #[test]
     fn maps_of_other_versions_are_found_by_their_folders() {
         let directory = tempfile::tempdir().unwrap();
-        for name in ["v3/flows", "v3/other", "v4/counters", "v99/verdicts", "other/flows", "vx/flows"] {
+        for name in ["v3/flows", "v3/other", "v5/counters", "v99/verdicts", "other/flows", "vx/flows"] {
             let path = directory.path().join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, "").unwrap();
@@ -145,7 +148,7 @@ mod tests {
         std::os::unix::fs::symlink(directory.path().join("other"), directory.path().join("v7")).unwrap();
         let found = foreign_paths(directory.path());
         assert_eq!(found.iter().map(|map| map.name).collect::<Vec<_>>(), ["verdicts", "flows"]);
-        assert_eq!(map_path(directory.path(), COUNTERS), directory.path().join("v4/counters"));
+        assert_eq!(map_path(directory.path(), COUNTERS), directory.path().join("v5/counters"));
         // They are no maps.
         assert_eq!(foreign_maps(directory.path()), []);
     }
@@ -157,6 +160,7 @@ mod tests {
             BACKENDS,
             COUNTERS,
             LOCAL_ADDRESSES,
+            CLIENT_RULES,
             VERDICTS,
             FLOWS,
             PAIRS,

@@ -12,6 +12,7 @@ use aya::Ebpf;
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use forwarder_common::packet::LinkLayer;
 use forwarder_common::{PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP};
+use forwarder_gateway::model::Xdp;
 use rustix::io::Errno;
 
 use crate::load_error::with_causes;
@@ -78,6 +79,18 @@ pub enum AttachProblem {
         /// The error and its causes.
         reason: String,
     },
+    /// The kernel or the driver refuses a program at XDP: what is to be dropped, TC drops.
+    #[error(
+        "cannot attach to interface {interface} at XDP ({mode}), so that TC drops what is to be dropped: {reason}"
+    )]
+    Xdp {
+        /// The interface's name.
+        interface: String,
+        /// How it was attempted.
+        mode: &'static str,
+        /// The error and its causes.
+        reason: String,
+    },
     /// There is no program for such interfaces.
     #[error(
         "cannot attach to interface {interface}: its packets (ARPHRD type {arphrd}) begin neither with an Ethernet nor an IP header"
@@ -101,6 +114,8 @@ pub struct Attachment {
     pub interface: String,
     /// How.
     pub kind: AttachKind,
+    /// How a program hangs there at XDP too, if one does.
+    pub xdp: Option<Xdp>,
 }
 
 /// The interfaces that the programs hang on. Dropping it detaches them, but for what is pinned.
@@ -150,10 +165,11 @@ impl Attachments {
         self.kind
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = Attachment> {
-        self.links
-            .values()
-            .map(|attached| Attachment { interface: attached.interface.clone(), kind: self.kind })
+    /// The interfaces on which programs hang, with their indices.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, Attachment)> {
+        self.links.iter().map(|(index, attached)| {
+            (*index, Attachment { interface: attached.interface.clone(), kind: self.kind, xdp: None })
+        })
     }
 
     /// The indices of the interfaces on which all programs hang.

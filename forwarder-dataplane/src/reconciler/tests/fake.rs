@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use forwarder_common::{ListenerCounters, Verdict};
 
+use forwarder_gateway::allowed::AllowedAddresses;
 use forwarder_gateway::model::{BindAddress, ListenerKey};
 use forwarder_kernel::listener_maps::ListenerMaps;
 use forwarder_kernel::maps::{BackendEntry, DatapathError, ListenerId, ListenerState, MapError};
@@ -63,6 +64,19 @@ impl ListenerMaps for Fake {
         self.check("backends")?;
         self.told.lock().unwrap().backends.insert(id, backends);
         Ok(())
+    }
+
+    fn set_clients(
+        &mut self,
+        _: ListenerKey,
+        _: ListenerId,
+        _: &Arc<AllowedAddresses>,
+    ) -> Result<(), DatapathError> {
+        self.check("client_rules")
+    }
+
+    fn are_clients_checked(&self, _: ListenerId) -> bool {
+        !self.refuses
     }
 
     fn set_targets(&mut self, _: ListenerKey, _: ListenerId, _: [u64; 2]) -> Result<(), DatapathError> {
