@@ -194,17 +194,17 @@ fn what_dead_agents_left_is_found_wherever_it_is_pinned() {
     let mounts = [(&*pin_dir, &**dead), (running.agent.pin_dir(), &**alive)];
     let skipped = format!("skipped {}: an agent is running", alive.display());
     let text = stdout(&cleanup_at(&node, &mounts, &[]));
-    for pin in ["counters", "flows", "links"] {
+    for pin in ["backends", "flows", "links"] {
         let path = dead.join("deep/inner/gone").join(pin);
         let is_told =
             |line: &str| line.starts_with("would remove ") && line.ends_with(path.to_str().expect("text"));
         assert!(text.lines().any(is_told), "no {pin}: {text}");
     }
     assert!(!text.contains("dead/link") && text.contains(&skipped), "{text}");
-    assert!(inner.join("gone/counters").exists(), "it was only to be listed");
+    assert!(inner.join("gone/backends").exists(), "it was only to be listed");
     // The same where the directory is named.
     let named = cleanup(&node, &["--pin-dir", inner.to_str().expect("text")]);
-    assert!(stdout(&named).contains("/gone/counters"), "{named:?}");
+    assert!(stdout(&named).contains("/gone/backends"), "{named:?}");
 
     let text = stdout(&cleanup_at(&node, &mounts, &["--yes"]));
     assert!(text.contains("removed pin") && text.contains(&skipped), "{text}");

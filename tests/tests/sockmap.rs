@@ -178,9 +178,10 @@ fn what_there_is_no_room_for_stays_at_splice() {
         streams.retain(|stream| !joined.contains(&stream.local_addr().unwrap()));
         wait_until("two others are joined", WAIT, || {
             ping(&streams);
-            at_tier(agent, "sockmap").len() == 2
+            let others = at_tier(agent, "sockmap");
+            // Those that have just been closed may be listed still.
+            others.len() == 2 && others.is_disjoint(&joined)
         });
-        assert!(at_tier(agent, "sockmap").is_disjoint(&joined));
     }
 }
 
