@@ -208,6 +208,11 @@ impl<'a> Listeners<'a> {
             ("forwarder_ingress_packets", "TCP packets that arrived; a GRO super-packet counts once", 1),
             ("forwarder_ingress_bytes", "Bytes of these packets from the IP header on", 2),
             ("forwarder_ingress_denied", "Connection attempts dropped because the client is not let in", 3),
+            (
+                "forwarder_ingress_limited",
+                "Connection attempts dropped because the client opens more in a second than it may",
+                4,
+            ),
         ] {
             let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             for (labels, counters) in &counted {
@@ -215,7 +220,8 @@ impl<'a> Listeners<'a> {
                     0 => counters.syns,
                     1 => counters.packets,
                     2 => counters.bytes,
-                    _ => counters.denied,
+                    3 => counters.denied,
+                    _ => counters.limited,
                 };
                 counter(&mut metric, *labels, value)?;
             }

@@ -4,11 +4,11 @@ mod admin;
 mod defaults;
 mod file;
 mod kube;
+mod listeners;
 mod rules;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -174,6 +174,11 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_CLIENT_CIDRS", value_name = "CIDR", value_delimiter = ',')]
     #[serde(default)]
     pub client_cidrs: Vec<Rule<IpNet>>,
+
+    /// How many new connections one client (of IPv6: one /64 network) may open at once, and in each second after, to each listener; 0 is any
+    /// number. The eBPF programs drop the SYNs of further ones. An annotation of a Gateway can lower it [default: 0]
+    #[arg(long, env = "FORWARDER_CLIENT_RATE", value_name = "N")]
+    pub client_rate: Option<u32>,
 
     /// How long a port that another process used must be free before a listener takes it, so that a restarted daemon gets its
     /// port back [default: 10s]
@@ -343,44 +348,11 @@ impl Options {
             listener_ports: or_others(self.listener_ports, other.listener_ports),
             endpoint_cidrs: or_others(self.endpoint_cidrs, other.endpoint_cidrs),
             client_cidrs: or_others(self.client_cidrs, other.client_cidrs),
+            client_rate: self.client_rate.or(other.client_rate),
             port_wait: self.port_wait.or(other.port_wait),
             source_addresses: or_others(self.source_addresses, other.source_addresses),
             source_ports: self.source_ports.or(other.source_ports),
         }
-    }
-
-    /// The settings of listeners where their Gateway says nothing else.
-    ///
-    /// # Errors
-    /// A value that cannot be used.
-    pub fn listener_defaults(&self) -> Result<ListenerSettings, SettingsError> {
-        let defaults = ListenerSettings::default();
-        let connect_timeout = or_default(self.connect_timeout, defaults.connect_timeout);
-        if connect_timeout.is_zero() {
-            return Err(SettingsError::Value {
-                setting: "connect-timeout",
-                value: "0".to_owned(),
-                remedy: "set how long an attempt may take, such as 3s",
-            });
-        }
-        let client_cidrs = AllowedAddresses::new(self.client_cidrs.clone());
-        check_networks("client-cidrs", &client_cidrs)?;
-        check_clients(&client_cidrs)?;
-        Ok(ListenerSettings {
-            datapath: self.datapath.unwrap_or(defaults.datapath),
-            client_cidrs: Arc::new(client_cidrs),
-            idle_timeout: off_if_zero(or_default(
-                self.idle_timeout,
-                defaults.idle_timeout.unwrap_or_default(),
-            )),
-            half_closed_timeout: off_if_zero(or_default(
-                self.half_closed_timeout,
-                defaults.half_closed_timeout.unwrap_or_default(),
-            )),
-            connect_timeout,
-            on_removal: self.on_removal.unwrap_or(defaults.on_removal),
-            removal_drain: or_default(self.removal_drain, defaults.removal_drain),
-        })
     }
 
     /// The settings, with defaults for what is not set.

@@ -1,6 +1,8 @@
 //! What the agent shows of itself: the JSON of `/v1/state`, which `forwarder explain` prints as a table,
 //! and the connections that `forwarder conns` lists.
 
+use std::num::NonZeroU32;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -50,6 +52,9 @@ pub struct ListenerView {
     /// The networks of clients that are not let in, and exceptions: `--client-cidrs` and the annotation together.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub client_cidrs: Vec<String>,
+    /// How many new connections one client may open in a second; absent where any number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client_rate: Option<u32>,
     /// The route that serves it.
     pub route: Option<String>,
     /// The route's backends.
@@ -162,6 +167,7 @@ pub fn listener(key: ListenerKey, listener: &Listener, table: &RouteTable) -> Li
         listener: listener.name.to_string(),
         address: key.to_string(),
         datapath: listener.settings.datapath.to_string(),
+        client_rate: listener.settings.client_rate.map(NonZeroU32::get),
         client_cidrs: listener.settings.client_cidrs.rules().iter().map(ToString::to_string).collect(),
         route: listener.route.as_ref().map(|route| route.name.to_string()),
         backends: backends

@@ -149,8 +149,8 @@ pub struct ListenerValue {
     pub targets: [u64; 2],
     /// The rules of [`CLIENT_RULES`] that decide which clients are let in; 0 where all are.
     pub client_rules: u32,
-    /// Zero.
-    pub pad: u32,
+    /// How many connections one client may ask for in a second; 0 where any number.
+    pub client_rate: u32,
 }
 
 /// [`ListenerValue::targets`]: `count` of them from `first` on. One word, which programs read at once.
@@ -210,6 +210,8 @@ pub struct ListenerCounters {
     pub bytes: u64,
     /// Connection attempts dropped because the client is not let in. They are not among `syns`.
     pub denied: u64,
+    /// Those dropped because the client asks for more in a second than it may. Nor are they.
+    pub limited: u64,
 }
 
 const _: () = {
@@ -223,6 +225,7 @@ const _: () = {
     assert!(offset_of!(ListenerValue, state) == 4);
     assert!(offset_of!(ListenerValue, targets) == 8);
     assert!(offset_of!(ListenerValue, client_rules) == 24);
+    assert!(offset_of!(ListenerValue, client_rate) == 28);
 
     assert!(size_of::<ClientNetwork>() == 20 && align_of::<ClientNetwork>() == 4);
     assert!(offset_of!(ClientNetwork, address) == 4);
@@ -241,11 +244,12 @@ const _: () = {
     assert!(size_of::<HoldState>() == 16 && align_of::<HoldState>() == 8);
     assert!(offset_of!(HoldState, is_leaving) == 8);
 
-    assert!(size_of::<ListenerCounters>() == 32 && align_of::<ListenerCounters>() == 8);
+    assert!(size_of::<ListenerCounters>() == 40 && align_of::<ListenerCounters>() == 8);
     assert!(offset_of!(ListenerCounters, syns) == 0);
     assert!(offset_of!(ListenerCounters, packets) == 8);
     assert!(offset_of!(ListenerCounters, bytes) == 16);
     assert!(offset_of!(ListenerCounters, denied) == 24);
+    assert!(offset_of!(ListenerCounters, limited) == 32);
 };
 
 #[cfg(feature = "aya")]

@@ -125,7 +125,7 @@ impl ListenerUpdate {
         for word in value.targets {
             bytes.put(&word.to_ne_bytes());
         }
-        for word in [value.client_rules, value.pad] {
+        for word in [value.client_rules, value.client_rate] {
             bytes.put(&word.to_ne_bytes());
         }
         bytes.filled

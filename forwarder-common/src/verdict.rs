@@ -66,11 +66,13 @@ pub enum Verdict {
     DirectRetried = 26,
     /// A new connection to a listener that does not let its client in: dropped.
     ClientDenied = 27,
+    /// A new connection of a client that asks for more in a second than its listener allows one client: dropped.
+    ClientLimited = 28,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 29] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -99,10 +101,11 @@ impl Verdict {
         Self::DirectRefused,
         Self::DirectRetried,
         Self::ClientDenied,
+        Self::ClientLimited,
     ];
 
     /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 28;
+    pub const COUNT: u32 = 29;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -141,6 +144,7 @@ impl Verdict {
             Self::DirectRefused => "direct_refused",
             Self::DirectRetried => "direct_retried",
             Self::ClientDenied => "client_denied",
+            Self::ClientLimited => "client_limited",
         }
     }
 }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -126,12 +127,24 @@ impl InForce {
         }
     }
 
-    /// Has the kernel know which clients a listener lets in.
+    /// Has the kernel know which clients a listener lets in, and how often.
     fn write_clients(&mut self, key: ListenerKey, id: ListenerId, listener: &Listener) {
+        let client_rate = listener.settings.client_rate.map_or(0, NonZeroU32::get);
         if let Some(datapath) = &mut self.datapath
-            && let Err(error) = datapath.set_clients(key, id, &listener.settings.client_cidrs)
+            && let Err(error) = datapath.set_clients(key, id, &listener.settings.client_cidrs, client_rate)
         {
-            tracing::warn!(listener = %listener.name, %error, "cannot tell the BPF programs which clients the listener does not let in: they are accepted and reset, instead of being dropped, and the listener is not direct");
+            tracing::warn!(listener = %listener.name, %error, "cannot tell the BPF programs which clients the listener lets in, and how often: those that it refuses are accepted and reset, instead of being dropped, a new limit does not hold, and the listener is not direct; trying again");
+        }
+    }
+
+    /// Tells where nothing limits how often a client may connect, if that is to be limited and was not before.
+    fn warn_if_unlimited(&self, before: Option<&Listener>, listener: &Listener) {
+        let client_rate = listener.settings.client_rate;
+        if self.datapath.is_none()
+            && client_rate.is_some()
+            && before.map(|before| before.settings.client_rate) != Some(client_rate)
+        {
+            tracing::warn!(listener = %listener.name, client_rate, "no BPF program limits how often a client may connect to the listener; `forwarder probe` tells why there is none");
         }
     }
 
@@ -305,6 +318,7 @@ impl Reconciler {
                     bound.serving.store(Arc::new(serving));
                     let id = bound.id;
                     in_force.write_clients(*key, id, listener);
+                    in_force.warn_if_unlimited(old.as_deref(), listener);
                     in_force.write_backends(*key);
                 }
             }
@@ -344,6 +358,7 @@ impl Reconciler {
                 });
                 self.workers.listen(sockets, &bound);
                 tracing::info!(listener = %listener.name, address = %key, "listening");
+                in_force.warn_if_unlimited(None, listener);
                 SocketState::Bound(bound)
             }
             Err(error) => {

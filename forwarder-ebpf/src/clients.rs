@@ -1,22 +1,48 @@
-//! Which clients are let in: those of a SYN that the rules of its listener refuse are dropped before anything else is made of it.
+//! Which clients are let in, and how often: a SYN that its listener refuses is dropped before anything else is made of it.
 
+#![expect(clippy::needless_borrows_for_generic_args, reason = "copies would stand on the stack")]
+
+use aya_ebpf::bindings::BPF_ANY;
 use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use forwarder_common::layout::{CLIENT_BITS, CLIENT_DENIED, ClientNetwork, ListenerValue};
 use forwarder_common::packet::Segment;
 use forwarder_common::tuple::{AddressBytes, FourTuple};
+use forwarder_common::verdict::Verdict;
 
 use crate::admission::find_listener;
-use crate::maps::{CLIENT_RULES, COUNTERS};
+use crate::maps::{CLIENT_RATES, CLIENT_RULES, COUNTERS};
 
-/// Whether a segment asks a listener for a connection that does not let its client in; counts it there.
-#[inline(always)]
-pub(crate) fn refuse(segment: &Segment) -> bool {
-    segment.is_attempt() && refuse_attempt(&segment.tuple) != 0
+/// A second in nanoseconds.
+const SECOND: u64 = 1_000_000_000;
+
+/// Where a SYN is looked at.
+#[derive(Clone, Copy)]
+pub(crate) enum Stage {
+    /// At XDP: what is let in there comes to TC too.
+    Xdp = 0,
+    /// At TC, where it counts for its client's rate.
+    Tc = 1,
 }
 
-/// The same for a SYN. (A function of its own, so that the key leaves the stack with it; as a number, which older verifiers want of those.)
+/// Why a segment is dropped, if it asks a listener for a connection that does not let its client in; counts it there.
+#[inline(always)]
+pub(crate) fn refuse(segment: &Segment, stage: Stage) -> Option<Verdict> {
+    if !segment.is_attempt() {
+        None
+    } else if deny(&segment.tuple) != 0 {
+        Some(Verdict::ClientDenied)
+    } else if limit(&segment.tuple, stage as u32) != 0 {
+        Some(Verdict::ClientLimited)
+    } else {
+        None
+    }
+}
+
+/// Whether the listener of a SYN does not let its client in; counts that. (A function of its own, as the next one, so that its keys leave the stack with it;
+/// as a number, which older verifiers want of those.)
 #[inline(never)]
-fn refuse_attempt(tuple: &FourTuple) -> u32 {
+fn deny(tuple: &FourTuple) -> u32 {
     let Ok(listener) = find_listener(&tuple.destination, tuple.destination_port) else { return 0 };
     if !is_denied(&listener, &tuple.source) {
         return 0;
@@ -29,6 +55,20 @@ fn refuse_attempt(tuple: &FourTuple) -> u32 {
     1
 }
 
+/// Whether the client of a SYN connects more often than the listener allows; counts that.
+#[inline(never)]
+fn limit(tuple: &FourTuple, stage: u32) -> u32 {
+    let Ok(listener) = find_listener(&tuple.destination, tuple.destination_port) else { return 0 };
+    if !is_limited(&listener, &tuple.source, stage == Stage::Tc as u32) {
+        return 0;
+    }
+    if let Some(counters) = COUNTERS.get_ptr_mut(listener.listener_id) {
+        // SAFETY: as above.
+        unsafe { (*counters).limited += 1 };
+    }
+    1
+}
+
 /// Whether a listener does not let a client in.
 #[inline(always)]
 pub(crate) fn is_denied(listener: &ListenerValue, client: &AddressBytes) -> bool {
@@ -37,4 +77,45 @@ pub(crate) fn is_denied(listener: &ListenerValue, client: &AddressBytes) -> bool
     }
     let network = ClientNetwork { rules: listener.client_rules, address: *client };
     CLIENT_RULES.get(&Key::new(CLIENT_BITS, network)).is_some_and(|rule| *rule == CLIENT_DENIED)
+}
+
+/// Whether a client has asked for as many connections as it may in a second, and more than come in by now. If not, and `counts`, this one counts.
+/// (The generic cell rate algorithm, ITU-T I.371: what is kept is when the connections so far would have come if they had come evenly.)
+#[inline(always)]
+fn is_limited(listener: &ListenerValue, client: &AddressBytes, counts: bool) -> bool {
+    let Some(interval) = SECOND.checked_div(u64::from(listener.client_rate)) else { return false };
+    let key = ClientNetwork { rules: listener.listener_id, address: host(client) };
+    // Of this very moment: by the clock of the programs, which is another one on each CPU, a client that keeps to its rate would be too early now and then.
+    // SAFETY: the helper has no conditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let Some(next) = CLIENT_RATES.get_ptr_mut(&key) else {
+        if counts {
+            // If that fails, because all elements are in use at this moment, this connection counts for nobody.
+            let _ = CLIENT_RATES.insert(&key, &(now + interval), u64::from(BPF_ANY));
+        }
+        return false;
+    };
+    // SAFETY: the element lives as long as the map. It may become another client's meanwhile, or be written by another CPU: then one connection
+    // counts for the wrong client, or for none.
+    let stored = unsafe { next.read_volatile() };
+    let due = if stored > now { stored } else { now };
+    if due - now > SECOND - interval {
+        return true;
+    }
+    if counts {
+        // SAFETY: as above.
+        unsafe { next.write_volatile(due + interval) };
+    }
+    false
+}
+
+/// What a client is known by: its address, or the network of its link (RFC 4291, 2.5.4), of which it has as many addresses of IPv6 as it likes.
+#[inline(always)]
+fn host(client: &AddressBytes) -> AddressBytes {
+    let [a, b, c, d, e, f, g, h, ..] = *client;
+    // One of IPv4 begins with zeros.
+    if u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == 0 {
+        return *client;
+    }
+    [a, b, c, d, e, f, g, h, 0, 0, 0, 0, 0, 0, 0, 0]
 }

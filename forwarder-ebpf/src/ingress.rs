@@ -6,6 +6,7 @@ use forwarder_common::packet::{FLAG_RST, LinkLayer};
 use forwarder_common::verdict::Verdict;
 
 use crate::admission::{Admission, admit};
+use crate::clients::Stage;
 use crate::frame::find_segment;
 use crate::maps::INGRESS;
 use crate::outcome::{Outcome, count_verdict};
@@ -50,8 +51,8 @@ fn decide(context: &TcContext, link: LinkLayer) -> Outcome {
         Err(Verdict::Fragment) => return fragment::redirect(context, link),
         Err(verdict) => return Outcome::pass(verdict),
     };
-    if clients::refuse(&frame.segment) {
-        return Outcome::drop(Verdict::ClientDenied);
+    if let Some(verdict) = clients::refuse(&frame.segment, Stage::Tc) {
+        return Outcome::drop(verdict);
     }
     // Kept in memory, where the verifier does not follow it through all that comes then.
     frame.is_refused =

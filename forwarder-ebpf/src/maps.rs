@@ -4,7 +4,7 @@
 //! meanwhile. The kernel sees to that only up to 6.0: since 6.1, what is freed of a hash that is not preallocated is the next
 //! to be allocated on that CPU (`bpf_mem_cache_free`, `unit_alloc`), as it always was of one that is. So the agent sees to it:
 //! it allocates nothing in a map that programs read within a grace period of a removal (ADR 18), and changes what stands there
-//! in place ([`crate::update`]). Programs neither insert nor remove: but in [`FRAGMENTS`] and [`DIRECT`], which say why.
+//! in place ([`crate::update`]). Programs neither insert nor remove: but in [`FRAGMENTS`], [`CLIENT_RATES`] and [`DIRECT`], which say why.
 
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
@@ -60,6 +60,15 @@ pub(crate) static LOCAL_ADDRESSES: HashMap<
 #[btf_map(name = "client_rules")]
 pub(crate) static CLIENT_RULES: LpmTrie<ClientNetwork, u32, { CLIENT_RULES_CAPACITY as usize }> =
     LpmTrie::new();
+
+/// When connections of clients may come again: `CLOCK_MONOTONIC` in nanoseconds, by the number of the listener and the client.
+///
+/// The programs insert here, which is preallocated: see [`FRAGMENTS`]. With more clients at once than it holds, those that were seen least recently begin anew.
+#[btf_map(name = "client_rates")]
+pub(crate) static CLIENT_RATES: LruHashMap<ClientNetwork, u64, CLIENT_RATES_CAPACITY> = LruHashMap::new();
+
+/// Of how many clients is known when they may come again.
+pub(crate) const CLIENT_RATES_CAPACITY: usize = 32_768;
 
 /// The interfaces whose packets are taken whoever is expected behind them.
 #[btf_map(name = "loose_interfaces")]

@@ -48,6 +48,7 @@ pub fn fwd_set_listen(context: TcContext) -> i32 {
             (&raw mut (*listener).state).write_volatile(update.value.state);
         }
         (&raw mut (*listener).client_rules).write_volatile(update.value.client_rules);
+        (*listener).client_rate = update.value.client_rate;
         (*listener).listener_id = update.value.listener_id;
         (*listener).targets = update.value.targets;
         (*listener).state = update.value.state;

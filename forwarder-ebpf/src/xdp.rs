@@ -7,9 +7,8 @@ use aya_ebpf::programs::XdpContext;
 use forwarder_common::packet::{
     FLAG_ACK, FLAG_SYN, Header, LinkLayer, PROTOCOL_TCP, Packet, parse, tcp_field,
 };
-use forwarder_common::verdict::Verdict;
 
-use crate::clients;
+use crate::clients::{self, Stage};
 use crate::outcome::count_verdict;
 use crate::skb::{IPV4_HEADER, IPV6_HEADER};
 
@@ -33,13 +32,10 @@ fn decide(context: &XdpContext) -> u32 {
     if asks_for_nothing(&Frame(context)) {
         return XDP_PASS;
     }
-    match parse(&Frame(context), LinkLayer::Ethernet) {
-        Ok(segment) if clients::refuse(&segment) => {
-            count_verdict(Verdict::ClientDenied);
-            XDP_DROP
-        }
-        _ => XDP_PASS,
-    }
+    let Ok(segment) = parse(&Frame(context), LinkLayer::Ethernet) else { return XDP_PASS };
+    let Some(verdict) = clients::refuse(&segment, Stage::Xdp) else { return XDP_PASS };
+    count_verdict(verdict);
+    XDP_DROP
 }
 
 /// Whether a frame with headers such as most are is no SYN: most are not, and these bytes are all that is read of them.

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroU32};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -268,6 +268,9 @@ impl OnRemoval {
     }
 }
 
+/// The most that [`ListenerSettings::client_rate`] may be.
+pub const MOST_CLIENT_RATE: u32 = 1_000_000;
+
 /// Settings of the connections that a listener accepts. `None` for a time-out means off.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -277,6 +280,9 @@ pub struct ListenerSettings {
     /// Which clients are let in.
     #[serde(skip_serializing_if = "is_empty")]
     pub client_cidrs: Arc<AllowedAddresses>,
+    /// How many new connections one client may open in a second; `None` is any number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client_rate: Option<NonZeroU32>,
     /// After how long without a byte in either direction a connection is reset.
     #[serde(serialize_with = "duration_text")]
     pub idle_timeout: Option<Duration>,
@@ -298,6 +304,7 @@ impl Default for ListenerSettings {
         Self {
             datapath: Datapath::default(),
             client_cidrs: Arc::default(),
+            client_rate: None,
             idle_timeout: None,
             half_closed_timeout: Some(Duration::from_mins(15)),
             connect_timeout: Duration::from_secs(3),

@@ -363,8 +363,9 @@ impl ListenerMaps for Bpf {
         key: ListenerKey,
         id: ListenerId,
         clients: &Arc<AllowedAddresses>,
+        client_rate: u32,
     ) -> Result<(), DatapathError> {
-        self.maps.set_clients(key, id, clients)
+        self.maps.set_clients(key, id, clients, client_rate)
     }
 
     fn are_clients_checked(&self, id: ListenerId) -> bool {

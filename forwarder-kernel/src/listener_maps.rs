@@ -24,8 +24,8 @@ pub trait ListenerMaps: Send {
         state: ListenerState,
     ) -> Result<(), DatapathError>;
 
-    /// Has the programs drop the SYNs of clients that a listener does not let in. To be called before the listener is set, so that its first
-    /// SYN is looked at too.
+    /// Has the programs drop the SYNs of clients that a listener does not let in, and those of a client that asks for more than `client_rate` connections in a
+    /// second; 0 is any number. To be called before the listener is set, so that its first SYN is looked at too.
     ///
     /// # Errors
     /// As [`ListenerMaps::set_listener`]. Programs then let all clients in, and leave them to the listener's socket.
@@ -34,6 +34,7 @@ pub trait ListenerMaps: Send {
         key: ListenerKey,
         id: ListenerId,
         clients: &Arc<AllowedAddresses>,
+        client_rate: u32,
     ) -> Result<(), DatapathError>;
 
     /// Whether programs know which clients a listener lets in.

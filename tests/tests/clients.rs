@@ -3,7 +3,8 @@
 use std::io::{self, Read as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::Command;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use forwarder_common::packet::{LinkLayer, parse};
 use forwarder_common::tuple::address_bytes;
@@ -340,4 +341,42 @@ fn a_program_of_somebody_else_at_xdp_is_left_alone() {
     drop(forwarding.agent);
     wait_at_xdp(&second);
     check_dropped(&second, netns, refused, address);
+}
+
+/// It may open so many at once, and so many in each second after, however many others do.
+#[test]
+fn a_client_opens_no_more_connections_in_a_second_than_it_may() {
+    const RATE: usize = 5;
+    const ATTEMPTS: usize = 20;
+    if !is_ready() {
+        return;
+    }
+    for (family, datapath) in
+        [(Family::V4, "tc"), (Family::V6, "tc"), (Family::V4, "direct"), (Family::V4, "splice")]
+    {
+        let [one, other] = sources(family);
+        let arguments = ["--datapath", datapath, "--client-rate", &RATE.to_string()];
+        let command = AgentCommand::new(&arguments);
+        let forwarding = Forwarding::serve(network(), family, &command, peer::echo).expect("an agent");
+        let (agent, netns) = (&forwarding.agent, &forwarding.topology.client);
+        wait_until("the tier is in force", WAIT, || datapath != "direct" || is_direct(agent));
+        let address = forwarding.address_of(family);
+        let begun = Instant::now();
+        let opened = thread::scope(|scope| {
+            let attempt = || connect(netns, one, address, ATTEMPT).is_ok();
+            let attempts: Vec<_> = (0..ATTEMPTS).map(|_| scope.spawn(attempt)).collect();
+            attempts.into_iter().filter_map(|attempt| attempt.join().ok()).filter(|opened| *opened).count()
+        });
+        let seconds = usize::try_from(begun.elapsed().as_secs()).expect("a short time") + 1;
+        assert!(opened >= RATE, "{family:?}, {datapath}: {opened}");
+        assert!(opened <= RATE * (seconds + 1), "{family:?}, {datapath}: {opened} in {seconds} s");
+        assert!(agent.verdicts("client_limited") >= 1, "{family:?}, {datapath}");
+        assert_eq!(agent.metric("forwarder_ingress_limited_total"), agent.verdicts("client_limited"));
+        // Another client is not concerned, unless it is of the same /64.
+        if family == Family::V4 {
+            let before = agent.verdicts("client_limited");
+            check_let_in(netns, other, address);
+            assert_eq!(agent.verdicts("client_limited"), before);
+        }
+    }
 }

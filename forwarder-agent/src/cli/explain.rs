@@ -76,6 +76,12 @@ fn print(state: &State) {
         if let Some(networks) = clients(&listener.client_cidrs) {
             println!("clients of listener {}: {networks}", listener.listener);
         }
+        if let Some(rate) = listener.client_rate {
+            println!(
+                "clients of listener {}: at most {rate} new connections a second each",
+                listener.listener
+            );
+        }
     }
     if let Some(datapath) = &state.datapath {
         if let Some(error) = &datapath.error {

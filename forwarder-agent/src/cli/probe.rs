@@ -22,7 +22,8 @@ const KUBERNETES: Duration = Duration::from_secs(5);
 const DIRECT: &str = "for listeners that ask for it, where the agent has --max-direct and local ports of its own (--source-ports)";
 
 /// What a program at XDP needs.
-const XDP: &str = "drops for --client-cidrs, where the agent has --xdp native and the driver takes it";
+const XDP: &str =
+    "drops for --client-cidrs and --client-rate, where the agent has --xdp native and the driver takes it";
 
 #[derive(Args, Debug)]
 pub(crate) struct ProbeArgs {

@@ -46,6 +46,8 @@ fn networks_of_clients_say_something_or_are_refused() {
     assert!(error.contains("client-cidrs cannot be `10.0.0.0/8`: it changes nothing"), "{error}");
     let error = outcome("clientCidrs: ['!::ffff:10.0.0.0/104']\n").unwrap_err();
     assert!(error.contains("write it as one of IPv4"), "{error}");
+    let error = outcome("clientRate: 1000001\n").unwrap_err();
+    assert!(error.contains("client-rate cannot be 1000001"), "{error}");
     // Without quotes, `!` is a tag of YAML: never a list that refuses less than was meant.
     for text in [
         "clientCidrs: [!10.0.0.0/8]\n",

@@ -5,6 +5,7 @@
 //! Listeners of a ListenerSet have what the Gateway says for all listeners as their defaults.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,19 +14,20 @@ use ipnet::IpNet;
 
 use crate::allowed::{AllowedAddresses, Rule};
 use crate::manifests::{Gateway, Kind, ObjectRef};
-use crate::model::{Datapath, ListenerSettings, OnRemoval};
+use crate::model::{Datapath, ListenerSettings, MOST_CLIENT_RATE, OnRemoval};
 use crate::problem::{Problem, Reason};
 
 /// What all annotations of the forwarder begin with.
 const PREFIX: &str = "forwarder.dev/";
 
 /// What they set, in the order in which they are listed to whoever mistypes one.
-pub const ANNOTATIONS: [&str; 7] = [
+pub const ANNOTATIONS: [&str; 8] = [
     "forwarder.dev/idle-timeout",
     "forwarder.dev/half-closed-timeout",
     "forwarder.dev/connect-timeout",
     "forwarder.dev/datapath",
     "forwarder.dev/client-cidrs",
+    "forwarder.dev/client-rate",
     "forwarder.dev/on-removal",
     "forwarder.dev/removal-drain",
 ];
@@ -65,6 +67,7 @@ pub(super) fn apply(
             "connect-timeout" => annotation.apply(connect_timeout, |s, v| s.connect_timeout = v),
             "datapath" => annotation.apply(datapath, |s, v| s.datapath = v),
             "client-cidrs" => annotation.apply_clients(),
+            "client-rate" => annotation.apply_client_rate(),
             "on-removal" => annotation.apply(on_removal, |s, v| s.on_removal = v),
             "removal-drain" => annotation.apply(duration, |s, v| s.removal_drain = v),
             _ => {
@@ -130,6 +133,15 @@ impl Annotation<'_> {
                     both
                 }
             };
+        }
+    }
+
+    /// Has the lower one of two limits hold, as with clients.
+    fn apply_client_rate(&mut self) {
+        let before: Vec<_> = self.settings.iter_mut().map(|settings| settings.client_rate.take()).collect();
+        self.apply(client_rate, |settings, rate| settings.client_rate = rate);
+        for (settings, before) in self.settings.iter_mut().zip(before) {
+            settings.client_rate = [before, settings.client_rate].into_iter().flatten().min();
         }
     }
 
@@ -212,6 +224,14 @@ fn connect_timeout(text: &str) -> Result<Duration, String> {
         );
     }
     Ok(duration)
+}
+
+/// A number of connections in a second, of which 0 is any.
+fn client_rate(text: &str) -> Result<Option<NonZeroU32>, String> {
+    match text.parse() {
+        Ok(rate) if rate <= MOST_CLIENT_RATE => Ok(NonZeroU32::new(rate)),
+        _ => Err(format!("{text:?} is no number from 0 to {MOST_CLIENT_RATE}: the default is used")),
+    }
 }
 
 /// The clients that networks allow, which are separated by spaces, and what is wrong with those that are left out.

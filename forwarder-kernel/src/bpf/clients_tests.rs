@@ -43,8 +43,8 @@ fn the_narrowest_network_around_a_client_decides() {
     let mut bpf = loaded(&bpffs);
     let (v4, v6) = (key(BindAddress::Ip(V4.into()), EXACT), key(BindAddress::Ip(V6.into()), EXACT));
     let rules = clients(&["!10.0.0.0/8", "10.1.0.0/16", "!10.1.2.3", "!2001:db8:1::/48", "2001:db8:1::7"]);
-    bpf.set_clients(v4, EXACT_ID, &rules).unwrap();
-    bpf.set_clients(v6, EXACT_V6_ID, &rules).unwrap();
+    bpf.set_clients(v4, EXACT_ID, &rules, 0).unwrap();
+    bpf.set_clients(v6, EXACT_V6_ID, &rules, 0).unwrap();
     assert_eq!(numbers(&bpf).len(), 1, "listeners share them");
     let (to_v4, to_v6) = (format!("{V4}:{EXACT}"), format!("[{V6}]:{EXACT}"));
     for (client, is_dropped) in [
@@ -82,8 +82,8 @@ fn rules_of_ipv6_say_nothing_of_clients_of_ipv4() {
     let mut bpf = loaded(&bpffs);
     let (to_v4, to_v6) = (format!("{V4}:{EXACT}"), format!("[{V6}]:{EXACT}"));
     let set = |bpf: &mut Bpf, rules: &[&str]| {
-        bpf.set_clients(key(BindAddress::Ip(V4.into()), EXACT), EXACT_ID, &clients(rules)).unwrap();
-        bpf.set_clients(key(BindAddress::Ip(V6.into()), EXACT), EXACT_V6_ID, &clients(rules)).unwrap();
+        bpf.set_clients(key(BindAddress::Ip(V4.into()), EXACT), EXACT_ID, &clients(rules), 0).unwrap();
+        bpf.set_clients(key(BindAddress::Ip(V6.into()), EXACT), EXACT_V6_ID, &clients(rules), 0).unwrap();
     };
     let dropped = |bpf: &Bpf| [drops(bpf, "10.0.0.1:1", &to_v4), drops(bpf, "[2001:db8::1]:1", &to_v6)];
     set(&mut bpf, &["!::/0"]);
@@ -102,10 +102,10 @@ fn rules_go_with_the_last_listener_that_has_them() {
     let mut bpf = loaded(&bpffs);
     let listener = key(BindAddress::Ip(V4.into()), EXACT);
     let to = format!("{V4}:{EXACT}");
-    bpf.set_clients(listener, EXACT_ID, &clients(&["!10.0.0.0/8"])).unwrap();
+    bpf.set_clients(listener, EXACT_ID, &clients(&["!10.0.0.0/8"]), 0).unwrap();
     let first = numbers(&bpf);
-    bpf.set_clients(key(BindAddress::Any, WILDCARD), WILDCARD_ID, &clients(&["!10.0.0.0/8"])).unwrap();
-    bpf.set_clients(listener, EXACT_ID, &clients(&["!10.0.0.0/9"])).unwrap();
+    bpf.set_clients(key(BindAddress::Any, WILDCARD), WILDCARD_ID, &clients(&["!10.0.0.0/8"]), 0).unwrap();
+    bpf.set_clients(listener, EXACT_ID, &clients(&["!10.0.0.0/9"]), 0).unwrap();
     assert!(drops(&bpf, "10.0.0.1:1", &to) && !drops(&bpf, "10.128.0.1:1", &to));
     assert!(numbers(&bpf).is_superset(&first), "the other listener has them");
     bpf.remove_listener(key(BindAddress::Any, WILDCARD), WILDCARD_ID).unwrap();
@@ -128,7 +128,7 @@ fn the_next_agent_gives_rules_other_numbers() {
     let mut former = Bpf::load(&options).unwrap();
     let listener = key(BindAddress::Ip(V4.into()), EXACT);
     let to = format!("{V4}:{EXACT}");
-    former.set_clients(listener, EXACT_ID, &clients(&["!10.0.0.0/8"])).unwrap();
+    former.set_clients(listener, EXACT_ID, &clients(&["!10.0.0.0/8"]), 0).unwrap();
     former.set_listener(listener, EXACT_ID, ListenerState::Ready).unwrap();
     // Without connections there would be nothing to take over.
     write_flows(&mut former, &[flow_v4()]);
@@ -139,10 +139,10 @@ fn the_next_agent_gives_rules_other_numbers() {
     assert!(drops(&bpf, "10.0.0.1:1", &to), "the former's rule");
     // Another listener comes first, which has the number of the former's.
     let other = key(BindAddress::Any, WILDCARD);
-    bpf.set_clients(other, EXACT_ID, &clients(&["!192.0.2.0/24"])).unwrap();
+    bpf.set_clients(other, EXACT_ID, &clients(&["!192.0.2.0/24"]), 0).unwrap();
     bpf.set_listener(other, EXACT_ID, ListenerState::Ready).unwrap();
     assert!(drops(&bpf, "10.0.0.1:1", &to));
-    bpf.set_clients(listener, EXACT_V6_ID, &clients(&["!10.1.0.0/16"])).unwrap();
+    bpf.set_clients(listener, EXACT_V6_ID, &clients(&["!10.1.0.0/16"]), 0).unwrap();
     assert!(drops(&bpf, "10.0.0.1:1", &to), "until the listener is set");
     bpf.set_listener(listener, EXACT_V6_ID, ListenerState::Ready).unwrap();
     assert!(!drops(&bpf, "10.0.0.1:1", &to) && drops(&bpf, "10.1.0.1:1", &to));
@@ -161,13 +161,13 @@ fn rules_that_find_no_room_are_told_and_leave_clients_to_the_socket() {
     let Some(bpffs) = bpffs() else { return };
     let mut bpf = loaded(&bpffs);
     let listener = key(BindAddress::Ip(V4.into()), EXACT);
-    bpf.set_clients(listener, EXACT_ID, &clients(&["!10.0.0.0/8"])).unwrap();
+    bpf.set_clients(listener, EXACT_ID, &clients(&["!10.0.0.0/8"]), 0).unwrap();
     bpf.set_targets(listener, EXACT_ID, [1, 1]).unwrap();
     let count = CLIENT_RULES_CAPACITY + 1;
     let mut many: Vec<_> =
         (0..count).map(|host| format!("!{}", Ipv4Addr::from(0x0b00_0000 + host)).parse().unwrap()).collect();
     let error =
-        bpf.set_clients(listener, EXACT_ID, &Arc::new(AllowedAddresses::new(many.clone()))).unwrap_err();
+        bpf.set_clients(listener, EXACT_ID, &Arc::new(AllowedAddresses::new(many.clone())), 0).unwrap_err();
     assert!(error.to_string().contains("client_rules"), "{error}");
     assert!(!bpf.are_clients_checked(EXACT_ID));
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -181,8 +181,8 @@ fn rules_that_find_no_room_are_told_and_leave_clients_to_the_socket() {
     let half = AllowedAddresses::new(many.split_off(many.len() / 2));
     let (half, rest) = (Arc::new(half), Arc::new(AllowedAddresses::new(many)));
     let other = key(BindAddress::Any, WILDCARD);
-    bpf.set_clients(other, WILDCARD_ID, &rest).unwrap();
-    bpf.set_clients(listener, EXACT_ID, &half).unwrap_err();
+    bpf.set_clients(other, WILDCARD_ID, &rest, 0).unwrap();
+    bpf.set_clients(listener, EXACT_ID, &half, 0).unwrap_err();
     bpf.remove_listener(other, WILDCARD_ID).unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     while !bpf.are_clients_checked(EXACT_ID) {
@@ -216,8 +216,8 @@ fn a_program_at_xdp_drops_what_the_one_at_tc_would() {
     let Some(bpffs) = bpffs() else { return };
     let (mut bpf, program) = loaded_at_xdp(&bpffs);
     let rules = clients(&["!192.0.2.0/24", "192.0.2.7", "!2001:db8:1::/48"]);
-    bpf.set_clients(key(BindAddress::Ip(V4.into()), EXACT), EXACT_ID, &rules).unwrap();
-    bpf.set_clients(key(BindAddress::Ip(V6.into()), EXACT), EXACT_V6_ID, &rules).unwrap();
+    bpf.set_clients(key(BindAddress::Ip(V4.into()), EXACT), EXACT_ID, &rules, 0).unwrap();
+    bpf.set_clients(key(BindAddress::Ip(V6.into()), EXACT), EXACT_V6_ID, &rules, 0).unwrap();
     let (to_v4, to_v6) = (format!("{V4}:{EXACT}"), format!("[{V6}]:{EXACT}"));
     let refused = Frame { flags: SYN, ..Frame::new(tuple("192.0.2.1:1", &to_v4)) };
     let tagged = |tag: [u8; 2]| {
@@ -258,6 +258,47 @@ fn a_program_at_xdp_drops_what_the_one_at_tc_would() {
     assert_eq!(bpf.counters(EXACT_V6_ID).unwrap().denied, 4);
 }
 
+/// At XDP nothing counts, because what is let in there comes to TC.
+#[test]
+fn a_client_is_limited_by_what_has_come_to_tc() {
+    const RATE: u32 = 10;
+    let Some(bpffs) = bpffs() else { return };
+    let (mut bpf, program) = loaded_at_xdp(&bpffs);
+    let all = clients(&[]);
+    bpf.set_clients(key(BindAddress::Ip(V4.into()), EXACT), EXACT_ID, &all, RATE).unwrap();
+    bpf.set_clients(key(BindAddress::Ip(V6.into()), EXACT), EXACT_V6_ID, &all, RATE).unwrap();
+    let (to_v4, to_v6) = (format!("{V4}:{EXACT}"), format!("[{V6}]:{EXACT}"));
+    for (client, to, another, same) in [
+        ("192.0.2.1:1", &to_v4, "192.0.2.2:1", "192.0.2.1:2"),
+        ("[2001:db8:1::1]:1", &to_v6, "[2001:db8:1:1::1]:1", "[2001:db8:1::2]:1"),
+    ] {
+        let at_xdp = |bpf: &Bpf, client| run_at_xdp(bpf, program, &segment(client, to, SYN), 1).0;
+        for _ in 0..3 * RATE {
+            assert_eq!(at_xdp(&bpf, client), XDP_PASS);
+        }
+        let begun = Instant::now();
+        let passed = (0..3 * RATE).filter(|_| !drops(&bpf, client, to)).count();
+        // It may have come back to one more in each tenth of a second, and two at the edges.
+        let most = u128::from(RATE) + begun.elapsed().as_millis() / 100 + 2;
+        assert!(passed >= RATE as usize && passed as u128 <= most, "{client}: {passed} of {most}");
+        assert!(!drops(&bpf, another, to), "{another}");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        // Exhausted once more, XDP drops too.
+        while at_xdp(&bpf, client) == XDP_PASS {
+            assert!(Instant::now() < deadline, "{client}");
+            drops(&bpf, same, to);
+        }
+        while drops(&bpf, client, to) {
+            assert!(Instant::now() < deadline, "{client} never comes again");
+        }
+    }
+    assert!(verdicts(&bpf)[&Verdict::ClientLimited] > 0);
+    let limited = [EXACT_ID, EXACT_V6_ID].map(|id| bpf.counters(id).unwrap().limited);
+    assert_eq!(limited.iter().sum::<u64>(), verdicts(&bpf)[&Verdict::ClientLimited]);
+    bpf.set_clients(key(BindAddress::Ip(V4.into()), EXACT), EXACT_ID, &all, 0).unwrap();
+    assert!((0..3 * RATE).all(|_| !drops(&bpf, "192.0.2.1:1", &to_v4)), "0 is any number");
+}
+
 /// Tells what a frame costs at XDP; nothing is asserted of it, for it is the machine's.
 #[test]
 fn what_a_frame_costs_at_xdp() {
@@ -269,7 +310,7 @@ fn what_a_frame_costs_at_xdp() {
         let hosts = (0..count).map(|host| Ipv4Addr::from(0xc000_0200 + host * 7));
         let rules = hosts.map(|host| format!("!{host}").parse().unwrap()).collect();
         let rules = Arc::new(AllowedAddresses::new(rules));
-        bpf.set_clients(key(BindAddress::Ip(V4.into()), EXACT), EXACT_ID, &rules).unwrap();
+        bpf.set_clients(key(BindAddress::Ip(V4.into()), EXACT), EXACT_ID, &rules, 0).unwrap();
         for (what, frame, action) in [
             ("a SYN that is dropped", segment("192.0.2.0:1", &to, SYN), XDP_DROP),
             ("a SYN that is let in", segment("192.0.2.1:1", &to, SYN), XDP_PASS),

@@ -248,7 +248,12 @@ fn check(frame: &[u8], verdict: Verdict, listener: ListenerId, syns: u64, bytes:
     assert_eq!(verdicts(&bpf), BTreeMap::from([(verdict, 1)]));
     for id in [EXACT_ID, EXACT_V6_ID, WILDCARD_ID] {
         let expected = if id == listener && verdict == Verdict::Counted {
-            ListenerCounters { syns, packets: 1, bytes: u64::try_from(bytes).unwrap(), denied: 0 }
+            ListenerCounters {
+                syns,
+                packets: 1,
+                bytes: u64::try_from(bytes).unwrap(),
+                ..ListenerCounters::default()
+            }
         } else {
             ListenerCounters::default()
         };

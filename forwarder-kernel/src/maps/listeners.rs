@@ -42,8 +42,8 @@ pub(crate) struct Maps {
     /// What stands in `listeners` for each of them, or is to once it is set.
     values: HashMap<ListenerId, ListenerValue>,
     client_rules: ClientRules,
-    /// The listeners of which the programs do not know which clients to let in.
-    unchecked: BTreeMap<ListenerId, (ListenerKey, Arc<AllowedAddresses>)>,
+    /// The listeners of which the programs do not know which clients to let in, and how often.
+    unchecked: BTreeMap<ListenerId, (ListenerKey, Arc<AllowedAddresses>, u32)>,
     /// The listeners that have counters.
     known_counters: BTreeSet<ListenerId>,
     /// What stands in `backends`, by slot.
@@ -151,22 +151,23 @@ impl Maps {
         key: ListenerKey,
         id: ListenerId,
         clients: &Arc<AllowedAddresses>,
+        client_rate: u32,
     ) -> Result<(), DatapathError> {
         let former = self.value(id);
         let written = self.client_rules.number(clients).map_err(|(network, source)| {
             write_error(layout::CLIENT_RULES, format!("{network} of listener {key}"), source)
         });
         let changed = match written {
-            Ok(client_rules) => self.change(key, id, ListenerValue { client_rules, ..former }),
+            Ok(client_rules) => self.change(key, id, ListenerValue { client_rules, client_rate, ..former }),
             // Neither those of before, which may refuse whom these let in: its socket decides.
             Err(error) => self
-                .change(key, id, ListenerValue { client_rules: 0, targets: [0; 2], ..former })
+                .change(key, id, ListenerValue { client_rules: 0, client_rate, targets: [0; 2], ..former })
                 .and(Err(error)),
         };
         if changed.is_ok() {
             self.unchecked.remove(&id);
         } else {
-            self.unchecked.insert(id, (key, Arc::clone(clients)));
+            self.unchecked.insert(id, (key, Arc::clone(clients), client_rate));
         }
         self.forget_client_rules(former.client_rules);
         changed
@@ -174,8 +175,8 @@ impl Maps {
 
     /// Tries again what programs could not be told of clients: there may be room by now.
     pub(crate) fn retry_clients(&mut self) {
-        for (id, (key, clients)) in self.unchecked.clone() {
-            if self.set_clients(key, id, &clients).is_ok() {
+        for (id, (key, clients, client_rate)) in self.unchecked.clone() {
+            if self.set_clients(key, id, &clients, client_rate).is_ok() {
                 tracing::info!(listener = %key, "the BPF programs know now which clients the listener does not let in");
             }
         }
@@ -198,8 +199,13 @@ impl Maps {
 
     /// What stands there for a listener, or is to.
     pub(crate) fn value(&self, id: ListenerId) -> ListenerValue {
-        let new =
-            ListenerValue { listener_id: id.0, state: STATE_READY, targets: [0; 2], client_rules: 0, pad: 0 };
+        let new = ListenerValue {
+            listener_id: id.0,
+            state: STATE_READY,
+            targets: [0; 2],
+            client_rules: 0,
+            client_rate: 0,
+        };
         self.values.get(&id).copied().unwrap_or(new)
     }
 
@@ -320,8 +326,13 @@ impl Maps {
         // For a program that has found the listener, its clients stay who they are.
         let id = self.known_listeners.get(&key);
         let client_rules = id.map_or(0, |id| self.value(*id).client_rules);
-        let gone =
-            ListenerValue { listener_id: 0, state: STATE_REMOVED, targets: [0; 2], client_rules, pad: 0 };
+        let gone = ListenerValue {
+            listener_id: 0,
+            state: STATE_REMOVED,
+            targets: [0; 2],
+            client_rules,
+            client_rate: 0,
+        };
         self.updates
             .set_listener(key, gone)
             .map_err(|source| write_error(layout::LISTENERS, describe(), source))?;
@@ -354,6 +365,7 @@ impl Maps {
             packets: sum.packets.wrapping_add(cpu.packets),
             bytes: sum.bytes.wrapping_add(cpu.bytes),
             denied: sum.denied.wrapping_add(cpu.denied),
+            limited: sum.limited.wrapping_add(cpu.limited),
         }))
     }
 

@@ -71,6 +71,7 @@ impl ListenerMaps for Fake {
         _: ListenerKey,
         _: ListenerId,
         _: &Arc<AllowedAddresses>,
+        _: u32,
     ) -> Result<(), DatapathError> {
         self.check("client_rules")
     }
