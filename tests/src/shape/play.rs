@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -206,8 +207,17 @@ impl Player<'_> {
         flags.set(PollFlags::IN, to_receive);
         let timeout = Timespec::try_from(patient(PATIENCE))?;
         let ready = retry_on_intr(|| poll(&mut [PollFd::new(self.stream, flags)], Some(&timeout)))?;
-        ensure!(ready > 0, "nothing moved for {PATIENCE:?}");
+        ensure!(ready > 0, "nothing moved for {PATIENCE:?}; {}", self.socket());
         Ok(())
+    }
+
+    /// What the kernel knows of this end's socket: what has not been acknowledged, and what it waits for to send that again.
+    fn socket(&self) -> String {
+        let Ok(local) = self.stream.local_addr() else { return "its socket has no address".to_owned() };
+        let mut command = Command::new("ss");
+        command.args(["-tinoHO", "sport", &format!("= :{}", local.port())]);
+        let shown = command.output().map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+        shown.unwrap_or_else(|error| format!("ss: {error}"))
     }
 }
 
