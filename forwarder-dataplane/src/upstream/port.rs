@@ -52,7 +52,8 @@ pub(super) fn start_connecting(
     if let Some(own) = settings.ports.own() {
         for number in 0..OWN_PORTS {
             let found = search(number).among(&own, 1, |socket, free, _| {
-                bind_port(socket, endpoint, source, *free.start()).map(|()| *free.start())
+                let port = *free.start();
+                bind_port(socket, endpoint, source, port).map(|()| port..=port)
             });
             match found {
                 Ok(Some(socket)) => return Ok(Connecting { socket, shares_port: false }),
@@ -71,7 +72,7 @@ pub(super) fn start_connecting(
     let range = settings.ports.of_kernel();
     let found = search(0).among(&range, GAPS, |socket, free, is_all| {
         if is_all {
-            return bind(socket, source).map(|()| *range.end());
+            return bind(socket, source).map(|()| range.clone());
         }
         restrict(socket, endpoint, source, free)
     })?;
@@ -91,12 +92,12 @@ struct Search<'a> {
 
 impl Search<'_> {
     /// A socket that connects from a port in `range`, after so many attempts at most; `None` where none is free. `take` has a socket
-    /// use some of the next ports that no pair does, tells up to which, and is told whether no pair leads to the endpoint.
+    /// use some of the next ports that no pair does, tells which of them it may have got, and is told whether no pair leads to the endpoint.
     fn among(
         &self,
         range: &RangeInclusive<u16>,
         most: usize,
-        take: impl Fn(&Socket, &RangeInclusive<u16>, bool) -> io::Result<u16>,
+        take: impl Fn(&Socket, &RangeInclusive<u16>, bool) -> io::Result<RangeInclusive<u16>>,
     ) -> io::Result<Option<Socket>> {
         let Self { endpoint, source, settings, flows, random } = *self;
         let (low, high) = (*range.start(), *range.end());
@@ -112,18 +113,17 @@ impl Search<'_> {
                     Free::Nothing => break,
                 };
                 let socket = open(endpoint, settings)?;
-                let last = match take(&socket, &free, is_all) {
-                    Ok(last) => last,
+                let taken = match take(&socket, &free, is_all) {
+                    Ok(taken) => taken,
                     Err(error) if Errno::from_io_error(&error) == Some(Errno::ADDRINUSE) => {
                         rest = after(*free.start(), &rest);
                         continue;
                     }
                     Err(error) => return Err(error),
                 };
-                let first = *free.start();
-                let is_taken = || match flows.ports().find(endpoint, source, &(first..=first)) {
+                let is_taken = || match flows.ports().find(endpoint, source, &taken) {
                     // The kernel had more than one to choose from.
-                    _ if first < last => is_taken(flows, &socket, endpoint),
+                    _ if taken.start() < taken.end() => is_taken(flows, &socket, endpoint),
                     free => Ok(free == Free::Nothing),
                 };
                 match start(&socket, endpoint) {
@@ -133,7 +133,7 @@ impl Search<'_> {
                     Err(error) if Errno::from_io_error(&error) == Some(Errno::ADDRNOTAVAIL) => {}
                     Err(error) => return Err(error),
                 }
-                rest = after(last, &rest);
+                rest = after(*taken.end(), &rest);
             }
         }
         Ok(None)
@@ -165,17 +165,18 @@ fn bind(socket: &Socket, source: Option<IpAddr>) -> io::Result<()> {
     socket.bind(&SocketAddr::new(source, 0).into())
 }
 
-/// Has a socket connect from one of some ports; tells up to which of them it may.
+/// Has a socket connect from one of some ports; tells from which it may.
 fn restrict(
     socket: &Socket,
     endpoint: SocketAddr,
     source: Option<IpAddr>,
     ports: &RangeInclusive<u16>,
-) -> io::Result<u16> {
+) -> io::Result<RangeInclusive<u16>> {
     match set_range(socket, ports) {
-        Ok(()) => bind(socket, source).map(|()| *ports.end()),
+        Ok(()) => bind(socket, source).map(|()| ports.clone()),
         Err(error) if Errno::from_io_error(&error) == Some(Errno::NOPROTOOPT) => {
-            bind_port(socket, endpoint, source, *ports.start()).map(|()| *ports.start())
+            let first = *ports.start();
+            bind_port(socket, endpoint, source, first).map(|()| first..=first)
         }
         Err(error) => Err(error),
     }
