@@ -29,30 +29,34 @@ pub(crate) enum Stage {
 #[inline(always)]
 pub(crate) fn refuse(segment: &Segment, stage: Stage) -> Option<Verdict> {
     if !segment.is_attempt() {
-        None
-    } else if deny(&segment.tuple) != 0 {
-        Some(Verdict::ClientDenied)
-    } else if limit(&segment.tuple, stage as u32) != 0 {
-        Some(Verdict::ClientLimited)
-    } else {
-        None
+        return None;
+    }
+    match judge(&segment.tuple) {
+        DENIED => Some(Verdict::ClientDenied),
+        RATED if limit(&segment.tuple, stage as u32) != 0 => Some(Verdict::ClientLimited),
+        _ => None,
     }
 }
 
-/// Whether the listener of a SYN does not let its client in; counts that. (A function of its own, as the next one, so that its keys leave the stack with it;
-/// as a number, which older verifiers want of those.)
+/// What the listener of a SYN says of its client, as a number, which older verifiers want of functions: it is not let in.
+const DENIED: u32 = 1;
+/// It is, if it has not come too often.
+const RATED: u32 = 2;
+
+/// Looks whether the listener of a SYN lets its client in, and counts it if not. (A function of its own, as the next one, so that its keys leave the stack
+/// with it.)
 #[inline(never)]
-fn deny(tuple: &FourTuple) -> u32 {
+fn judge(tuple: &FourTuple) -> u32 {
     let Ok(listener) = find_listener(&tuple.destination, tuple.destination_port) else { return 0 };
     if !is_denied(&listener, &tuple.source) {
-        return 0;
+        return if listener.client_rate == 0 { 0 } else { RATED };
     }
     if let Some(counters) = COUNTERS.get_ptr_mut(listener.listener_id) {
         // SAFETY: the pointer is to this CPU's value, which no program interrupts here, and which is allocated to nobody else while this
         // program runs: see `maps`.
         unsafe { (*counters).denied += 1 };
     }
-    1
+    DENIED
 }
 
 /// Whether the client of a SYN connects more often than the listener allows; counts that.

@@ -37,6 +37,16 @@ fn numbers(bpf: &Bpf) -> BTreeSet<u32> {
     map.keys().map(|key| key.unwrap().data().rules).collect()
 }
 
+/// Waits until they are such: what is removed waits for a grace period.
+#[track_caller]
+fn wait_numbers(bpf: &Bpf, are_such: impl Fn(&BTreeSet<u32>) -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !are_such(&numbers(bpf)) {
+        assert!(Instant::now() < deadline, "{:?}", numbers(bpf));
+        thread::yield_now();
+    }
+}
+
 #[test]
 fn the_narrowest_network_around_a_client_decides() {
     let Some(bpffs) = bpffs() else { return };
@@ -109,11 +119,7 @@ fn rules_go_with_the_last_listener_that_has_them() {
     assert!(drops(&bpf, "10.0.0.1:1", &to) && !drops(&bpf, "10.128.0.1:1", &to));
     assert!(numbers(&bpf).is_superset(&first), "the other listener has them");
     bpf.remove_listener(key(BindAddress::Any, WILDCARD), WILDCARD_ID).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !numbers(&bpf).is_disjoint(&first) {
-        assert!(Instant::now() < deadline, "{:?}", numbers(&bpf));
-        thread::yield_now();
-    }
+    wait_numbers(&bpf, |numbers| numbers.is_disjoint(&first));
     assert!(drops(&bpf, "10.0.0.1:1", &to), "those of the first listener stay");
     // A state that is written does not undo them.
     bpf.set_listener(listener, EXACT_ID, ListenerState::Draining).unwrap();
@@ -147,11 +153,7 @@ fn the_next_agent_gives_rules_other_numbers() {
     bpf.set_listener(listener, EXACT_V6_ID, ListenerState::Ready).unwrap();
     assert!(!drops(&bpf, "10.0.0.1:1", &to) && drops(&bpf, "10.1.0.1:1", &to));
     bpf.remove_former_listeners().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while numbers(&bpf).len() > 2 {
-        assert!(Instant::now() < deadline, "{:?}", numbers(&bpf));
-        thread::yield_now();
-    }
+    wait_numbers(&bpf, |numbers| numbers.len() <= 2);
     assert!(drops(&bpf, "10.1.0.1:1", &to));
 }
 
@@ -170,11 +172,7 @@ fn rules_that_find_no_room_are_told_and_leave_clients_to_the_socket() {
         bpf.set_clients(listener, EXACT_ID, &Arc::new(AllowedAddresses::new(many.clone())), 0).unwrap_err();
     assert!(error.to_string().contains("client_rules"), "{error}");
     assert!(!bpf.are_clients_checked(EXACT_ID));
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !numbers(&bpf).is_empty() {
-        assert!(Instant::now() < deadline, "{:?}", numbers(&bpf));
-        thread::yield_now();
-    }
+    wait_numbers(&bpf, BTreeSet::is_empty);
     assert!(!drops(&bpf, "10.0.0.1:1", &format!("{V4}:{EXACT}")));
     assert_eq!(bpf.maps.value(EXACT_ID).targets, [0; 2]);
     // There is room again for what found none.

@@ -139,23 +139,20 @@ impl ClientRules {
     }
 }
 
-/// The networks as the map has them: each once, in order, and none of IPv6 that says anything of clients of IPv4.
+/// The networks as the map has them: those of the list, but none of IPv6 that says anything of clients of IPv4.
 fn networks(clients: &AllowedAddresses) -> Vec<(IpNet, bool)> {
     let is_mapped = |network: &IpNet| matches!(network, IpNet::V6(network) if MAPPED.contains(network));
     let mut networks: Vec<(IpNet, bool)> = clients
         .rules()
         .iter()
-        .map(|rule| (rule.range.trunc(), rule.is_allowed))
+        .map(|rule| (rule.range, rule.is_allowed))
         // No packet comes from there (`ipv6_rcv`).
         .filter(|(network, _)| !is_mapped(network))
         .collect();
     let covers = |(network, _): &(IpNet, bool)| matches!(network, IpNet::V6(it) if it.contains(&MAPPED));
     if networks.iter().any(covers) && networks.iter().all(|(network, _)| *network != ALL_V4) {
-        networks.push((ALL_V4, true));
+        networks.insert(0, (ALL_V4, true));
     }
-    // Of two that are about the same, the one counts that refuses.
-    networks.sort_unstable();
-    networks.dedup_by_key(|(network, _)| *network);
     networks
 }
 
