@@ -32,24 +32,26 @@ pub(crate) fn refuse(segment: &Segment, stage: Stage) -> Option<Verdict> {
         return None;
     }
     match judge(&segment.tuple) {
+        LET_IN => None,
         DENIED => Some(Verdict::ClientDenied),
-        RATED if limit(&segment.tuple, stage as u32) != 0 => Some(Verdict::ClientLimited),
+        limit if is_over(&segment.tuple.source, limit, stage as u32) != 0 => Some(Verdict::ClientLimited),
         _ => None,
     }
 }
 
-/// What the listener of a SYN says of its client, as a number, which older verifiers want of functions: it is not let in.
-const DENIED: u32 = 1;
-/// It is, if it has not come too often.
-const RATED: u32 = 2;
+/// What the listener of a SYN says of its client, as a number, which older verifiers want of functions. Any other one is its limit: the connections in a second, and in
+/// the lower half the listener's number.
+const LET_IN: u64 = 0;
+const DENIED: u64 = 1;
 
 /// Looks whether the listener of a SYN lets its client in, and counts it if not. (A function of its own, as the next one, so that its keys leave the stack
 /// with it.)
 #[inline(never)]
-fn judge(tuple: &FourTuple) -> u32 {
-    let Ok(listener) = find_listener(&tuple.destination, tuple.destination_port) else { return 0 };
+fn judge(tuple: &FourTuple) -> u64 {
+    let Ok(listener) = find_listener(&tuple.destination, tuple.destination_port) else { return LET_IN };
     if !is_denied(&listener, &tuple.source) {
-        return if listener.client_rate == 0 { 0 } else { RATED };
+        let ListenerValue { client_rate, listener_id, .. } = listener;
+        return if client_rate == 0 { LET_IN } else { u64::from(client_rate) << 32 | u64::from(listener_id) };
     }
     if let Some(counters) = COUNTERS.get_ptr_mut(listener.listener_id) {
         // SAFETY: the pointer is to this CPU's value, which no program interrupts here, and which is allocated to nobody else while this
@@ -59,14 +61,14 @@ fn judge(tuple: &FourTuple) -> u32 {
     DENIED
 }
 
-/// Whether the client of a SYN connects more often than the listener allows; counts that.
+/// Whether a client connects more often than a limit allows; counts that for its listener.
 #[inline(never)]
-fn limit(tuple: &FourTuple, stage: u32) -> u32 {
-    let Ok(listener) = find_listener(&tuple.destination, tuple.destination_port) else { return 0 };
-    if !is_limited(&listener, &tuple.source, stage == Stage::Tc as u32) {
+fn is_over(client: &AddressBytes, limit: u64, stage: u32) -> u32 {
+    let (rate, listener_id) = (limit >> 32, limit as u32);
+    if !is_limited(listener_id, rate, client, stage == Stage::Tc as u32) {
         return 0;
     }
-    if let Some(counters) = COUNTERS.get_ptr_mut(listener.listener_id) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(listener_id) {
         // SAFETY: as above.
         unsafe { (*counters).limited += 1 };
     }
@@ -86,9 +88,9 @@ pub(crate) fn is_denied(listener: &ListenerValue, client: &AddressBytes) -> bool
 /// Whether a client has asked for as many connections as it may in a second, and more than come in by now. If not, and `counts`, this one counts.
 /// (The generic cell rate algorithm, ITU-T I.371: what is kept is when the connections so far would have come if they had come evenly.)
 #[inline(always)]
-fn is_limited(listener: &ListenerValue, client: &AddressBytes, counts: bool) -> bool {
-    let Some(interval) = SECOND.checked_div(u64::from(listener.client_rate)) else { return false };
-    let key = ClientNetwork { rules: listener.listener_id, address: host(client) };
+fn is_limited(listener_id: u32, rate: u64, client: &AddressBytes, counts: bool) -> bool {
+    let Some(interval) = SECOND.checked_div(rate) else { return false };
+    let key = ClientNetwork { rules: listener_id, address: host(client) };
     // Of this very moment: by the clock of the programs, which is another one on each CPU, a client that keeps to its rate would be too early now and then.
     // SAFETY: the helper has no conditions.
     let now = unsafe { bpf_ktime_get_ns() };
