@@ -241,9 +241,11 @@ impl<'a> Listeners<'a> {
             None,
             MetricType::Gauge,
         )?;
-        let mode = Xdp::Native;
-        let count = datapath.attachments().iter().filter(|one| one.xdp == Some(mode)).count();
-        gauge(&mut at_xdp, [("mode", mode.as_str())], count as u64)?;
+        let attachments = datapath.attachments();
+        for mode in [Xdp::Drop, Xdp::Native] {
+            let count = attachments.iter().filter(|one| one.xdp == Some(mode)).count();
+            gauge(&mut at_xdp, [("mode", mode.as_str())], count as u64)?;
+        }
         let mut restored = encoder.encode_descriptor(
             "forwarder_attachments_restored",
             "Times that programs were attached again because somebody had removed them from an interface",

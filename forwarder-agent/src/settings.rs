@@ -82,8 +82,8 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_EGRESS", value_enum)]
     pub egress: Option<Egress>,
 
-    /// Drop SYNs of refused clients (--client-cidrs) in the driver of an interface, before TC (`native`), where the driver can. To
-    /// attach may interrupt the interface for a moment [default: off]
+    /// Attach a program in the drivers of interfaces (XDP), where they can: drop SYNs of refused clients (--client-cidrs) before TC, and send packets
+    /// of connections on. To attach may interrupt the interface for a moment [default: off]
     #[arg(long, env = "FORWARDER_XDP", value_enum)]
     pub xdp: Option<Xdp>,
 

@@ -124,7 +124,7 @@ pub struct DatapathView {
     /// Why tier `direct` does not work.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub direct_error: Option<String>,
-    /// Why there is no program at XDP.
+    /// Why there is less at XDP than was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub xdp_error: Option<String>,
     /// Why tier `sockmap` does not work.
@@ -142,7 +142,7 @@ pub struct InterfaceView {
     pub name: String,
     /// `tcx` or `clsact`.
     pub attachment: String,
-    /// `native`, where a program hangs at XDP too.
+    /// `drop` or `native`, where a program hangs at XDP too.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub xdp: Option<String>,
 }

@@ -39,6 +39,24 @@ pub const LOOSE_INTERFACES: &str = "loose_interfaces";
 /// Entries that [`LOOSE_INTERFACES`] holds.
 pub const LOOSE_INTERFACES_CAPACITY: u32 = 65_536;
 
+/// Array of eight bytes for each interface, by its index: its Ethernet address ([`XDP_ADDRESS`]), if packets that come by it are sent on at XDP, and [`XDP_TAKES`]. An agent's own,
+/// as the next two.
+pub const XDP_INTERFACES: &str = "xdp_interfaces";
+/// The bits of the address in a value of [`XDP_INTERFACES`].
+pub const XDP_ADDRESS: u64 = (1 << 48) - 1;
+/// In a value of [`XDP_INTERFACES`]: the interface takes what is sent back by it.
+pub const XDP_TAKES: u64 = 1 << 48;
+/// Map of the interfaces that take frames from XDP, by their index (`u32`).
+pub const XDP_TARGETS: &str = "xdp_targets";
+/// Per-CPU array of the Ethernet addresses of neighbours. The programs' own.
+pub const XDP_NEIGHBOURS: &str = "xdp_neighbours";
+/// Entries that [`XDP_INTERFACES`] holds, where packets are sent on at XDP.
+pub const XDP_INTERFACES_CAPACITY: u32 = 65_536;
+/// Entries that [`XDP_TARGETS`] holds there.
+pub const XDP_TARGETS_CAPACITY: u32 = 4_096;
+/// Entries that [`XDP_NEIGHBOURS`] holds there: so many bits tell them apart.
+pub const XDP_NEIGHBOURS_BITS: u32 = 10;
+
 /// A map that is pinned: operators look at it, and a later agent takes it over.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct PinnedMap {
@@ -56,7 +74,7 @@ pub const PINNED_MAPS: [PinnedMap; 15] = [
     PinnedMap { name: COUNTERS, version: 5 },
     PinnedMap { name: LOCAL_ADDRESSES, version: 4 },
     PinnedMap { name: CLIENT_RULES, version: 1 },
-    PinnedMap { name: VERDICTS, version: 5 },
+    PinnedMap { name: VERDICTS, version: 6 },
     PinnedMap { name: FLOWS, version: FLOWS_VERSION },
     PinnedMap { name: PAIRS, version: FLOWS_VERSION },
     PinnedMap { name: AGENT, version: 4 },
@@ -82,6 +100,8 @@ pub const PROGRAMS_VERSION: u32 = 4;
 pub const LISTENERS_CAPACITY: u32 = 65_536;
 /// Entries that [`BACKENDS`] holds.
 pub const BACKENDS_CAPACITY: u32 = 262_144;
+/// Entries that [`VERDICTS`] holds: more than there are verdicts, so that a new one changes no map.
+pub const VERDICTS_CAPACITY: u32 = 64;
 /// Entries that [`LOCAL_ADDRESSES`] holds.
 pub const LOCAL_ADDRESSES_CAPACITY: u32 = 4_096;
 

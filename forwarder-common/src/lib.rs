@@ -47,5 +47,8 @@ pub const PROGRAM_XDP: &str = "fwd_xdp";
 /// The same, for frames in several pieces too.
 pub const PROGRAM_XDP_FRAGS: &str = "fwd_xdp_frags";
 
+/// The same, which sends on what is ordinary of established connections too.
+pub const PROGRAM_XDP_FORWARD: &str = "fwd_xdp_forward";
+
 /// Every program, for TC.
 pub const PROGRAMS: [&str; 4] = [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP];

@@ -189,12 +189,7 @@ pub const fn parse_usual(headers: &UsualHeaders) -> Option<Segment> {
     let ports = u32::from_be(ports);
     #[expect(clippy::cast_possible_truncation, reason = "parts of words, and small constants")]
     Some(Segment {
-        tuple: FourTuple {
-            source: mapped_v4(source.to_ne_bytes()),
-            destination: mapped_v4(destination.to_ne_bytes()),
-            source_port: (ports >> 16) as u16,
-            destination_port: ports as u16,
-        },
+        tuple: FourTuple::of_v4(source, destination, (ports >> 16) as u16, ports as u16),
         ip_offset: EthHdr::LEN as u32,
         tcp_offset: (EthHdr::LEN + Ipv4Hdr::LEN) as u32,
         header_length: USUAL_TCP_HEADER,

@@ -5,6 +5,8 @@
 //! the two legs these differ by amounts that stay the same for the life of the pair, however many bytes have passed:
 //! so each packet can be translated by itself, in any order, retransmitted or not.
 
+use crate::packet::PROTOCOL_TCP;
+
 /// How many steps an [`OptionsWalk`] takes at most. A header has room for 40 options of one byte; real ones have a few.
 pub const MAX_OPTIONS: usize = 16;
 
@@ -215,6 +217,14 @@ impl ChecksumChange {
         Self(self.0 + !old as u64 + new as u64)
     }
 
+    /// Adds another change.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with(self, other: Self) -> Self {
+        // Each is of a few words: see `and`.
+        Self(self.0 + other.0)
+    }
+
     /// Adds that the word `old`, `offset` bytes from the TCP header's first, becomes `new`.
     #[inline(always)]
     #[must_use]
@@ -257,6 +267,26 @@ impl ChecksumChange {
             !(thrice as u16)
         }
     }
+}
+
+/// Whether `checksum`, as it lies in the TCP header, is the plain sum of the pseudo-header (RFC 9293, 3.1; RFC 8200, 8.1), as the stack leaves it for a
+/// device to complete (`CHECKSUM_PARTIAL`, `__tcp_v4_send_check`). `addresses` are both of the segment's, as in its
+/// [tuple](crate::tuple::FourTuple::address_words): what maps IPv4 into IPv6 adds nothing in ones' complement. `length` is the segment's, in bytes with its header.
+#[inline(always)]
+#[must_use]
+pub const fn is_pseudo_header_sum(checksum: u16, addresses: &[u32; 8], length: u32) -> bool {
+    let mut sum = (length + PROTOCOL_TCP as u32).to_be() as u64;
+    let mut word = 0;
+    while word < addresses.len() {
+        sum += addresses[word] as u64;
+        word += 1;
+    }
+    let once = (sum & 0xffff_ffff) + (sum >> 32);
+    let twice = (once & 0xffff) + (once >> 16);
+    let thrice = (twice & 0xffff) + (twice >> 16);
+    let fourth = (thrice & 0xffff) + (thrice >> 16);
+    // Zero has two forms.
+    fourth == checksum as u64 || fourth == 0xffff && checksum == 0
 }
 
 #[cfg(test)]

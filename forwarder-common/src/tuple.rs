@@ -44,6 +44,21 @@ pub struct FourTuple {
 }
 
 impl FourTuple {
+    /// That of an IPv4 packet, whose addresses are as they lie in it: made of words, because the programs would write it byte by byte.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_v4(source: u32, destination: u32, source_port: u16, destination_port: u16) -> Self {
+        let mapped = 0xffff_u32.to_be();
+        // As on little-endian machines, the only ones that this is for.
+        let ports = (destination_port as u32) << 16 | source_port as u32;
+        let words = [0, 0, mapped, source, 0, 0, mapped, destination, ports];
+        #[expect(unsafe_code, reason = "the programs write words")]
+        // SAFETY: as large, and aligned as the structure is; any bits make integers, and there is no padding.
+        unsafe {
+            core::mem::transmute::<[u32; 9], Self>(words)
+        }
+    }
+
     /// The addresses as 32-bit words in the byte order of the packet: four of the source, four of the destination. Of an
     /// IPv4 address all but the last are the same in every key.
     #[inline(always)]
@@ -94,6 +109,19 @@ mod tests {
             let address: IpAddr = text.parse().unwrap();
             assert_eq!(address_of(address_bytes(address)), address);
         }
+    }
+
+    #[test]
+    fn a_tuple_of_ipv4_is_the_same_by_words() {
+        let [source, destination] = [[192, 0, 2, 7], [198, 51, 100, 9]];
+        let by_bytes = FourTuple {
+            source: mapped_v4(source),
+            destination: mapped_v4(destination),
+            source_port: 40_000,
+            destination_port: 3_306,
+        };
+        let [source, destination] = [source, destination].map(u32::from_ne_bytes);
+        assert_eq!(FourTuple::of_v4(source, destination, 40_000, 3_306), by_bytes);
     }
 
     #[test]

@@ -68,11 +68,21 @@ pub enum Verdict {
     ClientDenied = 27,
     /// A new connection of a client that asks for more in a second than its listener allows one client: dropped.
     ClientLimited = 28,
+    /// At XDP, of a flow: translated and sent to the other end.
+    XdpRedirected = 29,
+    /// At XDP, of a flow, but not such that it can be sent on there: left to TC, which gives it a verdict of its own. So of those that follow.
+    XdpLeft = 30,
+    /// The same: the Ethernet address that it is to go to is not known, or was asked for anew just now.
+    XdpNeighbour = 31,
+    /// The same: its checksum is not finished, as of what has never left its host.
+    XdpUnfinished = 32,
+    /// The same: the interface that it is to leave by takes nothing from XDP.
+    XdpNoTarget = 33,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 34] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -102,10 +112,15 @@ impl Verdict {
         Self::DirectRetried,
         Self::ClientDenied,
         Self::ClientLimited,
+        Self::XdpRedirected,
+        Self::XdpLeft,
+        Self::XdpNeighbour,
+        Self::XdpUnfinished,
+        Self::XdpNoTarget,
     ];
 
-    /// How many there are: the entries of the map.
-    pub const COUNT: u32 = 29;
+    /// How many there are.
+    pub const COUNT: u32 = 34;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -145,6 +160,11 @@ impl Verdict {
             Self::DirectRetried => "direct_retried",
             Self::ClientDenied => "client_denied",
             Self::ClientLimited => "client_limited",
+            Self::XdpRedirected => "xdp_redirected",
+            Self::XdpLeft => "xdp_left",
+            Self::XdpNeighbour => "xdp_neighbour",
+            Self::XdpUnfinished => "xdp_unfinished",
+            Self::XdpNoTarget => "xdp_no_target",
         }
     }
 }

@@ -13,7 +13,7 @@ use aya_ebpf::bindings::{
     BPF_ANY, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_NOEXIST,
     bpf_fib_lookup,
 };
-use aya_ebpf::helpers::generated::{bpf_fib_lookup as look_up_route, bpf_ktime_get_ns};
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::programs::TcContext;
 use forwarder_common::direct::{DIRECT_NUMBER, DirectSlot, DirectTarget, MOST_ASKED, direct_flow};
 use forwarder_common::flow::{
@@ -35,6 +35,7 @@ use crate::maps::{
 };
 use crate::outcome::{Outcome, transmit};
 use crate::rewrite::readdress;
+use crate::route::{self, AF_INET, AF_INET6};
 use crate::sk_lookup::is_connected;
 use crate::skb::SocketBuffer;
 use crate::{clients, fragment, icmp, reset};
@@ -308,10 +309,7 @@ fn route_back(context: &TcContext, segment: &Segment, slot: &mut DirectSlot) -> 
             question.__bindgen_anon_4.ipv6_dst = [words[0], words[1], words[2], words[3]];
         }
     }
-    // SAFETY: the context is the program's own, the question initialised and of the size given.
-    let found = unsafe {
-        look_up_route(context.skb.skb.cast(), &raw mut question, size_of::<bpf_fib_lookup>() as i32, 0)
-    };
+    let found = route::ask(context.skb.skb.cast(), &mut question, 0);
     // A neighbour that is not known yet, or a large packet: neither keeps the answers from going there.
     if ![BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_FRAG_NEEDED]
         .map(i64::from)
@@ -336,9 +334,6 @@ fn route_back(context: &TcContext, segment: &Segment, slot: &mut DirectSlot) -> 
     response.flags = link.flags | FLOW_OPENING;
     true
 }
-
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
 
 #[inline(always)]
 fn in_words(words: [u32; 4]) -> [u8; 16] {

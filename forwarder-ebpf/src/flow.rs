@@ -33,6 +33,12 @@ impl Found {
         Self { flow, slot }
     }
 
+    /// Whether its connection is a direct one.
+    #[inline(always)]
+    pub(crate) fn is_direct(&self) -> bool {
+        !self.slot.is_null()
+    }
+
     /// What is known of its connection.
     #[inline(always)]
     pub(crate) fn pair(&self) -> Option<*mut Pair> {

@@ -58,10 +58,16 @@ pub(crate) fn payload_length(context: &TcContext, segment: &Segment) -> u32 {
 /// What is noted of the packet.
 #[inline(always)]
 pub(crate) fn seen(context: &TcContext, segment: &Segment) -> Seen {
+    seen_with(segment, payload_length(context, segment))
+}
+
+/// What is noted of a packet with so many bytes of payload.
+#[inline(always)]
+pub(crate) fn seen_with(segment: &Segment, payload: u32) -> Seen {
     Seen {
         sequence: segment.sequence,
         acknowledgement: segment.acknowledgement,
-        payload: payload_length(context, segment),
+        payload,
         window: segment.window,
         // The end of a segment is noted with its last fragment, which tells where it is.
         flags: if segment.is_first_fragment { segment.flags & !FLAG_FIN } else { segment.flags },

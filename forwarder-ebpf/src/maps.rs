@@ -6,21 +6,25 @@
 //! it allocates nothing in a map that programs read within a grace period of a removal (ADR 18), and changes what stands there
 //! in place ([`crate::update`]). Programs neither insert nor remove: but in [`FRAGMENTS`], [`CLIENT_RATES`] and [`DIRECT`], which say why.
 
+use core::mem::offset_of;
+
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, Queue};
+use aya_ebpf::btf_maps::{
+    Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, Queue,
+};
 use aya_ebpf::macros::btf_map;
 use forwarder_common::direct::{DIRECT_LINKS_CAPACITY, DirectCounts, DirectLink, DirectSlot, DirectTarget};
-use forwarder_common::flow::{Flow, PAIRS_CAPACITY, Pair, Seen};
+use forwarder_common::flow::{Flow, NextHop, PAIRS_CAPACITY, Pair, Seen};
 use forwarder_common::layout::{
     BACKENDS_CAPACITY, CLIENT_RULES_CAPACITY, ClientNetwork, HoldState, LISTENERS_CAPACITY,
-    LOCAL_ADDRESSES_CAPACITY, LOOSE_INTERFACES_CAPACITY,
+    LOCAL_ADDRESSES_CAPACITY, LOOSE_INTERFACES_CAPACITY, VERDICTS_CAPACITY,
 };
 use forwarder_common::packet::{Fragment, Segment, UsualHeaders};
 use forwarder_common::translate::OptionsWalk;
 use forwarder_common::tuple::AddressBytes;
 use forwarder_common::tuple::FourTuple;
-use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue, Verdict};
+use forwarder_common::{BackendKey, BackendValue, ListenerCounters, ListenerKey, ListenerValue};
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -86,7 +90,7 @@ pub(crate) static PAIRS: HashMap<u32, Pair, { PAIRS_CAPACITY as usize }, NO_PREA
 
 /// How many packets met with each verdict.
 #[btf_map(name = "verdicts")]
-pub(crate) static VERDICTS: PerCpuArray<u64, { Verdict::COUNT as usize }> = PerCpuArray::new();
+pub(crate) static VERDICTS: PerCpuArray<u64, { VERDICTS_CAPACITY as usize }> = PerCpuArray::new();
 
 /// The state of a walk over TCP options.
 #[btf_map(name = "options_walk")]
@@ -214,3 +218,64 @@ pub(crate) static DIRECT_COUNTS: Array<DirectCounts, 1, MAPPED> = Array::new();
 /// Whether an agent accepts connections.
 #[btf_map(name = "agent")]
 pub(crate) static AGENT: Array<HoldState, 1> = Array::new();
+
+/// What is known of interfaces by which frames come that are sent on at XDP, by index; zero for others. How many there may be, the agent says: so of the two below.
+#[btf_map(name = "xdp_interfaces")]
+pub(crate) static XDP_INTERFACES: Array<u64, 1> = Array::new();
+
+/// The interfaces that take frames from XDP, by index.
+#[btf_map(name = "xdp_targets")]
+pub(crate) static XDP_TARGETS: DevMapHash<1> = DevMapHash::new();
+
+/// The Ethernet addresses of neighbours, each at a place that follows from its key.
+#[btf_map(name = "xdp_neighbours")]
+pub(crate) static XDP_NEIGHBOURS: PerCpuArray<XdpNeighbour, 1> = PerCpuArray::new();
+
+/// What a neighbour is known by: the part of a [`Flow`] that begins with its interface. 24 bytes without padding.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct NeighbourKey {
+    pub(crate) interface: u32,
+    pub(crate) next_hop: NextHop,
+}
+
+const _: () = assert!(
+    size_of::<NeighbourKey>() == 24
+        && offset_of!(Flow, next_hop) == offset_of!(Flow, interface) + offset_of!(NeighbourKey, next_hop)
+);
+
+impl NeighbourKey {
+    /// That of a flow, where it stands.
+    #[inline(always)]
+    pub(crate) fn of(flow: &Flow) -> &Self {
+        // SAFETY: the two fields stand in a flow as they do here: see above.
+        unsafe { &*(&raw const flow.interface).cast() }
+    }
+
+    /// Whether it is another one: by words, which costs less than by bytes.
+    #[inline(always)]
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (self.words(), other.words());
+        (a ^ g) | (b ^ h) | (c ^ i) | (d ^ j) | (e ^ k) | (f ^ l) == 0
+    }
+
+    /// It as words: the interface, the family, and the address as it lies in the packet.
+    #[inline(always)]
+    pub(crate) fn words(&self) -> &[u32; 6] {
+        // SAFETY: 24 bytes, which begin at a multiple of four.
+        unsafe { &*(&raw const *self).cast() }
+    }
+}
+
+/// Value of [`XDP_NEIGHBOURS`]. 48 bytes without padding.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct XdpNeighbour {
+    /// Whose addresses these are.
+    pub(crate) key: NeighbourKey,
+    /// When the kernel was asked: `CLOCK_MONOTONIC` in nanoseconds.
+    pub(crate) time: u64,
+    /// The first bytes of frames: the neighbour's address, and that of the interface.
+    pub(crate) addresses: [u32; 3],
+    pub(crate) pad: u32,
+}

@@ -15,7 +15,7 @@ pub(crate) enum Summed {
 }
 
 /// A packet as [`rewrite`](crate::rewrite) sees it, in whatever form the kernel hands it to a program: as `__sk_buff` at TC
-/// ([`SocketBuffer`](crate::skb::SocketBuffer)). Offsets are in bytes from its beginning.
+/// ([`SocketBuffer`](crate::skb::SocketBuffer)), as a frame at XDP ([`XdpFrame`](crate::xdp::frame::XdpFrame)). Offsets are in bytes from its beginning.
 pub(crate) trait PacketMut: Copy {
     /// Reads a value, any bits of which must be valid.
     ///
@@ -40,7 +40,18 @@ pub(crate) trait PacketMut: Copy {
         summed: Summed,
     ) -> Result<(), Verdict>;
 
-    /// Whether it stands for several, which a device or the stack will cut it into (GSO). The checksum of such a packet is one of the
-    /// pseudo-header alone (`tcp4_gro_complete`, `__tcp_v4_send_check`).
-    fn is_super_packet(self) -> bool;
+    /// Who keeps the checksum of the segment in it.
+    fn checksum_keeper(self) -> ChecksumKeeper;
+}
+
+/// Who has to change the TCP checksum of a packet, where all that changes is written at once.
+#[derive(Clone, Copy, Eq, PartialEq)]
+pub(crate) enum ChecksumKeeper {
+    /// The kernel, which knows what a device will complete: [`PacketMut::change_checksum`].
+    Kernel,
+    /// Whoever writes: it is the sum of all there is.
+    Whole,
+    /// Whoever writes: it is one of the pseudo-header alone, as of a packet that stands for several, which a device or the stack will cut it into (GSO;
+    /// `tcp4_gro_complete`, `__tcp_v4_send_check`).
+    PseudoHeader,
 }

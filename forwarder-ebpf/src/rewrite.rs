@@ -5,16 +5,14 @@
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use forwarder_common::flow::{DirectionState, FLOW_CLEAR_ECN, Flow, STATE_HANDOVER};
-use forwarder_common::packet::{
-    IpVersion, Segment, USUAL_OFFSET, USUAL_OPTIONS, USUAL_TCP_HEADER, tcp_field,
-};
+use forwarder_common::packet::{IpVersion, Segment, USUAL_OFFSET, USUAL_OPTIONS, USUAL_TCP_HEADER};
 use forwarder_common::translate::{
     self, ChecksumChange, MAX_OPTIONS, MAX_SACK_BLOCKS, Options, OptionsWalk, Timestamps,
 };
 use forwarder_common::verdict::Verdict;
 
 use crate::maps::{Frame, OPTIONS_WALK};
-use crate::packet::{PacketMut, Summed};
+use crate::packet::{ChecksumKeeper, PacketMut, Summed};
 use crate::skb::{ECN_MASK, IPV4_CHECKSUM, IPV4_TTL, IPV6_HOP_LIMIT, IPV6_SOURCE, TCP_HEADER};
 /// 32-bit words of the TCP header before the options.
 const FIXED_WORDS: usize = 5;
@@ -33,16 +31,25 @@ pub(crate) fn rewrite(
     forward: &mut DirectionState,
     reverse: &DirectionState,
 ) -> Result<(), Verdict> {
-    if frame.is_usual && flow.flags & FLOW_CLEAR_ECN == 0 {
+    if is_usual(frame, flow) {
         rewrite_usual(packet, frame, flow, forward, reverse)
     } else {
         rewrite_any(packet, frame, flow, forward, reverse)
     }
 }
 
+/// Whether a packet and its flow are such that there is a short cut.
+#[inline(always)]
+pub(crate) fn is_usual(frame: &Frame, flow: &Flow) -> bool {
+    frame.is_usual && flow.flags & FLOW_CLEAR_ECN == 0
+}
+
 /// The short cut of [`rewrite_any`] for packets as most are.
+///
+/// # Errors
+/// As [`rewrite`].
 #[inline(never)]
-fn rewrite_usual(
+pub(crate) fn rewrite_usual(
     packet: impl PacketMut,
     frame: &Frame,
     flow: &Flow,
@@ -79,14 +86,8 @@ fn rewrite_usual(
         .and(value, new_value)
         .and(echo, new_echo);
     let protocol = with_hop_limit_v4(protocol, flow, addresses);
-    let is_super_packet = packet.is_super_packet();
-    let last = if is_super_packet {
-        let last = u32::from_be(last);
-        let checksum = u16::from_be(addresses.added_to(((last >> 16) as u16).to_be()));
-        (u32::from(checksum) << 16 | last & 0xffff).to_be()
-    } else {
-        last
-    };
+    let keeper = packet.checksum_keeper();
+    let last = with_checksum(keeper, last, change, addresses);
     let new = [
         protocol,
         new_source,
@@ -101,12 +102,31 @@ fn rewrite_usual(
         new_echo,
     ];
     packet.store((USUAL_OFFSET + USUAL_CHANGED * 4) as u32, &new)?;
-    if is_super_packet {
+    if keeper != ChecksumKeeper::Kernel {
         return Ok(());
     }
     // Of a checksum that the device will complete, only the addresses are part: the kernel knows.
     packet.change_checksum(segment, change, Summed::Segment)?;
     packet.change_checksum(segment, addresses, Summed::PseudoHeader)
+}
+
+/// The last word of the TCP header, as it lies in the packet: the checksum, where whoever writes keeps it, and the urgent pointer. `change` is that of the segment, and
+/// `addresses` that of the pseudo-header.
+#[inline(always)]
+fn with_checksum(
+    keeper: ChecksumKeeper,
+    last: u32,
+    change: ChecksumChange,
+    addresses: ChecksumChange,
+) -> u32 {
+    let old = u32::from_be(last);
+    let checksum = ((old >> 16) as u16).to_be();
+    let checksum = match keeper {
+        ChecksumKeeper::Kernel => return last,
+        ChecksumKeeper::Whole => change.with(addresses).applied_to(checksum),
+        ChecksumKeeper::PseudoHeader => addresses.added_to(checksum),
+    };
+    (u32::from(u16::from_be(checksum)) << 16 | old & 0xffff).to_be()
 }
 
 /// The third word of the IPv4 header, as it lies in the packet: TTL, protocol and checksum, with the TTL that the flow's packets
@@ -144,7 +164,7 @@ fn new_words(
 /// # Errors
 /// Why it cannot be: it may be rewritten in part, and must be dropped.
 #[inline(never)]
-fn rewrite_any(
+pub(crate) fn rewrite_any(
     packet: impl PacketMut,
     frame: &Frame,
     flow: &Flow,
@@ -249,29 +269,57 @@ fn timestamps(
 /// As [`rewrite`].
 #[inline(never)]
 pub(crate) fn readdress(packet: impl PacketMut, frame: &Frame, flow: &Flow) -> Result<(), Verdict> {
-    let segment = &frame.segment;
-    let [old_ports, new_ports] = [&segment.tuple, &flow.out]
-        .map(|tuple| (u32::from(tuple.source_port) << 16 | u32::from(tuple.destination_port)).to_be());
-    let ports = ChecksumChange::NONE.and(old_ports, new_ports);
-    if !frame.is_usual {
-        packet.store(segment.tcp_offset, &new_ports)?;
-        packet.change_checksum(segment, ports, Summed::Segment)?;
-        return translate_addresses(packet, segment, flow);
+    if is_usual(frame, flow) {
+        readdress_usual(packet, frame, flow)
+    } else {
+        readdress_any(packet, frame, flow)
     }
-    let [_, _, _, protocol, source, destination, _, _, _, _, last, ..] = frame.headers;
+}
+
+/// The short cut of [`readdress_any`] for packets as most are.
+///
+/// # Errors
+/// As [`rewrite`].
+#[inline(always)]
+pub(crate) fn readdress_usual(packet: impl PacketMut, frame: &Frame, flow: &Flow) -> Result<(), Verdict> {
+    let segment = &frame.segment;
+    let (new_ports, ports) = change_of_ports(segment, flow);
+    let [_, _, _, protocol, source, destination, _, sequence, acknowledgement, misc, last, ..] =
+        frame.headers;
     let [.., new_source, _, _, _, new_destination] = *flow.out.address_words();
     let addresses = ChecksumChange::NONE.and(source, new_source).and(destination, new_destination);
     let protocol = with_hop_limit_v4(protocol, flow, addresses);
-    packet.store(
-        (USUAL_OFFSET + USUAL_CHANGED * 4) as u32,
-        &[protocol, new_source, new_destination, new_ports],
-    )?;
-    if packet.is_super_packet() {
-        let checksum = addresses.added_to(((u32::from_be(last) >> 16) as u16).to_be());
-        return packet.store(segment.tcp_offset + tcp_field::CHECKSUM as u32, &checksum);
+    let at = (USUAL_OFFSET + USUAL_CHANGED * 4) as u32;
+    let keeper = packet.checksum_keeper();
+    if keeper != ChecksumKeeper::Kernel {
+        let last = with_checksum(keeper, last, ports, addresses);
+        let new = [protocol, new_source, new_destination, new_ports, sequence, acknowledgement, misc, last];
+        return packet.store(at, &new);
     }
+    packet.store(at, &[protocol, new_source, new_destination, new_ports])?;
     packet.change_checksum(segment, ports, Summed::Segment)?;
     packet.change_checksum(segment, addresses, Summed::PseudoHeader)
+}
+
+/// The same, wherever its headers stand.
+///
+/// # Errors
+/// As [`rewrite`].
+#[inline(never)]
+pub(crate) fn readdress_any(packet: impl PacketMut, frame: &Frame, flow: &Flow) -> Result<(), Verdict> {
+    let segment = &frame.segment;
+    let (new_ports, ports) = change_of_ports(segment, flow);
+    packet.store(segment.tcp_offset, &new_ports)?;
+    packet.change_checksum(segment, ports, Summed::Segment)?;
+    translate_addresses(packet, segment, flow)
+}
+
+/// The ports of the other leg as they lie in the packet, and what they change.
+#[inline(always)]
+fn change_of_ports(segment: &Segment, flow: &Flow) -> (u32, ChecksumChange) {
+    let [old, new] = [&segment.tuple, &flow.out]
+        .map(|tuple| (u32::from(tuple.source_port) << 16 | u32::from(tuple.destination_port)).to_be());
+    (new, ChecksumChange::NONE.and(old, new))
 }
 
 /// Puts the other leg's addresses and the node's own hop limit into the IP header.

@@ -7,7 +7,7 @@ use forwarder_common::packet::{Header, Packet, Segment, tcp_field};
 use forwarder_common::translate::ChecksumChange;
 use forwarder_common::verdict::Verdict;
 
-use crate::packet::{PacketMut, Summed};
+use crate::packet::{ChecksumKeeper, PacketMut, Summed};
 
 /// Where fields stand in the IPv4 header, in bytes from its first, and the bytes of a header without options.
 pub(crate) const IPV4_LENGTH: u32 = 2;
@@ -71,9 +71,12 @@ impl PacketMut for SocketBuffer<'_> {
     }
 
     #[inline(always)]
-    fn is_super_packet(self) -> bool {
+    fn checksum_keeper(self) -> ChecksumKeeper {
         // SAFETY: the kernel hands the program a valid `__sk_buff`; the field may be read.
-        unsafe { (*self.0.skb.skb).gso_size != 0 }
+        match unsafe { (*self.0.skb.skb).gso_size } {
+            0 => ChecksumKeeper::Kernel,
+            _ => ChecksumKeeper::PseudoHeader,
+        }
     }
 }
 

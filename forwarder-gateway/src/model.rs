@@ -210,7 +210,9 @@ pub enum Xdp {
     /// Nowhere: TC drops what is to be dropped.
     #[default]
     Off,
-    /// In the driver of each interface that can. There is no `generic`, in the kernel's receive path: of packets that it copies for that, the
+    /// In the driver of each interface that can: drops what TC would drop.
+    Drop,
+    /// There too, and sends on packets of established connections. There is no `generic`, in the kernel's receive path: of packets that it copies for that, the
     /// programs at TC do not see the Ethernet header (ADR 24).
     Native,
 }
@@ -220,6 +222,7 @@ impl Xdp {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Off => "off",
+            Self::Drop => "drop",
             Self::Native => "native",
         }
     }

@@ -7,19 +7,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use aya::maps::{Map, MapData, Queue};
-use aya::programs::{ProgramError, SchedClassifier};
+use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_log::EbpfLogger;
 use forwarder_common::direct::{
     DIRECT, DIRECT_FREE, DIRECT_SLOTS, DIRECT_STATES, DIRECT_TARGETS, DIRECT_TARGETS_CAPACITY,
 };
 use forwarder_common::flow::PAIRS_CAPACITY;
-use forwarder_common::layout::{FLOWS, PAIRS};
-use forwarder_common::layout::{LOOSE_INTERFACES, PINNED_MAPS, PinnedMap};
+use forwarder_common::layout::{
+    FLOWS, LOOSE_INTERFACES, PAIRS, PINNED_MAPS, PinnedMap, XDP_INTERFACES, XDP_INTERFACES_CAPACITY,
+    XDP_NEIGHBOURS, XDP_NEIGHBOURS_BITS, XDP_TARGETS, XDP_TARGETS_CAPACITY,
+};
 use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
 use forwarder_common::{
-    ListenerCounters, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_XDP,
-    Verdict,
+    ListenerCounters, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP, Verdict,
 };
 use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::io::Interest;
@@ -89,13 +90,7 @@ pub struct ProbeReport {
 /// As [`Bpf::load`].
 pub fn probe(makes_direct: bool) -> Result<ProbeReport, LoadError> {
     let most_direct = u32::from(makes_direct);
-    load(&LoadSettings {
-        log_level: LOG_OFF,
-        pin_dir: None,
-        has_flows: true,
-        most_pairs: PAIRS_CAPACITY,
-        most_direct,
-    })?;
+    load(&LoadSettings { has_flows: true, most_direct, ..LoadSettings::PROBE })?;
     Ok(ProbeReport {
         attach: AttachKind::of_kernel(),
         btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
@@ -103,23 +98,17 @@ pub fn probe(makes_direct: bool) -> Result<ProbeReport, LoadError> {
     })
 }
 
-/// Has the kernel verify a program at XDP, and unloads it.
+/// Has the kernel verify a program at XDP, and unloads it. Returns why it only drops, where it does.
 ///
 /// # Errors
-/// As [`Bpf::load`].
-pub fn probe_xdp() -> Result<(), LoadError> {
-    let settings = LoadSettings {
-        log_level: LOG_OFF,
-        pin_dir: None,
-        has_flows: false,
-        most_pairs: PAIRS_CAPACITY,
-        most_direct: 0,
-    };
-    XdpHooks::load(&mut load(&settings)?, Xdp::Native).1.map_err(xdp_error)
-}
-
-fn xdp_error(error: ProgramError) -> LoadError {
-    LoadError::new(format!("load program {PROGRAM_XDP}"), PROGRAM_XDP, error.into())
+/// It takes none, and why.
+pub fn probe_xdp() -> Result<Option<String>, String> {
+    let settings = LoadSettings { sends_at_xdp: true, ..LoadSettings::PROBE };
+    let mut ebpf = load(&settings).map_err(|error| error.to_string())?;
+    match XdpHooks::load(&mut ebpf, Xdp::Native) {
+        (hooks, problem) if hooks.has_program() => Ok(problem),
+        (_, problem) => Err(problem.unwrap_or_default()),
+    }
 }
 
 /// The loaded programs, their maps and pins, and the interfaces that the programs are attached to. Dropping it detaches
@@ -161,6 +150,7 @@ impl Bpf {
             has_flows,
             most_pairs: options.most_pairs.unwrap_or(PAIRS_CAPACITY),
             most_direct: pins.room_for_direct(most_direct),
+            sends_at_xdp: options.xdp == Xdp::Native,
         };
         let mut settings_in_force = settings(if has_flows { options.most_direct } else { 0 });
         let (mut ebpf, direct_error) = match load(&settings_in_force) {
@@ -172,7 +162,7 @@ impl Bpf {
             loaded => (loaded?, None),
         };
         let kind = AttachKind::of_kernel();
-        let (xdp, xdp_loaded) = XdpHooks::load(&mut ebpf, options.xdp);
+        let (xdp, xdp_error) = XdpHooks::load(&mut ebpf, options.xdp);
         let stay = match (has_flows, kind) {
             (true, _) => Stay::Programs(pins.links()?),
             (false, AttachKind::Clsact) => Stay::Nothing(Some(pins.links()?)),
@@ -191,7 +181,7 @@ impl Bpf {
         Ok(Self {
             attachments: Attachments::new(kind, stay),
             xdp,
-            xdp_error: xdp_loaded.err().map(|error| xdp_error(error).to_string()),
+            xdp_error,
             paths,
             has_flows,
             direct_free,
@@ -209,7 +199,7 @@ impl Bpf {
         self.direct_error.as_deref()
     }
 
-    /// Why there are no programs at XDP, though they were asked for.
+    /// Why there is less at XDP than was asked for.
     pub fn xdp_error(&self) -> Option<&str> {
         self.xdp_error.as_deref()
     }
@@ -266,7 +256,7 @@ impl Bpf {
     /// interface does not concern the others, and is tried again in each call.
     pub fn attach(&mut self, interfaces: &[Interface], bound: &BTreeSet<BindAddress>) -> Vec<AttachProblem> {
         let mut wanted = wanted(interfaces, bound);
-        let at_xdp = self.xdp.update(&mut self.ebpf, &wanted);
+        let mut at_xdp = wanted.clone();
         if self.has_flows {
             let demanded = self.paths.wanted();
             let missing = |interface: &&Interface| {
@@ -278,6 +268,10 @@ impl Bpf {
                 wanted.extend(arrivals(interfaces).filter(|interface| !known.contains(&interface.index)));
             }
         }
+        if self.xdp.sends_on() {
+            at_xdp.clone_from(&wanted);
+        }
+        let at_xdp = self.xdp.update(&mut self.ebpf, &at_xdp, interfaces);
         // Before programs hang there: until then they take from an interface only what is expected by it.
         self.paths.set_links(interfaces);
         let mut problems = self.attachments.update(&mut self.ebpf, &wanted);
@@ -422,6 +416,20 @@ struct LoadSettings<'a> {
     has_flows: bool,
     most_pairs: u32,
     most_direct: u32,
+    /// Whether a program at XDP may send packets on.
+    sends_at_xdp: bool,
+}
+
+impl LoadSettings<'_> {
+    /// To see what the kernel takes: nothing is pinned.
+    const PROBE: Self = Self {
+        log_level: LOG_OFF,
+        pin_dir: None,
+        has_flows: false,
+        most_pairs: PAIRS_CAPACITY,
+        most_direct: 0,
+        sends_at_xdp: false,
+    };
 }
 
 /// Before 5.11 maps count as locked memory. Where raising the limit fails, so may creating the maps, with a reason.
@@ -446,6 +454,7 @@ fn load_telling(settings: &LoadSettings<'_>, log: VerifierLogLevel) -> Result<Eb
     }
     raise_memory_limit();
     let (is_direct_on, most_direct) = (u8::from(settings.most_direct > 0), settings.most_direct.max(1));
+    let at_xdp = |capacity| if settings.sends_at_xdp { capacity } else { 1 };
     let mut loader = EbpfLoader::new();
     loader
         .verifier_log_level(log)
@@ -456,6 +465,9 @@ fn load_telling(settings: &LoadSettings<'_>, log: VerifierLogLevel) -> Result<Eb
         .map_max_entries(DIRECT_STATES, most_direct)
         .map_max_entries(DIRECT_FREE, most_direct)
         .map_max_entries(DIRECT_TARGETS, if settings.most_direct == 0 { 1 } else { DIRECT_TARGETS_CAPACITY })
+        .map_max_entries(XDP_INTERFACES, at_xdp(XDP_INTERFACES_CAPACITY))
+        .map_max_entries(XDP_TARGETS, at_xdp(XDP_TARGETS_CAPACITY))
+        .map_max_entries(XDP_NEIGHBOURS, at_xdp(1 << XDP_NEIGHBOURS_BITS))
         .map_max_entries(PAIRS, settings.most_pairs)
         .map_max_entries(FLOWS, settings.most_pairs.saturating_mul(2));
     if let Some(pin_dir) = settings.pin_dir {

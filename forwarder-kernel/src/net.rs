@@ -6,6 +6,7 @@ pub mod filters;
 pub mod interfaces;
 #[cfg(test)]
 pub mod namespaces;
+pub(crate) mod netdev;
 mod netlink;
 pub mod routes;
 pub mod stack;

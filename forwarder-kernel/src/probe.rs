@@ -30,12 +30,12 @@ pub fn probe_direct() -> Result<(), String> {
     bpf::probe(true).map(drop).map_err(|error| error.to_string())
 }
 
-/// Whether the kernel takes a program at XDP. Whether a driver does, shows when it is attached.
+/// Whether the kernel takes a program at XDP; returns why that only drops, where it does. Whether a driver takes it, shows when it is attached.
 ///
 /// # Errors
-/// It does not, and why.
-pub fn probe_xdp() -> Result<(), String> {
-    bpf::probe_xdp().map_err(|error| error.to_string())
+/// It takes none, and why.
+pub fn probe_xdp() -> Result<Option<String>, String> {
+    bpf::probe_xdp()
 }
 
 fn read_a_connection() -> std::io::Result<Leg> {

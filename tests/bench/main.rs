@@ -34,8 +34,8 @@ struct Arguments {
     /// 3 rounds of 1 s instead of 5 of 3 s: to see that it works.
     #[arg(long)]
     quick: bool,
-    /// Only this metric (throughput, latency, connections, requests, memory, change, resolve) or this path (dnat, nginx, or
-    /// a tier such as splice); may be repeated. Where a path is named, routing and haproxy are measured too, as references.
+    /// Only this metric (throughput, latency, connections, requests, packets, memory, change, resolve) or this path (dnat, nginx,
+    /// xdp, or a tier such as splice); may be repeated. Where a path is named, routing and haproxy are measured too, as references.
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
     /// Number of rounds.

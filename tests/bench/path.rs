@@ -43,6 +43,8 @@ pub(crate) enum Path {
     Nginx,
     /// The forwarder, with `--datapath` set to the tier.
     Forwarder(String),
+    /// The forwarder at tier tc, with a program at XDP.
+    Xdp,
 }
 
 impl Path {
@@ -53,6 +55,7 @@ impl Path {
             Self::Haproxy => "haproxy",
             Self::Nginx => "nginx",
             Self::Forwarder(tier) => tier,
+            Self::Xdp => XDP,
         }
     }
 }
@@ -64,13 +67,16 @@ pub(crate) struct Unavailable {
     pub(crate) reason: String,
 }
 
+const XDP: &str = "xdp";
+
 /// Every path that works here, and the tiers that do not. The binary knows its tiers.
 pub(crate) fn all() -> Result<(Vec<Path>, Vec<Unavailable>)> {
     let mut probe = Command::new(binary());
     probe.args(["probe", "--output", "json"]);
     let (tiers, unavailable) = parse_tiers(&stdout(&mut probe)?)?;
     let peers = [Path::Routing, Path::Dnat, Path::Haproxy, Path::Nginx];
-    Ok((peers.into_iter().chain(tiers.into_iter().map(Path::Forwarder)).collect(), unavailable))
+    let tiers = tiers.into_iter().map(Path::Forwarder);
+    Ok((peers.into_iter().chain(tiers).chain([Path::Xdp]).collect(), unavailable))
 }
 
 #[derive(Deserialize)]
@@ -94,9 +100,13 @@ fn parse_tiers(probe: &str) -> Result<(Vec<String>, Vec<Unavailable>)> {
     Ok((tiers, unavailable))
 }
 
-/// A network for one path: a client with several addresses, a node, and hosts of backends.
-pub(crate) fn network() -> Result<Topology> {
+/// A network for one path: a client with several addresses, a node, and hosts of backends. For a program at XDP, `is_for_xdp`: the others are measured
+/// on the same devices then.
+pub(crate) fn network(is_for_xdp: bool) -> Result<Topology> {
     let topology = Topology::new()?;
+    if is_for_xdp {
+        topology.finish_checksums()?;
+    }
     for source in sources().iter().skip(1) {
         topology.client.ip(&["address", "add", &format!("{source}/24"), "dev", "eth0"])?;
     }
@@ -138,15 +148,19 @@ impl Running {
             Path::Dnat => (target, translate(&topology.node, target, endpoint)?),
             Path::Haproxy => (target, haproxy(&topology.node, endpoint)?),
             Path::Nginx => (target, nginx(&topology.node, endpoint)?),
-            Path::Forwarder(tier) => {
-                let manifests = Manifests::forward(LISTENER_PORT, &[endpoint])?;
-                let mut arguments = vec!["--datapath", tier];
-                if tier == "direct" {
-                    // Of the many ports, some are its own.
-                    arguments.push(DIRECT_PORTS);
+            Path::Forwarder(tier) if tier == "direct" => {
+                // Of the many ports, some are its own.
+                (target, forwarder(&topology.node, endpoint, &["--datapath", tier, DIRECT_PORTS])?)
+            }
+            Path::Forwarder(tier) => (target, forwarder(&topology.node, endpoint, &["--datapath", tier])?),
+            Path::Xdp => {
+                let means = forwarder(&topology.node, endpoint, &["--datapath", "tc", "--xdp", "native"])?;
+                if let Means::Agent { agent, .. } = &means
+                    && wait_for(DEADLINE, || (agent.at_xdp("native") > 1).then_some(())).is_none()
+                {
+                    bail!("nothing is sent on at XDP after {DEADLINE:?}\n{}", agent.log());
                 }
-                let agent = Agent::start(&topology.node, &manifests.path(), &arguments)?;
-                (target, Means::Agent { agent: Box::new(agent), _manifests: manifests })
+                (target, means)
             }
         };
         Ok(Self { target, means })
@@ -195,6 +209,12 @@ fn translate(node: &NetNs, target: SocketAddr, endpoint: SocketAddr) -> Result<M
     let table = format!("table ip bench {{ chain to-backend {{ {chain} {rule} ; }} ; }}");
     node.stdout(Command::new("nft").arg(table)).context("adding the DNAT rule")?;
     Ok(Means::Rules(node.clone()))
+}
+
+fn forwarder(node: &NetNs, endpoint: SocketAddr, arguments: &[&str]) -> Result<Means> {
+    let manifests = Manifests::forward(LISTENER_PORT, &[endpoint])?;
+    let agent = Agent::start(node, &manifests.path(), arguments)?;
+    Ok(Means::Agent { agent: Box::new(agent), _manifests: manifests })
 }
 
 fn haproxy(node: &NetNs, endpoint: SocketAddr) -> Result<Means> {

@@ -97,6 +97,7 @@ impl Report {
             cpu_s_per_gbit: cost("throughput"),
             cpu_us_per_connection: cost("connections"),
             cpu_us_per_request: cost("requests"),
+            cpu_us_per_packet: cost("packets"),
             series: series.clone(),
         })
     }
@@ -151,11 +152,19 @@ pub(crate) struct Summary {
     pub(crate) cpu_us_per_connection: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) cpu_us_per_request: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) cpu_us_per_packet: Option<f64>,
 }
 
 impl Summary {
     fn cost(&self) -> Option<f64> {
-        self.cpu_s_per_gbit.or(self.cpu_us_per_connection).or(self.cpu_us_per_request)
+        let each = [
+            self.cpu_s_per_gbit,
+            self.cpu_us_per_connection,
+            self.cpu_us_per_request,
+            self.cpu_us_per_packet,
+        ];
+        each.into_iter().flatten().next()
     }
 }
 

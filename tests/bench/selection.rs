@@ -16,7 +16,7 @@ pub(crate) struct Selection {
 }
 
 impl Selection {
-    /// Selects the metrics and paths in `names`; where none of a kind is named, all of it. The references stay.
+    /// Selects the metrics and paths in `names`; where none of a kind is named, all of it, but for XDP, which needs other devices. The references stay.
     pub(crate) fn new(names: &[String], paths: &[Path], unavailable: &[Unavailable]) -> Result<Self> {
         for name in names {
             if let Some(tier) = unavailable.iter().find(|tier| tier.path == *name) {
@@ -36,7 +36,9 @@ impl Selection {
             metrics: METRICS.into_iter().filter(|metric| is_default(metric) || is_named(metric)).collect(),
             paths: paths
                 .iter()
-                .filter(|path| all_paths || is_reference(path) || is_named(path.name()))
+                .filter(|path| {
+                    all_paths && **path != Path::Xdp || is_reference(path) || is_named(path.name())
+                })
                 .cloned()
                 .collect(),
         })
@@ -61,8 +63,14 @@ mod tests {
     use super::*;
 
     fn check(names: &[&str], metrics: &[&str], paths: &[&str]) {
-        let all =
-            [Path::Routing, Path::Dnat, Path::Haproxy, Path::Nginx, Path::Forwarder("splice".to_owned())];
+        let all = [
+            Path::Routing,
+            Path::Dnat,
+            Path::Haproxy,
+            Path::Nginx,
+            Path::Forwarder("splice".to_owned()),
+            Path::Xdp,
+        ];
         let names: Vec<String> = names.iter().map(ToString::to_string).collect();
         let selection = Selection::new(&names, &all, &[]).unwrap();
         assert_eq!(selection.metrics, metrics);
@@ -75,7 +83,8 @@ mod tests {
         let all = ["routing", "dnat", "haproxy", "nginx", "splice"];
         check(&[], &METRICS, &all);
         check(&["latency"], &["latency"], &all);
-        check(&["splice"], &METRICS[..6], &["routing", "haproxy", "splice"]);
+        check(&["splice"], &METRICS[..7], &["routing", "haproxy", "splice"]);
+        check(&["xdp", "packets"], &["packets"], &["routing", "haproxy", "xdp"]);
         check(&["memory", "dnat", "latency"], &["latency", "memory"], &["routing", "dnat", "haproxy"]);
     }
 

@@ -17,7 +17,8 @@ pub(crate) fn take(
     report: &mut Report,
 ) -> Result<()> {
     // Networks are new for each figure: what closed connections leave in the kernel goes with them.
-    let networks = paths.iter().map(|_| path::network()).collect::<Result<Vec<_>>>()?;
+    let is_for_xdp = paths.contains(&Path::Xdp);
+    let networks = paths.iter().map(|_| path::network(is_for_xdp)).collect::<Result<Vec<_>>>()?;
     let mut failed = vec![false; paths.len()];
     for round in 0..rounds {
         for index in order(round, paths.len()) {

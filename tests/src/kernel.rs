@@ -44,6 +44,11 @@ impl Agent {
         self.metrics().expect("metrics").sum("forwarder_tier_fallbacks_total", &[("reason", reason)])
     }
 
+    /// On how many interfaces a program hangs at XDP, in a mode.
+    pub fn at_xdp(&self, mode: &str) -> i64 {
+        self.metrics().expect("metrics").sum("forwarder_xdp_interfaces", &[("mode", mode)])
+    }
+
     /// How many packets the ingress programs gave a verdict.
     pub fn verdicts(&self, verdict: &str) -> i64 {
         self.metrics().expect("metrics").sum("forwarder_ingress_verdicts_total", &[("verdict", verdict)])

@@ -132,6 +132,12 @@ impl NetNs {
         ip(&[&["-n", self.name()], arguments].concat())
     }
 
+    /// Sets features of a device, as `ethtool -K` does.
+    pub fn set_features(&self, device: &str, features: &[&str]) -> Result<()> {
+        let mut command = Command::new("ethtool");
+        self.stdout(command.args(["-K", device]).args(features)).map(drop)
+    }
+
     /// Sets a variable below `/proc/sys/net`, such as `ipv4/tcp_sack`.
     pub fn sysctl(&self, name: &str, value: &str) -> Result<()> {
         let path = Path::new("/proc/sys/net").join(name);
@@ -178,6 +184,11 @@ impl NetNs {
         }
         inodes
     }
+}
+
+/// Whether tests are told to go through programs at XDP: see [`Datapath`](crate::Datapath).
+fn is_xdp_chosen() -> bool {
+    env::var("FORWARDER_TEST_DATAPATHS").is_ok_and(|names| names.contains("+xdp"))
 }
 
 /// Runs `ip`.
@@ -243,7 +254,18 @@ impl Topology {
             join(&topology.node, &near, host, FAR)?;
             address(&topology.node, &near, host, index + 1)?;
         }
+        if is_xdp_chosen() {
+            topology.finish_checksums()?;
+        }
         Ok(topology)
+    }
+
+    /// Has no host leave checksums to its device, and all of them gather packets (GRO), without which the end of a veth takes no frames from XDP.
+    pub fn finish_checksums(&self) -> Result<()> {
+        for host in [&self.client, &self.backend1, &self.backend2] {
+            host.set_features(FAR, &["tx", "off", "gro", "on"])?;
+        }
+        Ok(())
     }
 
     /// Sets the MTU of both ends of network `index`, which leads to `host`.

@@ -84,7 +84,7 @@ fn wait_at_xdp(agent: &Agent) {
     wait_until("a program hangs at XDP", WAIT, || {
         let state = agent.state().expect("a state");
         let all = state["datapath"]["interfaces"].as_array().cloned().unwrap_or_default();
-        all.iter().any(|one| one["name"] == near(1) && one["xdp"] == "native")
+        all.iter().any(|one| one["name"] == near(1) && one["xdp"] == "drop")
     });
 }
 
@@ -283,7 +283,7 @@ fn syns_are_dropped_at_xdp_and_all_else_goes_on() {
         for datapath in ["tc", "direct"] {
             let [refused, let_in] = sources(family);
             let rule = format!("!{refused}/{}", if refused.is_ipv4() { 32 } else { 128 });
-            let arguments = ["--client-cidrs", &rule, "--xdp", "native", "--datapath", datapath];
+            let arguments = ["--client-cidrs", &rule, "--xdp", "drop", "--datapath", datapath];
             let command = AgentCommand::new(&arguments);
             let mut forwarding =
                 Forwarding::serve(network(), family, &command, peer::echo).expect("an agent");
@@ -319,14 +319,14 @@ fn a_program_of_somebody_else_at_xdp_is_left_alone() {
     }
     let [refused, let_in] = sources(Family::V4);
     let rule = format!("!{refused}/32");
-    let command = AgentCommand::new(&["--client-cidrs", &rule, "--xdp", "native"]);
+    let command = AgentCommand::new(&["--client-cidrs", &rule, "--xdp", "drop"]);
     let forwarding = Forwarding::serve(network(), Family::V4, &command, peer::echo).expect("an agent");
     wait_at_xdp(&forwarding.agent);
     let (node, netns) = (&forwarding.topology.node, &forwarding.topology.client);
     let manifests =
         Manifests::forward(LISTENER_PORT + 1, &[forwarding.topology.backend1_address(ENDPOINT_PORT)])
             .expect("manifests");
-    let second = AgentCommand::new(&["--client-cidrs", &rule, "--xdp", "native"])
+    let second = AgentCommand::new(&["--client-cidrs", &rule, "--xdp", "drop"])
         .admin("127.0.0.1:9903")
         .start(node, &manifests.path())
         .expect("an agent");

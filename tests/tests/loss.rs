@@ -8,15 +8,16 @@ use forwarder_tests::netns::FAR;
 use forwarder_tests::shape::stage::{Family, Offload};
 use forwarder_tests::shape::{Kind, Shape, Stage};
 use forwarder_tests::wire::{self, Trouble};
-use forwarder_tests::{Datapath, Topology, require_root, serialise, wait_until};
+use forwarder_tests::{Datapath, require_root, serialise, wait_until};
 
 static HEAVY: Mutex<()> = Mutex::new(());
 const AT_ONCE: usize = 32;
 
 /// Conversations between hosts that lose so many of a thousand packets that arrive.
 fn check_loss(of_thousand: u32, conversations: u64) {
-    for datapath in Datapath::chosen() {
-        let stage = Stage::start(Topology::new().expect("a network"), datapath, Family::V4).expect("a stage");
+    for datapath in Datapath::chosen_and_at_xdp() {
+        let stage =
+            Stage::start(datapath.topology().expect("a network"), datapath, Family::V4).expect("a stage");
         let hosts = [&stage.topology.client, &stage.topology.backend1];
         for host in hosts {
             wire::lose_at_ingress(host, FAR, of_thousand).expect("nftables");

@@ -154,8 +154,9 @@ static FOR_CI: [Part; 3] = [
 ];
 
 /// Programs that the tests start or read, and the packages of Debian with them.
-const TEST_PROGRAMS: [(&str, &str); 15] = [
+const TEST_PROGRAMS: [(&str, &str); 16] = [
     ("bpftool", "bpftool"),
+    ("ethtool", "ethtool"),
     ("haproxy", "haproxy"),
     ("ip", "iproute2"),
     ("iperf3", "iperf3"),
@@ -176,7 +177,8 @@ const TEST_PROGRAMS: [(&str, &str); 15] = [
 const BUILD_PROGRAMS: [(&str, &str); 2] = [("cc", "gcc"), ("make", "make")];
 
 /// The same for the benchmarks.
-const BENCH_PROGRAMS: [(&str, &str); 7] = [
+const BENCH_PROGRAMS: [(&str, &str); 8] = [
+    ("ethtool", "ethtool"),
     ("haproxy", "haproxy"),
     ("ip", "iproute2"),
     ("iperf3", "iperf3"),

@@ -229,11 +229,15 @@ impl Control {
         let mut in_force = self.shared.in_force();
         let Some(datapath) = &mut in_force.datapath else { return };
         for problem in datapath.attach(&interfaces, &bound) {
-            if let AttachProblem::Xdp { .. } = problem {
-                tracing::warn!(%problem, "no program hangs at XDP of an interface");
-                continue;
+            match problem {
+                AttachProblem::Xdp { .. } => {
+                    tracing::warn!(%problem, "no program hangs at XDP of an interface");
+                }
+                AttachProblem::XdpForwarding(_) => tracing::warn!(%problem, "TC sends on what XDP does not"),
+                _ => {
+                    tracing::warn!(%problem, "cannot attach the eBPF programs to an interface: its packets are not counted, and its connections are forwarded in userspace");
+                }
             }
-            tracing::warn!(%problem, "cannot attach the eBPF programs to an interface: its packets are not counted, and its connections are forwarded in userspace");
         }
         let attachments = datapath.attachments();
         drop(in_force);

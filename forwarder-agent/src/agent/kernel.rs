@@ -69,7 +69,7 @@ impl Kernel {
         }
         let xdp_error = bpf.xdp_error().map(str::to_owned);
         if let Some(reason) = &xdp_error {
-            tracing::warn!(reason, "there is no program at XDP: TC drops what is to be dropped");
+            tracing::warn!(reason, "there is less at XDP than --xdp asks for: TC does the rest");
         }
         let offloader = bpf.flows().and_then(|flows| match make_offloader(flows, settings) {
             Ok(made) => Some(Arc::new(made)),

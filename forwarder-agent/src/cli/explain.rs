@@ -97,7 +97,7 @@ fn print(state: &State) {
                 println!("tier tc: off: {error}");
             }
             if let Some(error) = &datapath.xdp_error {
-                println!("xdp: off: {error}");
+                println!("xdp: {error}");
             }
         }
     }

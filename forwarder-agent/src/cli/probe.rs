@@ -22,8 +22,7 @@ const KUBERNETES: Duration = Duration::from_secs(5);
 const DIRECT: &str = "for listeners that ask for it, where the agent has --max-direct and local ports of its own (--source-ports)";
 
 /// What a program at XDP needs.
-const XDP: &str =
-    "drops for --client-cidrs and --client-rate, where the agent has --xdp native and the driver takes it";
+const XDP: &str = "where the agent has --xdp and the driver takes it: drops refused clients, and with native sends packets of connections on";
 
 #[derive(Args, Debug)]
 pub(crate) struct ProbeArgs {
@@ -68,7 +67,7 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
         Finding::new("tier tc", tc),
         Finding::new("tier sockmap", sockmap::probe(args.sockmap_unsafe_kernel)),
         Finding::new("eBPF programs", programs()),
-        Finding::new("program at XDP", forwarder_kernel::probe::probe_xdp().map(|()| XDP.to_owned())),
+        Finding::new("program at XDP", xdp()),
         Finding::new("low ports", low_ports()),
         Finding::new("open files", Ok(open_files())),
         Finding::new("kernel", Ok(kernel())),
@@ -95,6 +94,11 @@ fn programs() -> Result<String, String> {
             format!("attached by {}, {btf}", report.attach.as_str())
         })
         .map_err(|error| error.to_string())
+}
+
+fn xdp() -> Result<String, String> {
+    let limit = forwarder_kernel::probe::probe_xdp()?;
+    Ok(limit.unwrap_or_else(|| XDP.to_owned()))
 }
 
 fn low_ports() -> Result<String, String> {

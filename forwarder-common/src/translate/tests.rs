@@ -183,3 +183,27 @@ fn a_window_shrinks_by_what_is_acknowledged_in_advance() {
     assert_eq!(window_without(1_000, 1_000 << 7, 7), 0);
     assert_eq!(window_without(1_000, u32::MAX, 7), 0);
 }
+
+proptest! {
+    #[test]
+    fn the_sum_of_a_pseudo_header_is_told(
+        source: [u8; 16], destination: [u8; 16], is_v4: bool, length in 20..65_535_u32, other: u16,
+    ) {
+        let mapped = |address: [u8; 16]| {
+            let [.., a, b, c, d] = address;
+            if is_v4 { [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] } else { address }
+        };
+        let (source, destination) = (mapped(source), mapped(destination));
+        let bytes = [source, destination].concat();
+        let words: Vec<u32> = bytes.chunks(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
+        let words: [u32; 8] = words.try_into().unwrap();
+        let [sources, destinations] = [source, destination].map(|address| {
+            if is_v4 { address[12..].to_vec() } else { address.to_vec() }
+        });
+        let pseudo = [sources, destinations, length.to_be_bytes().to_vec(), vec![0, 0, 0, 6]].concat();
+        let sum = !checksum(&pseudo);
+        prop_assert!(is_pseudo_header_sum(sum.to_be(), &words, length));
+        let is_same = normal(other) == normal(sum);
+        prop_assert_eq!(is_pseudo_header_sum(other.to_be(), &words, length), is_same);
+    }
+}

@@ -1,16 +1,12 @@
 //! SYNs of clients that listeners do not let in.
 
 use aya::maps::LpmTrie;
-use aya::programs::Xdp as XdpProgram;
-use forwarder_common::PROGRAM_XDP_FRAGS;
 use forwarder_common::layout::{CLIENT_RULES, CLIENT_RULES_CAPACITY, ClientNetwork};
 use forwarder_gateway::allowed::AllowedAddresses;
 
 use super::frames::{Frame, TC_ACT_SHOT, flow_v4, tuple};
+use super::xdp_tests::{XDP_DROP, XDP_PASS, cost_at_xdp, loaded_at_xdp, run_at_xdp};
 use super::*;
-
-const XDP_DROP: u32 = 1;
-const XDP_PASS: u32 = 2;
 
 fn clients(rules: &[&str]) -> Arc<AllowedAddresses> {
     Arc::new(AllowedAddresses::new(rules.iter().map(|rule| rule.parse().unwrap()).collect()))
@@ -191,28 +187,10 @@ fn rules_that_find_no_room_are_told_and_leave_clients_to_the_socket() {
     assert!(drops(&bpf, &format!("{refused}:1"), &format!("{V4}:{EXACT}")));
 }
 
-/// The program at XDP that this kernel takes, loaded with the others.
-fn loaded_at_xdp(bpffs: &Bpffs) -> (Bpf, &'static str) {
-    let mut bpf = Bpf::load(&BpfOptions { xdp: Xdp::Native, ..bpffs.options() }).unwrap();
-    assert_eq!(bpf.xdp_error(), None);
-    bpf.set_listener(key(BindAddress::Ip(V4.into()), EXACT), EXACT_ID, ListenerState::Ready).unwrap();
-    bpf.set_listener(key(BindAddress::Ip(V6.into()), EXACT), EXACT_V6_ID, ListenerState::Ready).unwrap();
-    let has = |name: &&str| bpf.ebpf.program(name).is_some_and(|program| program.fd().is_ok());
-    let program = [PROGRAM_XDP_FRAGS, PROGRAM_XDP].into_iter().find(has).unwrap();
-    (bpf, program)
-}
-
-fn run_at_xdp(bpf: &Bpf, program: &str, packet: &[u8], repeat: u32) -> (u32, Duration) {
-    let program: &XdpProgram = bpf.ebpf.program(program).unwrap().try_into().unwrap();
-    let options = TestRunOptions { data_in: Some(packet), repeat, ..TestRunOptions::default() };
-    let result = program.test_run(options).unwrap();
-    (result.return_value, result.duration)
-}
-
 #[test]
 fn a_program_at_xdp_drops_what_the_one_at_tc_would() {
     let Some(bpffs) = bpffs() else { return };
-    let (mut bpf, program) = loaded_at_xdp(&bpffs);
+    let (mut bpf, program) = loaded_at_xdp(&bpffs, Xdp::Drop, 0);
     let rules = clients(&["!192.0.2.0/24", "192.0.2.7", "!2001:db8:1::/48"]);
     bpf.set_clients(key(BindAddress::Ip(V4.into()), EXACT), EXACT_ID, &rules, 0).unwrap();
     bpf.set_clients(key(BindAddress::Ip(V6.into()), EXACT), EXACT_V6_ID, &rules, 0).unwrap();
@@ -243,7 +221,7 @@ fn a_program_at_xdp_drops_what_the_one_at_tc_would() {
         ("no IP", [&[0; 12][..], &[0x08, 0x06], &[0; 46]].concat(), false),
     ] {
         let action = if is_dropped { XDP_DROP } else { XDP_PASS };
-        assert_eq!(run_at_xdp(&bpf, program, &frame, 1).0, action, "{what}");
+        assert_eq!(run_at_xdp(&bpf, program, &frame).0, action, "{what}");
         if is_dropped {
             assert_eq!(run(&bpf, PROGRAM_ETHERNET, &frame).0, TC_ACT_SHOT, "{what}, at TC");
         }
@@ -261,7 +239,7 @@ fn a_program_at_xdp_drops_what_the_one_at_tc_would() {
 fn a_client_is_limited_by_what_has_come_to_tc() {
     const RATE: u32 = 10;
     let Some(bpffs) = bpffs() else { return };
-    let (mut bpf, program) = loaded_at_xdp(&bpffs);
+    let (mut bpf, program) = loaded_at_xdp(&bpffs, Xdp::Drop, 0);
     let all = clients(&[]);
     bpf.set_clients(key(BindAddress::Ip(V4.into()), EXACT), EXACT_ID, &all, RATE).unwrap();
     bpf.set_clients(key(BindAddress::Ip(V6.into()), EXACT), EXACT_V6_ID, &all, RATE).unwrap();
@@ -270,7 +248,7 @@ fn a_client_is_limited_by_what_has_come_to_tc() {
         ("192.0.2.1:1", &to_v4, "192.0.2.2:1", "192.0.2.1:2"),
         ("[2001:db8:1::1]:1", &to_v6, "[2001:db8:1:1::1]:1", "[2001:db8:1::2]:1"),
     ] {
-        let at_xdp = |bpf: &Bpf, client| run_at_xdp(bpf, program, &segment(client, to, SYN), 1).0;
+        let at_xdp = |bpf: &Bpf, client| run_at_xdp(bpf, program, &segment(client, to, SYN)).0;
         for _ in 0..3 * RATE {
             assert_eq!(at_xdp(&bpf, client), XDP_PASS);
         }
@@ -300,9 +278,8 @@ fn a_client_is_limited_by_what_has_come_to_tc() {
 /// Tells what a frame costs at XDP; nothing is asserted of it, for it is the machine's.
 #[test]
 fn what_a_frame_costs_at_xdp() {
-    const REPEAT: u32 = 200_000;
     let Some(bpffs) = bpffs() else { return };
-    let (mut bpf, program) = loaded_at_xdp(&bpffs);
+    let (mut bpf, program) = loaded_at_xdp(&bpffs, Xdp::Drop, 0);
     let to = format!("{V4}:{EXACT}");
     for count in [1, 1000_u32] {
         let hosts = (0..count).map(|host| Ipv4Addr::from(0xc000_0200 + host * 7));
@@ -314,9 +291,7 @@ fn what_a_frame_costs_at_xdp() {
             ("a SYN that is let in", segment("192.0.2.1:1", &to, SYN), XDP_PASS),
             ("another packet", segment("192.0.2.1:1", &to, ACK), XDP_PASS),
         ] {
-            let runs = (0..7).map(|_| run_at_xdp(&bpf, program, &frame, REPEAT));
-            let least =
-                runs.inspect(|(told, _)| assert_eq!(*told, action, "{what}")).map(|(_, mean)| mean).min();
+            let least = cost_at_xdp(&mut bpf, program, &frame, action, |_| {});
             println!("{what}, of {count} networks: {least:?}");
         }
     }

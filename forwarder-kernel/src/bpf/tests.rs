@@ -38,6 +38,9 @@ mod clients_tests;
 #[path = "live_tests.rs"]
 mod live_tests;
 
+#[path = "xdp_tests.rs"]
+mod xdp_tests;
+
 #[path = "egress_tests.rs"]
 mod egress_tests;
 
@@ -131,14 +134,7 @@ fn load_egress(bpf: &mut Bpf) {
 
 /// Loaded, with maps that are pinned nowhere.
 fn unpinned() -> Ebpf {
-    load(&LoadSettings {
-        log_level: LOG_OFF,
-        pin_dir: None,
-        has_flows: false,
-        most_pairs: 16,
-        most_direct: 16,
-    })
-    .unwrap()
+    load(&LoadSettings { most_pairs: 16, most_direct: 16, ..LoadSettings::PROBE }).unwrap()
 }
 
 /// Writes directions of a pair.
@@ -193,6 +189,8 @@ fn interface(addresses: &[IpAddr]) -> Interface {
         mtu: 1500,
         is_up: true,
         is_inner: false,
+        hardware_address: None,
+        has_vlans: false,
     }
 }
 

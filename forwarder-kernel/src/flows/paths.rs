@@ -368,6 +368,8 @@ mod tests {
             mtu,
             is_up: true,
             is_inner: false,
+            hardware_address: None,
+            has_vlans: false,
         };
         let paths = Paths::default();
         assert_eq!((paths.mtu(3), paths.take_changed_mtus()), (None, false));

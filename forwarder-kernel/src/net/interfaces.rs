@@ -72,6 +72,10 @@ pub struct Interface {
     /// bond hands it on to that one, and a veth without an address is a Pod's, of which a node has hundreds, and used where a
     /// route leads there.
     pub is_inner: bool,
+    /// Its Ethernet address, if it has one.
+    pub hardware_address: Option<[u8; 6]>,
+    /// Whether there are VLAN interfaces above it: what is theirs may look as its own at XDP, where a device has taken the tag away.
+    pub has_vlans: bool,
 }
 
 /// The MTU of the interfaces that packets of hosts use, where these differ: the smallest one. A connection between two of
@@ -247,6 +251,7 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
     }
     let routers: BTreeSet<u32> =
         links.iter().filter(|link| is_vrf(link)).map(|link| link.header.index).collect();
+    let trunks: BTreeSet<u32> = links.iter().filter_map(vlan_below).collect();
     let mut interfaces: Vec<_> = links
         .iter()
         .filter_map(|link| {
@@ -270,7 +275,23 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
                 LinkAttribute::IfName(name) => Some(name.clone()),
                 _ => None,
             })?;
-            Some(Interface { index, name, kind: kind(link), addresses, mtu, is_up, is_inner })
+            let hardware_address = link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::Address(address) => address.as_slice().try_into().ok(),
+                _ => None,
+            });
+            let has_vlans = trunks.contains(&index);
+            let kind = kind(link);
+            Some(Interface {
+                index,
+                name,
+                kind,
+                addresses,
+                mtu,
+                is_up,
+                is_inner,
+                hardware_address,
+                has_vlans,
+            })
         })
         .collect();
     interfaces.sort_by_key(|interface| interface.index);
@@ -299,6 +320,15 @@ fn is_kind(link: &LinkMessage, is_it: impl Fn(&InfoKind) -> bool) -> bool {
         }
         _ => false,
     })
+}
+
+/// The interface that a VLAN interface is one of.
+fn vlan_below(link: &LinkMessage) -> Option<u32> {
+    let below = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Link(index) => Some(*index),
+        _ => None,
+    });
+    below.filter(|_| is_kind(link, |kind| *kind == InfoKind::Vlan))
 }
 
 /// The interfaces that belong to one keep what they receive (VRF).
@@ -340,7 +370,17 @@ mod tests {
     fn interface(index: u32, kind: InterfaceKind, address: &str) -> Interface {
         let addresses = vec![address.parse().unwrap()];
         let name = format!("if{index}");
-        Interface { index, name, kind, addresses, mtu: 1500, is_up: true, is_inner: false }
+        Interface {
+            index,
+            name,
+            kind,
+            addresses,
+            mtu: 1500,
+            is_up: true,
+            is_inner: false,
+            hardware_address: None,
+            has_vlans: false,
+        }
     }
 
     fn check(bound: &[BindAddress], expected: &[u32]) {

@@ -81,16 +81,17 @@ pub enum AttachProblem {
     },
     /// The kernel or the driver refuses a program at XDP: what is to be dropped, TC drops.
     #[error(
-        "cannot attach to interface {interface} at XDP ({mode}), so that TC drops what is to be dropped: {reason}"
+        "cannot attach to interface {interface} at XDP, so that TC does what would be done there: {reason}"
     )]
     Xdp {
         /// The interface's name.
         interface: String,
-        /// How it was attempted.
-        mode: &'static str,
         /// The error and its causes.
         reason: String,
     },
+    /// The program at XDP is not told by which interfaces it may send on: TC sends what it does not.
+    #[error("{0}")]
+    XdpForwarding(String),
     /// There is no program for such interfaces.
     #[error(
         "cannot attach to interface {interface}: its packets (ARPHRD type {arphrd}) begin neither with an Ethernet nor an IP header"
@@ -114,7 +115,7 @@ pub struct Attachment {
     pub interface: String,
     /// How.
     pub kind: AttachKind,
-    /// How a program hangs there at XDP too, if one does.
+    /// What a program at XDP does there, if one hangs there.
     pub xdp: Option<Xdp>,
 }
 

@@ -1,7 +1,7 @@
 //! The program at XDP of each interface by which clients come, where it is asked for.
 //!
-//! It only drops what the programs at TC would drop, so that nothing depends on it: it ends with the process, and an interface whose driver
-//! does not take it is left to TC.
+//! It drops what the programs at TC would drop, and sends on what they would send on, so that nothing depends on it: it ends with the process, and an
+//! interface whose driver does not take it is left to TC.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -10,60 +10,110 @@ use aya::Ebpf;
 use aya::programs::links::FdLink;
 use aya::programs::xdp::XdpMode;
 use aya::programs::{ProgramError, Xdp as XdpProgram, XdpError};
-use forwarder_common::{PROGRAM_XDP, PROGRAM_XDP_FRAGS};
+use forwarder_common::{PROGRAM_XDP, PROGRAM_XDP_FORWARD, PROGRAM_XDP_FRAGS};
 use forwarder_gateway::model::Xdp;
 use rustix::io::Errno;
 
-use crate::load_error::{errno_of, with_causes};
+use crate::load_error::{LoadError, errno_of, with_causes};
 use crate::net::interfaces::{Interface, InterfaceKind};
 use crate::programs::attach::AttachProblem;
 use crate::programs::uninterrupted;
 
+mod forwarding;
+
+use forwarding::Forwarding;
+
 /// The programs at XDP. Dropping it detaches them.
-#[derive(Debug)]
 pub(crate) struct XdpHooks {
-    mode: Xdp,
     /// The program that the kernel takes; `None` where it takes none.
     program: Option<&'static str>,
+    /// Where packets are sent on; `None` where they are dropped only.
+    forwarding: Option<Forwarding>,
     links: BTreeMap<u32, Hung>,
     /// The interfaces that never take one, and are not asked again.
     unable: BTreeSet<(u32, String)>,
 }
 
-#[derive(Debug)]
 struct Hung {
     interface: String,
     _link: FdLink,
 }
 
 impl XdpHooks {
-    /// Has the kernel verify a program for this mode: one that takes frames in pieces, where it knows of such (5.18).
-    ///
-    /// # Errors
-    /// It refuses both: nothing will hang anywhere.
-    pub(crate) fn load(ebpf: &mut Ebpf, mode: Xdp) -> (Self, Result<(), ProgramError>) {
-        let mut hooks = Self { mode, program: None, links: BTreeMap::new(), unable: BTreeSet::new() };
-        if mode == Xdp::Off {
-            return (hooks, Ok(()));
-        }
-        let mut loaded = Err(ProgramError::NotLoaded);
-        for name in [PROGRAM_XDP_FRAGS, PROGRAM_XDP] {
-            loaded = program(ebpf, name).and_then(|program| uninterrupted(|| program.load()));
-            if loaded.is_ok() {
-                hooks.program = Some(name);
-                break;
+    /// Has the kernel verify a program for what is asked for: one that takes frames in pieces, where it knows of such (5.18). Returns what there is less
+    /// than that, and why.
+    pub(crate) fn load(ebpf: &mut Ebpf, asked: Xdp) -> (Self, Option<String>) {
+        let mut hooks =
+            Self { program: None, forwarding: None, links: BTreeMap::new(), unable: BTreeSet::new() };
+        let mut problem = None;
+        if asked == Xdp::Native {
+            let forwarding = Forwarding::open(ebpf).and_then(|forwarding| {
+                load(ebpf, PROGRAM_XDP_FORWARD).map(|()| forwarding).map_err(|error| {
+                    LoadError::new(
+                        format!("load program {PROGRAM_XDP_FORWARD}"),
+                        PROGRAM_XDP_FORWARD,
+                        error.into(),
+                    )
+                    .to_string()
+                })
+            });
+            match forwarding {
+                Ok(forwarding) => {
+                    hooks.forwarding = Some(forwarding);
+                    hooks.program = Some(PROGRAM_XDP_FORWARD);
+                    return (hooks, None);
+                }
+                Err(reason) => {
+                    problem = Some(format!("at XDP packets are dropped, and not sent on: {reason}"));
+                }
             }
         }
-        (hooks, loaded)
+        if asked != Xdp::Off {
+            let loaded = load(ebpf, PROGRAM_XDP_FRAGS).map(|()| PROGRAM_XDP_FRAGS);
+            match loaded.or_else(|_| load(ebpf, PROGRAM_XDP).map(|()| PROGRAM_XDP)) {
+                Ok(program) => hooks.program = Some(program),
+                Err(error) => {
+                    let error =
+                        LoadError::new(format!("load program {PROGRAM_XDP}"), PROGRAM_XDP, error.into());
+                    problem = Some(format!("nothing is dropped at XDP, but at TC: {error}"));
+                }
+            }
+        }
+        (hooks, problem)
     }
 
-    /// How a program hangs on an interface, if one does.
+    /// What the program on an interface does, if one hangs there.
     pub(crate) fn mode(&self, index: u32) -> Option<Xdp> {
-        self.links.contains_key(&index).then_some(self.mode)
+        let sends_on = self.forwarding.as_ref().is_some_and(|forwarding| forwarding.sends_from(index));
+        self.links.contains_key(&index).then_some(if sends_on { Xdp::Native } else { Xdp::Drop })
     }
 
-    /// Attaches the program to those of `wanted` that have frames, and detaches it from all others.
-    pub(crate) fn update(&mut self, ebpf: &mut Ebpf, wanted: &[&Interface]) -> Vec<AttachProblem> {
+    /// Whether the kernel takes a program.
+    pub(crate) fn has_program(&self) -> bool {
+        self.program.is_some()
+    }
+
+    /// Tells the program of an interface as if it hung there, and that took packets.
+    #[cfg(test)]
+    pub(crate) fn pretend(&mut self, interface: &Interface) {
+        let forwarding = self.forwarding.as_mut().expect("packets are sent on");
+        let failed =
+            forwarding.tell(std::slice::from_ref(interface), &BTreeSet::from([interface.index]), |_| true);
+        assert_eq!(failed, Vec::<String>::new());
+    }
+
+    /// Whether packets are sent on from where a program hangs.
+    pub(crate) fn sends_on(&self) -> bool {
+        self.forwarding.is_some()
+    }
+
+    /// Attaches the program to those of `wanted` that have frames, detaches it from all others, and tells it of `interfaces` (all of the node's).
+    pub(crate) fn update(
+        &mut self,
+        ebpf: &mut Ebpf,
+        wanted: &[&Interface],
+        interfaces: &[Interface],
+    ) -> Vec<AttachProblem> {
         let Some(name) = self.program else { return Vec::new() };
         // Those of Pods have an address of their link only.
         let has_clients = |one: &&&Interface| one.kind == InterfaceKind::Ethernet && !one.is_inner;
@@ -80,7 +130,7 @@ impl XdpHooks {
             }
             match hang(ebpf, name, *index) {
                 Ok(link) => {
-                    tracing::info!(interface, mode = self.mode.as_str(), "attached at XDP");
+                    tracing::info!(interface, program = name, "attached at XDP");
                     self.links.insert(*index, Hung { interface: interface.clone(), _link: link });
                 }
                 Err(error) => {
@@ -101,14 +151,23 @@ impl XdpHooks {
                     };
                     problems.push(AttachProblem::Xdp {
                         interface: interface.clone(),
-                        mode: self.mode.as_str(),
                         reason: with_causes(&error) + cause,
                     });
                 }
             }
         }
+        if let Some(forwarding) = &mut self.forwarding {
+            let links = &self.links;
+            let failed = forwarding.update(interfaces, |index| links.contains_key(&index));
+            problems.extend(failed.into_iter().map(AttachProblem::XdpForwarding));
+        }
         problems
     }
+}
+
+/// Has the kernel verify a program.
+fn load(ebpf: &mut Ebpf, name: &str) -> Result<(), ProgramError> {
+    program(ebpf, name).and_then(|program| uninterrupted(|| program.load()))
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut XdpProgram, ProgramError> {

@@ -4,6 +4,7 @@ pub(crate) mod change;
 mod connections;
 mod latency;
 mod memory;
+mod packets;
 mod requests;
 pub(crate) mod resolve;
 mod throughput;
@@ -22,8 +23,8 @@ use tempfile::TempDir;
 use crate::path::{ENDPOINT_PORT, Running};
 
 /// Every metric, in the order of the report.
-pub(crate) const METRICS: [&str; 7] =
-    ["throughput", "latency", "connections", "requests", "memory", "change", "resolve"];
+pub(crate) const METRICS: [&str; 8] =
+    ["throughput", "latency", "connections", "requests", "packets", "memory", "change", "resolve"];
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -34,11 +35,12 @@ pub(crate) enum Figure {
     Latency,
     Connections,
     Requests { connections: u32 },
+    Packets,
     Memory,
 }
 
 /// Every figure, in the order of the report.
-pub(crate) const FIGURES: [Figure; 8] = [
+pub(crate) const FIGURES: [Figure; 9] = [
     Figure::Throughput { streams: 1 },
     Figure::Throughput { streams: 4 },
     Figure::Throughput { streams: 32 },
@@ -46,6 +48,7 @@ pub(crate) const FIGURES: [Figure; 8] = [
     Figure::Connections,
     Figure::Requests { connections: 50 },
     Figure::Requests { connections: 1000 },
+    Figure::Packets,
     Figure::Memory,
 ];
 
@@ -56,6 +59,7 @@ impl Figure {
             Self::Latency => "latency",
             Self::Connections => "connections",
             Self::Requests { .. } => "requests",
+            Self::Packets => "packets",
             Self::Memory => "memory",
         }
     }
@@ -67,7 +71,7 @@ impl Figure {
             Self::Requests { connections } => (None, Some(connections)),
             // The number of connections held is a result.
             Self::Memory => (None, series.connections),
-            Self::Latency | Self::Connections => (None, None),
+            Self::Latency | Self::Connections | Self::Packets => (None, None),
         };
         self.metric() == series.metric && (streams, connections) == (series.streams, series.connections)
     }
@@ -78,7 +82,7 @@ impl Figure {
         let mut command = match self {
             Self::Throughput { .. } => throughput::server(address),
             Self::Latency => latency::server(address),
-            Self::Connections | Self::Requests { .. } | Self::Memory => responder(address)?,
+            Self::Connections | Self::Requests { .. } | Self::Packets | Self::Memory => responder(address)?,
         };
         Server::start(&topology.backend1, address, &mut command)
     }
@@ -90,6 +94,7 @@ impl Figure {
             Self::Latency => latency::measure(turn),
             Self::Connections => connections::measure(turn),
             Self::Requests { connections } => requests::measure(turn, connections),
+            Self::Packets => packets::measure(turn),
             Self::Memory => memory::measure(turn),
         }
     }
@@ -101,7 +106,7 @@ impl fmt::Display for Figure {
         match self {
             Self::Throughput { streams } => write!(formatter, " of {streams} streams"),
             Self::Requests { connections } => write!(formatter, " over {connections} connections"),
-            Self::Latency | Self::Connections | Self::Memory => Ok(()),
+            Self::Latency | Self::Connections | Self::Packets | Self::Memory => Ok(()),
         }
     }
 }
@@ -166,7 +171,7 @@ impl Series {
     /// Which way is better, in words.
     pub(crate) fn better(&self) -> &'static str {
         match self.metric {
-            "throughput" | "connections" | "requests" => "more is better",
+            "throughput" | "connections" | "requests" | "packets" => "more is better",
             _ => "less is better",
         }
     }
@@ -176,6 +181,7 @@ impl Series {
         match self.metric {
             "throughput" => "s/Gbit",
             "connections" => "us/conn",
+            "packets" => "us/packet",
             _ => "us/req",
         }
     }

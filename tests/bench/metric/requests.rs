@@ -8,21 +8,27 @@ use super::{Reading, Series, Turn};
 use crate::machine;
 
 pub(super) fn measure(turn: &Turn<'_>, connections: u32) -> Result<Vec<Reading>> {
-    let mut command = Command::new("wrk");
-    command.args(["-t2", "-c", &connections.to_string(), "-d", &format!("{}s", turn.seconds)]);
-    command.args(["--timeout", "5s", &format!("http://{}/", turn.target())]);
     let busy_before = machine::busy_seconds()?;
-    let text = turn.client(&mut command)?;
+    let load = load(turn, connections)?;
     let busy = machine::busy_seconds()? - busy_before;
-    let load = parse(&text).with_context(|| format!("reading what {command:?} printed"))?;
     let series = Series { connections: Some(connections), ..Series::new("requests", "per second") };
     Ok(vec![Reading { series, value: load.per_second, cost: Some(busy / load.requests * 1e6) }])
 }
 
+/// Sends small requests over so many connections at once.
+pub(super) fn load(turn: &Turn<'_>, connections: u32) -> Result<Load> {
+    let mut command = Command::new("wrk");
+    command.args(["-t2", "-c", &connections.to_string(), "-d", &format!("{}s", turn.seconds)]);
+    command.args(["--timeout", "5s", &format!("http://{}/", turn.target())]);
+    let text = turn.client(&mut command)?;
+    parse(&text).with_context(|| format!("reading what {command:?} printed"))
+}
+
+/// What was answered.
 #[derive(Debug, PartialEq)]
-struct Load {
-    requests: f64,
-    per_second: f64,
+pub(super) struct Load {
+    pub(super) requests: f64,
+    pub(super) per_second: f64,
 }
 
 fn parse(text: &str) -> Result<Load> {

@@ -1,0 +1,75 @@
+//! The Ethernet addresses of the neighbours that packets are handed to.
+//!
+//! To ask the kernel's routes for each packet would cost as much as all of its translation. So they are remembered for a moment, and the packet
+//! with which they are asked for once more goes by TC: by that, the kernel sees that the neighbour is in use, and finds out if it is there no
+//! more or has another address, as it does for what the stack sends.
+
+use core::mem::zeroed;
+
+use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup};
+use aya_ebpf::programs::XdpContext;
+use forwarder_common::flow::Flow;
+use forwarder_common::layout::XDP_NEIGHBOURS_BITS;
+use forwarder_common::packet::PROTOCOL_TCP;
+
+use crate::maps::{NeighbourKey, XDP_NEIGHBOURS, XdpNeighbour};
+use crate::route::{self, AF_INET, AF_INET6};
+
+/// For how long, in nanoseconds: about a quarter of a second.
+const LIFETIME: u64 = 1 << 28;
+
+/// The Ethernet addresses that packets of a flow leave with: to whom, and from whom. `None` where the packet is to go by TC.
+#[inline(always)]
+pub(super) fn addresses(context: &XdpContext, flow: &Flow, now: u64) -> Option<[u32; 3]> {
+    let key = NeighbourKey::of(flow);
+    let place = XDP_NEIGHBOURS.get_ptr_mut(place_of(key))?;
+    // SAFETY: the pointer is to this CPU's value, which no other program uses meanwhile.
+    let place = unsafe { &mut *place };
+    if now.wrapping_sub(place.time) < LIFETIME {
+        if place.key.is(key) {
+            return Some(place.addresses);
+        }
+        // Another neighbour's, which is in use: this one's packets go by TC.
+        return None;
+    }
+    ask(context, key, now, place);
+    None
+}
+
+/// Where the addresses of a neighbour stand.
+#[inline(always)]
+fn place_of(key: &NeighbourKey) -> u32 {
+    let [interface, _, a, b, c, d] = *key.words();
+    // By the golden ratio, as `hash_32` of the kernel.
+    (interface.rotate_left(16) ^ a ^ b ^ c ^ d).wrapping_mul(0x61c8_8647) >> (32 - XDP_NEIGHBOURS_BITS)
+}
+
+/// Asks the kernel for them, and remembers what it says. If it knows no neighbour, whoever sends by TC makes it find out.
+#[inline(never)]
+fn ask(context: &XdpContext, key: &NeighbourKey, now: u64, place: &mut XdpNeighbour) -> u32 {
+    // SAFETY: a plain old structure, for which zeros are valid.
+    let mut question: bpf_fib_lookup = unsafe { zeroed() };
+    question.ifindex = key.interface;
+    question.l4_protocol = PROTOCOL_TCP;
+    // One of IPv4 has zeros behind it.
+    let [_, _, a, b, c, d] = *key.words();
+    if key.next_hop.family == u32::from(AF_INET) {
+        question.family = AF_INET;
+        question.__bindgen_anon_4.ipv4_dst = a;
+    } else {
+        question.family = AF_INET6;
+        question.__bindgen_anon_4.ipv6_dst = [a, b, c, d];
+    }
+    let found = route::ask(context.ctx.cast(), &mut question, BPF_FIB_LOOKUP_OUTPUT);
+    // SAFETY: the union has only plain members, all of them initialised.
+    let to = unsafe { question.__bindgen_anon_4.ipv6_dst };
+    // It is the neighbour itself, and not behind another one.
+    if found != i64::from(BPF_FIB_LKUP_RET_SUCCESS) || question.ifindex != key.interface || to != [a, b, c, d]
+    {
+        return 0;
+    }
+    let bpf_fib_lookup { dmac: [a, b, c, d, e, f], smac: [g, h, i, j, k, l], .. } = question;
+    let addresses = [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes);
+    *place = XdpNeighbour { key: *key, time: now, addresses, pad: 0 };
+    0
+}

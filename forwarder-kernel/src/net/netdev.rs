@@ -1,0 +1,114 @@
+//! What interfaces do at XDP, by the generic netlink family `netdev` (Linux 6.3 and later).
+
+use std::collections::BTreeSet;
+use std::io;
+
+use rustix::io::Errno;
+use rustix::net::netlink::GENERIC;
+
+use crate::net::netlink::{self, Message, NLMSG_ERROR, NetlinkSocket, attributes, word, write_attribute};
+
+/// From `linux/genetlink.h`: who knows the families, and the question for one of them.
+const GENL_ID_CTRL: u16 = 0x10;
+const CTRL_CMD_GETFAMILY: u8 = 3;
+const CTRL_ATTR_FAMILY_ID: u16 = 1;
+const CTRL_ATTR_FAMILY_NAME: u16 = 2;
+/// Bytes of `struct genlmsghdr`.
+const GENERIC_HEADER: usize = 4;
+/// From `linux/netdev.h`.
+const FAMILY: &[u8] = b"netdev\0";
+const NETDEV_CMD_DEV_GET: u8 = 1;
+const NETDEV_A_DEV_IFINDEX: u16 = 1;
+const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
+/// It takes frames that a program at XDP of another interface sends there (`ndo_xdp_xmit`).
+const NETDEV_XDP_ACT_NDO_XMIT: u64 = 4;
+
+/// A socket that answers for interfaces, in the network namespace in which it was opened.
+#[derive(Debug)]
+pub(crate) struct Netdev {
+    socket: NetlinkSocket,
+    family: u16,
+}
+
+impl Netdev {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    /// The kernel refuses; [`io::ErrorKind::NotFound`] if it does not know the family.
+    pub(crate) fn open() -> io::Result<Self> {
+        let mut socket = NetlinkSocket::open(Some(GENERIC))?;
+        let family = socket.ask(
+            |question, sequence| {
+                begin(question, GENL_ID_CTRL, CTRL_CMD_GETFAMILY, sequence);
+                write_attribute(question, CTRL_ATTR_FAMILY_NAME, FAMILY);
+                netlink::end(question);
+            },
+            |answer, sequence| {
+                let message = netlink::message(answer).ok().filter(|message| message.sequence == sequence)?;
+                if message.kind == NLMSG_ERROR {
+                    let number = netlink::errno(message.body).unwrap_or_default();
+                    return Some(Err(Errno::from_raw_os_error(number)));
+                }
+                Some(
+                    attribute(&message, CTRL_ATTR_FAMILY_ID)
+                        .and_then(|id| netlink::half_word(id, 0))
+                        .ok_or(Errno::NOENT),
+                )
+            },
+        )??;
+        Ok(Self { socket, family })
+    }
+
+    /// The indices of the interfaces that take frames from programs at XDP of others.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub(crate) fn xdp_targets(&mut self) -> io::Result<BTreeSet<u32>> {
+        let mut found = BTreeSet::new();
+        let family = self.family;
+        self.socket.list(
+            |question, sequence| {
+                begin(question, family, NETDEV_CMD_DEV_GET, sequence);
+                netlink::end(question);
+            },
+            |message| {
+                let index = attribute(message, NETDEV_A_DEV_IFINDEX).and_then(|value| word(value, 0));
+                let features = attribute(message, NETDEV_A_DEV_XDP_FEATURES)
+                    .and_then(|value| value.first_chunk().copied().map(u64::from_ne_bytes));
+                if let (Some(index), Some(features)) = (index, features)
+                    && features & NETDEV_XDP_ACT_NDO_XMIT != 0
+                {
+                    found.insert(index);
+                }
+            },
+        )?;
+        Ok(found)
+    }
+}
+
+/// Begins a question to a family.
+fn begin(question: &mut Vec<u8>, family: u16, command: u8, sequence: u32) {
+    netlink::begin(question, family, sequence);
+    // The command, and the version of the family.
+    question.extend([command, 1, 0, 0]);
+}
+
+/// The value of an attribute.
+fn attribute<'a>(message: &Message<'a>, kind: u16) -> Option<&'a [u8]> {
+    let body = message.body.get(GENERIC_HEADER..)?;
+    attributes(body).find_map(|(found, value)| (found == kind).then_some(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A veth that has just been made takes none: its peer has no program, and does not gather packets (GRO).
+    #[test]
+    fn the_kernel_tells_of_interfaces() {
+        match Netdev::open() {
+            Ok(mut netdev) => assert!(!netdev.xdp_targets().unwrap().contains(&1), "lo takes no frames"),
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::NotFound, "{error}"),
+        }
+    }
+}
