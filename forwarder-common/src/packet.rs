@@ -156,45 +156,111 @@ impl Segment {
 }
 
 /// The headers of a frame such as most are, as 32-bit words as they lie there from [`USUAL_OFFSET`] on: the last two bytes of
-/// the Ethernet addresses and the type, an IPv4 header without options, and a TCP header with timestamps alone.
-pub type UsualHeaders = [u32; 14];
+/// the Ethernet addresses and the type, an IPv4 header without options or an IPv6 header without others behind it, and a TCP header without options or with
+/// timestamps alone. What stands behind the shorter ones means nothing.
+pub type UsualHeaders = [u32; 19];
 
 /// Where [`UsualHeaders`] begin, in bytes from the frame's first.
 pub const USUAL_OFFSET: usize = 10;
 
+/// So many of the words hold headers of IPv4, without TCP options.
+pub const USUAL_WORDS_V4: usize = 11;
+/// So many those of IPv6.
+pub const USUAL_WORDS_V6: usize = 16;
+/// So many more the timestamps.
+const USUAL_WORDS_OF_OPTIONS: usize = 3;
+
 /// Version and header length of IPv4 without options.
 const USUAL_IPV4: u32 = 0x45;
+/// Length of the TCP header without options, in bytes.
+const BARE_TCP_HEADER: u32 = 20;
 /// Length of the TCP header with timestamps alone, in bytes.
 pub const USUAL_TCP_HEADER: u32 = 32;
 /// How Linux writes timestamps: two NOPs, then kind and length of the option. In host byte order.
 pub const USUAL_OPTIONS: u32 = 0x0101_080a;
 
-/// Finds the TCP segment in a frame whose headers are such as most are; `None` says nothing but that these are not. A short
-/// cut for [`parse`], which finds the same.
+/// Whether a frame is one of IPv6 without tag, by the first of its [`UsualHeaders`].
 #[inline(always)]
-pub const fn parse_usual(headers: &UsualHeaders) -> Option<Segment> {
-    let [ether_type, ip, fragment, protocol, source, destination, ports, sequence, acknowledgement, misc, ..] =
-        *headers;
-    let [.., options, _, _] = *headers;
-    let (ip, misc) = (u32::from_be(ip), u32::from_be(misc));
+#[must_use]
+pub const fn is_usual_v6(first: u32) -> bool {
+    u32::from_be(first) & 0xffff == ETHER_TYPE_IPV6 as u32
+}
+
+/// Finds the TCP segment in a frame whose headers are such as most are, of which so many words are at hand; `None` says nothing but that they are not such, or not
+/// all at hand. A short cut for [`parse`], which finds the same.
+#[inline(always)]
+pub const fn parse_usual(headers: &UsualHeaders, at_hand: usize) -> Option<Segment> {
+    if is_usual_v6(headers[0]) { parse_usual_v6(headers, at_hand) } else { parse_usual_v4(headers, at_hand) }
+}
+
+#[inline(always)]
+const fn parse_usual_v4(headers: &UsualHeaders, at_hand: usize) -> Option<Segment> {
+    let [ether_type, ip, fragment, protocol, source, destination, tcp @ .., _, _, _, _, _] = *headers;
+    let ip = u32::from_be(ip);
     if u32::from_be(ether_type) & 0xffff != ETHER_TYPE_IPV4 as u32
         || ip >> 24 != USUAL_IPV4
         || u32::from_be(fragment) & (IPV4_FRAGMENT_OFFSET | IPV4_MORE_FRAGMENTS) as u32 != 0
         || u32::from_be(protocol) >> 16 & 0xff != PROTOCOL_TCP as u32
-        || misc >> 28 << 2 != USUAL_TCP_HEADER
-        || u32::from_be(options) != USUAL_OPTIONS
     {
+        return None;
+    }
+    let mapped = 0xffff_u32.to_be();
+    let ip = UsualIp {
+        version: IpVersion::V4,
+        addresses: [0, 0, mapped, source, 0, 0, mapped, destination],
+        header_length: Ipv4Hdr::LEN,
+        length: ip & 0xffff,
+    };
+    parse_usual_tcp(&tcp, at_hand, USUAL_WORDS_V4, ip)
+}
+
+#[inline(always)]
+const fn parse_usual_v6(headers: &UsualHeaders, at_hand: usize) -> Option<Segment> {
+    let [_, first, length, a, b, c, d, e, f, g, h, tcp @ ..] = *headers;
+    let length = u32::from_be(length);
+    if u32::from_be(first) >> 28 != 6 || length >> 8 & 0xff != PROTOCOL_TCP as u32 || length >> 16 == 0 {
+        return None;
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "40")]
+    let ip = UsualIp {
+        version: IpVersion::V6,
+        addresses: [a, b, c, d, e, f, g, h],
+        header_length: Ipv6Hdr::LEN,
+        length: (length >> 16) + Ipv6Hdr::LEN as u32,
+    };
+    parse_usual_tcp(&tcp, at_hand, USUAL_WORDS_V6, ip)
+}
+
+/// What the IP header of a usual frame says.
+struct UsualIp {
+    version: IpVersion,
+    addresses: [u32; 8],
+    header_length: usize,
+    length: u32,
+}
+
+/// The same of the TCP header, whose words without options end after `bare` of those of the frame.
+#[inline(always)]
+const fn parse_usual_tcp(tcp: &[u32; 8], at_hand: usize, bare: usize, ip: UsualIp) -> Option<Segment> {
+    let [ports, sequence, acknowledgement, misc, _, options, _, _] = *tcp;
+    let misc = u32::from_be(misc);
+    let header_length = misc >> 28 << 2;
+    let is_bare = header_length == BARE_TCP_HEADER && at_hand >= bare;
+    let has_timestamps = header_length == USUAL_TCP_HEADER
+        && at_hand >= bare + USUAL_WORDS_OF_OPTIONS
+        && u32::from_be(options) == USUAL_OPTIONS;
+    if !is_bare && !has_timestamps {
         return None;
     }
     let ports = u32::from_be(ports);
     #[expect(clippy::cast_possible_truncation, reason = "parts of words, and small constants")]
     Some(Segment {
-        tuple: FourTuple::of_v4(source, destination, (ports >> 16) as u16, ports as u16),
+        tuple: FourTuple::of_words(ip.addresses, (ports >> 16) as u16, ports as u16),
         ip_offset: EthHdr::LEN as u32,
-        tcp_offset: (EthHdr::LEN + Ipv4Hdr::LEN) as u32,
-        header_length: USUAL_TCP_HEADER,
-        ip_length: ip & 0xffff,
-        version: IpVersion::V4,
+        tcp_offset: (EthHdr::LEN + ip.header_length) as u32,
+        header_length,
+        ip_length: ip.length,
+        version: ip.version,
         sequence: u32::from_be(sequence),
         acknowledgement: u32::from_be(acknowledgement),
         window: misc as u16,

@@ -44,18 +44,17 @@ pub struct FourTuple {
 }
 
 impl FourTuple {
-    /// That of an IPv4 packet, whose addresses are as they lie in it: made of words, because the programs would write it byte by byte.
+    /// That of these [addresses](Self::address_words), made of words, because the programs would write it byte by byte.
     #[inline(always)]
     #[must_use]
-    pub const fn of_v4(source: u32, destination: u32, source_port: u16, destination_port: u16) -> Self {
-        let mapped = 0xffff_u32.to_be();
+    pub const fn of_words(addresses: [u32; 8], source_port: u16, destination_port: u16) -> Self {
+        let [a, b, c, d, e, f, g, h] = addresses;
         // As on little-endian machines, the only ones that this is for.
         let ports = (destination_port as u32) << 16 | source_port as u32;
-        let words = [0, 0, mapped, source, 0, 0, mapped, destination, ports];
         #[expect(unsafe_code, reason = "the programs write words")]
         // SAFETY: as large, and aligned as the structure is; any bits make integers, and there is no padding.
         unsafe {
-            core::mem::transmute::<[u32; 9], Self>(words)
+            core::mem::transmute::<[u32; 9], Self>([a, b, c, d, e, f, g, h, ports])
         }
     }
 
@@ -112,16 +111,13 @@ mod tests {
     }
 
     #[test]
-    fn a_tuple_of_ipv4_is_the_same_by_words() {
-        let [source, destination] = [[192, 0, 2, 7], [198, 51, 100, 9]];
-        let by_bytes = FourTuple {
-            source: mapped_v4(source),
-            destination: mapped_v4(destination),
-            source_port: 40_000,
-            destination_port: 3_306,
-        };
-        let [source, destination] = [source, destination].map(u32::from_ne_bytes);
-        assert_eq!(FourTuple::of_v4(source, destination, 40_000, 3_306), by_bytes);
+    fn a_tuple_is_the_same_by_words() {
+        for (source, destination) in [("192.0.2.7", "198.51.100.9"), ("2001:db8::7", "fe80::1:2")] {
+            let [source, destination] =
+                [source, destination].map(|text| address_bytes(text.parse().unwrap()));
+            let tuple = FourTuple { source, destination, source_port: 40_000, destination_port: 3_306 };
+            assert_eq!(FourTuple::of_words(*tuple.address_words(), 40_000, 3_306), tuple);
+        }
     }
 
     #[test]

@@ -2,7 +2,9 @@
 
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::Seen;
-use forwarder_common::packet::{FLAG_FIN, LinkLayer, Segment, USUAL_OFFSET, parse, parse_usual};
+use forwarder_common::packet::{
+    FLAG_FIN, LinkLayer, Segment, USUAL_OFFSET, UsualHeaders, is_usual_v6, parse, parse_usual,
+};
 use forwarder_common::verdict::Verdict;
 
 use crate::clock::coarse_time;
@@ -23,17 +25,42 @@ pub(crate) fn find_segment<'a>(
     // SAFETY: the pointer is to this CPU's value, and of programs that do not interrupt each other; it begins as zeros, which
     // are valid.
     let frame = unsafe { &mut *frame };
-    if let LinkLayer::Ethernet = link
-        && load_into(context, USUAL_OFFSET as u32, &mut frame.headers)
-        && let Some(segment) = parse_usual(&frame.headers)
-    {
-        frame.segment = segment;
-        frame.is_usual = true;
-    } else {
+    frame.is_usual = link == LinkLayer::Ethernet && find_usual(context, frame) != 0;
+    if !frame.is_usual {
         walk_headers(context, link, &mut frame.segment)?;
-        frame.is_usual = false;
     }
     Ok(frame)
+}
+
+/// Finds the segment in a packet with headers such as most are; 1 if it has such, 0 otherwise. (A function of its own, so that what it has on the stack leaves it
+/// with it.)
+#[inline(never)]
+fn find_usual(context: &TcContext, frame: &mut Frame) -> u32 {
+    let at_hand = load_usual(context, &mut frame.headers);
+    let Some(segment) = parse_usual(&frame.headers, at_hand) else { return 0 };
+    frame.segment = segment;
+    1
+}
+
+/// Reads what may be usual headers, and tells how many words of them there are.
+#[inline(always)]
+fn load_usual(context: &TcContext, headers: &mut UsualHeaders) -> usize {
+    const FIRST: usize = 14;
+    const REST: usize = 5;
+    let offset = USUAL_OFFSET as u32;
+    let Some(first) = headers.first_chunk_mut::<FIRST>() else { return 0 };
+    if !load_into(context, offset, first) {
+        return 0;
+    }
+    // Those of IPv4 end here.
+    let [kind, ..] = *first;
+    if is_usual_v6(kind)
+        && let Some(rest) = headers.last_chunk_mut::<REST>()
+        && load_into(context, offset + FIRST as u32 * 4, rest)
+    {
+        return FIRST + REST;
+    }
+    FIRST
 }
 
 /// The same for any headers: a function of its own, so that those that it reads leave the stack with it. (A segment as part of

@@ -16,8 +16,9 @@ use crate::packet::{ChecksumKeeper, PacketMut, Summed};
 use crate::skb::{ECN_MASK, IPV4_CHECKSUM, IPV4_TTL, IPV6_HOP_LIMIT, IPV6_SOURCE, TCP_HEADER};
 /// 32-bit words of the TCP header before the options.
 const FIXED_WORDS: usize = 5;
-/// The first word of `UsualHeaders` that changes: the one with the checksum of IPv4.
-const USUAL_CHANGED: usize = 3;
+/// Where what changes of usual headers begins, in bytes from the frame's first: with the checksum of IPv4, and the hop limit of IPv6.
+const USUAL_CHANGED_V4: u32 = USUAL_OFFSET as u32 + 3 * 4;
+const USUAL_CHANGED_V6: u32 = USUAL_OFFSET as u32 + 2 * 4;
 
 /// Rewrites the packet for the other leg.
 ///
@@ -26,7 +27,7 @@ const USUAL_CHANGED: usize = 3;
 #[inline(always)]
 pub(crate) fn rewrite(
     packet: impl PacketMut,
-    frame: &Frame,
+    frame: &mut Frame,
     flow: &Flow,
     forward: &mut DirectionState,
     reverse: &DirectionState,
@@ -48,64 +49,130 @@ pub(crate) fn is_usual(frame: &Frame, flow: &Flow) -> bool {
 ///
 /// # Errors
 /// As [`rewrite`].
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn rewrite_usual(
     packet: impl PacketMut,
-    frame: &Frame,
+    frame: &mut Frame,
     flow: &Flow,
     forward: &mut DirectionState,
     reverse: &DirectionState,
 ) -> Result<(), Verdict> {
-    let segment = &frame.segment;
-    let [
-        _,
-        _,
-        _,
-        protocol,
-        source,
-        destination,
-        ports,
-        sequence,
-        acknowledgement,
-        misc,
-        last,
-        kinds,
-        value,
-        echo,
-    ] = frame.headers;
+    match frame.segment.version {
+        IpVersion::V4 => rewrite_usual_v4(packet, frame, flow, forward, reverse),
+        IpVersion::V6 => rewrite_usual_v6(packet, frame, flow, forward, reverse),
+    }
+}
+
+// What changes is put together where the headers were read to, because there is no room on the stack.
+
+#[inline(never)]
+fn rewrite_usual_v4(
+    packet: impl PacketMut,
+    frame: &mut Frame,
+    flow: &Flow,
+    forward: &mut DirectionState,
+    reverse: &DirectionState,
+) -> Result<(), Verdict> {
+    let [_, _, _, protocol, source, destination, tcp @ .., _, _, _, _, _] = frame.headers;
     let [.., new_source, _, _, _, new_destination] = *flow.out.address_words();
     let addresses = ChecksumChange::NONE.and(source, new_source).and(destination, new_destination);
+    let (new_tcp, change) = usual_tcp(frame, flow, forward, reverse, tcp);
+    let keeper = packet.checksum_keeper();
+    let [_, _, _, new @ .., _, _, _, _, _] = &mut frame.headers;
+    let [new_protocol, at_source, at_destination, at_tcp @ ..] = new;
+    *new_protocol = with_hop_limit_v4(protocol, flow, addresses);
+    (*at_source, *at_destination) = (new_source, new_destination);
+    write_tcp(at_tcp, new_tcp, keeper, change, addresses);
+    if frame.segment.header_length == USUAL_TCP_HEADER {
+        packet.store(USUAL_CHANGED_V4, new)?;
+    } else {
+        let [bare @ .., _, _, _] = &*new;
+        packet.store(USUAL_CHANGED_V4, bare)?;
+    }
+    tell_checksum(packet, &frame.segment, keeper, change, addresses)
+}
+
+#[inline(never)]
+fn rewrite_usual_v6(
+    packet: impl PacketMut,
+    frame: &mut Frame,
+    flow: &Flow,
+    forward: &mut DirectionState,
+    reverse: &DirectionState,
+) -> Result<(), Verdict> {
+    let [_, _, length, _, _, _, _, _, _, _, _, tcp @ ..] = frame.headers;
+    let addresses = change_of_addresses(&frame.segment, flow);
+    let (new_tcp, change) = usual_tcp(frame, flow, forward, reverse, tcp);
+    let keeper = packet.checksum_keeper();
+    let [_, _, new @ ..] = &mut frame.headers;
+    let [new_length, at_addresses @ .., _, _, _, _, _, _, _, _] = new;
+    *new_length = with_hop_limit_v6(length, flow);
+    *at_addresses = *flow.out.address_words();
+    let [_, _, _, _, _, _, _, _, _, at_tcp @ ..] = new;
+    write_tcp(at_tcp, new_tcp, keeper, change, addresses);
+    if frame.segment.header_length == USUAL_TCP_HEADER {
+        packet.store(USUAL_CHANGED_V6, new)?;
+    } else {
+        let [bare @ .., _, _, _] = &*new;
+        packet.store(USUAL_CHANGED_V6, bare)?;
+    }
+    tell_checksum(packet, &frame.segment, keeper, change, addresses)
+}
+
+/// Writes the TCP header of the other leg where it is to leave from, with its checksum, if whoever writes keeps that.
+#[inline(always)]
+fn write_tcp(
+    at: &mut [u32; 8],
+    new: [u32; 8],
+    keeper: ChecksumKeeper,
+    change: ChecksumChange,
+    addresses: ChecksumChange,
+) {
+    let [.., last, _, _, _] = new;
+    *at = new;
+    let [.., at_last, _, _, _] = at;
+    *at_last = with_checksum(keeper, last, change, addresses);
+}
+
+/// The TCP header on the other leg, as it will lie in the packet, but for the checksum, and what changes in it. Where it is without timestamps, the last three words
+/// mean nothing.
+#[inline(always)]
+fn usual_tcp(
+    frame: &Frame,
+    flow: &Flow,
+    forward: &mut DirectionState,
+    reverse: &DirectionState,
+    old: [u32; 8],
+) -> ([u32; 8], ChecksumChange) {
+    let [ports, sequence, acknowledgement, misc, last, kinds, value, echo] = old;
     let [new_ports, new_sequence, new_acknowledgement, new_misc, _] =
         new_words(frame, flow, forward, reverse, misc, last);
-    let [new_value, new_echo] = timestamps(frame, flow, forward, reverse, [value, echo]);
-    let change = ChecksumChange::NONE
+    let mut change = ChecksumChange::NONE
         .and(ports, new_ports)
         .and(sequence, new_sequence)
         .and(acknowledgement, new_acknowledgement)
-        .and(misc, new_misc)
-        .and(value, new_value)
-        .and(echo, new_echo);
-    let protocol = with_hop_limit_v4(protocol, flow, addresses);
-    let keeper = packet.checksum_keeper();
-    let last = with_checksum(keeper, last, change, addresses);
-    let new = [
-        protocol,
-        new_source,
-        new_destination,
-        new_ports,
-        new_sequence,
-        new_acknowledgement,
-        new_misc,
-        last,
-        kinds,
-        new_value,
-        new_echo,
-    ];
-    packet.store((USUAL_OFFSET + USUAL_CHANGED * 4) as u32, &new)?;
+        .and(misc, new_misc);
+    let [mut new_value, mut new_echo] = [value, echo];
+    if frame.segment.header_length == USUAL_TCP_HEADER {
+        [new_value, new_echo] = timestamps(frame, flow, forward, reverse, [value, echo]);
+        change = change.and(value, new_value).and(echo, new_echo);
+    }
+    let new = [new_ports, new_sequence, new_acknowledgement, new_misc, last, kinds, new_value, new_echo];
+    (new, change)
+}
+
+/// Tells the kernel of the changes, if it keeps the checksum. Of one that the device will complete, only the addresses are part: the kernel knows.
+#[inline(always)]
+fn tell_checksum(
+    packet: impl PacketMut,
+    segment: &Segment,
+    keeper: ChecksumKeeper,
+    change: ChecksumChange,
+    addresses: ChecksumChange,
+) -> Result<(), Verdict> {
     if keeper != ChecksumKeeper::Kernel {
         return Ok(());
     }
-    // Of a checksum that the device will complete, only the addresses are part: the kernel knows.
     packet.change_checksum(segment, change, Summed::Segment)?;
     packet.change_checksum(segment, addresses, Summed::PseudoHeader)
 }
@@ -138,6 +205,23 @@ fn with_hop_limit_v4(old: u32, flow: &Flow, addresses: ChecksumChange) -> u32 {
     let change = addresses.and((old & 0xffff_0000).to_be(), (new & 0xffff_0000).to_be());
     let checksum = u16::from_be(change.applied_to((old as u16).to_be()));
     (new & 0xffff_0000 | u32::from(checksum)).to_be()
+}
+
+/// The second word of the IPv6 header, as it lies in the packet, with the hop limit that the flow's packets have.
+#[inline(always)]
+fn with_hop_limit_v6(old: u32, flow: &Flow) -> u32 {
+    (u32::from_be(old) & 0xffff_ff00 | u32::from(flow.hop_limit)).to_be()
+}
+
+/// What the addresses of the other leg change.
+#[inline(always)]
+fn change_of_addresses(segment: &Segment, flow: &Flow) -> ChecksumChange {
+    let (old, new) = (segment.tuple.address_words(), flow.out.address_words());
+    let mut change = ChecksumChange::NONE;
+    for word in 0..8 {
+        change = change.and(old[word], new[word]);
+    }
+    change
 }
 
 /// The fixed part of the TCP header on the other leg, as it will lie in the packet; `misc` and `last` are its fourth and fifth
@@ -268,7 +352,7 @@ fn timestamps(
 /// # Errors
 /// As [`rewrite`].
 #[inline(never)]
-pub(crate) fn readdress(packet: impl PacketMut, frame: &Frame, flow: &Flow) -> Result<(), Verdict> {
+pub(crate) fn readdress(packet: impl PacketMut, frame: &mut Frame, flow: &Flow) -> Result<(), Verdict> {
     if is_usual(frame, flow) {
         readdress_usual(packet, frame, flow)
     } else {
@@ -281,24 +365,42 @@ pub(crate) fn readdress(packet: impl PacketMut, frame: &Frame, flow: &Flow) -> R
 /// # Errors
 /// As [`rewrite`].
 #[inline(always)]
-pub(crate) fn readdress_usual(packet: impl PacketMut, frame: &Frame, flow: &Flow) -> Result<(), Verdict> {
+pub(crate) fn readdress_usual(packet: impl PacketMut, frame: &mut Frame, flow: &Flow) -> Result<(), Verdict> {
     let segment = &frame.segment;
     let (new_ports, ports) = change_of_ports(segment, flow);
-    let [_, _, _, protocol, source, destination, _, sequence, acknowledgement, misc, last, ..] =
-        frame.headers;
-    let [.., new_source, _, _, _, new_destination] = *flow.out.address_words();
-    let addresses = ChecksumChange::NONE.and(source, new_source).and(destination, new_destination);
-    let protocol = with_hop_limit_v4(protocol, flow, addresses);
-    let at = (USUAL_OFFSET + USUAL_CHANGED * 4) as u32;
+    let addresses = change_of_addresses(segment, flow);
     let keeper = packet.checksum_keeper();
-    if keeper != ChecksumKeeper::Kernel {
-        let last = with_checksum(keeper, last, ports, addresses);
-        let new = [protocol, new_source, new_destination, new_ports, sequence, acknowledgement, misc, last];
-        return packet.store(at, &new);
+    match segment.version {
+        IpVersion::V4 => {
+            let [.., source, _, _, _, destination] = *flow.out.address_words();
+            let [_, _, _, new @ .., _, _, _, _, _, _, _, _] = &mut frame.headers;
+            let [protocol, at_source, at_destination, at_ports, _, _, _, last] = new;
+            *protocol = with_hop_limit_v4(*protocol, flow, addresses);
+            (*at_source, *at_destination, *at_ports) = (source, destination, new_ports);
+            *last = with_checksum(keeper, *last, ports, addresses);
+            if keeper == ChecksumKeeper::Kernel {
+                let [changed @ .., _, _, _, _] = &*new;
+                packet.store(USUAL_CHANGED_V4, changed)?;
+            } else {
+                packet.store(USUAL_CHANGED_V4, new)?;
+            }
+        }
+        IpVersion::V6 => {
+            let [_, _, new @ .., _, _, _] = &mut frame.headers;
+            let [length, at_addresses @ .., at_ports, _, _, _, last] = new;
+            *length = with_hop_limit_v6(*length, flow);
+            *at_addresses = *flow.out.address_words();
+            *at_ports = new_ports;
+            *last = with_checksum(keeper, *last, ports, addresses);
+            if keeper == ChecksumKeeper::Kernel {
+                let [changed @ .., _, _, _, _] = &*new;
+                packet.store(USUAL_CHANGED_V6, changed)?;
+            } else {
+                packet.store(USUAL_CHANGED_V6, new)?;
+            }
+        }
     }
-    packet.store(at, &[protocol, new_source, new_destination, new_ports])?;
-    packet.change_checksum(segment, ports, Summed::Segment)?;
-    packet.change_checksum(segment, addresses, Summed::PseudoHeader)
+    tell_checksum(packet, &frame.segment, keeper, ports, addresses)
 }
 
 /// The same, wherever its headers stand.
@@ -325,12 +427,8 @@ fn change_of_ports(segment: &Segment, flow: &Flow) -> (u32, ChecksumChange) {
 /// Puts the other leg's addresses and the node's own hop limit into the IP header.
 #[inline(always)]
 fn translate_addresses(packet: impl PacketMut, segment: &Segment, flow: &Flow) -> Result<(), Verdict> {
-    let old = segment.tuple.address_words();
     let new = flow.out.address_words();
-    let mut change = ChecksumChange::NONE;
-    for word in 0..8 {
-        change = change.and(old[word], new[word]);
-    }
+    let change = change_of_addresses(segment, flow);
     if flow.flags & FLOW_CLEAR_ECN != 0 {
         clear_congestion_marks(packet, segment)?;
     }

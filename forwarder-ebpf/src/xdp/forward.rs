@@ -6,7 +6,8 @@ use aya_ebpf::programs::XdpContext;
 use forwarder_common::flow::{DIRECTION_REQUEST, FLOW_BY_STACK, FLOW_OPENING, Flow, STATE_OFFLOADED};
 use forwarder_common::layout::{XDP_ADDRESS, XDP_TAKES};
 use forwarder_common::packet::{
-    FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, LinkLayer, Segment, USUAL_OFFSET, parse, parse_usual, tcp_field,
+    FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, IpVersion, LinkLayer, Segment, USUAL_WORDS_V4, USUAL_WORDS_V6,
+    parse, parse_usual, tcp_field,
 };
 use forwarder_common::translate::is_pseudo_header_sum;
 use forwarder_common::verdict::Verdict;
@@ -26,9 +27,8 @@ pub(super) fn find_segment<'a>(context: &XdpContext) -> Option<&'a mut Frame> {
     let frame = FRAME.get_ptr_mut(INGRESS)?;
     // SAFETY: as in `frame::find_segment`: this program ends before one at TC sees the packet.
     let frame = unsafe { &mut *frame };
-    if UsualFrame(context).load_into(USUAL_OFFSET as u32, &mut frame.headers)
-        && let Some(segment) = parse_usual(&frame.headers)
-    {
+    let at_hand = UsualFrame(context).load_headers(&mut frame.headers);
+    if let Some(segment) = parse_usual(&frame.headers, at_hand) {
         frame.segment = segment;
         frame.is_usual = true;
         return Some(frame);
@@ -142,14 +142,16 @@ fn is_for(packet: XdpFrame<'_>, own: u64) -> bool {
 #[inline(always)]
 fn is_unfinished(context: &XdpContext, frame: &Frame) -> bool {
     let segment = &frame.segment;
-    let checksum = if frame.is_usual {
-        let [_, _, _, _, _, _, _, _, _, _, last, ..] = frame.headers;
-        ((u32::from_be(last) >> 16) as u16).to_be()
-    } else {
-        let checksum = XdpFrame(context).load(segment.tcp_offset + tcp_field::CHECKSUM as u32);
-        let Ok(checksum) = checksum else { return true };
-        checksum
+    let last = match (frame.is_usual, segment.version) {
+        (true, IpVersion::V4) => frame.headers[USUAL_WORDS_V4 - 1],
+        (true, IpVersion::V6) => frame.headers[USUAL_WORDS_V6 - 1],
+        (false, _) => {
+            let last = XdpFrame(context).load(segment.tcp_offset + tcp_field::CHECKSUM as u32);
+            let Ok(last) = last else { return true };
+            last
+        }
     };
+    let checksum = ((u32::from_be(last) >> 16) as u16).to_be();
     let length = segment.ip_length - (segment.tcp_offset - segment.ip_offset);
     is_pseudo_header_sum(checksum, segment.tuple.address_words(), length)
 }

@@ -5,7 +5,10 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::helpers::generated::{bpf_xdp_load_bytes, bpf_xdp_store_bytes};
 use aya_ebpf::programs::XdpContext;
-use forwarder_common::packet::{FLAG_ACK, FLAG_SYN, Header, PROTOCOL_TCP, Packet, Segment, tcp_field};
+use forwarder_common::packet::{
+    FLAG_ACK, FLAG_SYN, Header, PROTOCOL_TCP, Packet, Segment, USUAL_OFFSET, USUAL_WORDS_V4, USUAL_WORDS_V6,
+    UsualHeaders, is_usual_v6, tcp_field,
+};
 use forwarder_common::translate::ChecksumChange;
 use forwarder_common::verdict::Verdict;
 
@@ -132,9 +135,36 @@ impl UsualFrame<'_> {
         Some(start + offset as usize)
     }
 
+    /// Reads what may be usual headers, and tells how many words of them there are.
+    #[inline(always)]
+    pub(super) fn load_headers(self, headers: &mut UsualHeaders) -> usize {
+        const OFFSET: u32 = USUAL_OFFSET as u32;
+        const BARE_V4: usize = USUAL_WORDS_V4;
+        const BARE_V6: usize = USUAL_WORDS_V6;
+        const WHOLE_V4: usize = BARE_V4 + 3;
+        const WHOLE_V6: usize = BARE_V6 + 3;
+        let mut kind = [0; 1];
+        if !self.load_into(OFFSET, &mut kind) {
+            return 0;
+        }
+        if is_usual_v6(kind[0]) {
+            if self.load_into(OFFSET, headers) {
+                return WHOLE_V6;
+            }
+            let bare = headers.first_chunk_mut::<BARE_V6>();
+            return if bare.is_some_and(|bare| self.load_into(OFFSET, bare)) { BARE_V6 } else { 0 };
+        }
+        let whole = headers.first_chunk_mut::<WHOLE_V4>();
+        if whole.is_some_and(|whole| self.load_into(OFFSET, whole)) {
+            return WHOLE_V4;
+        }
+        let bare = headers.first_chunk_mut::<BARE_V4>();
+        if bare.is_some_and(|bare| self.load_into(OFFSET, bare)) { BARE_V4 } else { 0 }
+    }
+
     /// Reads into `place`; tells whether the frame has as much.
     #[inline(always)]
-    pub(super) fn load_into<T>(self, offset: u32, place: &mut T) -> bool {
+    fn load_into<T>(self, offset: u32, place: &mut T) -> bool {
         let Some(start) = self.at::<T>(offset) else { return false };
         let to = (&raw mut *place).cast::<u32>();
         for index in 0..size_of::<T>() / 4 {
