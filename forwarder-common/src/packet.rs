@@ -216,7 +216,8 @@ const fn parse_usual_v4(headers: &UsualHeaders, at_hand: usize) -> Option<Segmen
 
 #[inline(always)]
 const fn parse_usual_v6(headers: &UsualHeaders, at_hand: usize) -> Option<Segment> {
-    let [_, first, length, a, b, c, d, e, f, g, h, tcp @ ..] = *headers;
+    let [_, first, length, addresses @ .., _, _, _, _, _, _, _, _] = *headers;
+    let [_, _, _, _, _, _, _, _, _, _, _, tcp @ ..] = *headers;
     let length = u32::from_be(length);
     if u32::from_be(first) >> 28 != 6 || length >> 8 & 0xff != PROTOCOL_TCP as u32 || length >> 16 == 0 {
         return None;
@@ -224,7 +225,7 @@ const fn parse_usual_v6(headers: &UsualHeaders, at_hand: usize) -> Option<Segmen
     #[expect(clippy::cast_possible_truncation, reason = "40")]
     let ip = UsualIp {
         version: IpVersion::V6,
-        addresses: [a, b, c, d, e, f, g, h],
+        addresses,
         header_length: Ipv6Hdr::LEN,
         length: (length >> 16) + Ipv6Hdr::LEN as u32,
     };

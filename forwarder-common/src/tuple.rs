@@ -48,13 +48,17 @@ impl FourTuple {
     #[inline(always)]
     #[must_use]
     pub const fn of_words(addresses: [u32; 8], source_port: u16, destination_port: u16) -> Self {
-        let [a, b, c, d, e, f, g, h] = addresses;
+        #[repr(C)]
+        struct Words {
+            addresses: [u32; 8],
+            ports: u32,
+        }
         // As on little-endian machines, the only ones that this is for.
         let ports = (destination_port as u32) << 16 | source_port as u32;
         #[expect(unsafe_code, reason = "the programs write words")]
         // SAFETY: as large, and aligned as the structure is; any bits make integers, and there is no padding.
         unsafe {
-            core::mem::transmute::<[u32; 9], Self>([a, b, c, d, e, f, g, h, ports])
+            core::mem::transmute::<Words, Self>(Words { addresses, ports })
         }
     }
 

@@ -78,7 +78,7 @@ fn check_usual(frame: &[u8]) -> bool {
 fn usual_frames() -> [(Vec<u8>, usize); 4] {
     let segment = |options: &[u8]| {
         let mut segment = tcp(PORT, ACK);
-        segment[12] = u8::try_from(segment.len() + options.len()).unwrap() / 4 << 4;
+        segment[12] = u8::try_from(segment.len() + options.len()).unwrap() * 4;
         segment.extend(options);
         segment.extend(b"payload");
         segment
