@@ -17,7 +17,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::command::stdout;
 use crate::evidence;
-use crate::wait::patient;
+use crate::wait::{patient, wait_for};
 
 /// Where `ip netns` keeps its namespaces.
 const NETNS_DIR: &str = "/run/netns";
@@ -232,9 +232,9 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// Builds the network.
+    /// Builds the network, of veth pairs, or of network cards where there are some for tests.
     pub fn new() -> Result<Self> {
-        Self::joined(veth)
+        if env::var_os(CARDS).is_some() { Self::joined(cards) } else { Self::joined(veth) }
     }
 
     /// Builds the network with devices that `join` makes: one in the node and one in a host, whose names it is given.
@@ -341,6 +341,30 @@ pub fn near(index: usize) -> String {
 /// Joins a device of the node and one of a host.
 fn veth(node: &NetNs, near: &str, host: &NetNs, far: &str) -> Result<()> {
     node.ip(&["link", "add", near, "type", "veth", "peer", "name", far, "netns", host.name()])
+}
+
+/// Says that the machine has network cards for tests, each two of them on a wire: `cargo xtask vm --cards`.
+const CARDS: &str = "FORWARDER_TEST_CARDS";
+/// How long a card may take to come back from a namespace that has been removed.
+const CARD_WAIT: Duration = Duration::from_secs(20);
+
+/// Joins the node and a host by two network cards on a wire.
+fn cards(node: &NetNs, near: &str, host: &NetNs, far: &str) -> Result<()> {
+    let network = near.trim_start_matches(|letter: char| !letter.is_ascii_digit());
+    for (end, netns, name) in [(1, node, near), (2, host, far)] {
+        let address = format!("02:66:77:64:0{network}:0{end}");
+        let card = wait_for(CARD_WAIT, || card(&address)).with_context(|| format!("no card {address}"))?;
+        ip(&["link", "set", "dev", &card, "netns", netns.name(), "name", name])?;
+    }
+    Ok(())
+}
+
+/// The name of the device with an Ethernet address, if it is in the namespace of this process.
+fn card(address: &str) -> Option<String> {
+    fs::read_dir("/sys/class/net").ok()?.filter_map(Result::ok).find_map(|entry| {
+        let found = fs::read_to_string(entry.path().join("address")).ok()?;
+        if found.trim() == address { entry.file_name().into_string().ok() } else { None }
+    })
 }
 
 /// Gives the devices that join `host` to `node` the addresses of network `index`.

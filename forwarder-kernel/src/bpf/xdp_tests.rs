@@ -14,7 +14,7 @@ use forwarder_common::layout::{XDP_NEIGHBOURS, XDP_NEIGHBOURS_BITS};
 use forwarder_common::packet::{FLAG_FIN, FLAG_RST};
 use forwarder_common::{PROGRAM_XDP, PROGRAM_XDP_FORWARD, PROGRAM_XDP_FRAGS};
 
-use super::frames::{Field, Frame, LOOPBACK, at, flow_v4, flow_v6};
+use super::frames::{Field, Frame, LOOPBACK, TC_ACT_REDIRECT, at, flow_v4, flow_v6};
 use super::*;
 
 pub(super) const XDP_DROP: u32 = 1;
@@ -65,6 +65,19 @@ pub(super) fn cost_at_xdp(
         let options = TestRunOptions { data_in: Some(packet), repeat: REPEAT, ..TestRunOptions::default() };
         let result = program.test_run(options).unwrap();
         assert_eq!(result.return_value, action);
+        result.duration
+    });
+    runs.min().unwrap()
+}
+
+/// The same at TC, where it is redirected.
+fn cost_at_tc(bpf: &Bpf, packet: &[u8]) -> Duration {
+    const REPEAT: u32 = 100_000;
+    let program: &SchedClassifier = bpf.ebpf.program(PROGRAM_ETHERNET).unwrap().try_into().unwrap();
+    let runs = (0..7).map(|_| {
+        let options = TestRunOptions { data_in: Some(packet), repeat: REPEAT, ..TestRunOptions::default() };
+        let result = program.test_run(options).unwrap();
+        assert_eq!(result.return_value.cast_signed(), TC_ACT_REDIRECT);
         result.duration
     });
     runs.min().unwrap()
@@ -350,7 +363,7 @@ fn what_a_packet_costs_that_is_sent_on_at_xdp() {
                 if most_direct > 0 {
                     write_direct(&mut bpf, (tuple, flow), &frame);
                     let cost = cost_at_xdp(&mut bpf, PROGRAM_XDP_FORWARD, &packet, XDP_TX, known);
-                    println!("{version} {what}, direct: {cost:?}");
+                    println!("{version} {what}, direct: {cost:?}, and at TC {:?}", cost_at_tc(&bpf, &packet));
                 }
             }
         }

@@ -21,7 +21,8 @@ pub(super) const RESULTS: &str = "results";
 
 /// What tests use and the kernel does not load by itself, as far as the kernel has it. Queueing disciplines are for tests that
 /// disturb the network with `tc qdisc add … netem`.
-const MODULES: [&str; 32] = [
+const MODULES: [&str; 33] = [
+    "virtio_net",
     "veth",
     "tun",
     "bridge",
@@ -64,6 +65,9 @@ const CONVERSATIONS: &str = "60";
 const FLOWS: &str = "10";
 /// Cases of which each starts an agent: the kernel takes ten seconds and more to verify its programs.
 const CASES: &str = "2";
+
+/// Tells the tests that there are cards: see `tests/src/netns.rs`.
+const CARDS: &str = "FORWARDER_TEST_CARDS";
 
 const PREPARE: &str = r#"
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
@@ -110,6 +114,8 @@ pub(super) struct Work<'a> {
     pub(super) agent: &'a Path,
     /// How long each may take.
     pub(super) limit: Duration,
+    /// Whether the machine has network cards for the tests.
+    pub(super) cards: bool,
     /// Give the user a shell instead.
     pub(super) shell: bool,
 }
@@ -172,6 +178,13 @@ impl Work<'_> {
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .into();
         variables.extend(apiserver::environment().map(|(name, value)| (name.to_owned(), value)));
+        if self.cards {
+            // There is one network of them.
+            variables.extend(
+                [(CARDS, "1"), ("RUST_TEST_THREADS", "1")]
+                    .map(|(name, value)| (name.to_owned(), value.into())),
+            );
+        }
         // The last one counts.
         let given = env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
         variables.extend(
@@ -191,7 +204,7 @@ mod tests {
         let programs = [("mtu".to_owned(), PathBuf::from("/t/mtu-1"))];
         let agent = Path::new("/t/forwarder");
         let limit = Duration::from_secs(90);
-        let work = Work { items: &items, programs: &programs, agent, limit, shell: false };
+        let work = Work { items: &items, programs: &programs, agent, limit, cards: false, shell: false };
         let commands: Vec<_> = items.iter().map(|item| work.command(item).expect("it is built")).collect();
         assert_eq!(
             commands,

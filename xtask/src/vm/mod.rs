@@ -48,6 +48,9 @@ pub(crate) struct Arguments {
     /// What executes the guest's instructions.
     #[arg(long, value_enum, default_value = "tcg")]
     accelerator: Accelerator,
+    /// With network cards (virtio_net) between the namespaces that tests make, instead of veth.
+    #[arg(long)]
+    cards: bool,
     /// A shell in the guest instead of tests; Ctrl-A X ends it.
     #[arg(long)]
     shell: bool,
@@ -66,6 +69,7 @@ pub(crate) fn short() -> Result<()> {
         debug: false,
         limit: 5,
         accelerator: Accelerator::Tcg,
+        cards: false,
         shell: false,
         tests: Vec::new(),
     })
@@ -92,6 +96,7 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
         programs: &programs,
         agent: &agent,
         limit: Duration::from_secs(arguments.limit * 60),
+        cards: arguments.cards,
         shell: arguments.shell,
     };
     let mut failures = Vec::new();
@@ -146,6 +151,7 @@ fn run(
         script,
         output: &output,
         console: console.clone(),
+        cards: work.cards,
         shell: work.shell,
     };
     let mut shown = 0;

@@ -44,9 +44,14 @@ pub(super) struct Machine<'a> {
     pub(super) output: &'a Path,
     /// Where its console goes.
     pub(super) console: PathBuf,
+    /// Whether it has network cards for tests.
+    pub(super) cards: bool,
     /// The user types at the console instead.
     pub(super) shell: bool,
 }
+
+/// How many networks tests make: of a client, and of two hosts of backends.
+const NETWORKS: usize = 3;
 
 /// How a machine ended.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -106,6 +111,19 @@ impl Machine<'_> {
         let output = escaped(self.output);
         command.arg("-fsdev").arg(format!("local,id=output,path={output},security_model=none"));
         command.arg("-device").arg(format!("virtio-9p-pci,fsdev=output,mount_tag={OUTPUT_TAG}"));
+        if self.cards {
+            // Each two of them on a wire: `tests/src/netns.rs` knows them by their addresses.
+            for network in 1..=NETWORKS {
+                for end in 1..=2 {
+                    let name = format!("card{network}{end}");
+                    command.arg("-netdev").arg(format!("hubport,id={name},hubid={network}"));
+                    let address = format!("02:66:77:64:0{network}:0{end}");
+                    command
+                        .arg("-device")
+                        .arg(format!("virtio-net-pci,netdev={name},mac={address},romfile="));
+                }
+            }
+        }
         if self.shell {
             command.args(["-serial", "mon:stdio"]);
         } else {
