@@ -39,8 +39,8 @@ pub const LOOSE_INTERFACES: &str = "loose_interfaces";
 /// Entries that [`LOOSE_INTERFACES`] holds.
 pub const LOOSE_INTERFACES_CAPACITY: u32 = 65_536;
 
-/// Array of eight bytes for each interface, by its index: its Ethernet address ([`XDP_ADDRESS`]), if packets that come by it are sent on at XDP, and [`XDP_TAKES`]. An agent's own,
-/// as the next two.
+/// Array by the index of an interface: its Ethernet address ([`XDP_ADDRESS`]) and [`XDP_TAKES`], if packets that come by it are sent on at XDP; otherwise 0. No agent
+/// takes it over. So of the next two.
 pub const XDP_INTERFACES: &str = "xdp_interfaces";
 /// The bits of the address in a value of [`XDP_INTERFACES`].
 pub const XDP_ADDRESS: u64 = (1 << 48) - 1;

@@ -72,7 +72,7 @@ pub enum Verdict {
     XdpRedirected = 29,
     /// At XDP, of a flow, but not such that it can be sent on there: left to TC, which gives it a verdict of its own. So of those that follow.
     XdpLeft = 30,
-    /// The same: the Ethernet address that it is to go to is not known, or was asked for anew just now.
+    /// The same: the Ethernet address that it is to go to is not known, or was asked for anew just now, or its place is another neighbour's.
     XdpNeighbour = 31,
     /// The same: its checksum is not finished, as of what has never left its host.
     XdpUnfinished = 32,

@@ -252,9 +252,9 @@ impl NeighbourKey {
         unsafe { &*(&raw const flow.interface).cast() }
     }
 
-    /// Whether it is another one: by words, which costs less than by bytes.
+    /// Whether both are the same neighbour's: by words, which costs less than by bytes.
     #[inline(always)]
-    pub(crate) fn is(&self, other: &Self) -> bool {
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
         let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (self.words(), other.words());
         (a ^ g) | (b ^ h) | (c ^ i) | (d ^ j) | (e ^ k) | (f ^ l) == 0
     }

@@ -1,7 +1,9 @@
 //! Access to the packet that the kernel hands to a program (`__sk_buff`), and where fields stand in its IP headers.
 
-use aya_ebpf::bindings::{BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
-use aya_ebpf::helpers::generated::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes};
+use aya_ebpf::bindings::{BPF_CSUM_LEVEL_QUERY, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
+use aya_ebpf::helpers::generated::{
+    bpf_csum_level, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes,
+};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::packet::{Header, Packet, Segment, tcp_field};
 use forwarder_common::translate::ChecksumChange;
@@ -73,10 +75,15 @@ impl PacketMut for SocketBuffer<'_> {
     #[inline(always)]
     fn checksum_keeper(self) -> ChecksumKeeper {
         // SAFETY: the kernel hands the program a valid `__sk_buff`; the field may be read.
-        match unsafe { (*self.0.skb.skb).gso_size } {
-            0 => ChecksumKeeper::Kernel,
-            _ => ChecksumKeeper::PseudoHeader,
+        if unsafe { (*self.0.skb.skb).gso_size } == 0 {
+            return ChecksumKeeper::Kernel;
         }
+        // SAFETY: the context is the program's own. It yields a number below zero unless somebody has found the checksum to be right: then it is a whole one, as where the
+        // packets of a super-packet stay what they were (`SKB_GSO_FRAGLIST`), or a device has put them together (LRO).
+        if unsafe { bpf_csum_level(self.0.skb.skb, u64::from(BPF_CSUM_LEVEL_QUERY)) } >= 0 {
+            return ChecksumKeeper::Kernel;
+        }
+        ChecksumKeeper::PseudoHeader
     }
 }
 

@@ -14,7 +14,7 @@ mod forward;
 mod frame;
 mod neighbour;
 
-use frame::{ETHERNET_HEADER, LyingFrame, XdpFrame};
+use frame::{ETHERNET_HEADER, FrameInPlace, XdpFrame};
 
 /// For drivers and kernels that hand a program whole frames only.
 #[xdp]
@@ -49,7 +49,7 @@ fn drop_refused(context: &XdpContext) -> u32 {
     if XdpFrame(context).asks_for_nothing() {
         return XDP_PASS;
     }
-    let Ok(segment) = parse(&LyingFrame(context), LinkLayer::Ethernet) else { return XDP_PASS };
+    let Ok(segment) = parse(&FrameInPlace(context), LinkLayer::Ethernet) else { return XDP_PASS };
     refuse(&segment)
 }
 

@@ -103,7 +103,7 @@ pub fn probe(makes_direct: bool) -> Result<ProbeReport, LoadError> {
 /// # Errors
 /// It takes none, and why.
 pub fn probe_xdp() -> Result<Option<String>, String> {
-    let settings = LoadSettings { sends_at_xdp: true, ..LoadSettings::PROBE };
+    let settings = LoadSettings { sends_at_xdp: true, most_direct: 1, ..LoadSettings::PROBE };
     let mut ebpf = load(&settings).map_err(|error| error.to_string())?;
     match XdpHooks::load(&mut ebpf, Xdp::Native) {
         (hooks, problem) if hooks.has_program() => Ok(problem),

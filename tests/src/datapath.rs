@@ -7,6 +7,7 @@ use anyhow::Result;
 
 use crate::agent::{Agent, AgentCommand};
 use crate::netns::Topology;
+use crate::release::is_at_least;
 use crate::wait::{wait_for, wait_until};
 
 const DATAPATHS: &str = "FORWARDER_TEST_DATAPATHS";
@@ -72,15 +73,10 @@ impl Datapath {
 
     /// Whether agents have it on this kernel without being told to: tier `sockmap` they do not before 6.18, and nothing is sent on at XDP before 6.3.
     fn is_taken(self) -> bool {
-        let release = rustix::system::uname().release().to_string_lossy().into_owned();
-        let mut numbers = release.split(|letter: char| !letter.is_ascii_digit()).map(str::parse::<u32>);
-        let version = (numbers.next(), numbers.next());
-        let first = match self.0 {
-            "sockmap" => (6, 18),
-            _ if self.is_at_xdp() => (6, 3),
-            _ => return true,
-        };
-        matches!(version, (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= first)
+        match self.0 {
+            "sockmap" => is_at_least(6, 18),
+            _ => !self.is_at_xdp() || is_at_least(6, 3),
+        }
     }
 
     /// How to start an agent that goes through it.

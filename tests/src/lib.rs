@@ -31,6 +31,7 @@ pub mod netns;
 pub mod peer;
 pub mod process;
 pub mod random;
+pub mod release;
 pub mod sequence;
 pub mod served;
 pub mod shape;

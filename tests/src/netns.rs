@@ -135,7 +135,8 @@ impl NetNs {
     /// Sets features of a device, as `ethtool -K` does.
     pub fn set_features(&self, device: &str, features: &[&str]) -> Result<()> {
         let mut command = Command::new("ethtool");
-        self.stdout(command.args(["-K", device]).args(features)).map(drop)
+        let set = self.stdout(command.args(["-K", device]).args(features)).map(drop);
+        set.context("it takes ethtool, which `cargo xtask setup --for ci` installs")
     }
 
     /// Sets a variable below `/proc/sys/net`, such as `ipv4/tcp_sack`.
@@ -234,7 +235,12 @@ pub struct Topology {
 impl Topology {
     /// Builds the network, of veth pairs, or of network cards where there are some for tests.
     pub fn new() -> Result<Self> {
-        if env::var_os(CARDS).is_some() { Self::joined(cards) } else { Self::joined(veth) }
+        if env::var_os(CARDS).is_some() { Self::joined(cards) } else { Self::of_veth() }
+    }
+
+    /// Builds the network of veth pairs, for tests that are about those.
+    pub fn of_veth() -> Result<Self> {
+        Self::joined(veth)
     }
 
     /// Builds the network with devices that `join` makes: one in the node and one in a host, whose names it is given.
@@ -354,17 +360,20 @@ fn cards(node: &NetNs, near: &str, host: &NetNs, far: &str) -> Result<()> {
     for (end, netns, name) in [(1, node, near), (2, host, far)] {
         let address = format!("02:66:77:64:0{network}:0{end}");
         let card = wait_for(CARD_WAIT, || card(&address)).with_context(|| format!("no card {address}"))?;
-        ip(&["link", "set", "dev", &card, "netns", netns.name(), "name", name])?;
+        ip(&["link", "set", "dev", &card, "address", &address, "netns", netns.name(), "name", name])?;
     }
     Ok(())
 }
 
-/// The name of the device with an Ethernet address, if it is in the namespace of this process.
+/// The name of the device that was made with an Ethernet address, whichever it has now, if it is in the namespace of this process.
 fn card(address: &str) -> Option<String> {
-    fs::read_dir("/sys/class/net").ok()?.filter_map(Result::ok).find_map(|entry| {
-        let found = fs::read_to_string(entry.path().join("address")).ok()?;
-        if found.trim() == address { entry.file_name().into_string().ok() } else { None }
-    })
+    let text = stdout(Command::new("ip").args(["-j", "link", "show"])).ok()?;
+    let devices: Vec<serde_json::Value> = serde_json::from_str(&text).ok()?;
+    let device = devices.into_iter().find(|device| {
+        let own = device.get("permaddr").unwrap_or(&device["address"]);
+        own == address
+    })?;
+    device["ifname"].as_str().map(str::to_owned)
 }
 
 /// Gives the devices that join `host` to `node` the addresses of network `index`.

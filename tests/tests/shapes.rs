@@ -78,6 +78,7 @@ fn slow_readers_close_their_window_and_get_everything() {
         for (before, after) in before.into_iter().zip(closed()) {
             let closed = after - before;
             println!("{datapath}: {closed} windows were closed by {EACH} readers");
+            // At XDP packets are not gathered, and fewer windows close.
             assert!(closed >= EACH / 2, "{datapath}: the readers are not slow: {closed} windows were closed");
         }
     }

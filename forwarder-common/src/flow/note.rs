@@ -46,6 +46,17 @@ impl DirectionState {
         lies_within(segment.acknowledgement, self.acknowledged, granted | LEAST, ahead)
     }
 
+    /// Whether a segment has more than was known before: bytes, an acknowledgement, or a window. Whoever waits for what was lost sends one that has not.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_news(&self, segment: &Seen) -> bool {
+        if segment.payload > 0 {
+            is_before(self.sequence_end, segment.sequence.wrapping_add(segment.payload))
+        } else {
+            segment.acknowledgement != self.acknowledged || segment.window != self.window
+        }
+    }
+
     /// Notes a segment of `flow`, whose opposite direction is `reverse`; `is_accepted` is what [`Self::accepts`] says of it.
     #[inline(always)]
     pub const fn note(&mut self, reverse: &Self, flow: &Flow, segment: &Seen, is_accepted: bool) {

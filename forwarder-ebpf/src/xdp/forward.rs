@@ -84,13 +84,14 @@ pub(super) fn forward(context: &XdpContext, frame: &mut Frame) -> Option<Outcome
     };
     frame.seen = seen_with(segment, segment.ip_length - headers);
     frame.is_accepted = forward.accepts(reverse, flow, &frame.seen);
-    if !frame.is_accepted {
+    // What is sent again may have been lost on the way from here: then TC sends it.
+    if !frame.is_accepted || !forward.is_news(&frame.seen) {
         return left;
     }
     if is_unfinished(context, frame) {
         return Some(leave(Verdict::XdpUnfinished));
     }
-    let Some(addresses) = neighbour::addresses(context, flow, frame.seen.time) else {
+    let Some(addresses) = neighbour::addresses(context, flow, &frame.seen) else {
         return Some(leave(Verdict::XdpNeighbour));
     };
     let Some(action) = target(context, flow, own) else { return Some(leave(Verdict::XdpNoTarget)) };

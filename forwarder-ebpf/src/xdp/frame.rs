@@ -218,9 +218,9 @@ impl PacketMut for UsualFrame<'_> {
 }
 
 /// A frame whose headers are read where they lie, on kernels without such calls too.
-pub(super) struct LyingFrame<'a>(pub(super) &'a XdpContext);
+pub(super) struct FrameInPlace<'a>(pub(super) &'a XdpContext);
 
-impl Packet for LyingFrame<'_> {
+impl Packet for FrameInPlace<'_> {
     #[inline(always)]
     fn read<T: Header>(&self, offset: usize) -> Option<T> {
         let start = self.0.data();

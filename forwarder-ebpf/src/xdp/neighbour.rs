@@ -8,31 +8,32 @@ use core::mem::zeroed;
 
 use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup};
 use aya_ebpf::programs::XdpContext;
-use forwarder_common::flow::Flow;
+use forwarder_common::flow::{Flow, Seen};
 use forwarder_common::layout::XDP_NEIGHBOURS_BITS;
 use forwarder_common::packet::PROTOCOL_TCP;
 
 use crate::maps::{NeighbourKey, XDP_NEIGHBOURS, XdpNeighbour};
 use crate::route::{self, AF_INET, AF_INET6};
 
-/// For how long, in nanoseconds: about a quarter of a second.
+/// For how long, in nanoseconds: about a quarter of a second. As long again only a packet without payload is sent by TC, because others may overtake it on that way.
 const LIFETIME: u64 = 1 << 28;
+/// Of a neighbour that the kernel does not know.
+const UNKNOWN: [u32; 3] = [0; 3];
 
 /// The Ethernet addresses that packets of a flow leave with: to whom, and from whom. `None` where the packet is to go by TC.
 #[inline(always)]
-pub(super) fn addresses(context: &XdpContext, flow: &Flow, now: u64) -> Option<[u32; 3]> {
+pub(super) fn addresses(context: &XdpContext, flow: &Flow, seen: &Seen) -> Option<[u32; 3]> {
     let key = NeighbourKey::of(flow);
     let place = XDP_NEIGHBOURS.get_ptr_mut(place_of(key))?;
     // SAFETY: the pointer is to this CPU's value, which no other program uses meanwhile.
     let place = unsafe { &mut *place };
-    if now.wrapping_sub(place.time) < LIFETIME {
-        if place.key.is(key) {
-            return Some(place.addresses);
-        }
-        // Another neighbour's, which is in use: this one's packets go by TC.
-        return None;
+    let lifetime = if seen.payload > 0 { 2 * LIFETIME } else { LIFETIME };
+    if seen.time.saturating_sub(place.time) < lifetime {
+        // It may be another neighbour's, which is in use: this one's packets go by TC.
+        let is_known = place.key.is_same(key) && place.addresses != UNKNOWN;
+        return is_known.then_some(place.addresses);
     }
-    ask(context, key, now, place);
+    ask(context, key, seen.time, place);
     None
 }
 
@@ -44,9 +45,11 @@ fn place_of(key: &NeighbourKey) -> u32 {
     (interface.rotate_left(16) ^ a ^ b ^ c ^ d).wrapping_mul(0x61c8_8647) >> (32 - XDP_NEIGHBOURS_BITS)
 }
 
-/// Asks the kernel for them, and remembers what it says. If it knows no neighbour, whoever sends by TC makes it find out.
+/// Asks the kernel for them, and remembers what it says. If it knows no neighbour, whoever sends by TC makes it find out. Returns 0, because older verifiers want a
+/// number of functions.
 #[inline(never)]
 fn ask(context: &XdpContext, key: &NeighbourKey, now: u64, place: &mut XdpNeighbour) -> u32 {
+    *place = XdpNeighbour { key: *key, time: now, addresses: UNKNOWN, pad: 0 };
     // SAFETY: a plain old structure, for which zeros are valid.
     let mut question: bpf_fib_lookup = unsafe { zeroed() };
     question.ifindex = key.interface;
@@ -69,7 +72,6 @@ fn ask(context: &XdpContext, key: &NeighbourKey, now: u64, place: &mut XdpNeighb
         return 0;
     }
     let bpf_fib_lookup { dmac: [a, b, c, d, e, f], smac: [g, h, i, j, k, l], .. } = question;
-    let addresses = [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes);
-    *place = XdpNeighbour { key: *key, time: now, addresses, pad: 0 };
+    place.addresses = [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes);
     0
 }

@@ -291,7 +291,7 @@ fn what_a_frame_costs_at_xdp() {
             ("a SYN that is let in", segment("192.0.2.1:1", &to, SYN), XDP_PASS),
             ("another packet", segment("192.0.2.1:1", &to, ACK), XDP_PASS),
         ] {
-            let least = cost_at_xdp(&mut bpf, program, &frame, action, |_| {});
+            let least = cost_at_xdp(&bpf, program, &frame, action);
             println!("{what}, of {count} networks: {least:?}");
         }
     }

@@ -22,7 +22,7 @@ pub(super) const TIMESTAMP_SHIFT: u32 = 0xdead_beef;
 pub(super) const REVERSE_TIMESTAMP_SHIFT: u32 = 0x1234_5678;
 
 /// What both ends take beyond what they have acknowledged.
-const WINDOW: u16 = 60_000;
+pub(super) const WINDOW: u16 = 60_000;
 
 /// A TCP packet in an Ethernet frame.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -146,15 +146,15 @@ impl Frame {
         frame
     }
 
-    /// The same of IPv4 with a checksum of the pseudo-header alone, as a super-packet has it.
+    /// The same with a checksum of the pseudo-header alone, as a super-packet has it.
     pub(super) fn encode_partial(&self) -> Vec<u8> {
-        const CHECKSUM: usize = 14 + 20 + 16;
         let mut frame = self.encode();
         let (source, destination) = (address_of(self.tuple.source), address_of(self.tuple.destination));
-        let length = u32::try_from(frame.len() - 14 - 20).unwrap();
+        let tcp = if source.is_ipv4() { 14 + 20 } else { 14 + 40 };
+        let length = u32::try_from(frame.len() - tcp).unwrap();
         let parts: [&[u8]; 3] = [&bytes_of(source), &bytes_of(destination), &length.to_be_bytes()];
         let sum = !checksum(&[&parts.concat(), &[0, 0, 0, 6]]);
-        frame[CHECKSUM..CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());
+        frame[tcp + 16..tcp + 18].copy_from_slice(&sum.to_be_bytes());
         frame
     }
 

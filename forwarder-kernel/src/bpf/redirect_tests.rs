@@ -59,7 +59,8 @@ fn the_hop_limit_is_the_flows_whatever_it_was() {
         let flow = Flow { hop_limit: after, ..flow };
         check((key, flow), |frame| frame.hop_limit = before);
         // Not only on the short cut.
-        check((key, flow), |frame| (frame.hop_limit, frame.options) = (before, Vec::new()));
+        let elsewhere = || vec![Field::Nop, Field::Timestamps(1_000, 2_000)];
+        check((key, flow), |frame| (frame.hop_limit, frame.options) = (before, elsewhere()));
     }
 }
 
@@ -73,18 +74,24 @@ fn super_packet(segments: u32, size: u32) -> [u8; 192] {
 
 #[test]
 fn a_super_packet_is_translated() {
-    let (key, flow) = flow_v4();
-    // Numbers of which some sums are zero in one way of writing it.
-    for (sequence, length) in [(0xffff_fff0, 3_000), (0, 2_896), (0x0000_0fff, 1_449)] {
-        let mut frame = Frame::new(key);
-        frame.sequence = sequence;
-        frame.payload = (0..length).map(|byte: u32| byte.to_le_bytes()[0]).collect();
-        let Some((_bpffs, bpf)) = with_flow(key, flow, at(&frame)) else { return };
-        let context = super_packet(length.div_ceil(1_448), 1_448);
-        let (action, out) = run_in(&bpf, PROGRAM_ETHERNET, &frame.encode_partial(), Some(&context));
-        assert_eq!(action, TC_ACT_REDIRECT);
-        assert!(out == frame.translated(&flow).encode_partial(), "{sequence:x} {length}");
-        assert_eq!(pair(&bpf).request.bytes, u64::from(length));
+    for (key, flow) in [flow_v4(), flow_v6()] {
+        // Numbers of which some sums are zero in one way of writing it.
+        for (sequence, length) in [(0xffff_fff0, 3_000), (0, 2_896), (0x0000_0fff, 1_449)] {
+            for is_bare in [false, true] {
+                let mut frame = Frame::new(key);
+                frame.sequence = sequence;
+                frame.payload = (0..length).map(|byte: u32| byte.to_le_bytes()[0]).collect();
+                if is_bare {
+                    frame.options.clear();
+                }
+                let Some((_bpffs, bpf)) = with_flow(key, flow, at(&frame)) else { return };
+                let context = super_packet(length.div_ceil(1_448), 1_448);
+                let (action, out) = run_in(&bpf, PROGRAM_ETHERNET, &frame.encode_partial(), Some(&context));
+                assert_eq!(action, TC_ACT_REDIRECT);
+                assert!(out == frame.translated(&flow).encode_partial(), "{sequence:x} {length} {is_bare}");
+                assert_eq!(pair(&bpf).request.bytes, u64::from(length));
+            }
+        }
     }
 }
 

@@ -190,7 +190,7 @@ fn interface(addresses: &[IpAddr]) -> Interface {
         is_up: true,
         is_inner: false,
         hardware_address: None,
-        has_vlans: false,
+        is_ambiguous: false,
     }
 }
 

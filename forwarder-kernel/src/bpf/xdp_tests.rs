@@ -14,7 +14,7 @@ use forwarder_common::layout::{XDP_NEIGHBOURS, XDP_NEIGHBOURS_BITS};
 use forwarder_common::packet::{FLAG_FIN, FLAG_RST};
 use forwarder_common::{PROGRAM_XDP, PROGRAM_XDP_FORWARD, PROGRAM_XDP_FRAGS};
 
-use super::frames::{Field, Frame, LOOPBACK, TC_ACT_REDIRECT, at, flow_v4, flow_v6};
+use super::frames::{Field, Frame, LOOPBACK, TC_ACT_REDIRECT, WINDOW, at, flow_v4, flow_v6};
 use super::*;
 
 pub(super) const XDP_DROP: u32 = 1;
@@ -51,17 +51,10 @@ pub(super) fn run_at_xdp(bpf: &Bpf, program: &str, packet: &[u8]) -> (u32, Vec<u
 }
 
 /// The least mean time that a frame has cost, of several runs.
-pub(super) fn cost_at_xdp(
-    bpf: &mut Bpf,
-    program: &str,
-    packet: &[u8],
-    action: u32,
-    mut prepare: impl FnMut(&mut Bpf),
-) -> Duration {
+pub(super) fn cost_at_xdp(bpf: &Bpf, program: &str, packet: &[u8], action: u32) -> Duration {
     const REPEAT: u32 = 100_000;
+    let program: &XdpProgram = bpf.ebpf.program(program).unwrap().try_into().unwrap();
     let runs = (0..7).map(|_| {
-        prepare(bpf);
-        let program: &XdpProgram = bpf.ebpf.program(program).unwrap().try_into().unwrap();
         let options = TestRunOptions { data_in: Some(packet), repeat: REPEAT, ..TestRunOptions::default() };
         let result = program.test_run(options).unwrap();
         assert_eq!(result.return_value, action);
@@ -103,18 +96,23 @@ fn sending_with(
     assert_eq!(program, PROGRAM_XDP_FORWARD);
     write_flows(&mut bpf, &[(tuple, flow)]);
     write_pair(&mut bpf, at(frame));
-    bpf.xdp.pretend(&Interface { index: LOOPBACK, hardware_address: Some(OWN), ..interface(&[]) });
+    bpf.xdp.pretend(&Interface { index: LOOPBACK, hardware_address: Some(OWN), ..interface(&[]) }, true);
     know_neighbour(&mut bpf, &flow, NEIGHBOUR);
     Some(bpf)
 }
 
-/// Writes down the address of a flow's neighbour, as asked for just now.
+/// Writes down the address of a flow's neighbour, as asked for a while after this test.
 fn know_neighbour(bpf: &mut Bpf, flow: &Flow, address: [u8; 6]) {
+    const HOUR: u64 = 3_600_000_000_000;
+    know_neighbour_since(bpf, flow, address, crate::clock::monotonic() + HOUR);
+}
+
+fn know_neighbour_since(bpf: &mut Bpf, flow: &Flow, address: [u8; 6], time: u64) {
     let mut value = [0; 48];
     value[..4].copy_from_slice(&flow.interface.to_ne_bytes());
     value[4..8].copy_from_slice(&flow.next_hop.family.to_ne_bytes());
     value[8..24].copy_from_slice(&flow.next_hop.address);
-    value[24..32].copy_from_slice(&crate::clock::monotonic().to_ne_bytes());
+    value[24..32].copy_from_slice(&time.to_ne_bytes());
     value[32..38].copy_from_slice(&address);
     value[38..44].copy_from_slice(&OWN);
     write_neighbours(bpf, value);
@@ -243,6 +241,17 @@ fn all_else_is_left_to_tc_as_it_was() {
         check_left("cut short", flow, &frame[..frame.len() - 1], Some(Verdict::XdpLeft));
         let stranger = Frame { sequence: usual.sequence.wrapping_add(1 << 30), ..usual.clone() };
         check_left("nothing that is expected", flow, &addressed(stranger.encode()), Some(Verdict::XdpLeft));
+        let sent = |pair: fn(&mut Pair)| {
+            move |bpf: &mut Bpf| {
+                let mut known = self::pair(bpf);
+                pair(&mut known);
+                write_pair(bpf, known);
+            }
+        };
+        let repeated = sent(|pair| pair.request.sequence_end = pair.request.sequence_end.wrapping_add(500));
+        check_left_where("sent again", flow, &frame, Some(Verdict::XdpLeft), repeated);
+        let bare = addressed(Frame { payload: Vec::new(), window: WINDOW, ..usual.clone() }.encode());
+        check_left("an acknowledgement that says nothing new", flow, &bare, Some(Verdict::XdpLeft));
         let mut tagged = frame.clone();
         tagged.splice(12..12, [0x81, 0, 0, 5]);
         check_left("for a VLAN interface", flow, &tagged, None);
@@ -271,7 +280,7 @@ fn a_neighbour_is_not_believed_for_long() {
         run_at_xdp(bpf, PROGRAM_XDP_FORWARD, &frame).0
     };
     let sends = |bpf: &mut Bpf| {
-        know_neighbour(bpf, &flow.1, NEIGHBOUR);
+        know_neighbour_since(bpf, &flow.1, NEIGHBOUR, crate::clock::monotonic());
         run(bpf) == XDP_TX
     };
     // A slow machine may take longer.
@@ -283,6 +292,29 @@ fn a_neighbour_is_not_believed_for_long() {
         thread::yield_now();
     }
     assert!(verdicts(&bpf)[&Verdict::XdpNeighbour] >= 1);
+}
+
+/// What may look like others' frames, and what has another address now, is left to TC, and so is what nobody takes any more.
+#[test]
+fn the_program_is_told_of_changes_of_interfaces() {
+    let (tuple, flow) = flow_v4();
+    let frame = addressed(Frame::new(tuple).encode());
+    let own = || Interface { index: LOOPBACK, hardware_address: Some(OWN), ..interface(&[]) };
+    for (what, other, takes, verdict) in [
+        ("with VLANs", Interface { is_ambiguous: true, ..own() }, true, Verdict::XdpLeft),
+        ("another address", Interface { hardware_address: Some(NEIGHBOUR), ..own() }, true, Verdict::XdpLeft),
+        ("without address", Interface { hardware_address: None, ..own() }, true, Verdict::XdpLeft),
+        ("another one", Interface { index: OTHER, ..own() }, true, Verdict::XdpLeft),
+        ("that takes nothing", own(), false, Verdict::XdpNoTarget),
+    ] {
+        check_left_where(what, (tuple, flow), &frame, Some(verdict), |bpf| bpf.xdp.pretend(&other, takes));
+        let Some(bpffs) = bpffs() else { return };
+        let usual = Frame::new(tuple);
+        let Some(mut bpf) = sending(&bpffs, (tuple, flow), &usual) else { return };
+        bpf.xdp.pretend(&other, takes);
+        bpf.xdp.pretend(&own(), true);
+        assert_eq!(run_at_xdp(&bpf, PROGRAM_XDP_FORWARD, &frame).0, XDP_TX, "{what}, and back");
+    }
 }
 
 /// What is known of a direct connection, in slot 0.
@@ -297,6 +329,7 @@ fn write_direct(bpf: &mut Bpf, (tuple, flow): (FourTuple, Flow), frame: &Frame) 
     };
     let back = Flow { out: tuple.reversed(), direction: DIRECTION_RESPONSE, ..flow };
     let mut pair = at(frame);
+    pair.request.acknowledged = frame.acknowledgement.wrapping_add(10);
     (pair.request.timestamp_known, pair.response.timestamp_known) = (0, 0);
     pair.response.sequence_end = frame.acknowledgement;
     pair.response.acknowledged = frame.sequence;
@@ -354,16 +387,21 @@ fn what_a_packet_costs_that_is_sent_on_at_xdp() {
             pair.response.sequence_end = frame.acknowledgement;
             pair.response.acknowledged = frame.sequence;
             pair.response.edge = frame.sequence.wrapping_add(60_000);
-            let known = |bpf: &mut Bpf| know_neighbour(bpf, &flow, OWN);
+            // An old one, which stays news.
+            pair.request.acknowledged = frame.acknowledgement.wrapping_add(10);
             for (most_direct, others) in [(0, "no direct ones"), (16, "direct ones besides")] {
                 let Some(mut bpf) = sending_with(&bpffs, (tuple, flow), &frame, most_direct) else { return };
                 write_pair(&mut bpf, pair);
-                let cost = cost_at_xdp(&mut bpf, PROGRAM_XDP_FORWARD, &packet, XDP_TX, known);
+                know_neighbour(&mut bpf, &flow, OWN);
+                let cost = cost_at_xdp(&bpf, PROGRAM_XDP_FORWARD, &packet, XDP_TX);
                 println!("{version} {what}, offloaded, with {others}: {cost:?}");
                 if most_direct > 0 {
                     write_direct(&mut bpf, (tuple, flow), &frame);
-                    let cost = cost_at_xdp(&mut bpf, PROGRAM_XDP_FORWARD, &packet, XDP_TX, known);
-                    println!("{version} {what}, direct: {cost:?}, and at TC {:?}", cost_at_tc(&bpf, &packet));
+                    let cost = cost_at_xdp(&bpf, PROGRAM_XDP_FORWARD, &packet, XDP_TX);
+                    println!(
+                        "{version} {what}, direct: {cost:?}, and at TC {:?}",
+                        cost_at_tc(&bpf, &frame.encode())
+                    );
                 }
             }
         }

@@ -369,7 +369,7 @@ mod tests {
             is_up: true,
             is_inner: false,
             hardware_address: None,
-            has_vlans: false,
+            is_ambiguous: false,
         };
         let paths = Paths::default();
         assert_eq!((paths.mtu(3), paths.take_changed_mtus()), (None, false));

@@ -74,8 +74,9 @@ pub struct Interface {
     pub is_inner: bool,
     /// Its Ethernet address, if it has one.
     pub hardware_address: Option<[u8; 6]>,
-    /// Whether there are VLAN interfaces above it: what is theirs may look as its own at XDP, where a device has taken the tag away.
-    pub has_vlans: bool,
+    /// Whether a program at XDP cannot tell its packets from others': there are VLAN interfaces above it, and a device may have taken their tags away, or it is a
+    /// bond, on whose members programs run.
+    pub is_ambiguous: bool,
 }
 
 /// The MTU of the interfaces that packets of hosts use, where these differ: the smallest one. A connection between two of
@@ -279,7 +280,7 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
                 LinkAttribute::Address(address) => address.as_slice().try_into().ok(),
                 _ => None,
             });
-            let has_vlans = trunks.contains(&index);
+            let is_ambiguous = trunks.contains(&index) || is_kind(link, |kind| *kind == InfoKind::Bond);
             let kind = kind(link);
             Some(Interface {
                 index,
@@ -290,7 +291,7 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
                 is_up,
                 is_inner,
                 hardware_address,
-                has_vlans,
+                is_ambiguous,
             })
         })
         .collect();
@@ -379,7 +380,7 @@ mod tests {
             is_up: true,
             is_inner: false,
             hardware_address: None,
-            has_vlans: false,
+            is_ambiguous: false,
         }
     }
 
@@ -474,5 +475,37 @@ mod tests {
         for interface in listed.iter().filter(|interface| interface.kind == InterfaceKind::Loopback) {
             assert!(interface.addresses.iter().any(IpAddr::is_loopback), "{interface:?}");
         }
+    }
+
+    /// What the kernel tells of an interface that is up.
+    fn link(index: u32, name: &str, attributes: &[LinkAttribute]) -> LinkMessage {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.header.flags = LinkFlags::Up;
+        message.header.link_layer_type = LinkLayerType::Ether;
+        message.attributes = vec![
+            LinkAttribute::IfName(name.to_owned()),
+            LinkAttribute::Mtu(1500),
+            LinkAttribute::Address(vec![2, 0, 0, 0, 0, index.to_le_bytes()[0]]),
+        ];
+        message.attributes.extend(attributes.iter().cloned());
+        message
+    }
+
+    #[test]
+    fn packets_of_trunks_and_bonds_cannot_be_told_from_others() {
+        let of_kind = |kind| LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]);
+        let links = [
+            link(2, "eth0", &[]),
+            link(3, "eth1", &[]),
+            link(4, "eth0.5", &[LinkAttribute::Link(2), of_kind(InfoKind::Vlan)]),
+            // Its peer has an index there, which is another one's here.
+            link(5, "veth0", &[LinkAttribute::Link(3), of_kind(InfoKind::Veth)]),
+            link(6, "bond0", &[of_kind(InfoKind::Bond)]),
+        ];
+        let ambiguous: Vec<_> =
+            assemble(&links, &[]).into_iter().filter(|one| one.is_ambiguous).map(|one| one.name).collect();
+        assert_eq!(ambiguous, ["eth0", "bond0"]);
+        assert_eq!(assemble(&links, &[])[0].hardware_address, Some([2, 0, 0, 0, 0, 2]));
     }
 }

@@ -101,14 +101,35 @@ fn attribute<'a>(message: &Message<'a>, kind: u16) -> Option<&'a [u8]> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::process::Command;
 
-    /// A veth that has just been made takes none: its peer has no program, and does not gather packets (GRO).
+    use super::*;
+    use crate::net::namespaces::Namespace;
+
+    /// One end of a veth takes frames if the other one gathers packets (GRO).
     #[test]
     fn the_kernel_tells_of_interfaces() {
-        match Netdev::open() {
-            Ok(mut netdev) => assert!(!netdev.xdp_targets().unwrap().contains(&1), "lo takes no frames"),
-            Err(error) => assert_eq!(error.kind(), io::ErrorKind::NotFound, "{error}"),
-        }
+        const INDICES: [u32; 2] = [11, 12];
+        let Some(namespace) = Namespace::new() else { return };
+        namespace.ip("link add one index 11 type veth peer name other index 12");
+        namespace.ip("link set one up");
+        namespace.ip("link set other up");
+        let gather = |device: &str| {
+            let mut command = Command::new("ethtool");
+            let done = command.args(["-K", device, "gro", "on"]).output().unwrap();
+            assert!(done.status.success(), "{done:?}");
+        };
+        namespace.run(|| {
+            let mut netdev = match Netdev::open() {
+                Ok(netdev) => netdev,
+                Err(error) => return assert_eq!(error.kind(), io::ErrorKind::NotFound, "{error}"),
+            };
+            let [one, other] = INDICES;
+            assert_eq!(netdev.xdp_targets().unwrap(), BTreeSet::new());
+            gather("other");
+            assert_eq!(netdev.xdp_targets().unwrap(), BTreeSet::from([one]));
+            gather("one");
+            assert_eq!(netdev.xdp_targets().unwrap(), BTreeSet::from([one, other]));
+        });
     }
 }

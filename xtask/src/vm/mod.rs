@@ -48,7 +48,7 @@ pub(crate) struct Arguments {
     /// What executes the guest's instructions.
     #[arg(long, value_enum, default_value = "tcg")]
     accelerator: Accelerator,
-    /// With network cards (virtio_net) between the namespaces that tests make, instead of veth.
+    /// With network cards (`virtio_net`) between the namespaces that tests make, instead of veth.
     #[arg(long)]
     cards: bool,
     /// A shell in the guest instead of tests; Ctrl-A X ends it.

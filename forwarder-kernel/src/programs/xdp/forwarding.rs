@@ -9,7 +9,9 @@ use aya::maps::xdp::DevMapHash;
 use aya::maps::{Array, MapData};
 use forwarder_common::layout::{XDP_INTERFACES, XDP_TAKES, XDP_TARGETS};
 
-use crate::load_error::{LoadError, with_causes};
+use rustix::io::Errno;
+
+use crate::load_error::{LoadError, errno_of, with_causes};
 use crate::maps::listeners::typed;
 use crate::net::interfaces::{Interface, InterfaceKind};
 use crate::net::netdev::Netdev;
@@ -55,75 +57,87 @@ impl Forwarding {
     /// Tells the program of `interfaces` (all of the node's), on some of which it `hangs`. Returns what it could not be told.
     pub(super) fn update(&mut self, interfaces: &[Interface], hangs: impl Fn(u32) -> bool) -> Vec<String> {
         match self.netdev.xdp_targets() {
-            Ok(takers) => self.tell(interfaces, &takers, hangs),
+            Ok(accepting) => self.tell(interfaces, &accepting, hangs),
             Err(error) => {
-                vec![format!("cannot ask the kernel which interfaces take frames from XDP: {error}")]
+                // Nobody knows who takes frames: TC sends all of them.
+                let mut failed = self.tell(interfaces, &BTreeSet::new(), hangs);
+                failed.push(format!("cannot ask the kernel which interfaces take frames from XDP: {error}"));
+                failed
             }
         }
     }
 
-    /// The same, where `takers` take frames from XDP.
+    /// The same, where `accepting` take frames from XDP.
     pub(super) fn tell(
         &mut self,
         interfaces: &[Interface],
-        takers: &BTreeSet<u32>,
+        accepting: &BTreeSet<u32>,
         hangs: impl Fn(u32) -> bool,
     ) -> Vec<String> {
         let mut failed = Vec::new();
-        // First those that take nothing any more.
-        let targets: BTreeSet<u32> = interfaces
+        let mut targets: BTreeMap<u32, &str> = interfaces
             .iter()
             .filter(|interface| {
-                interface.kind == InterfaceKind::Ethernet && takers.contains(&interface.index)
+                interface.kind == InterfaceKind::Ethernet && accepting.contains(&interface.index)
             })
-            .map(|interface| interface.index)
+            .map(|interface| (interface.index, interface.name.as_str()))
             .collect();
-        for index in self.known_targets.difference(&targets) {
-            // One that is gone has left the map by itself.
-            let _ = self.targets.remove(*index);
-        }
-        self.known_targets.retain(|index| targets.contains(index));
-        for index in targets {
-            if self.known_targets.contains(&index) {
-                continue;
+        // First those that take nothing any more.
+        self.known_targets.retain(|index| {
+            let is_gone = !targets.contains_key(index)
+                && match self.targets.remove(*index) {
+                    Ok(()) => true,
+                    // One that is gone has left the map by itself.
+                    Err(error) if errno_of(&error) == Some(Errno::NOENT) => true,
+                    Err(error) => {
+                        failed.push(refusal(
+                            "stop sending packets on at XDP to",
+                            &format!("interface {index}"),
+                            &error,
+                        ));
+                        false
+                    }
+                };
+            !is_gone
+        });
+        // All of them: one that was in another namespace meanwhile has left the map by itself.
+        targets.retain(|index, name| match self.targets.insert(*index, *index, None, 0) {
+            Ok(()) => true,
+            Err(error) => {
+                failed.push(refusal("send packets on at XDP to", name, &error));
+                false
             }
-            match self.targets.insert(index, index, None, 0) {
-                Ok(()) => drop(self.known_targets.insert(index)),
-                Err(error) => failed.push(refusal("to", index, &error)),
-            }
-        }
-        let wanted: BTreeMap<u32, u64> = interfaces
-            .iter()
-            .filter(|interface| hangs(interface.index) && !interface.has_vlans)
+        });
+        self.known_targets.extend(targets.keys());
+        let sources = interfaces.iter().filter(|interface| hangs(interface.index) && !interface.is_ambiguous);
+        let wanted: BTreeMap<u32, (u64, &str)> = sources
             .filter_map(|interface| {
                 let mut bytes = [0; 8];
                 bytes.iter_mut().zip(interface.hardware_address?).for_each(|(to, byte)| *to = byte);
-                let is_target = self.known_targets.contains(&interface.index);
-                let value = u64::from_ne_bytes(bytes) | if is_target { XDP_TAKES } else { 0 };
-                Some((interface.index, value))
+                let takes = if targets.contains_key(&interface.index) { XDP_TAKES } else { 0 };
+                Some((interface.index, (u64::from_ne_bytes(bytes) | takes, interface.name.as_str())))
             })
             .collect();
         for index in self.known_interfaces.keys().filter(|index| !wanted.contains_key(index)) {
+            // An element of an array can be written.
             let _ = self.interfaces.set(*index, 0, 0);
         }
         self.known_interfaces.retain(|index, _| wanted.contains_key(index));
-        for (index, address) in wanted {
-            if self.known_interfaces.get(&index) == Some(&address) {
+        for (index, (value, name)) in wanted {
+            if self.known_interfaces.get(&index) == Some(&value) {
                 continue;
             }
-            match self.interfaces.set(index, address, 0) {
-                Ok(()) => drop(self.known_interfaces.insert(index, address)),
-                Err(error) => failed.push(refusal("from", index, &error)),
+            match self.interfaces.set(index, value, 0) {
+                Ok(()) => drop(self.known_interfaces.insert(index, value)),
+                // Only one whose index is beyond the end.
+                Err(error) => failed.push(refusal("send packets on at XDP from", name, &error)),
             }
         }
         failed
     }
 }
 
-/// Why packets are not sent on at XDP to or from an interface.
-fn refusal(direction: &str, index: u32, error: &(dyn Error + 'static)) -> String {
-    format!(
-        "cannot send packets on at XDP {direction} the interface with index {index}: {}",
-        with_causes(error)
-    )
+/// What the program could not be told of an interface.
+fn refusal(what: &str, interface: &str, error: &(dyn Error + 'static)) -> String {
+    format!("cannot {what} {interface}: {}", with_causes(error))
 }
