@@ -3,7 +3,8 @@
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::Seen;
 use forwarder_common::packet::{
-    FLAG_FIN, LinkLayer, Segment, USUAL_OFFSET, UsualHeaders, is_usual_v6, parse, parse_usual,
+    FLAG_FIN, LinkLayer, Segment, USUAL_OFFSET, USUAL_WORDS_V4, USUAL_WORDS_V6, UsualHeaders, is_usual_v6,
+    parse, parse_usual,
 };
 use forwarder_common::verdict::Verdict;
 
@@ -42,25 +43,27 @@ fn find_usual(context: &TcContext, frame: &mut Frame) -> u32 {
     1
 }
 
-/// Reads what may be usual headers, and tells how many words of them there are.
+/// Reads what may be usual headers, and tells how many words of them there are: of all that may be first, because a call more costs as much as many words.
 #[inline(always)]
 fn load_usual(context: &TcContext, headers: &mut UsualHeaders) -> usize {
-    const FIRST: usize = 14;
-    const REST: usize = 5;
-    let offset = USUAL_OFFSET as u32;
-    let Some(first) = headers.first_chunk_mut::<FIRST>() else { return 0 };
-    if !load_into(context, offset, first) {
-        return 0;
+    const WHOLE_V4: usize = USUAL_WORDS_V4 + 3;
+    const OFFSET: u32 = USUAL_OFFSET as u32;
+    let Some(whole) = headers.first_chunk_mut::<WHOLE_V4>() else { return 0 };
+    if !load_into(context, OFFSET, whole) {
+        let bare = headers.first_chunk_mut::<USUAL_WORDS_V4>();
+        return if bare.is_some_and(|bare| load_into(context, OFFSET, bare)) { USUAL_WORDS_V4 } else { 0 };
     }
-    // Those of IPv4 end here.
-    let [kind, ..] = *first;
-    if is_usual_v6(kind)
-        && let Some(rest) = headers.last_chunk_mut::<REST>()
-        && load_into(context, offset + FIRST as u32 * 4, rest)
-    {
-        return FIRST + REST;
+    let [kind, ..] = *whole;
+    if !is_usual_v6(kind) {
+        return WHOLE_V4;
     }
-    FIRST
+    let offset = OFFSET + WHOLE_V4 as u32 * 4;
+    let Some(rest) = headers.last_chunk_mut::<{ USUAL_WORDS_V6 + 3 - WHOLE_V4 }>() else { return WHOLE_V4 };
+    if load_into(context, offset, rest) {
+        return USUAL_WORDS_V6 + 3;
+    }
+    let bare = rest.first_chunk_mut::<{ USUAL_WORDS_V6 - WHOLE_V4 }>();
+    if bare.is_some_and(|bare| load_into(context, offset, bare)) { USUAL_WORDS_V6 } else { WHOLE_V4 }
 }
 
 /// The same for any headers: a function of its own, so that those that it reads leave the stack with it. (A segment as part of
