@@ -18,6 +18,10 @@ use crate::wait::wait_for;
 
 /// How long connecting, a read or a write may take.
 const TIMEOUT: Duration = Duration::from_secs(20);
+/// The status by which the server says that it has not looked at a request, as of kinds that it has just learnt, whose objects it still reads from its store.
+const TOO_MANY_REQUESTS: u16 = 429;
+/// How long a request is sent again after such an answer.
+const BUSY: Duration = Duration::from_secs(20);
 pub(super) const JSON: &str = "application/json";
 /// Asks for no more of an object than its metadata.
 const METADATA: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1";
@@ -157,10 +161,16 @@ impl Api {
             .with_context(|| format!("{path} is still there after {deadline:?}"))
     }
 
-    /// Sends a request, whose body is given with its type. Fails with [`ApiError`] if the answer is a failure.
+    /// Sends a request, whose body is given with its type, again and again for a while if the server has not looked at it. Fails with [`ApiError`] if the answer is a
+    /// failure.
     pub fn request(&self, method: &str, path: &str, body: Option<(&str, &str)>) -> Result<Value> {
         let request = format!("{method} {path}");
-        let (code, text) = self.exchange(method, path, JSON, body).with_context(|| request.clone())?;
+        let answer = wait_for(BUSY, || match self.exchange(method, path, JSON, body) {
+            Ok((TOO_MANY_REQUESTS, _)) => None,
+            answer => Some(answer),
+        });
+        let answer = answer.unwrap_or_else(|| self.exchange(method, path, JSON, body));
+        let (code, text) = answer.with_context(|| request.clone())?;
         // The probes of the server's health answer in words.
         let value = serde_json::from_str(&text).unwrap_or(Value::String(text));
         if (200..300).contains(&code) {
