@@ -158,7 +158,7 @@ impl Segment {
 /// The headers of a frame such as most are, as 32-bit words as they lie there from [`USUAL_OFFSET`] on: the last two bytes of
 /// the Ethernet addresses and the type, an IPv4 header without options or an IPv6 header without others behind it, and a TCP header without options or with
 /// timestamps alone. What stands behind the shorter ones means nothing.
-pub type UsualHeaders = [u32; 19];
+pub type UsualHeaders = [u32; USUAL_WORDS_V6 + USUAL_WORDS_OF_OPTIONS];
 
 /// Where [`UsualHeaders`] begin, in bytes from the frame's first.
 pub const USUAL_OFFSET: usize = 10;
@@ -168,7 +168,7 @@ pub const USUAL_WORDS_V4: usize = 11;
 /// So many those of IPv6.
 pub const USUAL_WORDS_V6: usize = 16;
 /// So many more the timestamps.
-const USUAL_WORDS_OF_OPTIONS: usize = 3;
+pub const USUAL_WORDS_OF_OPTIONS: usize = 3;
 
 /// Version and header length of IPv4 without options.
 const USUAL_IPV4: u32 = 0x45;

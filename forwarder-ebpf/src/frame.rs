@@ -3,8 +3,8 @@
 use aya_ebpf::programs::TcContext;
 use forwarder_common::flow::Seen;
 use forwarder_common::packet::{
-    FLAG_FIN, LinkLayer, Segment, USUAL_OFFSET, USUAL_WORDS_V4, USUAL_WORDS_V6, UsualHeaders, is_usual_v6,
-    parse, parse_usual,
+    FLAG_FIN, LinkLayer, Segment, USUAL_OFFSET, USUAL_WORDS_OF_OPTIONS, USUAL_WORDS_V4, USUAL_WORDS_V6,
+    UsualHeaders, is_usual_v6, parse, parse_usual,
 };
 use forwarder_common::verdict::Verdict;
 
@@ -46,7 +46,8 @@ fn find_usual(context: &TcContext, frame: &mut Frame) -> u32 {
 /// Reads what may be usual headers, and tells how many words of them there are: of all that may be first, because a call more costs as much as many words.
 #[inline(always)]
 fn load_usual(context: &TcContext, headers: &mut UsualHeaders) -> usize {
-    const WHOLE_V4: usize = USUAL_WORDS_V4 + 3;
+    const WHOLE_V4: usize = USUAL_WORDS_V4 + USUAL_WORDS_OF_OPTIONS;
+    const WHOLE_V6: usize = USUAL_WORDS_V6 + USUAL_WORDS_OF_OPTIONS;
     const OFFSET: u32 = USUAL_OFFSET as u32;
     let Some(whole) = headers.first_chunk_mut::<WHOLE_V4>() else { return 0 };
     if !load_into(context, OFFSET, whole) {
@@ -58,9 +59,9 @@ fn load_usual(context: &TcContext, headers: &mut UsualHeaders) -> usize {
         return WHOLE_V4;
     }
     let offset = OFFSET + WHOLE_V4 as u32 * 4;
-    let Some(rest) = headers.last_chunk_mut::<{ USUAL_WORDS_V6 + 3 - WHOLE_V4 }>() else { return WHOLE_V4 };
+    let Some(rest) = headers.last_chunk_mut::<{ WHOLE_V6 - WHOLE_V4 }>() else { return WHOLE_V4 };
     if load_into(context, offset, rest) {
-        return USUAL_WORDS_V6 + 3;
+        return WHOLE_V6;
     }
     let bare = rest.first_chunk_mut::<{ USUAL_WORDS_V6 - WHOLE_V4 }>();
     if bare.is_some_and(|bare| load_into(context, offset, bare)) { USUAL_WORDS_V6 } else { WHOLE_V4 }

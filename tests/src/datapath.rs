@@ -58,7 +58,8 @@ impl Datapath {
         self.0.strip_suffix(XDP).unwrap_or(self.0)
     }
 
-    fn is_at_xdp(self) -> bool {
+    /// Whether programs at XDP send on too.
+    pub fn is_at_xdp(self) -> bool {
         self.0.ends_with(XDP)
     }
 

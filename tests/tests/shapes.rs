@@ -79,7 +79,8 @@ fn slow_readers_close_their_window_and_get_everything() {
             let closed = after - before;
             println!("{datapath}: {closed} windows were closed by {EACH} readers");
             // At XDP packets are not gathered, and fewer windows close.
-            assert!(closed >= EACH / 2, "{datapath}: the readers are not slow: {closed} windows were closed");
+            let least = if datapath.is_at_xdp() { EACH / 2 } else { EACH };
+            assert!(closed >= least, "{datapath}: the readers are not slow: {closed} windows were closed");
         }
     }
 }

@@ -6,8 +6,8 @@ use core::mem::MaybeUninit;
 use aya_ebpf::helpers::generated::{bpf_xdp_load_bytes, bpf_xdp_store_bytes};
 use aya_ebpf::programs::XdpContext;
 use forwarder_common::packet::{
-    FLAG_ACK, FLAG_SYN, Header, PROTOCOL_TCP, Packet, Segment, USUAL_OFFSET, USUAL_WORDS_V4, USUAL_WORDS_V6,
-    UsualHeaders, is_usual_v6, tcp_field,
+    FLAG_ACK, FLAG_SYN, Header, PROTOCOL_TCP, Packet, Segment, USUAL_OFFSET, USUAL_WORDS_OF_OPTIONS,
+    USUAL_WORDS_V4, USUAL_WORDS_V6, UsualHeaders, is_usual_v6, tcp_field,
 };
 use forwarder_common::translate::ChecksumChange;
 use forwarder_common::verdict::Verdict;
@@ -139,10 +139,8 @@ impl UsualFrame<'_> {
     #[inline(always)]
     pub(super) fn load_headers(self, headers: &mut UsualHeaders) -> usize {
         const OFFSET: u32 = USUAL_OFFSET as u32;
-        const BARE_V4: usize = USUAL_WORDS_V4;
-        const BARE_V6: usize = USUAL_WORDS_V6;
-        const WHOLE_V4: usize = BARE_V4 + 3;
-        const WHOLE_V6: usize = BARE_V6 + 3;
+        const WHOLE_V4: usize = USUAL_WORDS_V4 + USUAL_WORDS_OF_OPTIONS;
+        const WHOLE_V6: usize = USUAL_WORDS_V6 + USUAL_WORDS_OF_OPTIONS;
         let mut kind = [0; 1];
         if !self.load_into(OFFSET, &mut kind) {
             return 0;
@@ -151,15 +149,15 @@ impl UsualFrame<'_> {
             if self.load_into(OFFSET, headers) {
                 return WHOLE_V6;
             }
-            let bare = headers.first_chunk_mut::<BARE_V6>();
-            return if bare.is_some_and(|bare| self.load_into(OFFSET, bare)) { BARE_V6 } else { 0 };
+            let bare = headers.first_chunk_mut::<USUAL_WORDS_V6>();
+            return if bare.is_some_and(|bare| self.load_into(OFFSET, bare)) { USUAL_WORDS_V6 } else { 0 };
         }
         let whole = headers.first_chunk_mut::<WHOLE_V4>();
         if whole.is_some_and(|whole| self.load_into(OFFSET, whole)) {
             return WHOLE_V4;
         }
-        let bare = headers.first_chunk_mut::<BARE_V4>();
-        if bare.is_some_and(|bare| self.load_into(OFFSET, bare)) { BARE_V4 } else { 0 }
+        let bare = headers.first_chunk_mut::<USUAL_WORDS_V4>();
+        if bare.is_some_and(|bare| self.load_into(OFFSET, bare)) { USUAL_WORDS_V4 } else { 0 }
     }
 
     /// Reads into `place`; tells whether the frame has as much.

@@ -1,8 +1,8 @@
 //! What the programs at XDP send on, and what they leave to TC.
 
-use aya::TestRun as _;
 use aya::maps::{Array, HashMap as BpfHashMap, PerCpuArray, PerCpuValues};
 use aya::programs::Xdp as XdpProgram;
+use aya::{TestRun as _, TestRunResult};
 use forwarder_common::direct::{
     DIRECT, DIRECT_NUMBER, DIRECT_SLOTS, DirectSlot, HANDSHAKE_DONE, direct_flow,
 };
@@ -50,27 +50,24 @@ pub(super) fn run_at_xdp(bpf: &Bpf, program: &str, packet: &[u8]) -> (u32, Vec<u
     (result.return_value, out)
 }
 
-/// The least mean time that a frame has cost, of several runs.
+/// The least mean time that a frame has cost at XDP, of several runs.
 pub(super) fn cost_at_xdp(bpf: &Bpf, program: &str, packet: &[u8], action: u32) -> Duration {
-    const REPEAT: u32 = 100_000;
     let program: &XdpProgram = bpf.ebpf.program(program).unwrap().try_into().unwrap();
-    let runs = (0..7).map(|_| {
-        let options = TestRunOptions { data_in: Some(packet), repeat: REPEAT, ..TestRunOptions::default() };
-        let result = program.test_run(options).unwrap();
-        assert_eq!(result.return_value, action);
-        result.duration
-    });
-    runs.min().unwrap()
+    least_cost(packet, action, |options| program.test_run(options).unwrap())
 }
 
 /// The same at TC, where it is redirected.
 fn cost_at_tc(bpf: &Bpf, packet: &[u8]) -> Duration {
-    const REPEAT: u32 = 100_000;
     let program: &SchedClassifier = bpf.ebpf.program(PROGRAM_ETHERNET).unwrap().try_into().unwrap();
+    least_cost(packet, TC_ACT_REDIRECT.cast_unsigned(), |options| program.test_run(options).unwrap())
+}
+
+fn least_cost(packet: &[u8], action: u32, run: impl Fn(TestRunOptions<'_>) -> TestRunResult) -> Duration {
+    const REPEAT: u32 = 100_000;
     let runs = (0..7).map(|_| {
         let options = TestRunOptions { data_in: Some(packet), repeat: REPEAT, ..TestRunOptions::default() };
-        let result = program.test_run(options).unwrap();
-        assert_eq!(result.return_value.cast_signed(), TC_ACT_REDIRECT);
+        let result = run(options);
+        assert_eq!(result.return_value, action);
         result.duration
     });
     runs.min().unwrap()

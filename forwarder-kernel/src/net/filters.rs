@@ -9,7 +9,7 @@ use aya::programs::TcAttachType;
 use aya::programs::tc::{SchedClassifierLink, TcHandle};
 use rustix::io::Errno;
 
-use crate::net::netlink::{self, Message, NLMSG_ERROR, NetlinkSocket};
+use crate::net::netlink::{self, Message, NetlinkSocket};
 
 /// From `linux/rtnetlink.h`.
 const RTM_NEWTFILTER: u16 = 44;
@@ -102,12 +102,8 @@ impl Filters {
         self.0.ask(
             |question, sequence| write(question, sequence, interface, side, Some((priority, handle))),
             |answer, sequence| {
-                let message = netlink::message(answer).ok().filter(|message| message.sequence == sequence)?;
-                if message.kind == NLMSG_ERROR {
-                    let number = netlink::errno(message.body).unwrap_or_default();
-                    return Some(Err(Errno::from_raw_os_error(number)));
-                }
-                Some(read(&message).map(|filter| filter.program).ok_or(Errno::NOENT))
+                let program = |message| read(&message).map(|filter| filter.program).ok_or(Errno::NOENT);
+                Some(netlink::answer_to(answer, sequence)?.and_then(program))
             },
         )?
     }

@@ -6,7 +6,7 @@ use std::io;
 use rustix::io::Errno;
 use rustix::net::netlink::GENERIC;
 
-use crate::net::netlink::{self, Message, NLMSG_ERROR, NetlinkSocket, attributes, word, write_attribute};
+use crate::net::netlink::{self, Message, NetlinkSocket, attributes, word, write_attribute};
 
 /// From `linux/genetlink.h`: who knows the families, and the question for one of them.
 const GENL_ID_CTRL: u16 = 0x10;
@@ -44,16 +44,11 @@ impl Netdev {
                 netlink::end(question);
             },
             |answer, sequence| {
-                let message = netlink::message(answer).ok().filter(|message| message.sequence == sequence)?;
-                if message.kind == NLMSG_ERROR {
-                    let number = netlink::errno(message.body).unwrap_or_default();
-                    return Some(Err(Errno::from_raw_os_error(number)));
-                }
-                Some(
-                    attribute(&message, CTRL_ATTR_FAMILY_ID)
-                        .and_then(|id| netlink::half_word(id, 0))
-                        .ok_or(Errno::NOENT),
-                )
+                let id = |message| {
+                    let id = attribute(&message, CTRL_ATTR_FAMILY_ID);
+                    id.and_then(|id| netlink::half_word(id, 0)).ok_or(Errno::NOENT)
+                };
+                Some(netlink::answer_to(answer, sequence)?.and_then(id))
             },
         )??;
         Ok(Self { socket, family })

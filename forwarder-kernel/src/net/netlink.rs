@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 /// Bytes of the longest answer that is understood. Most have some 100.
@@ -104,7 +105,7 @@ impl NetlinkSocket {
                     NLMSG_DONE if is_answer => return Ok(()),
                     NLMSG_ERROR if is_answer => {
                         let number = errno(one.body).unwrap_or_default();
-                        return Err(rustix::io::Errno::from_raw_os_error(number));
+                        return Err(Errno::from_raw_os_error(number));
                     }
                     _ if is_answer => each(&one),
                     _ => {}
@@ -168,6 +169,15 @@ pub(super) fn message(answer: &[u8]) -> Result<Message<'_>, &'static str> {
         (Some(kind), Some(sequence), Some(body)) => Ok(Message { kind, sequence, body }),
         _ => Err("it has no header"),
     }
+}
+
+/// What answers the question `sequence`: a message, or the error that the kernel tells instead, 0 where it tells none. `None` if it answers another question.
+pub(super) fn answer_to(answer: &[u8], sequence: u32) -> Option<Result<Message<'_>, Errno>> {
+    let message = message(answer).ok().filter(|message| message.sequence == sequence)?;
+    if message.kind == NLMSG_ERROR {
+        return Some(Err(Errno::from_raw_os_error(errno(message.body).unwrap_or_default())));
+    }
+    Some(Ok(message))
 }
 
 /// The number of the error that a message of kind [`NLMSG_ERROR`] tells; `None` if it tells none.

@@ -48,14 +48,7 @@ impl XdpHooks {
         let mut problem = None;
         if asked == Xdp::Native {
             let forwarding = Forwarding::open(ebpf).and_then(|forwarding| {
-                load(ebpf, PROGRAM_XDP_FORWARD).map(|()| forwarding).map_err(|error| {
-                    LoadError::new(
-                        format!("load program {PROGRAM_XDP_FORWARD}"),
-                        PROGRAM_XDP_FORWARD,
-                        error.into(),
-                    )
-                    .to_string()
-                })
+                load(ebpf, PROGRAM_XDP_FORWARD).map(|()| forwarding).map_err(|error| error.to_string())
             });
             match forwarding {
                 Ok(forwarding) => {
@@ -74,11 +67,7 @@ impl XdpHooks {
             let loaded = load(ebpf, PROGRAM_XDP_FRAGS).map(|()| PROGRAM_XDP_FRAGS);
             match loaded.or_else(|_| load(ebpf, PROGRAM_XDP).map(|()| PROGRAM_XDP)) {
                 Ok(program) => hooks.program = Some(program),
-                Err(error) => {
-                    let error =
-                        LoadError::new(format!("load program {PROGRAM_XDP}"), PROGRAM_XDP, error.into());
-                    problem = Some(format!("there is no program at XDP, and TC does all: {error}"));
-                }
+                Err(error) => problem = Some(format!("there is no program at XDP, and TC does all: {error}")),
             }
         }
         (hooks, problem)
@@ -169,8 +158,10 @@ impl XdpHooks {
 }
 
 /// Has the kernel verify a program.
-fn load(ebpf: &mut Ebpf, name: &str) -> Result<(), ProgramError> {
-    program(ebpf, name).and_then(|program| uninterrupted(|| program.load()))
+fn load(ebpf: &mut Ebpf, name: &str) -> Result<(), LoadError> {
+    program(ebpf, name)
+        .and_then(|program| uninterrupted(|| program.load()))
+        .map_err(|error| LoadError::new(format!("load program {name}"), name, error.into()))
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut XdpProgram, ProgramError> {

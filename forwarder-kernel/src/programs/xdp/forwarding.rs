@@ -84,21 +84,18 @@ impl Forwarding {
             .collect();
         // First those that take nothing any more.
         self.known_targets.retain(|index| {
-            let is_gone = !targets.contains_key(index)
-                && match self.targets.remove(*index) {
-                    Ok(()) => true,
-                    // One that is gone has left the map by itself.
-                    Err(error) if errno_of(&error) == Some(Errno::NOENT) => true,
-                    Err(error) => {
-                        failed.push(refusal(
-                            "stop sending packets on at XDP to",
-                            &format!("interface {index}"),
-                            &error,
-                        ));
-                        false
-                    }
-                };
-            !is_gone
+            if targets.contains_key(index) {
+                return true;
+            }
+            match self.targets.remove(*index) {
+                // One that is gone has left the map by itself.
+                Err(error) if errno_of(&error) != Some(Errno::NOENT) => {
+                    let interface = format!("interface {index}");
+                    failed.push(refusal("stop sending packets on at XDP to", &interface, &error));
+                    true
+                }
+                _ => false,
+            }
         });
         // All of them: one that was in another namespace meanwhile has left the map by itself.
         targets.retain(|index, name| match self.targets.insert(*index, *index, None, 0) {
