@@ -23,9 +23,11 @@ use forwarder_gateway::problem::Location;
 use forwarder_gateway::resolve::CONTROLLER_NAME;
 
 pub use self::admin::{ADMIN, ADMIN_SOCKET, AdminAddress, AdminSettings, AdminSocketPath, GroupName};
-pub use self::defaults::{DIRECT_CAPACITY, OFFLOAD_AFTER, PIN_DIR, PORT_WAIT, SOCKMAP_MEMORY};
+pub use self::defaults::{
+    DIRECT_CAPACITY, MOST_SYNS, OFFLOAD_AFTER, PIN_DIR, PORT_WAIT, SOCKMAP_MEMORY, SYN_COOKIES_ABOVE,
+};
 pub use self::kube::KubeOptions;
-pub(crate) use self::rules::{check_clients, check_networks, check_rules};
+pub(crate) use self::rules::{check_clients, check_networks, check_rules, within};
 use forwarder_kube::KubeSettings;
 use forwarder_runtime::values::{BytesText, DurationText, OffloadAfter, SourcePorts};
 
@@ -86,6 +88,11 @@ pub struct Options {
     /// of connections on. To attach may interrupt the interface for a moment [default: off]
     #[arg(long, env = "FORWARDER_XDP", value_enum)]
     pub xdp: Option<Xdp>,
+
+    /// How many SYNs to listeners each CPU leaves to the listeners' sockets in a second; the eBPF programs answer further ones with SYN cookies, if the
+    /// node makes such (`net.ipv4.tcp_syncookies`). 0 is off [default: 10000]
+    #[arg(long, env = "FORWARDER_SYN_COOKIES_ABOVE", value_name = "N")]
+    pub syn_cookies_above: Option<u32>,
 
     /// Maximum number of offloaded connections (up to 4,000,000); others stay in userspace [default: 262144]
     #[arg(long, env = "FORWARDER_MAX_PAIRS", value_name = "N")]
@@ -215,7 +222,9 @@ pub struct Settings {
     pub egress: Egress,
     /// Whether, and how, programs hang at XDP.
     pub xdp: Xdp,
-    /// How many of them the kernel may forward at once.
+    /// How many SYNs each CPU leaves to sockets in a second; 0 is all.
+    pub syn_cookies_above: u32,
+    /// How many connections the kernel may forward at once.
     pub max_pairs: u32,
     /// How many connections may be direct at once; 0 is none.
     pub max_direct: u32,
@@ -331,6 +340,7 @@ impl Options {
             offload_after: self.offload_after.or(other.offload_after),
             egress: self.egress.or(other.egress),
             xdp: self.xdp.or(other.xdp),
+            syn_cookies_above: self.syn_cookies_above.or(other.syn_cookies_above),
             max_pairs: self.max_pairs.or(other.max_pairs),
             max_direct: self.max_direct.or(other.max_direct),
             sockmap_memory: self.sockmap_memory.or(other.sockmap_memory),
@@ -364,30 +374,15 @@ impl Options {
         let workers = self
             .workers
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get));
-        if !(1..=1024).contains(&workers) {
-            return Err(SettingsError::Value {
-                setting: "workers",
-                value: workers.to_string(),
-                remedy: "set 1 to 1024",
-            });
-        }
+        let workers = within("workers", workers, 1..=1024, "set 1 to 1024")?;
         let max_pairs = self.max_pairs.unwrap_or(PAIRS_CAPACITY);
-        if !(1..=MOST_PAIRS).contains(&max_pairs) {
-            return Err(SettingsError::Value {
-                setting: "max-pairs",
-                value: max_pairs.to_string(),
-                remedy: "set 1 to 4000000",
-            });
-        }
+        let max_pairs = within("max-pairs", max_pairs, 1..=MOST_PAIRS, "set 1 to 4000000")?;
         let is_direct = listener_defaults.datapath == Datapath::Direct;
         let max_direct = self.max_direct.unwrap_or(if is_direct { DIRECT_CAPACITY } else { 0 });
-        if max_direct > MOST_DIRECT {
-            return Err(SettingsError::Value {
-                setting: "max-direct",
-                value: max_direct.to_string(),
-                remedy: "set 0 to 4000000",
-            });
-        }
+        let max_direct = within("max-direct", max_direct, 0..=MOST_DIRECT, "set 0 to 4000000")?;
+        let syn_cookies_above = self.syn_cookies_above.unwrap_or(SYN_COOKIES_ABOVE);
+        let syn_cookies_above =
+            within("syn-cookies-above", syn_cookies_above, 0..=MOST_SYNS, "set 0 to 1000000")?;
         let controller_name = self.controller_name.unwrap_or_else(|| CONTROLLER_NAME.to_owned());
         if !controller_name.contains('/') {
             return Err(SettingsError::Value {
@@ -423,6 +418,7 @@ impl Options {
             offload_after: self.offload_after.unwrap_or(OFFLOAD_AFTER),
             egress: self.egress.unwrap_or_default(),
             xdp: self.xdp.unwrap_or_default(),
+            syn_cookies_above,
             max_pairs,
             max_direct,
             sockmap_memory: self.sockmap_memory.map_or(SOCKMAP_MEMORY, |text| text.0),

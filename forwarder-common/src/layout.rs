@@ -44,7 +44,7 @@ pub const LOOSE_INTERFACES_CAPACITY: u32 = 65_536;
 pub const XDP_INTERFACES: &str = "xdp_interfaces";
 /// The bits of the address in a value of [`XDP_INTERFACES`].
 pub const XDP_ADDRESS: u64 = (1 << 48) - 1;
-/// In a value of [`XDP_INTERFACES`]: the interface takes what is sent back by it.
+/// In a value of [`XDP_INTERFACES`]: the interface takes what is sent back by it (`XDP_TX`). By others it may be redirected, as to any of [`XDP_TARGETS`].
 pub const XDP_TAKES: u64 = 1 << 48;
 /// Map of the interfaces that take frames from XDP, by their index (`u32`).
 pub const XDP_TARGETS: &str = "xdp_targets";

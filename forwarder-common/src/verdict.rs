@@ -78,11 +78,13 @@ pub enum Verdict {
     XdpUnfinished = 32,
     /// The same: the interface that it is to leave by takes nothing from XDP.
     XdpNoTarget = 33,
+    /// A new connection to a listener, of a flood of SYNs: answered with a SYN cookie in the place of the listener's socket.
+    CookieSent = 34,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 35] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -117,10 +119,11 @@ impl Verdict {
         Self::XdpNeighbour,
         Self::XdpUnfinished,
         Self::XdpNoTarget,
+        Self::CookieSent,
     ];
 
     /// How many there are.
-    pub const COUNT: u32 = 34;
+    pub const COUNT: u32 = 35;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -165,6 +168,7 @@ impl Verdict {
             Self::XdpNeighbour => "xdp_neighbour",
             Self::XdpUnfinished => "xdp_unfinished",
             Self::XdpNoTarget => "xdp_no_target",
+            Self::CookieSent => "cookie_sent",
         }
     }
 }

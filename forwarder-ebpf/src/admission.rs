@@ -57,6 +57,14 @@ pub(crate) fn admit(context: &TcContext, segment: &Segment) -> Admission {
     if is_held { Admission::Held } else { Admission::Counted }
 }
 
+/// Whether the agent is about to close its sockets. (If there is none, no socket listens.)
+#[inline(always)]
+pub(crate) fn is_leaving() -> bool {
+    let Some(agent) = AGENT.get_ptr(0) else { return false };
+    // SAFETY: one word of the element of an array, which the agent may write meanwhile.
+    unsafe { (*agent).is_leaving != 0 }
+}
+
 /// Whether a new connection has to wait for the agent's successor: see [`HoldState`].
 #[inline(always)]
 fn is_held(context: &TcContext, segment: &Segment) -> bool {
@@ -70,14 +78,14 @@ fn is_held(context: &TcContext, segment: &Segment) -> bool {
     is_leaving != 0 || !is_listened_to(context, segment)
 }
 
-/// Counts the SYN of a direct connection for its listener.
+/// Counts a SYN that no socket of its listener sees, and its bytes from the IP header on.
 #[inline(always)]
-pub(crate) fn count_attempt(context: &TcContext, segment: &Segment, listener_id: u32) {
+pub(crate) fn count_attempt(listener_id: u32, bytes: u32) {
     let Some(counters) = COUNTERS.get_ptr_mut(listener_id) else { return };
     // SAFETY: as in `admit`.
     let counters = unsafe { &mut *counters };
     counters.packets += 1;
-    counters.bytes += u64::from(context.len().wrapping_sub(segment.ip_offset));
+    counters.bytes += u64::from(bytes);
     counters.syns += 1;
 }
 

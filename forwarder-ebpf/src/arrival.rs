@@ -10,9 +10,15 @@ use crate::maps::LOOSE_INTERFACES;
 /// by any.
 #[inline(always)]
 pub(crate) fn is_expected(context: &TcContext, version: IpVersion, flow: &Flow) -> bool {
-    // SAFETY: the kernel hands the program a valid `__sk_buff`, whose field may be read.
-    let interface = unsafe { (*context.skb.skb).ifindex };
+    let interface = interface(context);
     interface == flow.arrival
         || matches!(version, IpVersion::V6)
         || LOOSE_INTERFACES.get_ptr(interface).is_some()
+}
+
+/// The index of the interface that the packet has come by.
+#[inline(always)]
+pub(crate) fn interface(context: &TcContext) -> u32 {
+    // SAFETY: the kernel hands the program a valid `__sk_buff`, whose field may be read.
+    unsafe { (*context.skb.skb).ifindex }
 }

@@ -14,7 +14,7 @@ use crate::admission::find_listener;
 use crate::maps::{CLIENT_RATES, CLIENT_RULES, COUNTERS};
 
 /// A second in nanoseconds.
-const SECOND: u64 = 1_000_000_000;
+pub(crate) const SECOND: u64 = 1_000_000_000;
 
 /// Where a SYN is looked at.
 #[derive(Clone, Copy)]
@@ -86,7 +86,6 @@ pub(crate) fn is_denied(listener: &ListenerValue, client: &AddressBytes) -> bool
 }
 
 /// Whether a client has asked for as many connections as it may in a second, and more than come in by now. If not, and `counts`, this one counts.
-/// (The generic cell rate algorithm, ITU-T I.371: what is kept is when the connections so far would have come if they had come evenly.)
 #[inline(always)]
 fn is_limited(listener_id: u32, rate: u64, client: &AddressBytes, counts: bool) -> bool {
     let Some(interval) = SECOND.checked_div(rate) else { return false };
@@ -103,13 +102,24 @@ fn is_limited(listener_id: u32, rate: u64, client: &AddressBytes, counts: bool) 
     };
     // SAFETY: the element lives as long as the map. It may become another client's meanwhile, or be written by another CPU: then one connection
     // counts for the wrong client, or for none.
+    unsafe { is_early(next, now, interval, SECOND - interval, counts) }
+}
+
+/// Whether what comes `now` is one too many for a rate of one in an `interval`, though so much of it may come ahead of time. If not, and `counts`, it counts. (The generic
+/// cell rate algorithm, ITU-T I.371: what is kept is when all so far would have come if they had come evenly.) All in nanoseconds.
+///
+/// # Safety
+/// `next` is the element of a map. If others write it at the same time, one may count for nothing.
+#[inline(always)]
+pub(crate) unsafe fn is_early(next: *mut u64, now: u64, interval: u64, ahead: u64, counts: bool) -> bool {
+    // SAFETY: as the caller says.
     let stored = unsafe { next.read_volatile() };
     let due = if stored > now { stored } else { now };
-    if due - now > SECOND - interval {
+    if due - now > ahead {
         return true;
     }
     if counts {
-        // SAFETY: as above.
+        // SAFETY: as the caller says.
         unsafe { next.write_volatile(due + interval) };
     }
     false
@@ -117,7 +127,7 @@ fn is_limited(listener_id: u32, rate: u64, client: &AddressBytes, counts: bool) 
 
 /// What a client is known by: its address, or the network of its link (RFC 4291, 2.5.4), of which it has as many addresses of IPv6 as it likes.
 #[inline(always)]
-fn host(client: &AddressBytes) -> AddressBytes {
+pub(crate) fn host(client: &AddressBytes) -> AddressBytes {
     let [a, b, c, d, e, f, g, h, ..] = *client;
     // One of IPv4 begins with zeros.
     if u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == 0 {

@@ -6,27 +6,24 @@
 
 #![expect(clippy::needless_borrows_for_generic_args, reason = "copies would stand on the stack")]
 
-use core::mem::zeroed;
 use core::ptr::null_mut;
 
-use aya_ebpf::bindings::{
-    BPF_ANY, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_NOEXIST,
-    bpf_fib_lookup,
-};
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::programs::TcContext;
-use forwarder_common::direct::{DIRECT_NUMBER, DirectSlot, DirectTarget, MOST_ASKED, direct_flow};
+use forwarder_common::direct::{
+    DIRECT_NUMBER, DirectCounts, DirectSlot, DirectTarget, MOST_ASKED, direct_flow,
+};
 use forwarder_common::flow::{
     DIRECTION_REQUEST, DIRECTION_RESPONSE, FLOW_OPENING, Flow, NextHop, SENDER_CHALLENGE, SENDER_SYN,
     STATE_OFFLOADED, STATE_OVER, STATE_RESET,
 };
-use forwarder_common::layout::STATE_READY;
-use forwarder_common::packet::{IpVersion, PROTOCOL_TCP, Segment};
-use forwarder_common::tuple::FourTuple;
+use forwarder_common::layout::{ListenerValue, STATE_READY};
+use forwarder_common::packet::{IpVersion, Segment};
+use forwarder_common::tuple::{AddressBytes, FourTuple};
 use forwarder_common::verdict::Verdict;
 
-use crate::admission;
-use crate::arrival::is_expected;
+use crate::arrival::{self, is_expected};
 use crate::flow::Found;
 use crate::frame::seen;
 use crate::maps::{
@@ -38,7 +35,7 @@ use crate::rewrite::readdress;
 use crate::route::{self, AF_INET, AF_INET6};
 use crate::sk_lookup::is_connected;
 use crate::skb::SocketBuffer;
-use crate::{clients, fragment, icmp, reset};
+use crate::{admission, clients, flood, fragment, icmp, reset};
 
 mod choice;
 mod handshake;
@@ -148,7 +145,8 @@ pub(crate) fn open(context: &TcContext, segment: &Segment) -> u32 {
         if former.is_null() {
             return 1;
         }
-    } else if is_connected(context, segment.version, &segment.tuple) || are_too_many_half_open() {
+    } else if is_connected(context, segment.version, &segment.tuple) || has_no_room_for(&segment.tuple.source)
+    {
         // So does one that has answered the client before, whose SYN has come again.
         return 1;
     }
@@ -175,7 +173,7 @@ pub(crate) fn open(context: &TcContext, segment: &Segment) -> u32 {
         if claim(context, target, number, slot, former) {
             count_half_open(1);
             if former.is_null() {
-                admission::count_attempt(context, segment, listener.listener_id);
+                admission::count_attempt(listener.listener_id, context.len().wrapping_sub(segment.ip_offset));
             }
             return 0;
         }
@@ -216,12 +214,32 @@ fn is_link_local(segment: &Segment) -> bool {
     segment.version == IpVersion::V6 && u32::from_be(first) >> 22 == 0xfe80_0000 >> 22
 }
 
+/// Whether a direct connection may be made of a SYN to a listener, as far as can be told before it is looked at.
+#[inline(always)]
+pub(crate) fn may_take(listener: &ListenerValue, segment: &Segment) -> bool {
+    let (_, count) = choice::targets_of(listener, segment.version);
+    count > 0 && !has_no_room_for(&segment.tuple.source)
+}
+
 /// Whether no more connections may be waiting for the end of their handshake: those who have none would take the place of others.
 #[inline(always)]
 fn are_too_many_half_open() -> bool {
     let Some(counts) = DIRECT_COUNTS.get_ptr(0) else { return true };
     // SAFETY: the element of an array lives as long as the map; others write the words at the same time.
     unsafe { (*counts).half_open >= (*counts).most_half_open }
+}
+
+/// The same for a client's SYN. A flood of SYNs in the name of others leaves as much room again to clients that have the address that they say.
+#[inline(always)]
+fn has_no_room_for(client: &AddressBytes) -> bool {
+    let Some(counts) = DIRECT_COUNTS.get_ptr(0) else { return true };
+    // SAFETY: as above.
+    let DirectCounts { half_open, most_half_open } = unsafe { *counts };
+    if half_open < most_half_open {
+        return false;
+    }
+    flood::note();
+    half_open >= most_half_open * 2 || !flood::is_proven(client)
 }
 
 /// Counts a connection that is half open, or with `-1` one that is so no more.
@@ -289,32 +307,9 @@ fn aim(target: &DirectTarget, number: u32, slot: &mut DirectSlot) -> u32 {
 #[inline(never)]
 fn route_back(context: &TcContext, segment: &Segment, slot: &mut DirectSlot) -> bool {
     let [_, response] = &mut slot.flows;
-    // SAFETY: a plain old structure, for which zeros are valid.
-    let mut question: bpf_fib_lookup = unsafe { zeroed() };
-    let words = segment.tuple.address_words();
-    // SAFETY: the kernel hands the program a valid `__sk_buff`, whose field may be read.
-    question.ifindex = unsafe { (*context.skb.skb).ifindex };
-    question.l4_protocol = PROTOCOL_TCP;
-    question.sport = segment.tuple.destination_port.to_be();
-    question.dport = segment.tuple.source_port.to_be();
-    match segment.version {
-        IpVersion::V4 => {
-            question.family = AF_INET;
-            question.__bindgen_anon_3.ipv4_src = words[7];
-            question.__bindgen_anon_4.ipv4_dst = words[3];
-        }
-        IpVersion::V6 => {
-            question.family = AF_INET6;
-            question.__bindgen_anon_3.ipv6_src = [words[4], words[5], words[6], words[7]];
-            question.__bindgen_anon_4.ipv6_dst = [words[0], words[1], words[2], words[3]];
-        }
-    }
+    let mut question = route::back(segment, arrival::interface(context));
     let found = route::ask(context.skb.skb.cast(), &mut question, 0);
-    // A neighbour that is not known yet, or a large packet: neither keeps the answers from going there.
-    if ![BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_FRAG_NEEDED]
-        .map(i64::from)
-        .contains(&found)
-    {
+    if !route::leads(found) {
         return false;
     }
     let Some(link) = DIRECT_LINKS.get_ptr(question.ifindex) else { return false };

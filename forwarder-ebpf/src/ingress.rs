@@ -11,7 +11,7 @@ use crate::frame::find_segment;
 use crate::maps::INGRESS;
 use crate::outcome::{Outcome, count_verdict};
 use crate::redirect::redirect;
-use crate::{clients, direct, flow, fragment, icmp};
+use crate::{clients, cookie, direct, flood, flow, fragment, icmp};
 
 /// `__sk_buff::pkt_type` of what is addressed to the interface; TCP takes nothing else (`tcp_v4_rcv`).
 const PACKET_HOST: u32 = 0;
@@ -66,10 +66,17 @@ fn decide(context: &TcContext, link: LinkLayer) -> Outcome {
     if let Some(outcome) = redirect(context, frame) {
         return outcome;
     }
-    let is_refused = frame.is_refused;
-    match admit(context, &frame.segment) {
-        Admission::Counted if is_refused => Outcome::pass(Verdict::DirectRefused),
-        Admission::Counted => Outcome::pass(Verdict::Counted),
+    let segment = &frame.segment;
+    match admit(context, segment) {
+        Admission::Counted if segment.is_attempt() => match cookie::answer(context, segment) {
+            Some(outcome) => outcome,
+            None if frame.is_refused => Outcome::pass(Verdict::DirectRefused),
+            None => Outcome::pass(Verdict::Counted),
+        },
+        Admission::Counted => {
+            flood::note_sender(context, segment);
+            Outcome::pass(Verdict::Counted)
+        }
         Admission::Held => Outcome::drop(Verdict::Held),
         Admission::NotOurs(verdict) => Outcome::pass(verdict),
     }

@@ -4,7 +4,7 @@
 //! meanwhile. The kernel sees to that only up to 6.0: since 6.1, what is freed of a hash that is not preallocated is the next
 //! to be allocated on that CPU (`bpf_mem_cache_free`, `unit_alloc`), as it always was of one that is. So the agent sees to it:
 //! it allocates nothing in a map that programs read within a grace period of a removal (ADR 18), and changes what stands there
-//! in place ([`crate::update`]). Programs neither insert nor remove: but in [`FRAGMENTS`], [`CLIENT_RATES`] and [`DIRECT`], which say why.
+//! in place ([`crate::update`]). Programs neither insert nor remove: but in [`FRAGMENTS`], [`CLIENT_RATES`], [`PROVEN_CLIENTS`] and [`DIRECT`], which say why.
 
 use core::mem::offset_of;
 
@@ -71,8 +71,22 @@ pub(crate) static CLIENT_RULES: LpmTrie<ClientNetwork, u32, { CLIENT_RULES_CAPAC
 #[btf_map(name = "client_rates")]
 pub(crate) static CLIENT_RATES: LruHashMap<ClientNetwork, u64, CLIENT_RATES_CAPACITY> = LruHashMap::new();
 
-/// Of how many clients is known when they may come again.
+/// Of how many clients is known when they may come again, and of how many that they have their address.
 pub(crate) const CLIENT_RATES_CAPACITY: usize = 32_768;
+
+/// When the next SYN is due of those that a CPU leaves to sockets, at XDP and at TC ([`Stage`](crate::clients::Stage)): `CLOCK_MONOTONIC` in nanoseconds.
+#[btf_map(name = "syn_budgets")]
+pub(crate) static SYN_BUDGETS: PerCpuArray<u64, 2> = PerCpuArray::new();
+
+/// When there was a sign of a flood of SYNs last: `CLOCK_MONOTONIC` in nanoseconds; 0 if there was none.
+#[btf_map(name = "flood")]
+pub(crate) static FLOOD: Array<u64, 1> = Array::new();
+
+/// The addresses that connections have been opened from during a flood of SYNs, each with 1.
+///
+/// The programs insert here, which is preallocated: see [`FRAGMENTS`]. With more than it holds, those that were seen least recently are forgotten.
+#[btf_map(name = "proven_clients")]
+pub(crate) static PROVEN_CLIENTS: LruHashMap<AddressBytes, u32, CLIENT_RATES_CAPACITY> = LruHashMap::new();
 
 /// The interfaces whose packets are taken whoever is expected behind them.
 #[btf_map(name = "loose_interfaces")]

@@ -27,6 +27,17 @@ impl Outcome {
     pub(crate) fn drop(verdict: Verdict) -> Self {
         Self { action: TC_ACT_SHOT, verdict }
     }
+
+    /// What a function has decided that returns what the program is to return: 0 where it has not, [`TC_ACT_SHOT`] where it could not rewrite the packet, whose
+    /// sender repeats it.
+    #[inline(always)]
+    pub(crate) fn decided(action: u32, verdict: Verdict) -> Option<Self> {
+        match action as i32 {
+            0 => None,
+            TC_ACT_SHOT => Some(Self::drop(Verdict::Unwritable)),
+            action => Some(Self { action, verdict }),
+        }
+    }
 }
 
 /// Sends what has been translated on its way.

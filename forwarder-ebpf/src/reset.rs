@@ -10,6 +10,7 @@ use forwarder_common::flow::{DIRECTION_REQUEST, FLOW_BY_STACK, Flow};
 use forwarder_common::packet::{FLAG_ACK, FLAG_RST, Segment};
 use forwarder_common::verdict::Verdict;
 
+use crate::arrival;
 use crate::clock::coarse_time;
 use crate::compose::{Composed, compose};
 use crate::flow::{self, Found};
@@ -65,8 +66,7 @@ fn note(found: &Found) {
 /// invalid.
 #[inline(always)]
 fn send_back(context: &TcContext, back: &Flow) -> i32 {
-    // SAFETY: the kernel hands the program a valid `__sk_buff`, whose fields may be read.
-    let arrival = unsafe { (*context.skb.skb).ifindex };
+    let arrival = arrival::interface(context);
     if back.interface != arrival {
         return redirect_to_neighbour(back);
     }

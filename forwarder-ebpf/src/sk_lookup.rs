@@ -1,8 +1,11 @@
 //! The node's own sockets, looked up by the addresses of a packet.
 
+use core::ffi::c_void;
 use core::mem::zeroed;
 
-use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, BPF_TCP_LISTEN, bpf_sock, bpf_sock_tuple};
+use aya_ebpf::bindings::{
+    BPF_F_CURRENT_NETNS, BPF_TCP_ESTABLISHED, BPF_TCP_LISTEN, bpf_sock, bpf_sock_tuple,
+};
 use aya_ebpf::helpers::generated::{bpf_sk_release, bpf_skc_lookup_tcp, bpf_tcp_sock};
 use aya_ebpf::programs::TcContext;
 use forwarder_common::packet::{IpVersion, Segment};
@@ -13,7 +16,8 @@ use forwarder_common::tuple::FourTuple;
 pub(crate) fn local_numbers(context: &TcContext, segment: &Segment) -> Option<(u32, u32)> {
     // SAFETY: what is found is released below, on every way.
     unsafe {
-        let socket = find_socket(context, segment.version, &segment.tuple, segment.tuple.source_port);
+        let socket =
+            find_socket(context.skb.skb.cast(), segment.version, &segment.tuple, segment.tuple.source_port);
         if socket.is_null() {
             return None;
         }
@@ -31,7 +35,7 @@ pub(crate) fn is_listened_to(context: &TcContext, segment: &Segment) -> bool {
     // SAFETY: what is found is released below.
     unsafe {
         // Nothing but a listening socket takes what comes from port 0.
-        let socket = find_socket(context, segment.version, &segment.tuple, 0);
+        let socket = find_socket(context.skb.skb.cast(), segment.version, &segment.tuple, 0);
         if socket.is_null() {
             return false;
         }
@@ -43,25 +47,37 @@ pub(crate) fn is_listened_to(context: &TcContext, segment: &Segment) -> bool {
 /// Whether a local socket has a connection of this tuple, as packets to it do, or is about to have one: more than that it listens.
 #[inline(always)]
 pub(crate) fn is_connected(context: &TcContext, version: IpVersion, tuple: &FourTuple) -> bool {
+    state_of(context, version, tuple).is_some_and(|state| state != BPF_TCP_LISTEN)
+}
+
+/// Whether a local socket has a connection of this tuple whose handshake is done.
+#[inline(always)]
+pub(crate) fn is_established(context: &TcContext, segment: &Segment) -> bool {
+    state_of(context, segment.version, &segment.tuple) == Some(BPF_TCP_ESTABLISHED)
+}
+
+/// The state of the local socket that packets of this tuple are for.
+#[inline(always)]
+fn state_of(context: &TcContext, version: IpVersion, tuple: &FourTuple) -> Option<u32> {
     // SAFETY: what is found is released below.
     unsafe {
-        let socket = find_socket(context, version, tuple, tuple.source_port);
+        let socket = find_socket(context.skb.skb.cast(), version, tuple, tuple.source_port);
         if socket.is_null() {
-            return false;
+            return None;
         }
-        let listens = (*socket).state == BPF_TCP_LISTEN;
+        let state = (*socket).state;
         bpf_sk_release(socket.cast());
-        !listens
+        Some(state)
     }
 }
 
-/// The local socket that the packet would be for if it came from `source_port`, or null.
+/// The local socket that the packet would be for if it came from `source_port`, or null. `context` is the program's own, at TC or at XDP.
 ///
 /// # Safety
 /// What is not null must be released.
 #[inline(always)]
-unsafe fn find_socket(
-    context: &TcContext,
+pub(crate) unsafe fn find_socket(
+    context: *mut c_void,
     version: IpVersion,
     to: &FourTuple,
     source_port: u16,
@@ -87,6 +103,6 @@ unsafe fn find_socket(
         }
     };
     let netns = BPF_F_CURRENT_NETNS as u64;
-    // SAFETY: the tuple is initialised and of the size given.
-    unsafe { bpf_skc_lookup_tcp(context.skb.skb.cast(), &raw mut tuple, size as u32, netns, 0) }
+    // SAFETY: the context is the program's own, the tuple initialised and of the size given.
+    unsafe { bpf_skc_lookup_tcp(context, &raw mut tuple, size as u32, netns, 0) }
 }

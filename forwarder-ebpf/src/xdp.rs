@@ -1,5 +1,5 @@
 //! The programs at XDP, where a frame is not yet a packet of the kernel's. All of them drop what the programs at TC would drop, for less
-//! ([`refuse`]). One also sends on what is ordinary of established connections ([`forward`]). All else goes on, and TC decides: so nothing
+//! ([`refuse`]). One also sends on what is ordinary of established connections ([`forward`]), and answers SYNs of a flood ([`cookie`]). All else goes on, and TC decides: so nothing
 //! depends on a program here.
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
@@ -10,6 +10,7 @@ use forwarder_common::packet::{LinkLayer, Segment, parse};
 use crate::clients::{self, Stage};
 use crate::outcome::{Outcome, count_verdict};
 
+mod cookie;
 mod forward;
 mod frame;
 mod neighbour;
@@ -28,7 +29,7 @@ pub fn fwd_xdp_frags(context: XdpContext) -> u32 {
     drop_refused(&context)
 }
 
-/// For kernels that tell which interfaces take frames from others (6.3): sends on as well.
+/// For kernels that tell which interfaces take frames from others (6.3): sends on, and answers, as well.
 #[xdp(frags)]
 pub fn fwd_xdp_forward(context: XdpContext) -> u32 {
     let Some(frame) = forward::find_segment(&context) else { return XDP_PASS };
@@ -36,10 +37,15 @@ pub fn fwd_xdp_forward(context: XdpContext) -> u32 {
     if frame.segment.ip_offset != ETHERNET_HEADER as u32 {
         return XDP_PASS;
     }
-    if frame.segment.is_attempt() {
-        return refuse(&frame.segment);
-    }
-    let Some(Outcome { action, verdict }) = forward::forward(&context, frame) else { return XDP_PASS };
+    let outcome = if frame.segment.is_attempt() {
+        match refuse(&frame.segment) {
+            XDP_PASS => cookie::answer(&context, &frame.segment),
+            action => return action,
+        }
+    } else {
+        forward::forward(&context, frame)
+    };
+    let Some(Outcome { action, verdict }) = outcome else { return XDP_PASS };
     count_verdict(verdict);
     action as u32
 }

@@ -6,29 +6,23 @@ use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use aya::Ebpf;
 use aya::maps::{Map, MapData, Queue};
-use aya::programs::SchedClassifier;
-use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_log::EbpfLogger;
-use forwarder_common::direct::{
-    DIRECT, DIRECT_FREE, DIRECT_SLOTS, DIRECT_STATES, DIRECT_TARGETS, DIRECT_TARGETS_CAPACITY,
-};
+use forwarder_common::direct::DIRECT_FREE;
 use forwarder_common::flow::PAIRS_CAPACITY;
-use forwarder_common::layout::{
-    FLOWS, LOOSE_INTERFACES, PAIRS, PINNED_MAPS, PinnedMap, XDP_INTERFACES, XDP_INTERFACES_CAPACITY,
-    XDP_NEIGHBOURS, XDP_NEIGHBOURS_BITS, XDP_TARGETS, XDP_TARGETS_CAPACITY,
-};
-use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
-use forwarder_common::{
-    ListenerCounters, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP, Verdict,
-};
-use rustix::process::{Resource, Rlimit, setrlimit};
+use forwarder_common::layout::LOOSE_INTERFACES;
+use forwarder_common::{ListenerCounters, Verdict};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+mod loading;
+
+pub(crate) use self::loading::raise_memory_limit;
 pub use crate::load_error::LoadError;
 pub use crate::programs::attach::{AttachKind, AttachProblem, Attachment};
 
+use self::loading::{LOG_OFF, LOG_TRACE, LoadSettings, OBJECT, load};
 use crate::flows::arrival::LooseInterfaces;
 use crate::flows::paths::Paths;
 use crate::flows::{FlowTable, FlowTableError};
@@ -36,25 +30,14 @@ use crate::listener_maps::ListenerMaps;
 use crate::load_error::kernel_release;
 use crate::maps::listeners::{self, Maps};
 use crate::maps::updates::Updates;
-use crate::maps::versions::map_path;
 use crate::maps::{BackendEntry, DatapathError, ListenerId, ListenerState, MapError};
 use crate::net::interfaces::{Interface, arrivals, wanted};
 use crate::net::routes::Routes;
 use crate::programs::attach::{Attachments, Stay};
 use crate::programs::pins::Pins;
-use crate::programs::uninterrupted;
 use crate::programs::xdp::XdpHooks;
 use forwarder_gateway::allowed::AllowedAddresses;
 use forwarder_gateway::model::{BindAddress, ListenerKey, Xdp};
-
-/// The programs, as `cargo xtask build-ebpf` compiled them; empty if it did not.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder.bpf.o"));
-
-/// What the programs ask whether there may be direct connections.
-const DIRECT_ON: &str = "DIRECT_ON";
-/// Where the records of the programs' logs go from; see `aya_log_common::Level`.
-const LOG_OFF: u8 = 0;
-const LOG_TRACE: u8 = aya_log::Level::Trace as u8;
 
 /// How the programs are loaded.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -70,6 +53,8 @@ pub struct BpfOptions {
     pub most_direct: u32,
     /// Whether, and how, programs hang at XDP.
     pub xdp: Xdp,
+    /// How many SYNs to listeners each CPU leaves to sockets in a second; programs answer further ones with SYN cookies. 0 where they leave all.
+    pub syn_cookies_above: u32,
 }
 
 /// What [`probe`] found.
@@ -151,6 +136,7 @@ impl Bpf {
             most_pairs: options.most_pairs.unwrap_or(PAIRS_CAPACITY),
             most_direct: pins.room_for_direct(most_direct),
             sends_at_xdp: options.xdp == Xdp::Native,
+            syn_cookies_above: options.syn_cookies_above,
         };
         let mut settings_in_force = settings(if has_flows { options.most_direct } else { 0 });
         let (mut ebpf, direct_error) = match load(&settings_in_force) {
@@ -405,96 +391,6 @@ fn queue(map: &MapData) -> Result<Queue<MapData, u32>, DatapathError> {
         entry: None,
         source: Box::new(source),
     })
-}
-
-/// How the object is loaded.
-struct LoadSettings<'a> {
-    log_level: u8,
-    /// Where maps are pinned, and taken from if they are there.
-    pin_dir: Option<&'a Path>,
-    /// Whether there are programs at egress too.
-    has_flows: bool,
-    most_pairs: u32,
-    most_direct: u32,
-    /// Whether a program at XDP may send packets on.
-    sends_at_xdp: bool,
-}
-
-impl LoadSettings<'_> {
-    /// To see what the kernel takes: nothing is pinned.
-    const PROBE: Self = Self {
-        log_level: LOG_OFF,
-        pin_dir: None,
-        has_flows: false,
-        most_pairs: PAIRS_CAPACITY,
-        most_direct: 0,
-        sends_at_xdp: false,
-    };
-}
-
-/// Before 5.11 maps count as locked memory. Where raising the limit fails, so may creating the maps, with a reason.
-pub(super) fn raise_memory_limit() {
-    let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
-}
-
-/// Creates the maps and loads the programs.
-fn load(settings: &LoadSettings<'_>) -> Result<Ebpf, LoadError> {
-    // The whole log costs seconds, and may be longer than the kernel takes: only where it is needed. aya asks for it after any failure, also after an
-    // interruption.
-    match load_telling(settings, VerifierLogLevel::STATS) {
-        Err(LoadError::Verifier { .. }) => load_telling(settings, VerifierLogLevel::default()),
-        loaded => loaded,
-    }
-}
-
-/// The same, with so much in the verifier's log if it refuses a program.
-fn load_telling(settings: &LoadSettings<'_>, log: VerifierLogLevel) -> Result<Ebpf, LoadError> {
-    if OBJECT.is_empty() {
-        return Err(LoadError::NoPrograms);
-    }
-    raise_memory_limit();
-    let (is_direct_on, most_direct) = (u8::from(settings.most_direct > 0), settings.most_direct.max(1));
-    let at_xdp = |capacity| if settings.sends_at_xdp { capacity } else { 1 };
-    let mut loader = EbpfLoader::new();
-    loader
-        .verifier_log_level(log)
-        .override_global(aya_log::LEVEL, &settings.log_level, true)
-        .override_global(DIRECT_ON, &is_direct_on, true)
-        .map_max_entries(DIRECT, most_direct.saturating_mul(2))
-        .map_max_entries(DIRECT_SLOTS, most_direct)
-        .map_max_entries(DIRECT_STATES, most_direct)
-        .map_max_entries(DIRECT_FREE, most_direct)
-        .map_max_entries(DIRECT_TARGETS, if settings.most_direct == 0 { 1 } else { DIRECT_TARGETS_CAPACITY })
-        .map_max_entries(XDP_INTERFACES, at_xdp(XDP_INTERFACES_CAPACITY))
-        .map_max_entries(XDP_TARGETS, at_xdp(XDP_TARGETS_CAPACITY))
-        .map_max_entries(XDP_NEIGHBOURS, at_xdp(1 << XDP_NEIGHBOURS_BITS))
-        .map_max_entries(PAIRS, settings.most_pairs)
-        .map_max_entries(FLOWS, settings.most_pairs.saturating_mul(2));
-    if let Some(pin_dir) = settings.pin_dir {
-        for PinnedMap { name, .. } in PINNED_MAPS {
-            loader.map_pin_path(name, map_path(pin_dir, name));
-        }
-    }
-    let mut ebpf =
-        loader.load(OBJECT).map_err(|error| LoadError::new("create the BPF maps".to_owned(), "", error))?;
-    let egress = [PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP];
-    let egress = egress.into_iter().filter(|_| settings.has_flows);
-    for name in
-        [PROGRAM_ETHERNET, PROGRAM_IP, PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER].into_iter().chain(egress)
-    {
-        load_program(&mut ebpf, name)?;
-    }
-    Ok(ebpf)
-}
-
-/// Has the kernel verify a program.
-fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), LoadError> {
-    let program = ebpf
-        .program_mut(name)
-        .ok_or_else(|| LoadError::Object { reason: format!("they have no program {name}") })?;
-    <&mut SchedClassifier>::try_from(program)
-        .and_then(|program| uninterrupted(|| program.load()))
-        .map_err(|error| LoadError::new(format!("load program {name}"), name, EbpfError::from(error)))
 }
 
 #[cfg(test)]

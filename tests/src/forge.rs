@@ -40,19 +40,31 @@ pub struct Forged {
 pub fn send(
     netns: &NetNs,
     [from, to]: [SocketAddr; 2],
-    segments: impl IntoIterator<Item = Forged> + Send,
+    segments: impl IntoIterator<Item = Forged>,
 ) -> io::Result<usize> {
-    netns.run(|| {
+    send_from_each(netns, to, segments.into_iter().map(|segment| (from, segment)))
+}
+
+/// The same of segments that each say where they come from.
+///
+/// # Errors
+/// As [`send`].
+pub fn send_from_each(
+    netns: &NetNs,
+    to: SocketAddr,
+    segments: impl IntoIterator<Item = (SocketAddr, Forged)>,
+) -> io::Result<usize> {
+    let socket = netns.run(|| {
         let domain = if to.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
-        let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(RAW)))?;
-        let destination = SockAddr::from(SocketAddr::new(to.ip(), 0));
-        let mut count = 0;
-        for segment in segments {
-            socket.send_to(&packet([from, to], segment), &destination)?;
-            count += 1;
-        }
-        Ok(count)
-    })
+        Socket::new(domain, Type::RAW, Some(Protocol::from(RAW)))
+    })?;
+    let destination = SockAddr::from(SocketAddr::new(to.ip(), 0));
+    let mut count = 0;
+    for (from, segment) in segments {
+        socket.send_to(&packet([from, to], segment), &destination)?;
+        count += 1;
+    }
+    Ok(count)
 }
 
 /// The packet, from the IP header on.

@@ -80,6 +80,17 @@ pub fn since_acknowledgement(socket: impl AsFd) -> io::Result<Duration> {
     info_word::<56>(socket).map(|milliseconds| Duration::from_millis(milliseconds.into()))
 }
 
+/// Whether both ends of a connected socket have agreed on timestamps.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn has_timestamps(socket: impl AsFd) -> io::Result<bool> {
+    /// `tcpi_options` behind `tcpi_backoff`, and its bit `TCPI_OPT_TIMESTAMPS` (`linux/tcp.h`).
+    const TIMESTAMPS: u8 = 1;
+    let [_, options, ..] = info_word::<4>(socket)?.to_ne_bytes();
+    Ok(options & TIMESTAMPS != 0)
+}
+
 /// A word of `struct tcp_info`.
 fn info_word<const OFFSET: usize>(socket: impl AsFd) -> io::Result<u32> {
     let mut info = [0_u8; 144];

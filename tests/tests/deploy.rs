@@ -246,7 +246,7 @@ fn the_agent_knows_every_variable_that_it_is_given() {
     let value = |name: &str| match name {
         "datapath" | "egress" | "sourcePorts" => "auto",
         "onRemoval" => "keep",
-        "maxPairs" | "maxDirect" | "clientRate" | "workers" => "1",
+        "maxPairs" | "maxDirect" | "synCookiesAbove" | "clientRate" | "workers" => "1",
         "sockmapMemory" => "1MiB",
         "listenerPorts" => "{!1-1023,80-88}",
         "endpointCidrs" | "clientCidrs" => "{!10.0.0.0/8,10.1.0.0/16}",

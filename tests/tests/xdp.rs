@@ -1,17 +1,19 @@
 //! Packets of connections that are sent on at XDP.
 
+use std::net::SocketAddr;
 use std::process::Command;
 use std::time::Duration;
 
 use forwarder_tests::client::{self, End};
 use forwarder_tests::direct::is_direct;
-use forwarder_tests::fixture::Forwarding;
+use forwarder_tests::fixture::{ENDPOINT_PORT, Forwarding, LISTENER_PORT};
 use forwarder_tests::kernel::is_ready;
 use forwarder_tests::netns::{FAR, near};
+use forwarder_tests::peer::{self, Server};
 use forwarder_tests::release;
 use forwarder_tests::shape::stage::Family;
 use forwarder_tests::traffic::Traffic;
-use forwarder_tests::{Agent, AgentCommand, Topology, peer, skip, wait_until};
+use forwarder_tests::{Agent, AgentCommand, Manifests, Topology, skip, wait_until};
 
 const WAIT: Duration = Duration::from_secs(20);
 const LONG: Duration = Duration::from_mins(1);
@@ -134,6 +136,36 @@ fn an_interface_that_takes_nothing_from_xdp_is_served_by_tc() {
     backend.set_features(FAR, &["gro", "off"]).expect("a feature");
     // What is on its way until the agent knows is lost, and sent again.
     wait_verdict(agent, "xdp_no_target", ping);
+}
+
+/// Between hosts of one network. Nothing is sent again, so nothing has lain anywhere.
+#[test]
+fn packets_leave_by_the_interface_that_they_have_come_by() {
+    const PINGS: usize = 50;
+    if !is_ready() || !is_known() {
+        return;
+    }
+    let topology = network();
+    let endpoint = SocketAddr::from(([10, 0, 1, 2], ENDPOINT_PORT));
+    let _server = Server::start(&topology.client, endpoint, peer::echo).expect("a server");
+    let manifests = Manifests::forward(LISTENER_PORT, &[endpoint]).expect("manifests");
+    for datapath in ["tc", "direct"] {
+        let command =
+            AgentCommand::new(&["--xdp", "native", "--offload-after", "0B", "--datapath", datapath]);
+        let agent = command.start(&topology.node, &manifests.path()).expect("an agent");
+        wait_until("packets are sent on at XDP", WAIT, || {
+            agent.at_xdp("native") >= 3 && (datapath != "direct" || is_direct(&agent))
+        });
+        let stream =
+            client::connect(&topology.client, topology.node_address(LISTENER_PORT)).expect("a connection");
+        wait_verdict(&agent, "xdp_redirected", || client::ping(&stream, &[7; 100]).expect("an echo"));
+        let repeated = || topology.client.counter("RetransSegs").expect("a counter");
+        let before = repeated();
+        for _ in 0..PINGS {
+            client::ping(&stream, &[7; 100]).expect("an echo");
+        }
+        assert!(repeated() - before < 5, "{datapath}: {} of {PINGS}", repeated() - before);
+    }
 }
 
 /// The kernel finds it out as for what its stack sends, because it sees that the neighbour is in use.

@@ -45,6 +45,7 @@ impl Kernel {
             most_pairs: (is_wanted && tc_error.is_none()).then_some(settings.max_pairs),
             most_direct: settings.max_direct,
             xdp: settings.xdp,
+            syn_cookies_above: settings.syn_cookies_above,
             pin_dir: settings.pin_dir.clone(),
             trace: tracing::enabled!(target: "forwarder_kernel::programs", tracing::Level::TRACE),
         };

@@ -14,6 +14,13 @@ pub const SOCKMAP_MEMORY: u64 = 256 << 20;
 /// How many connections may be direct, where the agent's own setting is that they are, unless it says otherwise.
 pub const DIRECT_CAPACITY: u32 = 65_536;
 
+/// How many SYNs each CPU leaves to sockets in a second by default. Not even half as many connections can be accepted on one, and what these SYNs cost is a small
+/// part of it.
+pub const SYN_COOKIES_ABOVE: u32 = 10_000;
+
+/// The largest such number: of more, each would come as one.
+pub const MOST_SYNS: u32 = 1_000_000;
+
 /// How long a port that another process had must have been free, by default, before it is taken: daemons are back sooner.
 pub const PORT_WAIT: Duration = Duration::from_secs(10);
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use forwarder_gateway::allowed::AllowedAddresses;
 use forwarder_gateway::model::{ListenerSettings, MOST_CLIENT_RATE};
 
-use super::{Options, SettingsError, check_clients, check_networks, off_if_zero, or_default};
+use super::{Options, SettingsError, check_clients, check_networks, off_if_zero, or_default, within};
 
 impl Options {
     /// The settings of listeners where their Gateway says nothing else.
@@ -27,13 +27,7 @@ impl Options {
         check_networks("client-cidrs", &client_cidrs)?;
         check_clients(&client_cidrs)?;
         let client_rate = self.client_rate.unwrap_or_default();
-        if client_rate > MOST_CLIENT_RATE {
-            return Err(SettingsError::Value {
-                setting: "client-rate",
-                value: client_rate.to_string(),
-                remedy: "set 0 to 1000000",
-            });
-        }
+        let client_rate = within("client-rate", client_rate, 0..=MOST_CLIENT_RATE, "set 0 to 1000000")?;
         Ok(ListenerSettings {
             datapath: self.datapath.unwrap_or(defaults.datapath),
             client_cidrs: Arc::new(client_cidrs),

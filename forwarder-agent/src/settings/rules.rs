@@ -1,5 +1,8 @@
 //! The rules on listeners' ports, and on the addresses of endpoints and clients, as far as they are checked before any manifest is read.
 
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+
 use super::SettingsError;
 use forwarder_gateway::allowed::{AllowedAddresses, AllowedPorts};
 
@@ -45,4 +48,20 @@ pub(crate) fn check_clients(clients: &AllowedAddresses) -> Result<(), SettingsEr
         value: format!("`{network}`"),
         remedy: "it is a network of IPv4 that is mapped into IPv6; write it as one of IPv4",
     })
+}
+
+/// A number, if it is within a range.
+///
+/// # Errors
+/// It is not: with what to do.
+pub(crate) fn within<T: Display + PartialOrd>(
+    setting: &'static str,
+    value: T,
+    range: RangeInclusive<T>,
+    remedy: &'static str,
+) -> Result<T, SettingsError> {
+    if range.contains(&value) {
+        return Ok(value);
+    }
+    Err(SettingsError::Value { setting, value: value.to_string(), remedy })
 }

@@ -134,6 +134,7 @@ fn values_out_of_range_are_refused() {
     let base = || Options { manifests: Some("m".into()), ..Options::default() };
     for options in [
         Options { workers: Some(0), ..base() },
+        Options { syn_cookies_above: Some(1_000_001), ..base() },
         Options { connect_timeout: Some(DurationText(Duration::ZERO)), ..base() },
         Options { controller_name: Some("forwarder".into()), ..base() },
         Options::default(),

@@ -92,15 +92,10 @@ pub(super) fn replace(client: &mut FourTuple, request: u32, former: &mut DirectS
 /// Sends the client's SYN to another endpoint, if the segment is the refusal of one: the segment becomes it. `None` where the refusal is the client's to hear.
 #[inline(always)]
 pub(crate) fn ask_another(context: &TcContext, segment: &Segment) -> Option<Outcome> {
-    match ask(context, segment) {
-        0 => None,
-        // The client repeats what is lost.
-        action if action == TC_ACT_SHOT as u32 => Some(Outcome::drop(Verdict::Unwritable)),
-        action => Some(Outcome { action: action as i32, verdict: Verdict::DirectRetried }),
-    }
+    Outcome::decided(ask(context, segment), Verdict::DirectRetried)
 }
 
-/// The same. Returns what the program is to return; 0 where that is not decided.
+/// The same, for [`Outcome::decided`].
 #[inline(never)]
 fn ask(context: &TcContext, segment: &Segment) -> u32 {
     let Some((flow, former)) = find_direct(&segment.tuple) else { return 0 };

@@ -3,7 +3,7 @@
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX};
 use aya_ebpf::programs::XdpContext;
-use forwarder_common::flow::{DIRECTION_REQUEST, FLOW_BY_STACK, FLOW_OPENING, Flow, STATE_OFFLOADED};
+use forwarder_common::flow::{DIRECTION_REQUEST, FLOW_BY_STACK, FLOW_OPENING, STATE_OFFLOADED};
 use forwarder_common::layout::{XDP_ADDRESS, XDP_TAKES};
 use forwarder_common::packet::{
     FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, IpVersion, LinkLayer, Segment, USUAL_WORDS_V4, USUAL_WORDS_V6,
@@ -94,7 +94,9 @@ pub(super) fn forward(context: &XdpContext, frame: &mut Frame) -> Option<Outcome
     let Some(addresses) = neighbour::addresses(context, flow, &frame.seen) else {
         return Some(leave(Verdict::XdpNeighbour));
     };
-    let Some(action) = target(context, flow, own) else { return Some(leave(Verdict::XdpNoTarget)) };
+    let Some(action) = send_by(context, flow.interface, own) else {
+        return Some(leave(Verdict::XdpNoTarget));
+    };
     let rewritten = match (has_direct() && found.is_direct(), is_usual(frame, flow)) {
         (true, true) => readdress_usual(UsualFrame(context), frame, flow),
         (true, false) => readdress_any(packet, frame, flow),
@@ -104,7 +106,7 @@ pub(super) fn forward(context: &XdpContext, frame: &mut Frame) -> Option<Outcome
     Some(match rewritten.and_then(|()| UsualFrame(context).store(0, &addresses)) {
         Ok(()) => {
             forward.note(reverse, flow, &frame.seen, true);
-            Outcome { action, verdict: Verdict::XdpRedirected }
+            Outcome { action: action as i32, verdict: Verdict::XdpRedirected }
         }
         Err(verdict) => Outcome { action: XDP_DROP as i32, verdict },
     })
@@ -118,14 +120,14 @@ fn leave(verdict: Verdict) -> Outcome {
 
 /// The index of the interface that the frame has come by.
 #[inline(always)]
-fn interface(context: &XdpContext) -> u32 {
+pub(super) fn interface(context: &XdpContext) -> u32 {
     // SAFETY: the kernel hands the program a valid `xdp_md`, whose field may be read.
     unsafe { (*context.ctx).ingress_ifindex }
 }
 
 /// What [`XDP_INTERFACES`] has of the interface that the frame has come by.
 #[inline(always)]
-fn own_address(context: &XdpContext) -> u64 {
+pub(super) fn own_address(context: &XdpContext) -> u64 {
     let Some(own) = XDP_INTERFACES.get_ptr(interface(context)) else { return 0 };
     // SAFETY: one word of the element of an array, which the agent may write meanwhile.
     unsafe { own.read_volatile() }
@@ -133,7 +135,7 @@ fn own_address(context: &XdpContext) -> u64 {
 
 /// Whether a frame has the Ethernet address of an interface that packets are sent on from.
 #[inline(always)]
-fn is_for(packet: XdpFrame<'_>, own: u64) -> bool {
+pub(super) fn is_for(packet: XdpFrame<'_>, own: u64) -> bool {
     let Some([a, b, c, d, e, f]) = packet.first() else { return false };
     own != 0 && own & XDP_ADDRESS == u64::from_ne_bytes([*a, *b, *c, *d, *e, *f, 0, 0])
 }
@@ -157,12 +159,12 @@ fn is_unfinished(context: &XdpContext, frame: &Frame) -> bool {
     is_pseudo_header_sum(checksum, segment.tuple.address_words(), length)
 }
 
-/// What the program returns to have the packet leave by the flow's interface; `None` if that does not take it from here.
+/// What the program returns to have the packet leave by an interface; `None` if that does not take it from here.
 #[inline(always)]
-fn target(context: &XdpContext, flow: &Flow, own: u64) -> Option<i32> {
-    if flow.interface == interface(context) {
-        return (own & XDP_TAKES != 0).then_some(XDP_TX as i32);
+pub(super) fn send_by(context: &XdpContext, to: u32, own: u64) -> Option<u32> {
+    if own & XDP_TAKES != 0 && to == interface(context) {
+        return Some(XDP_TX);
     }
     // Where the packet goes is written down; it goes there if that is what the program returns.
-    XDP_TARGETS.redirect(flow.interface, u64::from(XDP_PASS)).ok().map(|_| XDP_REDIRECT as i32)
+    XDP_TARGETS.redirect(to, u64::from(XDP_PASS)).ok().map(|_| XDP_REDIRECT)
 }

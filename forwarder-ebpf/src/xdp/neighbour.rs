@@ -71,7 +71,6 @@ fn ask(context: &XdpContext, key: &NeighbourKey, now: u64, place: &mut XdpNeighb
     {
         return 0;
     }
-    let bpf_fib_lookup { dmac: [a, b, c, d, e, f], smac: [g, h, i, j, k, l], .. } = question;
-    place.addresses = [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes);
+    place.addresses = route::ethernet(&question);
     0
 }

@@ -12,21 +12,25 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
+use aya::programs::SchedClassifier;
 use aya::{TestRun, TestRunOptions};
 use forwarder_common::flow::{Flow, Pair};
 use forwarder_common::layout::{self};
-use forwarder_common::layout::{FLOWS, PAIRS};
+use forwarder_common::layout::{FLOWS, PAIRS, PINNED_MAPS};
 use forwarder_common::tuple::FourTuple;
 use forwarder_common::tuple::address_of;
 use forwarder_common::update::{PROGRAM_SET_FLOW, PROGRAM_SET_LISTENER};
-use forwarder_common::{BackendKey, PROGRAM_EGRESS_ETHERNET};
+use forwarder_common::{
+    BackendKey, PROGRAM_EGRESS_ETHERNET, PROGRAM_EGRESS_IP, PROGRAM_ETHERNET, PROGRAM_IP,
+};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::loading::load_program;
 use super::*;
 use crate::flows;
 use crate::maps::versions::{folders, map_path, programs_folder};
-use crate::net::interfaces::{InterfaceKind, watch};
+use crate::net::interfaces::{InterfaceKind, XdpFrames, watch};
 use crate::programs::attach::{AttachKind, Stay};
 
 #[path = "cleanup_tests.rs"]
@@ -96,6 +100,7 @@ impl Bpffs {
             most_pairs: None,
             most_direct: 0,
             xdp: Xdp::Off,
+            syn_cookies_above: 0,
         }
     }
 }
@@ -190,7 +195,7 @@ fn interface(addresses: &[IpAddr]) -> Interface {
         is_up: true,
         is_inner: false,
         hardware_address: None,
-        is_ambiguous: false,
+        xdp_frames: XdpFrames::Own,
     }
 }
 
@@ -608,6 +613,7 @@ fn another_file_system_is_refused() {
         most_pairs: None,
         most_direct: 0,
         xdp: Xdp::Off,
+        syn_cookies_above: 0,
     };
     match Bpf::load(&options) {
         Err(error @ LoadError::NotBpffs { .. }) => {

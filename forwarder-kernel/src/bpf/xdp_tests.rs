@@ -20,6 +20,7 @@ use super::*;
 pub(super) const XDP_DROP: u32 = 1;
 pub(super) const XDP_PASS: u32 = 2;
 const XDP_TX: u32 = 3;
+const XDP_REDIRECT: u32 = 4;
 
 /// The Ethernet address of the interface, and of the neighbour.
 const OWN: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -298,7 +299,7 @@ fn the_program_is_told_of_changes_of_interfaces() {
     let frame = addressed(Frame::new(tuple).encode());
     let own = || Interface { index: LOOPBACK, hardware_address: Some(OWN), ..interface(&[]) };
     for (what, other, takes, verdict) in [
-        ("with VLANs", Interface { is_ambiguous: true, ..own() }, true, Verdict::XdpLeft),
+        ("with VLANs", Interface { xdp_frames: XdpFrames::Ambiguous, ..own() }, true, Verdict::XdpLeft),
         ("another address", Interface { hardware_address: Some(NEIGHBOUR), ..own() }, true, Verdict::XdpLeft),
         ("without address", Interface { hardware_address: None, ..own() }, true, Verdict::XdpLeft),
         ("another one", Interface { index: OTHER, ..own() }, true, Verdict::XdpLeft),
@@ -312,6 +313,19 @@ fn the_program_is_told_of_changes_of_interfaces() {
         bpf.xdp.pretend(&own(), true);
         assert_eq!(run_at_xdp(&bpf, PROGRAM_XDP_FORWARD, &frame).0, XDP_TX, "{what}, and back");
     }
+}
+
+/// What is sent back by a veth would lie there.
+#[test]
+fn what_leaves_by_the_veth_that_it_has_come_by_is_redirected() {
+    let (tuple, flow) = flow_v4();
+    let frame = Frame::new(tuple);
+    let Some(bpffs) = bpffs() else { return };
+    let Some(mut bpf) = sending(&bpffs, (tuple, flow), &frame) else { return };
+    let own = Interface { index: LOOPBACK, hardware_address: Some(OWN), ..interface(&[]) };
+    bpf.xdp.pretend(&Interface { xdp_frames: XdpFrames::OfVeth, ..own }, true);
+    let frame = addressed(frame.encode());
+    assert_eq!(run_at_xdp(&bpf, PROGRAM_XDP_FORWARD, &frame).0, XDP_REDIRECT);
 }
 
 /// What is known of a direct connection, in slot 0.

@@ -369,7 +369,7 @@ mod tests {
             is_up: true,
             is_inner: false,
             hardware_address: None,
-            is_ambiguous: false,
+            xdp_frames: crate::net::interfaces::XdpFrames::Own,
         };
         let paths = Paths::default();
         assert_eq!((paths.mtu(3), paths.take_changed_mtus()), (None, false));

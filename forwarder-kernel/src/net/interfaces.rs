@@ -74,9 +74,21 @@ pub struct Interface {
     pub is_inner: bool,
     /// Its Ethernet address, if it has one.
     pub hardware_address: Option<[u8; 6]>,
-    /// Whether a program at XDP cannot tell its packets from others': there are VLAN interfaces above it, and a device may have taken their tags away, or it is a
-    /// bond, on whose members programs run.
-    pub is_ambiguous: bool,
+    /// What a program at XDP may make of its frames.
+    pub xdp_frames: XdpFrames,
+}
+
+/// What a program at XDP may make of an interface's frames.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum XdpFrames {
+    /// They are its own, and may be sent back by it.
+    Own,
+    /// The same of an end of a veth, but what is sent back (`XDP_TX`) lies there until something else comes, unless the other end has a program as well
+    /// (`veth_xdp_flush`). What is redirected does not.
+    OfVeth,
+    /// The program cannot tell them from others': there are VLAN interfaces above, and a device may have taken their tags away, or it is a bond, on whose members
+    /// programs run.
+    Ambiguous,
 }
 
 /// The MTU of the interfaces that packets of hosts use, where these differ: the smallest one. A connection between two of
@@ -266,8 +278,8 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
                 LinkAttribute::Controller(master) => !routers.contains(master),
                 _ => false,
             });
-            let is_inner = is_port
-                || addresses.iter().all(is_link_local) && is_kind(link, |kind| *kind == InfoKind::Veth);
+            let is_veth = is_kind(link, |kind| *kind == InfoKind::Veth);
+            let is_inner = is_port || addresses.iter().all(is_link_local) && is_veth;
             let mtu = link.attributes.iter().find_map(|attribute| match attribute {
                 LinkAttribute::Mtu(mtu) => Some(*mtu),
                 _ => None,
@@ -280,7 +292,13 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
                 LinkAttribute::Address(address) => address.as_slice().try_into().ok(),
                 _ => None,
             });
-            let is_ambiguous = trunks.contains(&index) || is_kind(link, |kind| *kind == InfoKind::Bond);
+            let xdp_frames = if trunks.contains(&index) || is_kind(link, |kind| *kind == InfoKind::Bond) {
+                XdpFrames::Ambiguous
+            } else if is_veth {
+                XdpFrames::OfVeth
+            } else {
+                XdpFrames::Own
+            };
             let kind = kind(link);
             Some(Interface {
                 index,
@@ -291,7 +309,7 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Interfac
                 is_up,
                 is_inner,
                 hardware_address,
-                is_ambiguous,
+                xdp_frames,
             })
         })
         .collect();
@@ -380,7 +398,7 @@ mod tests {
             is_up: true,
             is_inner: false,
             hardware_address: None,
-            is_ambiguous: false,
+            xdp_frames: XdpFrames::Own,
         }
     }
 
@@ -503,8 +521,11 @@ mod tests {
             link(5, "veth0", &[LinkAttribute::Link(3), of_kind(InfoKind::Veth)]),
             link(6, "bond0", &[of_kind(InfoKind::Bond)]),
         ];
-        let ambiguous: Vec<_> =
-            assemble(&links, &[]).into_iter().filter(|one| one.is_ambiguous).map(|one| one.name).collect();
+        let ambiguous: Vec<_> = assemble(&links, &[])
+            .into_iter()
+            .filter(|one| one.xdp_frames == XdpFrames::Ambiguous)
+            .map(|one| one.name)
+            .collect();
         assert_eq!(ambiguous, ["eth0", "bond0"]);
         assert_eq!(assemble(&links, &[])[0].hardware_address, Some([2, 0, 0, 0, 0, 2]));
     }

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use crate::load_error::{LoadError, errno_of, with_causes};
 use crate::maps::listeners::typed;
-use crate::net::interfaces::{Interface, InterfaceKind};
+use crate::net::interfaces::{Interface, InterfaceKind, XdpFrames};
 use crate::net::netdev::Netdev;
 
 /// What the program at XDP is told, and what stands in its maps.
@@ -106,12 +106,16 @@ impl Forwarding {
             }
         });
         self.known_targets.extend(targets.keys());
-        let sources = interfaces.iter().filter(|interface| hangs(interface.index) && !interface.is_ambiguous);
+        let sources = interfaces
+            .iter()
+            .filter(|interface| hangs(interface.index) && interface.xdp_frames != XdpFrames::Ambiguous);
         let wanted: BTreeMap<u32, (u64, &str)> = sources
             .filter_map(|interface| {
                 let mut bytes = [0; 8];
                 bytes.iter_mut().zip(interface.hardware_address?).for_each(|(to, byte)| *to = byte);
-                let takes = if targets.contains_key(&interface.index) { XDP_TAKES } else { 0 };
+                let takes_back =
+                    targets.contains_key(&interface.index) && interface.xdp_frames == XdpFrames::Own;
+                let takes = if takes_back { XDP_TAKES } else { 0 };
                 Some((interface.index, (u64::from_ne_bytes(bytes) | takes, interface.name.as_str())))
             })
             .collect();
