@@ -9,7 +9,7 @@ use core::ptr::null_mut;
 use aya_ebpf::bindings::{BPF_TCP_LISTEN, TC_ACT_SHOT};
 use aya_ebpf::helpers::generated::{bpf_redirect_neigh, bpf_sk_release, bpf_tcp_gen_syncookie};
 use aya_ebpf::programs::TcContext;
-use forwarder_common::packet::{FLAG_ACK, FLAG_SYN, IpVersion, Segment};
+use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, IpVersion, Segment};
 use forwarder_common::verdict::Verdict;
 
 use crate::clients::Stage;
@@ -50,11 +50,14 @@ impl Cookie {
     }
 }
 
-/// Whether a SYN is such that it may be answered: whole, without data, and in a frame.
+/// Whether a SYN is such that it may be answered: whole, without data, in a frame, and nothing that a listening socket would not look at (`tcp_rcv_state_process`).
 #[inline(always)]
 pub(crate) fn is_plain(segment: &Segment) -> bool {
     let headers = segment.tcp_offset.wrapping_sub(segment.ip_offset).wrapping_add(segment.header_length);
-    segment.ip_offset != 0 && !segment.is_first_fragment && segment.ip_length == headers
+    segment.ip_offset != 0
+        && segment.flags & (FLAG_FIN | FLAG_RST) == 0
+        && !segment.is_first_fragment
+        && segment.ip_length == headers
 }
 
 /// The cookie for a SYN, whose first word of options is `option`; `None` where the socket that it is for answers itself: it has room still, or the node makes no cookies.
