@@ -89,6 +89,7 @@ fn has_timestamps(stream: &TcpStream) -> bool {
 /// The connections are whole ones, whoever has answered their SYN; and whoever has opened one is no flood.
 #[test]
 fn clients_whose_syn_a_program_answers_are_served() {
+    const ATTEMPTS: usize = 10;
     if !is_ready() {
         return;
     }
@@ -99,29 +100,43 @@ fn clients_whose_syn_a_program_answers_are_served() {
             if arguments.contains(&"native") && !release::is_at_least(6, 3) {
                 continue;
             }
-            let forwarding = start(family, arguments);
-            let Forwarding { agent, topology, .. } = &forwarding;
-            let address = forwarding.address_of(family);
-            use_up(&forwarding, family);
-            assert!(agent.verdicts("cookie_sent") >= 4, "{family:?} {arguments:?}");
-            let before = agent.verdicts("cookie_sent");
-            let stream = client::connect(&topology.client, address).expect("a connection");
-            assert_eq!(agent.verdicts("cookie_sent"), before + 1, "{family:?} {arguments:?}");
-            assert!(!has_timestamps(&stream), "{family:?} {arguments:?}");
-            client::ping(&stream, &vec![7; 100_000]).expect("an echo");
-            let other = client::connect(&topology.client, address).expect("a connection");
-            assert!(has_timestamps(&other), "{family:?} {arguments:?}: its address is known");
-            assert_eq!(agent.verdicts("cookie_sent"), before + 1, "{family:?} {arguments:?}");
-            client::ping(&other, &vec![7; 100_000]).expect("an echo");
-            for stream in [stream, other] {
-                stream.shutdown(std::net::Shutdown::Write).expect("an end");
-                assert_eq!(client::end(&stream, WAIT).expect("an end"), End::Fin);
-            }
-            agent.wait_ended("finished", 2);
-            let metrics = agent.metrics().expect("metrics");
-            assert!(metrics.sum("forwarder_ingress_syns_total", &[]) >= 7, "{family:?} {arguments:?}");
+            let is_told = (0..ATTEMPTS).any(|_| check_served(family, arguments));
+            assert!(is_told, "{family:?} {arguments:?}: this machine is too slow");
         }
     }
+}
+
+/// Tells whether it was quick enough to say anything: after a second, one more SYN is left to sockets.
+fn check_served(family: Family, arguments: &[&str]) -> bool {
+    const SECOND: Duration = Duration::from_millis(850);
+    let what = format!("{family:?} {arguments:?}");
+    let forwarding = start(family, arguments);
+    let Forwarding { agent, topology, .. } = &forwarding;
+    let address = forwarding.address_of(family);
+    let begun = Instant::now();
+    use_up(&forwarding, family);
+    let stream = client::connect(&topology.client, address).expect("a connection");
+    if begun.elapsed() >= SECOND {
+        println!("{what}: once more, after {:?}", begun.elapsed());
+        return false;
+    }
+    assert!(!has_timestamps(&stream), "{what}");
+    client::ping(&stream, &vec![7; 100_000]).expect("an echo");
+    let before = agent.verdicts("cookie_sent");
+    // Of ten SYNs of nobody, each CPU has left one to sockets, at TC and at XDP.
+    assert!(before >= 4, "{what}: {before}");
+    let other = client::connect(&topology.client, address).expect("a connection");
+    assert!(has_timestamps(&other), "{what}: its address is known");
+    assert_eq!(agent.verdicts("cookie_sent"), before, "{what}");
+    client::ping(&other, &vec![7; 100_000]).expect("an echo");
+    for stream in [stream, other] {
+        stream.shutdown(std::net::Shutdown::Write).expect("an end");
+        assert_eq!(client::end(&stream, WAIT).expect("an end"), End::Fin);
+    }
+    agent.wait_ended("finished", 2);
+    let syns = agent.metric("forwarder_ingress_syns_total");
+    assert!(syns >= 7, "{what}: {syns}");
+    true
 }
 
 /// Room for direct connections is left to clients that have their address, however many SYNs come in the name of others.
@@ -143,9 +158,11 @@ fn clients_of_direct_listeners_find_room_in_a_flood() {
         let connect = || client::connect(&topology.client, address).expect("a connection");
         let half_open = || entries(agent.pin_dir(), "direct").expect("a map") / 2;
         send_forged(&forwarding, family, 0..ROOM);
-        assert_eq!(half_open(), usize::from(ROOM / 4), "{family:?} {xdp}");
-        use_up(&forwarding, family);
-        assert!(agent.verdicts("cookie_sent") > 0, "{family:?} {xdp}");
+        wait_until("no more may be half open", WAIT, || half_open() == usize::from(ROOM / 4));
+        wait_until("programs answer others", WAIT, || {
+            use_up(&forwarding, family);
+            agent.verdicts("cookie_sent") > 0
+        });
         let first = connect();
         client::ping(&first, b"echo").expect("an echo");
         assert_eq!(half_open(), usize::from(ROOM / 4), "{family:?} {xdp}: it is accepted");
