@@ -98,7 +98,7 @@ pub struct Options {
     #[arg(long, env = "FORWARDER_MAX_PAIRS", value_name = "N")]
     pub max_pairs: Option<u32>,
 
-    /// Maximum number of direct connections (up to 4,000,000), for which 450 bytes each are taken at once; others are accepted. 0 is none
+    /// Maximum number of direct connections (up to 4,000,000), for which 700 bytes each are taken at once; others are accepted. 0 is none
     /// [default: 0, or 65536 with `--datapath direct`]
     #[arg(long, env = "FORWARDER_MAX_DIRECT", value_name = "N")]
     pub max_direct: Option<u32>,

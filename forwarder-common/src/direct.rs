@@ -24,7 +24,7 @@ pub const DIRECT_SLOTS: &str = "direct_slots";
 /// Array of when the connection of each slot was opened (`u64`, `CLOCK_MONOTONIC` in nanoseconds); [`STATE_FREE`] where there is none, and
 /// [`STATE_CONDEMNED`] where it has ended and is just being removed. Set by the program once all of the slot is written; the rest is the agent's.
 pub const DIRECT_STATES: &str = "direct_states";
-/// Queue of the numbers (`u32`) of free slots. An agent's own: the next one fills another.
+/// Stack of the numbers (`u32`) of free slots: what was used last is in the CPUs' caches still. An agent's own: the next one fills another.
 pub const DIRECT_FREE: &str = "direct_free";
 /// Array of [`DirectTarget`]: the endpoints of direct listeners, those of one side by side.
 pub const DIRECT_TARGETS: &str = "direct_targets";
@@ -85,10 +85,12 @@ pub struct DirectSlot {
     pub asked_before: u8,
     /// The sequence number of the SYN before, if the client has begun anew: or somebody has in its name.
     pub former_sequence: u32,
-    /// The options of the client's SYN as they lie in it, for another endpoint if this one refuses: only of a listener that has several.
+    /// The options of the client's SYN as they lie in it, to send it again.
     pub first_options: [u32; 10],
     /// How many bytes of them there are, a multiple of 4.
-    pub first_options_length: u16,
+    pub first_options_length: u8,
+    /// How often the endpoint has been told, since the client's SYN, that what it still has of this tuple is over.
+    pub resets: u8,
     /// How many bytes of payload came with the client's SYN.
     pub first_payload: u16,
     /// The endpoint ([`endpoint_hash`]) that was asked before this one; 0 if there was none.
@@ -162,9 +164,14 @@ pub struct DirectLink {
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct DirectCounts {
     /// How many are between [`HANDSHAKE_ASKED`] and [`HANDSHAKE_DONE`]. Programs add and take off; the agent sets it right.
-    pub half_open: u64,
+    pub half_open: u32,
     /// How many there may be of these.
-    pub most_half_open: u64,
+    pub most_half_open: u32,
+    /// Counts local ports that were looked for: each search begins one farther than the one before, so that a port rests for as long as it can. Written by programs, which
+    /// may lose a count.
+    pub port_turn: u32,
+    /// Zero.
+    pub pad: u32,
 }
 
 const _: () = {
@@ -178,7 +185,7 @@ const _: () = {
     assert!(offset_of!(DirectTarget, interface) == 40);
     assert!(offset_of!(DirectTarget, turn) == 72 && offset_of!(DirectTarget, next_other) == 76);
     assert!(size_of::<DirectLink>() == 8 && offset_of!(DirectLink, hop_limits) == 6);
-    assert!(size_of::<DirectCounts>() == 16);
+    assert!(size_of::<DirectCounts>() == 16 && offset_of!(DirectCounts, port_turn) == 8);
 };
 
 #[cfg(feature = "aya")]

@@ -87,7 +87,7 @@ pub const PINNED_MAPS: [PinnedMap; 15] = [
 ];
 
 /// The version of the maps of direct connections.
-const DIRECT_VERSION: u32 = 5;
+const DIRECT_VERSION: u32 = 6;
 
 /// The version of [`FLOWS`] and [`PAIRS`], neither of which means anything without the other.
 const FLOWS_VERSION: u32 = 4;

@@ -80,11 +80,13 @@ pub enum Verdict {
     XdpNoTarget = 33,
     /// A new connection to a listener, of a flood of SYNs: answered with a SYN cookie in the place of the listener's socket.
     CookieSent = 34,
+    /// An endpoint's acknowledgement of an earlier connection, in answer to a SYN of a direct one: answered with a reset, and the SYN again.
+    DirectStale = 35,
 }
 
 impl Verdict {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 35] = [
+    pub const ALL: [Self; 36] = [
         Self::NotIp,
         Self::NotTcp,
         Self::Fragment,
@@ -120,10 +122,11 @@ impl Verdict {
         Self::XdpUnfinished,
         Self::XdpNoTarget,
         Self::CookieSent,
+        Self::DirectStale,
     ];
 
     /// How many there are.
-    pub const COUNT: u32 = 35;
+    pub const COUNT: u32 = 36;
 
     /// Its number: the index in the map.
     #[inline(always)]
@@ -169,6 +172,7 @@ impl Verdict {
             Self::XdpUnfinished => "xdp_unfinished",
             Self::XdpNoTarget => "xdp_no_target",
             Self::CookieSent => "cookie_sent",
+            Self::DirectStale => "direct_stale",
         }
     }
 }

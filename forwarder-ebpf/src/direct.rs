@@ -40,6 +40,7 @@ use crate::{admission, clients, flood, fragment, icmp, reset};
 mod choice;
 mod handshake;
 mod retry;
+mod stale;
 
 pub(crate) use retry::ask_another;
 
@@ -83,7 +84,11 @@ pub(crate) fn redirect(
     }
     frame.seen = seen(context, segment);
     frame.is_accepted = forward.accepts(reverse, flow, &frame.seen);
-    let is_noted = flow.flags & FLOW_OPENING != 0 && handshake::follow(context, frame, flow) != 0;
+    let is_opening = flow.flags & FLOW_OPENING != 0;
+    if is_opening && let Some(outcome) = stale::reset(context, segment, flow) {
+        return Some(outcome);
+    }
+    let is_noted = is_opening && handshake::follow(context, frame, flow) != 0;
     if segment.is_first_fragment
         && let Err(verdict) = fragment::announce(context, segment)
     {
@@ -163,9 +168,7 @@ pub(crate) fn open(context: &TcContext, segment: &Segment) -> u32 {
         // What there is no other endpoint for is never asked again.
         slot.asked_before = if count > 1 { 0 } else { MOST_ASKED };
         slot.tried = 0;
-        if count > 1 {
-            handshake::keep_options(context, segment, slot);
-        }
+        handshake::keep_options(context, segment, slot);
         if !former.is_null() {
             // SAFETY: the element of an array lives as long as the map, and stays this connection's while this program runs.
             retry::note_replacement(slot, unsafe { &*former });
@@ -234,7 +237,7 @@ fn are_too_many_half_open() -> bool {
 fn has_no_room_for(client: &AddressBytes) -> bool {
     let Some(counts) = DIRECT_COUNTS.get_ptr(0) else { return true };
     // SAFETY: as above.
-    let DirectCounts { half_open, most_half_open } = unsafe { *counts };
+    let DirectCounts { half_open, most_half_open, .. } = unsafe { *counts };
     if half_open < most_half_open {
         return false;
     }
@@ -244,12 +247,22 @@ fn has_no_room_for(client: &AddressBytes) -> bool {
 
 /// Counts a connection that is half open, or with `-1` one that is so no more.
 #[inline(always)]
-fn count_half_open(change: i64) {
+fn count_half_open(change: i32) {
     let Some(counts) = DIRECT_COUNTS.get_ptr_mut(0) else { return };
     // SAFETY: the element of an array lives as long as the map. Where another CPU writes the word at the same time, one of the two counts is
     // lost: the agent sets it right.
     let half_open = unsafe { &mut (*counts).half_open };
     *half_open = half_open.saturating_add_signed(change);
+}
+
+/// Where to begin to look for a local port, among those of any endpoint.
+#[inline(always)]
+fn next_port() -> u32 {
+    let Some(counts) = DIRECT_COUNTS.get_ptr_mut(0) else { return 0 };
+    // SAFETY: the element of an array lives as long as the map. Of two programs that begin at the same port, one goes on to another.
+    let turn = unsafe { &mut (*counts).port_turn };
+    *turn = turn.wrapping_add(1);
+    *turn
 }
 
 /// Writes what is known of a connection into its slot, but for the way to the client and the local port. Tells whether its options can be
@@ -354,9 +367,9 @@ fn claim(
     };
     let response = direct_flow(number, DIRECTION_RESPONSE);
     let mut is_claimed = false;
+    let first = next_port();
     for attempt in 0..PORT_TRIES {
-        // Slots come in turn: who asks at the same time begins at another port, and a port rests for long.
-        let at = number.wrapping_add(attempt * PORT_STRIDE) % target.ports.max(1);
+        let at = first.wrapping_add(attempt * PORT_STRIDE) % target.ports.max(1);
         tuple.destination_port = target.first_port.wrapping_add(at as u16);
         if FLOWS.get_ptr(&tuple).is_some() || is_connected(context, version_of(&tuple), &tuple) {
             continue;

@@ -11,7 +11,7 @@ use core::mem::offset_of;
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::{
-    Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, Queue,
+    Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, Stack,
 };
 use aya_ebpf::macros::btf_map;
 use forwarder_common::direct::{DIRECT_LINKS_CAPACITY, DirectCounts, DirectLink, DirectSlot, DirectTarget};
@@ -198,9 +198,10 @@ pub(crate) struct FirstFragment {
 }
 
 /// Which slot a tuple leads to, of direct connections. The programs insert here, and what is removed may be allocated again at once: so
-/// what stands here is one word, which is taken for true only if the slot says the same.
+/// what stands here is one word, which is taken for true only if the slot says the same. Preallocated: to allocate and free two elements costs a new connection as
+/// much as all else that programs do for it.
 #[btf_map(name = "direct")]
-pub(crate) static DIRECT: HashMap<FourTuple, u32, 1, NO_PREALLOC> = HashMap::new();
+pub(crate) static DIRECT: HashMap<FourTuple, u32, 1> = HashMap::new();
 
 const MAPPED: usize = BPF_F_MMAPABLE as usize;
 
@@ -214,7 +215,7 @@ pub(crate) static DIRECT_STATES: Array<u64, 1, MAPPED> = Array::new();
 
 /// The slots that are not.
 #[btf_map(name = "direct_free")]
-pub(crate) static DIRECT_FREE: Queue<u32, 1> = Queue::new();
+pub(crate) static DIRECT_FREE: Stack<u32, 1> = Stack::new();
 
 /// The endpoints of direct listeners.
 #[btf_map(name = "direct_targets")]

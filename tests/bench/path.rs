@@ -39,6 +39,8 @@ pub(crate) enum Path {
     Routing,
     /// The node's kernel rewrites addresses.
     Dnat,
+    /// The node's kernel rewrites addresses, as a virtual server (IPVS).
+    Ipvs,
     Haproxy,
     Nginx,
     /// The forwarder, with `--datapath` set to the tier.
@@ -52,6 +54,7 @@ impl Path {
         match self {
             Self::Routing => "routing",
             Self::Dnat => "dnat",
+            Self::Ipvs => IPVS,
             Self::Haproxy => "haproxy",
             Self::Nginx => "nginx",
             Self::Forwarder(tier) => tier,
@@ -60,7 +63,7 @@ impl Path {
     }
 }
 
-/// A tier of the forwarder that does not work here.
+/// A path that does not work here.
 #[derive(Clone, Debug, Eq, PartialEq, serde::Serialize)]
 pub(crate) struct Unavailable {
     pub(crate) path: String,
@@ -68,13 +71,23 @@ pub(crate) struct Unavailable {
 }
 
 const XDP: &str = "xdp";
+const IPVS: &str = "ipvs";
+/// Where the kernel has virtual servers.
+const IPVS_TABLE: &str = "/proc/net/ip_vs";
 
-/// Every path that works here, and the tiers that do not. The binary knows its tiers.
+/// Every path that works here, and those that do not. The binary knows its tiers.
 pub(crate) fn all() -> Result<(Vec<Path>, Vec<Unavailable>)> {
     let mut probe = Command::new(binary());
     probe.args(["probe", "--output", "json"]);
-    let (tiers, unavailable) = parse_tiers(&stdout(&mut probe)?)?;
-    let peers = [Path::Routing, Path::Dnat, Path::Haproxy, Path::Nginx];
+    let (tiers, mut unavailable) = parse_tiers(&stdout(&mut probe)?)?;
+    let mut peers = vec![Path::Routing, Path::Dnat];
+    if FilePath::new(IPVS_TABLE).exists() {
+        peers.push(Path::Ipvs);
+    } else {
+        let reason = format!("the kernel has no virtual servers: no {IPVS_TABLE}; try `modprobe ip_vs_rr`");
+        unavailable.push(Unavailable { path: IPVS.to_owned(), reason });
+    }
+    peers.extend([Path::Haproxy, Path::Nginx]);
     let tiers = tiers.into_iter().map(Path::Forwarder);
     Ok((peers.into_iter().chain(tiers).chain([Path::Xdp]).collect(), unavailable))
 }
@@ -134,6 +147,7 @@ pub(crate) struct Running {
 enum Means {
     Routing,
     Rules(NetNs),
+    VirtualServer(NetNs),
     Proxy { process: Process, _folder: TempDir },
     Agent { agent: Box<Agent>, _manifests: Manifests },
 }
@@ -146,6 +160,7 @@ impl Running {
         let (target, means) = match path {
             Path::Routing => (endpoint, Means::Routing),
             Path::Dnat => (target, translate(&topology.node, target, endpoint)?),
+            Path::Ipvs => (target, virtual_server(&topology.node, target, endpoint)?),
             Path::Haproxy => (target, haproxy(&topology.node, endpoint)?),
             Path::Nginx => (target, nginx(&topology.node, endpoint)?),
             Path::Forwarder(tier) if tier == "direct" => {
@@ -169,7 +184,7 @@ impl Running {
     /// The processes that do the work.
     pub(crate) fn processes(&self) -> Result<Vec<u32>> {
         match &self.means {
-            Means::Routing | Means::Rules(_) => Ok(Vec::new()),
+            Means::Routing | Means::Rules(_) | Means::VirtualServer(_) => Ok(Vec::new()),
             Means::Proxy { process, .. } => machine::process_tree(process.id()),
             Means::Agent { agent, .. } => machine::process_tree(agent.id()),
         }
@@ -178,7 +193,7 @@ impl Running {
     /// What the processes printed.
     pub(crate) fn log(&self) -> String {
         match &self.means {
-            Means::Routing | Means::Rules(_) => String::new(),
+            Means::Routing | Means::Rules(_) | Means::VirtualServer(_) => String::new(),
             Means::Proxy { process, .. } => process.log(),
             Means::Agent { agent, .. } => agent.log(),
         }
@@ -192,6 +207,9 @@ impl Drop for Running {
             Means::Rules(node) => {
                 // The namespace goes too, soon after.
                 let _ = node.stdout(Command::new("nft").args(["delete", "table", "ip", "bench"]));
+            }
+            Means::VirtualServer(node) => {
+                let _ = node.stdout(Command::new("ipvsadm").arg("--clear"));
             }
             Means::Proxy { process, .. } => {
                 // Killed at once, a master would leave its workers behind.
@@ -209,6 +227,17 @@ fn translate(node: &NetNs, target: SocketAddr, endpoint: SocketAddr) -> Result<M
     let table = format!("table ip bench {{ chain to-backend {{ {chain} {rule} ; }} ; }}");
     node.stdout(Command::new("nft").arg(table)).context("adding the DNAT rule")?;
     Ok(Means::Rules(node.clone()))
+}
+
+/// A virtual server in turn (`rr`) that masquerades the endpoint (`-m`): its answers pass through the node anyway.
+fn virtual_server(node: &NetNs, target: SocketAddr, endpoint: SocketAddr) -> Result<Means> {
+    let [target, endpoint] = [target, endpoint].map(|address| address.to_string());
+    let add = |arguments: &[&str]| node.stdout(Command::new("ipvsadm").args(arguments));
+    add(&["--add-service", "--tcp-service", &target, "--scheduler", "rr"])
+        .context("adding the virtual server")?;
+    let server = ["--add-server", "--tcp-service", &target, "--real-server", &endpoint, "--masquerading"];
+    add(&server).context("adding the endpoint of the virtual server")?;
+    Ok(Means::VirtualServer(node.clone()))
 }
 
 fn forwarder(node: &NetNs, endpoint: SocketAddr, arguments: &[&str]) -> Result<Means> {

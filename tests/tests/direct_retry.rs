@@ -1,12 +1,12 @@
-//! Direct connections whose endpoint refuses, or does not answer: another one serves the client.
+//! Direct connections whose endpoint refuses, or does not answer: another one serves the client. One that still has an earlier connection is asked again.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use forwarder_tests::client;
+use forwarder_tests::client::{self, End};
 use forwarder_tests::direct::{DIRECT, listed, wait_direct, wait_empty};
 use forwarder_tests::fixture::{ENDPOINT_PORT, LISTENER, LISTENER_PORT};
 use forwarder_tests::kernel::is_ready;
@@ -34,6 +34,11 @@ struct World {
 
 /// Starts an agent with so many endpoints that refuse.
 fn start(family: Family, refusing: u16) -> World {
+    start_with(family, refusing, &[])
+}
+
+/// The same, with more arguments.
+fn start_with(family: Family, refusing: u16, arguments: &[&str]) -> World {
     let topology = Topology::new().expect("a network");
     let (listener, [first, last]) = match family {
         Family::V4 => (
@@ -59,7 +64,8 @@ fn start(family: Family, refusing: u16) -> World {
     }
     let server = Server::start(&topology.backend2, last, peer::echo).expect("a server");
     let manifests = Manifests::forward(LISTENER_PORT, &endpoints).expect("manifests");
-    let agent = AgentCommand::new(&DIRECT).start(&topology.node, &manifests.path()).expect("an agent");
+    let arguments = [&DIRECT[..], arguments].concat();
+    let agent = AgentCommand::new(&arguments).start(&topology.node, &manifests.path()).expect("an agent");
     wait_direct(&agent);
     World { agent, listener, endpoints, topology, server: Some(server), manifests }
 }
@@ -176,6 +182,39 @@ fn who_is_not_answered_is_served_by_another_endpoint_at_the_next_syn() {
         }
         drop(streams);
         wait_empty(&world.agent);
+    }
+}
+
+/// A client's numbers and clock have nothing to do with those of the client before it on the same local port: about every second SYN is older than the connection
+/// that the endpoint remembers, because it ended it.
+#[test]
+fn an_endpoint_that_ends_first_is_reached_from_the_same_port_at_once() {
+    const CLIENTS: u32 = 20;
+    if !is_ready() {
+        return;
+    }
+    for family in FAMILIES {
+        let mut world = start_with(family, 0, &["--source-ports", "20000-20063"]);
+        let (client, host) = (&world.topology.client, &world.topology.backend2);
+        world.server = None;
+        let _server =
+            Server::start(host, world.endpoints[0], |mut stream| stream.write_all(b"bye\n")).unwrap();
+        let repeated = client.counter("TCPSynRetrans").unwrap();
+        for timestamps in ["1", "1", "0", "0"] {
+            client.sysctl("ipv4/tcp_timestamps", timestamps).unwrap();
+            for _ in 0..CLIENTS {
+                let stream = world.connect().unwrap();
+                assert_eq!(client::read_line(&stream).unwrap(), "bye");
+                assert_eq!(client::end(&stream, WAIT).unwrap(), End::Fin);
+            }
+            wait_empty(&world.agent);
+        }
+        assert_eq!(world.agent.verdicts("direct_refused"), 0, "a socket took a client");
+        assert_eq!(client.counter("TCPSynRetrans").unwrap(), repeated, "a client had to ask again");
+        let stale = world.agent.verdicts("direct_stale");
+        println!("{family:?}: {stale} of {} asked again", 4 * CLIENTS);
+        assert!(stale > 0);
+        assert_eq!(world.agent.metric("forwarder_connections_total"), i64::from(4 * CLIENTS));
     }
 }
 

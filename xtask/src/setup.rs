@@ -154,13 +154,14 @@ static FOR_CI: [Part; 3] = [
 ];
 
 /// Programs that the tests start or read, and the packages of Debian with them.
-const TEST_PROGRAMS: [(&str, &str); 16] = [
+const TEST_PROGRAMS: [(&str, &str); 17] = [
     ("bpftool", "bpftool"),
     ("ethtool", "ethtool"),
     ("haproxy", "haproxy"),
     ("ip", "iproute2"),
     ("iperf3", "iperf3"),
     ("iptables", "iptables"),
+    ("ipvsadm", "ipvsadm"),
     ("mariadb", "mariadb-client"),
     ("mariadb-dump", "mariadb-client"),
     ("mariadbd", "mariadb-server-core"),
@@ -177,11 +178,12 @@ const TEST_PROGRAMS: [(&str, &str); 16] = [
 const BUILD_PROGRAMS: [(&str, &str); 2] = [("cc", "gcc"), ("make", "make")];
 
 /// The same for the benchmarks.
-const BENCH_PROGRAMS: [(&str, &str); 8] = [
+const BENCH_PROGRAMS: [(&str, &str); 9] = [
     ("ethtool", "ethtool"),
     ("haproxy", "haproxy"),
     ("ip", "iproute2"),
     ("iperf3", "iperf3"),
+    ("ipvsadm", "ipvsadm"),
     ("nft", "nftables"),
     ("nginx", "nginx-light"),
     ("sockperf", "sockperf"),

@@ -1,7 +1,7 @@
 //! What is noted of the handshake of a direct connection, which the client and the endpoint do with each other.
 
 use aya_ebpf::programs::TcContext;
-use forwarder_common::direct::{DirectSlot, HANDSHAKE_ANSWERED, HANDSHAKE_ASKED, HANDSHAKE_DONE, MOST_ASKED};
+use forwarder_common::direct::{DirectSlot, HANDSHAKE_ANSWERED, HANDSHAKE_ASKED, HANDSHAKE_DONE};
 use forwarder_common::flow::{DIRECTION_RESPONSE, DirectionState, FLOW_OPENING, Flow, SENDER_RESET};
 use forwarder_common::packet::{FLAG_ACK, FLAG_RST, FLAG_SYN, Segment};
 
@@ -21,6 +21,7 @@ pub(super) fn note_attempt(context: &TcContext, segment: &Segment, slot: &mut Di
     let Ok(options) = walk_options(SocketBuffer(context), segment) else { return false };
     slot.pair.request.sequence_end = segment.sequence.wrapping_add(1);
     slot.handshake = HANDSHAKE_ASKED;
+    slot.resets = 0;
     slot.first_sequence = segment.sequence;
     slot.former_sequence = segment.sequence;
     slot.first_window = segment.window;
@@ -30,12 +31,12 @@ pub(super) fn note_attempt(context: &TcContext, segment: &Segment, slot: &mut Di
     true
 }
 
-/// Keeps the options of the client's SYN for another endpoint.
+/// Keeps the options of the client's SYN, to send it again.
 #[inline(always)]
 pub(super) fn keep_options(context: &TcContext, segment: &Segment, slot: &mut DirectSlot) {
     let length = segment.header_length.saturating_sub(TCP_HEADER) & !3;
     let is_kept = load_words(context, segment.tcp_offset + TCP_HEADER, &mut slot.first_options, length);
-    slot.first_options_length = if is_kept { length as u16 } else { 0 };
+    slot.first_options_length = if is_kept { length as u8 } else { 0 };
 }
 
 /// What is known of a direction of which nothing has been seen. The clocks of both ends stay what they are.
@@ -77,13 +78,12 @@ pub(super) fn follow(context: &TcContext, frame: &Frame, flow: &Flow) -> u32 {
     if kind == FLAG_SYN {
         // The client has not given up. If it has begun anew, the endpoint tells it what it makes of that.
         slot.pair.request.last_seen = frame.seen.time;
+        slot.resets = 0;
         if is_asked && segment.sequence != slot.first_sequence {
             let former = slot.first_sequence;
             note_attempt(context, segment, slot);
             slot.former_sequence = former;
-            if slot.asked_before < MOST_ASKED {
-                keep_options(context, segment, slot);
-            }
+            keep_options(context, segment, slot);
         }
     } else if kind & FLAG_RST != 0 && is_asked {
         if segment.sequence == slot.pair.request.sequence_end {
@@ -109,7 +109,7 @@ pub(super) fn refuses(segment: &Segment, slot: &DirectSlot) -> bool {
 
 /// Whether a segment acknowledges a SYN of this number, and maybe data that came with it (RFC 7413).
 #[inline(always)]
-fn answers(segment: &Segment, first: u32) -> bool {
+pub(super) fn answers(segment: &Segment, first: u32) -> bool {
     (1..=MOST_WITH_SYN).contains(&segment.acknowledgement.wrapping_sub(first))
 }
 

@@ -127,6 +127,12 @@ fn ask(context: &TcContext, segment: &Segment) -> u32 {
         return 0;
     }
     count_half_open(1);
+    attempt(context, segment, slot)
+}
+
+/// Turns the packet of `segment` into the client's SYN as it is kept in the slot, and sends it to the endpoint. Returns what the program is to return.
+#[inline(always)]
+pub(super) fn attempt(context: &TcContext, segment: &Segment, slot: &DirectSlot) -> u32 {
     let [request, _] = &slot.flows;
     let length = u32::from(slot.first_options_length);
     let composed = Composed {
@@ -151,6 +157,7 @@ fn copy(slot: &mut DirectSlot, former: &DirectSlot) {
     // What is not the same, `aim` writes.
     slot.flows[1] = former.flows[1];
     slot.handshake = HANDSHAKE_ASKED;
+    slot.resets = 0;
     slot.first_sequence = former.first_sequence;
     slot.former_sequence = former.former_sequence;
     slot.first_window = former.first_window;

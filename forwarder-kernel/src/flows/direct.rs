@@ -9,7 +9,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 
 use aya::Pod;
-use aya::maps::{MapData, MapError, Queue};
+use aya::maps::{MapData, MapError, Stack};
 use forwarder_common::direct::{
     DIRECT, DIRECT_COUNTS, DIRECT_NUMBER, DIRECT_SLOTS, DIRECT_STATES, DirectCounts, DirectSlot,
     HANDSHAKE_ASKED, STATE_CONDEMNED, STATE_FREE,
@@ -25,7 +25,7 @@ use crate::maps::versions::map_path;
 use crate::maps::{DatapathError, batch, grace};
 
 /// One of how many direct connections may be half open: the others have theirs.
-const HALF_OPEN_PART: u64 = 4;
+const HALF_OPEN_PART: u32 = 4;
 /// How many slots programs get before listeners are direct.
 const FIRST_SLOTS: usize = 1_000;
 
@@ -39,7 +39,6 @@ pub(super) struct DirectMaps {
 pub(crate) struct DirectTable {
     maps: DirectMaps,
     counts: Mapped<DirectCounts>,
-    most_half_open: u64,
     has_begun: AtomicBool,
     has_slots: Arc<AtomicBool>,
     work: mpsc::Sender<Work>,
@@ -86,20 +85,40 @@ impl DirectMaps {
     /// Visits what is known of each.
     pub(crate) fn for_each(&self, mut visit: impl FnMut(u32, &Pair)) {
         for slot in 0..self.states.len() {
-            if self.is_used(slot)
-                && let Some(found) = self.slots.get(slot)
-            {
-                visit(DIRECT_NUMBER | slot, &found.pair);
+            let number = DIRECT_NUMBER | slot;
+            if let Some(pair) = self.pair(number) {
+                visit(number, &pair);
             }
         }
+    }
+
+    /// How a connection stands; `None` if there is none of this number.
+    pub(crate) fn pair(&self, number: u32) -> Option<Pair> {
+        let slot = slot_of(number);
+        self.is_used(slot).then(|| self.slots.part(slot, offset_of!(DirectSlot, pair)))?
+    }
+
+    /// By which what is in a slot is found.
+    fn tuples(&self, slot: u32) -> Option<[FourTuple; 2]> {
+        let out = |side: usize| {
+            let offset = offset_of!(DirectSlot, flows) + side * size_of::<Flow>() + offset_of!(Flow, out);
+            self.slots.part::<FourTuple>(slot, offset)
+        };
+        Some([out(1)?.reversed(), out(0)?.reversed()])
+    }
+
+    /// Whether it is this connection that has its number.
+    fn has(&self, key: &PairKey) -> bool {
+        let slot = slot_of(key.number);
+        self.is_used(slot) && self.tuples(slot) == Some(key.tuples)
     }
 
     /// By which a connection is found, and how it stands; `None` if there is none of this number.
     pub(crate) fn get(&self, number: u32) -> Option<(JoinedPair, Pair)> {
         let slot = slot_of(number);
         let found = self.slots.get(slot).filter(|_| self.is_used(slot))?;
-        let tuples = tuples(&found);
-        let flows = [0, 1].map(|side| (tuples[side], found.flows[side]));
+        // That of one direction is what the packets of the other one get, reversed.
+        let flows = [0, 1].map(|side| (found.flows[1 - side].out.reversed(), found.flows[side]));
         Some((JoinedPair { number, flows }, found.pair))
     }
 
@@ -158,13 +177,14 @@ impl DirectTable {
     /// They cannot be opened.
     pub(crate) fn open(
         pin_dir: &Path,
-        free: Queue<MapData, u32>,
+        free: Stack<MapData, u32>,
         paths: &Arc<Paths>,
     ) -> Result<Self, DatapathError> {
         let maps = DirectMaps::open(pin_dir)?;
         let counts = mapped::<DirectCounts>(pin_dir, DIRECT_COUNTS)?;
-        let most_half_open = (u64::from(maps.slots.len()) / HALF_OPEN_PART).max(1);
-        counts.set(0, DirectCounts { half_open: 0, most_half_open });
+        let most_half_open = (maps.slots.len() / HALF_OPEN_PART).max(1);
+        counts.set_word(0, offset_of!(DirectCounts, most_half_open), most_half_open);
+        counts.set_word(0, offset_of!(DirectCounts, half_open), 0);
         let has_slots = Arc::<AtomicBool>::default();
         let begun = (Arc::clone(&has_slots), Arc::clone(paths));
         let mut recycler = Recycler::open(pin_dir, free, begun)?;
@@ -178,7 +198,7 @@ impl DirectTable {
             .name("direct".to_owned())
             .spawn(run)
             .map_err(|source| failed("start the thread for", DIRECT, source))?;
-        Ok(Self { maps, counts, most_half_open, has_begun: AtomicBool::new(false), has_slots, work })
+        Ok(Self { maps, counts, has_begun: AtomicBool::new(false), has_slots, work })
     }
 
     /// Gives the programs the slots that are free, the first time; tells whether they have them. To be called once no programs but this agent's use the maps.
@@ -203,7 +223,7 @@ impl DirectTable {
     /// Has a connection's slot serve another one, once nothing leads to it any more. It must be over.
     pub(crate) fn remove(&self, key: &PairKey) {
         // The slot may be another connection's by now.
-        if self.maps.find(key).is_some() {
+        if self.maps.has(key) {
             let slot = slot_of(key.number);
             self.maps.states.set(slot, STATE_CONDEMNED);
             let _ = self.work.send(Work::Free(slot));
@@ -211,8 +231,8 @@ impl DirectTable {
     }
 
     /// Tells the programs how many connections are half open.
-    pub(crate) fn set_half_open(&self, count: u64) {
-        self.counts.set(0, DirectCounts { half_open: count, most_half_open: self.most_half_open });
+    pub(crate) fn set_half_open(&self, count: u32) {
+        self.counts.set_word(0, offset_of!(DirectCounts, half_open), count);
     }
 }
 
@@ -257,17 +277,11 @@ impl FlowTable {
     }
 
     /// Tells the programs how many direct connections are half open, so that there are not too many of these.
-    pub fn set_half_open(&self, count: u64) {
+    pub fn set_half_open(&self, count: u32) {
         if let Some(direct) = &self.direct {
             direct.set_half_open(count);
         }
     }
-}
-
-/// The tuples of a connection's packets as they arrive.
-fn tuples(slot: &DirectSlot) -> [FourTuple; 2] {
-    let [request, response] = &slot.flows;
-    [response.out.reversed(), request.out.reversed()]
 }
 
 /// What removes direct connections that are over.
@@ -290,18 +304,17 @@ impl Remover {
     /// there. Of an attempt that was replaced, the client's leads to the one in its place.
     pub(super) fn take(&self, number: u32) -> impl Iterator<Item = FourTuple> + use<> {
         let slot = slot_of(number);
-        let found = self.maps.slots.get(slot);
+        let pair = self.maps.slots.part::<Pair>(slot, offset_of!(DirectSlot, pair));
+        let found = self.maps.tuples(slot).zip(pair);
         if found.is_some() {
             self.maps.states.set(slot, STATE_FREE);
         }
-        found
-            .into_iter()
-            .flat_map(|found| tuples(&found).into_iter().skip(usize::from(found.pair.is_replaced())))
+        found.into_iter().flat_map(|(tuples, pair)| tuples.into_iter().skip(usize::from(pair.is_replaced())))
     }
 
     /// Whether a program may be just about to replace an attempt.
     fn may_be_replaced(&self, slot: u32) -> bool {
-        self.maps.slots.get(slot).is_some_and(|found| found.handshake == HANDSHAKE_ASKED)
+        self.maps.slots.part::<u32>(slot, offset_of!(DirectSlot, handshake)) == Some(HANDSHAKE_ASKED)
     }
 
     /// Has tuples lead nowhere.
@@ -315,7 +328,7 @@ impl Remover {
 /// Gives the slots of connections that are over to the programs again.
 struct Recycler {
     remover: Remover,
-    free: Queue<MapData, u32>,
+    free: Stack<MapData, u32>,
     /// Whether programs are given slots.
     has_begun: bool,
     /// Where it is noted that programs have slots, and who is told.
@@ -325,7 +338,7 @@ struct Recycler {
 impl Recycler {
     fn open(
         pin_dir: &Path,
-        free: Queue<MapData, u32>,
+        free: Stack<MapData, u32>,
         begun: (Arc<AtomicBool>, Arc<Paths>),
     ) -> Result<Self, DatapathError> {
         Ok(Self { remover: Remover::open(pin_dir)?, free, has_begun: false, begun })
@@ -399,7 +412,7 @@ impl Recycler {
         let read = batch::for_each(direct.fd().as_fd(), |tuple: &FourTuple, there: &u32| {
             let (slot, direction) = (there >> 1, there & 1);
             let leads = maps.states.get(slot).is_some_and(|state| state != STATE_FREE)
-                && maps.slots.get(slot).is_some_and(|found| tuples(&found)[direction as usize] == *tuple);
+                && maps.tuples(slot).is_some_and(|tuples| tuples[direction as usize] == *tuple);
             if !leads {
                 remnants.push(*tuple);
             }

@@ -69,6 +69,16 @@ impl<T: Pod> Mapped<T> {
         Some(unsafe { self.at(index)?.as_ptr().read_volatile() })
     }
 
+    /// A part of an element, `offset` bytes from its first, as [`Self::get`] yields the whole: it costs as much as there is of it.
+    pub(crate) fn part<P: Pod>(&self, index: u32, offset: usize) -> Option<P> {
+        assert!(
+            offset.is_multiple_of(align_of::<P>()) && offset + size_of::<P>() <= size_of::<T>(),
+            "a part of the element"
+        );
+        // SAFETY: as above; the part lies within the element, which is aligned to eight bytes.
+        Some(unsafe { self.at(index)?.byte_add(offset).cast::<P>().as_ptr().read_volatile() })
+    }
+
     /// Replaces an element.
     pub(crate) fn set(&self, index: u32, value: T) {
         if let Some(place) = self.at(index) {

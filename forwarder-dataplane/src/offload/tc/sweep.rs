@@ -81,7 +81,7 @@ impl Pairs {
                 self.inherit(entry, is_half_open(state), find, &mut found, places);
             }
             let stays = self.keeps(entry, state, now, &mut urgent);
-            half_open += u64::from(stays && state.is_some_and(is_half_open));
+            half_open += u32::from(stays && state.is_some_and(is_half_open));
             direct += usize::from(stays && entry.tier() == Tier::Direct);
             stays
         });
