@@ -91,7 +91,7 @@ pub struct DirectSlot {
     pub first_options_length: u8,
     /// How often the endpoint has been told, since the client's SYN, that what it still has of this tuple is over.
     pub resets: u8,
-    /// How many bytes of payload came with the client's SYN.
+    /// How many bytes of payload came with the client's SYN; the larger number, if it has begun anew.
     pub first_payload: u16,
     /// The endpoint ([`endpoint_hash`]) that was asked before this one; 0 if there was none.
     pub tried: u32,

@@ -12,9 +12,6 @@ use crate::maps::Frame;
 use crate::rewrite::walk_options;
 use crate::skb::{SocketBuffer, TCP_HEADER, load_words};
 
-/// How much a SYN may carry at most.
-const MOST_WITH_SYN: u32 = 0xffff;
-
 /// Notes the client's SYN. Tells whether its options can be understood.
 #[inline(always)]
 pub(super) fn note_attempt(context: &TcContext, segment: &Segment, slot: &mut DirectSlot) -> bool {
@@ -70,7 +67,7 @@ pub(super) fn follow(context: &TcContext, frame: &Frame, flow: &Flow) -> u32 {
     if flow.direction == DIRECTION_RESPONSE {
         if kind == FLAG_SYN | FLAG_ACK && slot.handshake != HANDSHAKE_DONE {
             note_answer(context, segment, slot);
-        } else if kind & FLAG_RST != 0 && is_asked && answers(segment, slot.first_sequence) {
+        } else if kind & FLAG_RST != 0 && is_asked && answers(segment, slot) {
             slot.pair.response.flags |= SENDER_RESET;
         }
         return is_asked as u32;
@@ -80,9 +77,11 @@ pub(super) fn follow(context: &TcContext, frame: &Frame, flow: &Flow) -> u32 {
         slot.pair.request.last_seen = frame.seen.time;
         slot.resets = 0;
         if is_asked && segment.sequence != slot.first_sequence {
-            let former = slot.first_sequence;
+            let (former, payload) = (slot.first_sequence, slot.first_payload);
             note_attempt(context, segment, slot);
             slot.former_sequence = former;
+            // The answer to either of them may acknowledge what came with it.
+            slot.first_payload = slot.first_payload.max(payload);
             keep_options(context, segment, slot);
         }
     } else if kind & FLAG_RST != 0 && is_asked {
@@ -100,24 +99,30 @@ pub(super) fn follow(context: &TcContext, frame: &Frame, flow: &Flow) -> u32 {
     is_asked as u32
 }
 
-/// Whether a reset acknowledges the client's SYN, and all of what came with it or none.
+/// Whether a segment acknowledges the client's SYN, and maybe data that came with it (RFC 7413): the client takes nothing else for an answer, and no reset
+/// (RFC 9293, 3.10.7.3).
 #[inline(always)]
-pub(super) fn refuses(segment: &Segment, slot: &DirectSlot) -> bool {
-    let acknowledged = segment.acknowledgement.wrapping_sub(slot.first_sequence);
-    acknowledged == 1 || acknowledged == 1 + u32::from(slot.first_payload)
+pub(super) fn answers(segment: &Segment, slot: &DirectSlot) -> bool {
+    acknowledges(segment, slot.first_sequence, slot)
 }
 
-/// Whether a segment acknowledges a SYN of this number, and maybe data that came with it (RFC 7413).
+/// The same of the SYN before, if the client has begun anew: or somebody has in its name.
 #[inline(always)]
-pub(super) fn answers(segment: &Segment, first: u32) -> bool {
-    (1..=MOST_WITH_SYN).contains(&segment.acknowledgement.wrapping_sub(first))
+pub(super) fn answers_former(segment: &Segment, slot: &DirectSlot) -> bool {
+    acknowledges(segment, slot.former_sequence, slot)
+}
+
+#[inline(always)]
+fn acknowledges(segment: &Segment, first: u32, slot: &DirectSlot) -> bool {
+    let acknowledged = segment.acknowledgement.wrapping_sub(first);
+    (1..=1 + u32::from(slot.first_payload)).contains(&acknowledged)
 }
 
 /// Notes the endpoint's SYN-ACK: from now on it is known what each end takes.
 #[inline(always)]
 fn note_answer(context: &TcContext, segment: &Segment, slot: &mut DirectSlot) {
-    if !answers(segment, slot.first_sequence) {
-        if !answers(segment, slot.former_sequence) {
+    if !answers(segment, slot) {
+        if !answers_former(segment, slot) {
             return;
         }
         // The SYN that came after it was somebody else's.

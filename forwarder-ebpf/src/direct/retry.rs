@@ -18,7 +18,7 @@ use forwarder_common::tuple::FourTuple;
 use forwarder_common::verdict::Verdict;
 
 use super::choice::{hash_of, other, targets_of};
-use super::handshake::refuses;
+use super::handshake::answers;
 use super::{aim, are_too_many_half_open, claim, count_half_open, take_slot};
 use crate::admission::find_listener;
 use crate::arrival::is_expected;
@@ -103,7 +103,7 @@ fn ask(context: &TcContext, segment: &Segment) -> u32 {
     let (flow, former) = unsafe { (&*flow, &mut *former) };
     if flow.direction != DIRECTION_RESPONSE
         || segment.flags & FLAG_ACK == 0
-        || !refuses(segment, former)
+        || !answers(segment, former)
         || !may_be_replaced(flow, former)
         || !is_expected(context, segment.version, flow)
     {

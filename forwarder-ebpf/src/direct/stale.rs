@@ -12,7 +12,7 @@ use forwarder_common::flow::{DIRECTION_RESPONSE, Flow, STATE_OFFLOADED};
 use forwarder_common::packet::{FLAG_ACK, FLAG_RST, FLAG_SYN, Segment};
 use forwarder_common::verdict::Verdict;
 
-use super::handshake::answers;
+use super::handshake::{answers, answers_former};
 use super::retry::attempt;
 use crate::arrival;
 use crate::compose::{Composed, compose};
@@ -40,8 +40,8 @@ fn ask_again(context: &TcContext, segment: &Segment, flow: &Flow) -> u32 {
     let slot = unsafe { &mut *slot };
     if slot.handshake != HANDSHAKE_ASKED
         || slot.resets >= MOST_RESETS
-        || answers(segment, slot.first_sequence)
-        || answers(segment, slot.former_sequence)
+        || answers(segment, slot)
+        || answers_former(segment, slot)
     {
         return 0;
     }

@@ -45,6 +45,12 @@ mod live_tests;
 #[path = "xdp_tests.rs"]
 mod xdp_tests;
 
+#[path = "direct_answer_tests.rs"]
+mod direct_answer_tests;
+
+#[path = "direct_tests.rs"]
+mod direct_tests;
+
 #[path = "egress_tests.rs"]
 mod egress_tests;
 
