@@ -254,11 +254,18 @@ fn half_open_connections_take_no_more_than_their_part() {
     if !is_ready() {
         return;
     }
+    // One half of the ports is for direct connections.
+    for room in [["--max-direct", "64"], ["--source-ports", "20000-20127"]] {
+        check_half_open(&room);
+    }
+}
+
+/// Checks that of 64 places or ports a quarter is what half-open connections take.
+fn check_half_open(room: &[&str]) {
     let topology = Topology::new().unwrap();
     let endpoints = [topology.backend1_address(ENDPOINT_PORT)];
     let manifests = Manifests::forward(LISTENER_PORT, &endpoints).unwrap();
-    let command =
-        AgentCommand::new(&[&DIRECT[..], &["--max-direct", "64", "--connect-timeout", "1s"]].concat());
+    let command = AgentCommand::new(&[&DIRECT[..], room, &["--connect-timeout", "1s"]].concat());
     let agent = command.start(&topology.node, &manifests.path()).unwrap();
     wait_direct(&agent);
     // An endpoint that is silent.

@@ -24,7 +24,7 @@ use crate::maps::mapped::Mapped;
 use crate::maps::versions::map_path;
 use crate::maps::{DatapathError, batch, grace};
 
-/// One of how many direct connections may be half open: the others have theirs.
+/// One of how many places for direct connections, and of how many local ports, half-open ones may take: the others have theirs.
 const HALF_OPEN_PART: u32 = 4;
 /// How many slots programs get before listeners are direct.
 const FIRST_SLOTS: usize = 1_000;
@@ -182,8 +182,6 @@ impl DirectTable {
     ) -> Result<Self, DatapathError> {
         let maps = DirectMaps::open(pin_dir)?;
         let counts = mapped::<DirectCounts>(pin_dir, DIRECT_COUNTS)?;
-        let most_half_open = (maps.slots.len() / HALF_OPEN_PART).max(1);
-        counts.set_word(0, offset_of!(DirectCounts, most_half_open), most_half_open);
         counts.set_word(0, offset_of!(DirectCounts, half_open), 0);
         let has_slots = Arc::<AtomicBool>::default();
         let begun = (Arc::clone(&has_slots), Arc::clone(paths));
@@ -198,7 +196,9 @@ impl DirectTable {
             .name("direct".to_owned())
             .spawn(run)
             .map_err(|source| failed("start the thread for", DIRECT, source))?;
-        Ok(Self { maps, counts, has_begun: AtomicBool::new(false), has_slots, work })
+        let table = Self { maps, counts, has_begun: AtomicBool::new(false), has_slots, work };
+        table.limit_half_open(u32::MAX);
+        Ok(table)
     }
 
     /// Gives the programs the slots that are free, the first time; tells whether they have them. To be called once no programs but this agent's use the maps.
@@ -228,6 +228,12 @@ impl DirectTable {
             self.maps.states.set(slot, STATE_CONDEMNED);
             let _ = self.work.send(Work::Free(slot));
         }
+    }
+
+    /// Tells the programs how many connections may be half open, if there are so many local ports: a flood of SYNs would take all of those towards one endpoint.
+    pub(super) fn limit_half_open(&self, ports: u32) {
+        let most = (self.room().min(ports) / HALF_OPEN_PART).max(1);
+        self.counts.set_word(0, offset_of!(DirectCounts, most_half_open), most);
     }
 
     /// Tells the programs how many connections are half open.

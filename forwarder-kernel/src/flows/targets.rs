@@ -144,6 +144,9 @@ impl Targets {
         ports: &RangeInclusive<u16>,
     ) -> Result<[u64; 2], DirectRefusal> {
         let (family, targets) = resolve(flows, &self.local, shares, ports)?;
+        if let Some(direct) = &flows.direct {
+            direct.limit_half_open(u32::try_from(ports.len()).unwrap_or(u32::MAX));
+        }
         if let Some(part) = self.written.get(&listener)
             && part.family == family
             && part.targets == targets
