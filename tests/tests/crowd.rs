@@ -11,7 +11,9 @@ use aya::maps::{HashMap, Map, MapData};
 use forwarder_common::flow::{DIRECTION_REQUEST, Flow, PAIRS_CAPACITY, Pair};
 use forwarder_common::layout::{FLOWS, PAIRS};
 use forwarder_common::tuple::FourTuple;
+use forwarder_tests::fixture::ENDPOINT_PORT;
 use forwarder_tests::kernel::{at_once, is_ready};
+use forwarder_tests::swarm::{Swarm, raise_descriptor_limit};
 use forwarder_tests::wait::patient;
 use forwarder_tests::{Agent, AgentCommand, Forwarding, client, http, peer, process, wait_until};
 
@@ -21,8 +23,9 @@ const SAMPLES: usize = 30;
 const QUIET: [&str; 2] = ["--keepalive", "0"];
 /// How many pairs there are, if not as many as by default.
 const COUNT: &str = "FORWARDER_TEST_PAIRS";
-/// How many of them have ends.
-const REAL: usize = 50;
+/// How many of them have ends, if not [`FEW`]: each takes two descriptors of this process.
+const REAL: &str = "FORWARDER_TEST_REAL";
+const FEW: usize = 50;
 /// To how many endpoints they lead, about, and from which ports.
 const PORTS: u32 = 25_000;
 const FIRST_PORT: u32 = 1024;
@@ -48,6 +51,11 @@ fn open<K: Pod, V: Pod>(folder: &Path, name: &str) -> Pinned<K, V> {
 /// How many pairs there are to be.
 fn count() -> u32 {
     std::env::var(COUNT).map_or(PAIRS_CAPACITY, |text| text.parse().expect("a number of pairs"))
+}
+
+/// How many of them are to have ends.
+fn real() -> usize {
+    std::env::var(REAL).map_or(FEW, |text| text.parse().expect("a number of connections"))
 }
 
 /// Fills the maps up to `count` with copies of a pair that stands in them: of other clients, at other endpoints.
@@ -135,9 +143,17 @@ fn health_and_metrics_are_answered_while_the_kernel_forwards_all_it_may() {
     let arguments = at_once(&[&QUIET[..], &["--max-pairs", &most]].concat());
     let forwarding = Forwarding::start(&arguments, peer::echo).expect("it works");
     let alone = ["/healthz", "/metrics"].map(|path| time(&forwarding.agent, path));
-    let streams = forwarding.connect_offloaded(REAL);
-    let ping_all = || streams.iter().for_each(|stream| client::ping(stream, b"still").expect("an answer"));
+    raise_descriptor_limit().expect("a limit");
+    let listener = forwarding.address();
     let Forwarding { mut agent, topology, manifests, server } = forwarding;
+    // One that waits for as long as the maps are filled.
+    drop(server);
+    let server =
+        Swarm::start(&topology.backend1, topology.backend1_address(ENDPOINT_PORT)).expect("a server");
+    let connect = |_| client::connect(&topology.client, listener).expect("a connection");
+    let streams: Vec<_> = (0..real()).map(connect).collect();
+    agent.offload(&streams);
+    let ping_all = || streams.iter().for_each(|stream| client::ping(stream, b"still").expect("an answer"));
     let memory_alone = memory(&agent);
     agent.kill().expect("it runs");
     fill(&version(&agent), count);
