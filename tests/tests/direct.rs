@@ -254,37 +254,34 @@ fn half_open_connections_take_no_more_than_their_part() {
     if !is_ready() {
         return;
     }
-    // One half of the ports is for direct connections.
+    // Of 64 places, or ports: one half of those that are said is for direct connections.
     for room in [["--max-direct", "64"], ["--source-ports", "20000-20127"]] {
-        check_half_open(&room);
+        let topology = Topology::new().unwrap();
+        let endpoints = [topology.backend1_address(ENDPOINT_PORT)];
+        let manifests = Manifests::forward(LISTENER_PORT, &endpoints).unwrap();
+        let command = AgentCommand::new(&[&DIRECT[..], &room, &["--connect-timeout", "1s"]].concat());
+        let agent = command.start(&topology.node, &manifests.path()).unwrap();
+        wait_direct(&agent);
+        // An endpoint that is silent.
+        topology.backend1.stdout(Command::new("nft").arg(SILENT)).unwrap();
+        let address = topology.node_address(LISTENER_PORT);
+        let attempts: Vec<_> =
+            (0..40).map(|_| topology.client.run(|| begin_connect(address)).unwrap()).collect();
+        // The others are the socket's, whose agent resets them once it finds that nobody answers.
+        wait_until("they are counted", WAIT, || agent.verdicts("direct_refused") >= 20);
+        // How many there are is counted anew a few times a second: a few more may slip in then.
+        wait_until("a quarter is listed", WAIT, || {
+            let connecting =
+                listed(&agent, "direct").iter().filter(|one| one["state"] == "connecting").count();
+            (16..=20).contains(&connecting)
+        });
+        // They do not keep others from being served once the endpoint answers.
+        topology.backend1.stdout(Command::new("nft").args(["delete", "table", "ip", "silent"])).unwrap();
+        let _server = Server::start(&topology.backend1, endpoints[0], peer::echo).unwrap();
+        let stream = client::connect(&topology.client, address).unwrap();
+        client::ping(&stream, b"x").unwrap();
+        drop(attempts);
     }
-}
-
-/// Checks that of 64 places or ports a quarter is what half-open connections take.
-fn check_half_open(room: &[&str]) {
-    let topology = Topology::new().unwrap();
-    let endpoints = [topology.backend1_address(ENDPOINT_PORT)];
-    let manifests = Manifests::forward(LISTENER_PORT, &endpoints).unwrap();
-    let command = AgentCommand::new(&[&DIRECT[..], room, &["--connect-timeout", "1s"]].concat());
-    let agent = command.start(&topology.node, &manifests.path()).unwrap();
-    wait_direct(&agent);
-    // An endpoint that is silent.
-    topology.backend1.stdout(Command::new("nft").arg(SILENT)).unwrap();
-    let address = topology.node_address(LISTENER_PORT);
-    let attempts: Vec<_> = (0..40).map(|_| topology.client.run(|| begin_connect(address)).unwrap()).collect();
-    // The others are the socket's, whose agent resets them once it finds that nobody answers.
-    wait_until("they are counted", WAIT, || agent.verdicts("direct_refused") >= 20);
-    // How many there are is counted anew a few times a second: a few more may slip in then.
-    wait_until("a quarter is listed", WAIT, || {
-        let connecting = listed(&agent, "direct").iter().filter(|one| one["state"] == "connecting").count();
-        (16..=20).contains(&connecting)
-    });
-    // They do not keep others from being served once the endpoint answers.
-    topology.backend1.stdout(Command::new("nft").args(["delete", "table", "ip", "silent"])).unwrap();
-    let _server = Server::start(&topology.backend1, endpoints[0], peer::echo).unwrap();
-    let stream = client::connect(&topology.client, address).unwrap();
-    client::ping(&stream, b"x").unwrap();
-    drop(attempts);
 }
 
 /// A socket that has sent its SYN.
