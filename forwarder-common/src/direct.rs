@@ -24,7 +24,7 @@ pub const DIRECT_SLOTS: &str = "direct_slots";
 /// Array of when the connection of each slot was opened (`u64`, `CLOCK_MONOTONIC` in nanoseconds); [`STATE_FREE`] where there is none, and
 /// [`STATE_CONDEMNED`] where it has ended and is just being removed. Set by the program once all of the slot is written; the rest is the agent's.
 pub const DIRECT_STATES: &str = "direct_states";
-/// Stack of the numbers (`u32`) of free slots: what was used last is in the CPUs' caches still. An agent's own: the next one fills another.
+/// Queue of the numbers (`u32`) of free slots, so that each rests for as long as it can. An agent's own: the next one fills another.
 pub const DIRECT_FREE: &str = "direct_free";
 /// Array of [`DirectTarget`]: the endpoints of direct listeners, those of one side by side.
 pub const DIRECT_TARGETS: &str = "direct_targets";
@@ -167,8 +167,7 @@ pub struct DirectCounts {
     pub half_open: u32,
     /// How many there may be of these.
     pub most_half_open: u32,
-    /// Counts local ports that were looked for: each search begins one farther than the one before, so that a port rests for as long as it can. Written by programs, which
-    /// may lose a count.
+    /// Counts searches for a local port: each begins one farther than the one before, so that a port rests for long. Written by programs, which may lose a count.
     pub port_turn: u32,
     /// Zero.
     pub pad: u32,

@@ -4,7 +4,7 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::trace;
 use forwarder_common::layout::{ANY_ADDRESS, HoldState, ListenerKey, ListenerValue, STATE_REMOVED};
-use forwarder_common::packet::Segment;
+use forwarder_common::packet::{IpVersion, Segment};
 use forwarder_common::tuple::AddressBytes;
 use forwarder_common::verdict::Verdict;
 
@@ -87,6 +87,22 @@ pub(crate) fn count_attempt(listener_id: u32, bytes: u32) {
     counters.packets += 1;
     counters.bytes += u64::from(bytes);
     counters.syns += 1;
+}
+
+/// Whether the stack takes a segment for one to this node: not to an address that has gone elsewhere, while its listener is still there, nor of IPv4 that is mapped into IPv6
+/// (`ipv6_rcv`).
+#[inline(never)]
+pub(crate) fn is_for_stack(segment: &Segment) -> bool {
+    let address = &segment.tuple.destination;
+    LOCAL_ADDRESSES.get_ptr(address).is_some() && !is_mapped(segment)
+}
+
+/// Whether a packet of IPv6 has addresses that stand for ones of IPv4.
+#[inline(always)]
+fn is_mapped(segment: &Segment) -> bool {
+    let [a, b, c, _, d, e, f, _] = *segment.tuple.address_words();
+    let mapped = 0xffff_u32.to_be();
+    segment.version == IpVersion::V6 && (a | b == 0 && c == mapped || d | e == 0 && f == mapped)
 }
 
 /// The listener of an address and a port: one on this very address first, as the kernel chooses.

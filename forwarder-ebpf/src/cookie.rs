@@ -12,11 +12,12 @@ use aya_ebpf::programs::TcContext;
 use forwarder_common::packet::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, IpVersion, Segment};
 use forwarder_common::verdict::Verdict;
 
+use crate::admission::is_for_stack;
 use crate::clients::Stage;
 use crate::compose::{Composed, compose};
 use crate::outcome::Outcome;
 use crate::sk_lookup::find_socket;
-use crate::skb::{TCP_HEADER, load};
+use crate::skb::{IPV4_HEADER, IPV6_HEADER, TCP_HEADER, load};
 use crate::{arrival, flood, route};
 
 /// The first word of the option that tells the maximum segment size (RFC 9293, 3.2).
@@ -50,20 +51,26 @@ impl Cookie {
     }
 }
 
-/// Whether a SYN is such that it may be answered: whole, without data, in a frame, and nothing that a listening socket would not look at (`tcp_rcv_state_process`).
+/// Whether a SYN is such that it may be answered: whole, without data, in a frame, without other headers than the usual ones, and nothing that the stack or a listening socket
+/// would not look at (`tcp_v4_rcv`, `tcp_rcv_state_process`).
 #[inline(always)]
 pub(crate) fn is_plain(segment: &Segment) -> bool {
-    let headers = segment.tcp_offset.wrapping_sub(segment.ip_offset).wrapping_add(segment.header_length);
+    let header = if segment.version == IpVersion::V4 { IPV4_HEADER } else { IPV6_HEADER };
     segment.ip_offset != 0
         && segment.flags & (FLAG_FIN | FLAG_RST) == 0
         && !segment.is_first_fragment
-        && segment.ip_length == headers
+        && segment.tcp_offset.wrapping_sub(segment.ip_offset) == header
+        && segment.header_length >= TCP_HEADER
+        && segment.ip_length == header.wrapping_add(segment.header_length)
 }
 
-/// The cookie for a SYN, whose first word of options is `option`; `None` where the socket that it is for answers itself: it has room still, or the node makes no cookies.
-/// `context` is the program's own.
+/// The cookie for a SYN, whose first word of options is `option`, and to whose sender packets of `mtu` bytes may go, 0 if that is not known; `None` where the socket that it is
+/// for answers itself: it has room still, or the node makes no cookies. `context` is the program's own.
 #[inline(always)]
-pub(crate) fn make(context: *mut c_void, segment: &Segment, option: u32) -> Option<Cookie> {
+pub(crate) fn make(context: *mut c_void, segment: &Segment, option: u32, mtu: u32) -> Option<Cookie> {
+    if !is_for_stack(segment) {
+        return None;
+    }
     let of_version = |(v4, v6)| if segment.version == IpVersion::V4 { v4 } else { v6 };
     let announced = u32::from_be(option);
     // As all systems do, who tells it tells it first.
@@ -74,6 +81,9 @@ pub(crate) fn make(context: *mut c_void, segment: &Segment, option: u32) -> Opti
         return None;
     }
     let (number, mss) = (made as u32, (made >> 32) as u32 & 0xffff);
+    // As the socket: what the way takes, whatever the client announces (`tcp_advertise_mss`).
+    let fits = mtu.saturating_sub(of_version((IPV4_HEADER, IPV6_HEADER)) + TCP_HEADER);
+    let mss = if fits == 0 { mss } else { fits };
     let most: u32 = of_version(MOST_MSS);
     let mss = if mss < most { mss } else { most };
     Some(Cookie { number, option: (OPTION_MSS | mss).to_be() })
@@ -133,11 +143,12 @@ fn try_answer(context: &TcContext, segment: &Segment) -> u32 {
         return 0;
     }
     let interface = arrival::interface(context);
-    if leads_back(context, segment, interface) == 0 {
+    let mtu = leads_back(context, segment, interface);
+    if mtu == 0 {
         return 0;
     }
     let option = load(context, segment.tcp_offset + TCP_HEADER).unwrap_or_default();
-    let Some(cookie) = make(context.skb.skb.cast(), segment, option) else { return 0 };
+    let Some(cookie) = make(context.skb.skb.cast(), segment, option, mtu) else { return 0 };
     flood::note();
     let mut options = [0; 10];
     options[0] = cookie.option;
@@ -157,11 +168,15 @@ fn try_answer(context: &TcContext, segment: &Segment) -> u32 {
     unsafe { bpf_redirect_neigh(interface, null_mut(), 0, 0) as u32 }
 }
 
-/// Whether answers go to who has sent the segment by the interface that it has come by; 0 if not. What has been sent by another one, as by a balancer that answers pass by, is the stack's.
+/// How many bytes packets may have that go to who has sent the segment by the interface that it has come by, or 1 if the kernel does not tell; 0 if they go by another. What has been
+/// sent by another one, as by a balancer that answers pass by, is the stack's.
 #[inline(never)]
 fn leads_back(context: &TcContext, segment: &Segment, interface: u32) -> u32 {
     let mut question = route::back(segment, interface);
     let found = route::ask(context.skb.skb.cast(), &mut question, 0);
-    let leads = route::leads(found) && question.ifindex == interface;
-    leads.into()
+    if !route::leads(found) || question.ifindex != interface {
+        return 0;
+    }
+    let mtu = route::mtu(&question);
+    if mtu == 0 { 1 } else { mtu }
 }

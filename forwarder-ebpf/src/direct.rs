@@ -28,7 +28,6 @@ use crate::flow::Found;
 use crate::frame::seen;
 use crate::maps::{
     DIRECT, DIRECT_COUNTS, DIRECT_FREE, DIRECT_LINKS, DIRECT_SLOTS, DIRECT_STATES, FLOWS, Frame,
-    LOCAL_ADDRESSES,
 };
 use crate::outcome::{Outcome, transmit};
 use crate::rewrite::readdress;
@@ -129,8 +128,7 @@ pub(crate) fn open(context: &TcContext, segment: &Segment) -> u32 {
     if count == 0 {
         return (listener.targets != [0; 2]) as u32;
     }
-    // What the stack would not take: for an address that has gone elsewhere, or with one of IPv4 that is mapped into IPv6 (`ipv6_rcv`).
-    if LOCAL_ADDRESSES.get_ptr(&segment.tuple.destination).is_none() || is_mapped(segment) {
+    if !admission::is_for_stack(segment) {
         return 0;
     }
     // No route tells by which link.
@@ -202,14 +200,6 @@ fn version_of(tuple: &FourTuple) -> IpVersion {
     if a | b == 0 && c == 0xffff_u32.to_be() { IpVersion::V4 } else { IpVersion::V6 }
 }
 
-/// Whether a packet of IPv6 has addresses that stand for ones of IPv4.
-#[inline(always)]
-fn is_mapped(segment: &Segment) -> bool {
-    let [a, b, c, _, d, e, f, _] = *segment.tuple.address_words();
-    let mapped = 0xffff_u32.to_be();
-    segment.version == IpVersion::V6 && (a | b == 0 && c == mapped || d | e == 0 && f == mapped)
-}
-
 /// Whether a packet of IPv6 comes from an address that means another host on each link (fe80::/10).
 #[inline(always)]
 fn is_link_local(segment: &Segment) -> bool {
@@ -224,19 +214,12 @@ pub(crate) fn may_take(listener: &ListenerValue, segment: &Segment) -> bool {
     count > 0 && !has_no_room_for(&segment.tuple.source)
 }
 
-/// Whether no more connections may be waiting for the end of their handshake: those who have none would take the place of others.
-#[inline(always)]
-fn are_too_many_half_open() -> bool {
-    let Some(counts) = DIRECT_COUNTS.get_ptr(0) else { return true };
-    // SAFETY: the element of an array lives as long as the map; others write the words at the same time.
-    unsafe { (*counts).half_open >= (*counts).most_half_open }
-}
-
-/// The same for a client's SYN. A flood of SYNs in the name of others leaves as much room again to clients that have the address that they say.
+/// Whether no more connections of a client may be waiting for the end of their handshake: those who have none would take the place of others. A flood of SYNs in the name of others
+/// leaves as much room again to clients that have the address that they say.
 #[inline(always)]
 fn has_no_room_for(client: &AddressBytes) -> bool {
     let Some(counts) = DIRECT_COUNTS.get_ptr(0) else { return true };
-    // SAFETY: as above.
+    // SAFETY: the element of an array lives as long as the map; others write the words at the same time.
     let DirectCounts { half_open, most_half_open, .. } = unsafe { *counts };
     if half_open < most_half_open {
         return false;
@@ -367,9 +350,12 @@ fn claim(
     };
     let response = direct_flow(number, DIRECTION_RESPONSE);
     let mut is_claimed = false;
-    let first = next_port();
+    let ports = target.ports.max(1);
+    let turn = next_port();
+    // Endpoints have their turn in the same step: each lap begins one farther, or one of them would only ever get the ports of its own remainder.
+    let first = turn.wrapping_add(turn / ports);
     for attempt in 0..PORT_TRIES {
-        let at = first.wrapping_add(attempt * PORT_STRIDE) % target.ports.max(1);
+        let at = first.wrapping_add(attempt * PORT_STRIDE) % ports;
         tuple.destination_port = target.first_port.wrapping_add(at as u16);
         if FLOWS.get_ptr(&tuple).is_some() || is_connected(context, version_of(&tuple), &tuple) {
             continue;

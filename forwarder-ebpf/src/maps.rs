@@ -11,7 +11,7 @@ use core::mem::offset_of;
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::{
-    Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, Stack,
+    Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, Queue,
 };
 use aya_ebpf::macros::btf_map;
 use forwarder_common::direct::{DIRECT_LINKS_CAPACITY, DirectCounts, DirectLink, DirectSlot, DirectTarget};
@@ -215,7 +215,7 @@ pub(crate) static DIRECT_STATES: Array<u64, 1, MAPPED> = Array::new();
 
 /// The slots that are not.
 #[btf_map(name = "direct_free")]
-pub(crate) static DIRECT_FREE: Stack<u32, 1> = Stack::new();
+pub(crate) static DIRECT_FREE: Queue<u32, 1> = Queue::new();
 
 /// The endpoints of direct listeners.
 #[btf_map(name = "direct_targets")]

@@ -28,6 +28,13 @@ pub(crate) fn leads(found: i64) -> bool {
         .contains(&found)
 }
 
+/// How many bytes a packet may have that goes where the answer says; 0 where the kernel does not tell: before 5.12, and of a neighbour that it does not know.
+#[inline(always)]
+pub(crate) fn mtu(answer: &bpf_fib_lookup) -> u32 {
+    // SAFETY: both members are of the same type. The question had a zero here.
+    u32::from(unsafe { answer.__bindgen_anon_1.mtu_result })
+}
+
 /// The first bytes of a frame that goes where the answer says: the Ethernet addresses of the neighbour and of the interface.
 #[inline(always)]
 pub(crate) fn ethernet(answer: &bpf_fib_lookup) -> [u32; 3] {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use aya::Ebpf;
-use aya::maps::{Map, MapData, Stack};
+use aya::maps::{Map, MapData, Queue};
 use aya_log::EbpfLogger;
 use forwarder_common::direct::DIRECT_FREE;
 use forwarder_common::flow::PAIRS_CAPACITY;
@@ -105,7 +105,7 @@ pub struct Bpf {
     xdp_error: Option<String>,
     paths: Arc<Paths>,
     has_flows: bool,
-    /// The stack of free slots, where there may be direct connections.
+    /// The queue of free slots, where there may be direct connections.
     direct_free: Option<MapData>,
     direct_error: Option<String>,
     pins: Pins,
@@ -156,8 +156,8 @@ impl Bpf {
         };
         let updates = Arc::new(Updates::take(&mut ebpf, pins.pin_dir())?);
         let free = ebpf.take_map(DIRECT_FREE).ok_or_else(|| LoadError::no_map(DIRECT_FREE))?;
-        let Map::Stack(free) = free else {
-            return Err(LoadError::Object { reason: format!("map {DIRECT_FREE} is no stack") });
+        let Map::Queue(free) = free else {
+            return Err(LoadError::Object { reason: format!("map {DIRECT_FREE} is no queue") });
         };
         let direct_free = (has_flows && settings_in_force.most_direct > 0).then_some(free);
         let maps = Maps::take(&mut ebpf, pins.pin_dir(), Arc::clone(&updates))?;
@@ -198,7 +198,7 @@ impl Bpf {
         let open = || {
             let routes = Routes::open()?;
             let (updates, paths) = (Arc::clone(&self.updates), Arc::clone(&self.paths));
-            let direct = self.direct_free.as_ref().map(stack).transpose()?;
+            let direct = self.direct_free.as_ref().map(queue).transpose()?;
             FlowTable::open(self.pins.pin_dir(), updates, routes, paths, direct)
         };
         self.has_flows.then(open)
@@ -382,9 +382,9 @@ impl ListenerMaps for Bpf {
     }
 }
 
-/// The stack of free slots, open once more.
-fn stack(map: &MapData) -> Result<Stack<MapData, u32>, DatapathError> {
-    let open = || Stack::try_from(Map::Stack(MapData::from_fd(map.fd().as_fd().try_clone_to_owned()?)?));
+/// The queue of free slots, open once more.
+fn queue(map: &MapData) -> Result<Queue<MapData, u32>, DatapathError> {
+    let open = || Queue::try_from(Map::Queue(MapData::from_fd(map.fd().as_fd().try_clone_to_owned()?)?));
     open().map_err(|source: MapError| DatapathError {
         operation: "open",
         map: DIRECT_FREE,

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use aya::maps::{MapData, Stack};
+use aya::maps::{MapData, Queue};
 use forwarder_common::direct::DIRECT_NUMBER;
 use forwarder_common::flow::{
     FLOW_BY_STACK, FLOW_ENDED, FLOW_REVERSE_ENDED, Flow, NextHop, Pair, STATE_OFFLOADED, STATE_OVER,
@@ -113,7 +113,7 @@ impl FlowTable {
         updates: Arc<Updates>,
         routes: Routes,
         paths: Arc<Paths>,
-        free: Option<Stack<MapData, u32>>,
+        free: Option<Queue<MapData, u32>>,
     ) -> Result<Self, FlowTableError> {
         let (maps, reader) = (Mutex::new(FlowMaps::open(pin_dir)?), FlowMaps::open(pin_dir)?);
         let (next, live) = (AtomicU32::new(1), Arc::new(AtomicUsize::new(0)));

@@ -208,9 +208,14 @@ fn answers_that_go_another_way_are_the_stacks() {
     topology.node.ip(&["route", "replace", "10.99.0.0/16", "dev", &near(2)]).expect("a route");
     let forwarding = start_in(topology, Family::V4, &["--datapath", "tc", "--syn-cookies-above", "1"]);
     send_forged(&forwarding, Family::V4, 0..20);
-    assert_eq!(forwarding.agent.verdicts("cookie_sent"), 0);
-    wait_until("sockets have seen them", WAIT, || {
+    wait_until("programs have seen them", WAIT, || {
         forwarding.agent.metric("forwarder_ingress_syns_total") >= 20
+    });
+    assert_eq!(forwarding.agent.verdicts("cookie_sent"), 0);
+    forwarding.topology.node.ip(&["route", "replace", "10.99.0.0/16", "via", "10.0.1.2"]).expect("a route");
+    wait_until("others are answered", WAIT, || {
+        send_forged(&forwarding, Family::V4, 20..40);
+        forwarding.agent.verdicts("cookie_sent") > 0
     });
 }
 

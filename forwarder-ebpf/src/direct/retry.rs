@@ -19,7 +19,7 @@ use forwarder_common::verdict::Verdict;
 
 use super::choice::{hash_of, other, targets_of};
 use super::handshake::answers;
-use super::{aim, are_too_many_half_open, claim, count_half_open, take_slot};
+use super::{aim, claim, count_half_open, has_no_room_for, take_slot};
 use crate::admission::find_listener;
 use crate::arrival::is_expected;
 use crate::compose::{Composed, compose};
@@ -38,7 +38,7 @@ fn may_be_replaced(flow: &Flow, slot: &DirectSlot) -> bool {
         && slot.handshake == HANDSHAKE_ASKED
         && slot.asked_before + 1 < MOST_ASKED
         && !has_reset
-        && !are_too_many_half_open()
+        && !has_no_room_for(&slot.flows[1].out.destination)
 }
 
 /// The attempt that a repeated SYN is to be taken from, because its endpoint has been silent for too long; null if there is none.

@@ -7,7 +7,7 @@
 use aya_ebpf::bindings::TC_ACT_SHOT;
 use aya_ebpf::helpers::generated::bpf_clone_redirect;
 use aya_ebpf::programs::TcContext;
-use forwarder_common::direct::HANDSHAKE_ASKED;
+use forwarder_common::direct::{DirectSlot, HANDSHAKE_ASKED};
 use forwarder_common::flow::{DIRECTION_RESPONSE, Flow, STATE_OFFLOADED};
 use forwarder_common::packet::{FLAG_ACK, FLAG_RST, FLAG_SYN, Segment};
 use forwarder_common::verdict::Verdict;
@@ -45,12 +45,12 @@ fn ask_again(context: &TcContext, segment: &Segment, flow: &Flow) -> u32 {
     {
         return 0;
     }
-    slot.resets += 1;
-    let [request, _] = &slot.flows;
+    let DirectSlot { flows: [request, _], resets, .. } = slot;
     // The copy goes to the neighbour that the segment has come from.
     if request.state != STATE_OFFLOADED || request.interface != arrival::interface(context) {
         return 0;
     }
+    *resets += 1;
     let reset = Composed {
         out: &request.out,
         sequence: segment.acknowledgement,

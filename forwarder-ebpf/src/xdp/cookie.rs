@@ -42,10 +42,10 @@ fn try_answer(context: &XdpContext, segment: &Segment) -> u32 {
     let tuple = &segment.tuple;
     let Ok(listener) = find_listener(&tuple.destination, tuple.destination_port) else { return 0 };
     let own = own_address(context);
-    // Without options or other headers before TCP's: those are rare.
-    let header = if segment.version == IpVersion::V4 { IPV4_HEADER } else { IPV6_HEADER };
     if listener.state != STATE_READY
-        || segment.tcp_offset != ETHERNET_HEADER as u32 + header
+        // Only TC counts how often a client comes.
+        || listener.client_rate != 0
+        || segment.ip_offset != ETHERNET_HEADER as u32
         || !cookie::is_plain(segment)
         || !is_for(XdpFrame(context), own)
         || is_leaving()
@@ -56,23 +56,25 @@ fn try_answer(context: &XdpContext, segment: &Segment) -> u32 {
     {
         return 0;
     }
-    let Some(addresses) = neighbour(context, segment) else { return 0 };
+    let Some([first, second, third, mtu]) = neighbour(context, segment) else { return 0 };
     let Some(action) = send_by(context, interface(context), own) else { return 0 };
     let option = XdpFrame(context).load(segment.tcp_offset + TCP_HEADER).unwrap_or_default();
-    let Some(cookie) = cookie::make(context.ctx.cast(), segment, option) else { return 0 };
+    let Some(cookie) = cookie::make(context.ctx.cast(), segment, option, mtu) else { return 0 };
     flood::note();
     count_attempt(listener.listener_id, segment.ip_length);
-    if write(context, segment, &cookie, &addresses).is_ok() { action } else { XDP_DROP }
+    if write(context, segment, &cookie, &[first, second, third]).is_ok() { action } else { XDP_DROP }
 }
 
-/// The first bytes of a frame to who has sent the segment; `None` where it would not leave by the interface that the segment has come by, or the kernel does not know them.
+/// The first bytes of a frame to who has sent the segment, and how many bytes a packet may have there; `None` where it would not leave by the interface that the segment has come by,
+/// or the kernel does not know them.
 #[inline(always)]
-fn neighbour(context: &XdpContext, segment: &Segment) -> Option<[u32; 3]> {
+fn neighbour(context: &XdpContext, segment: &Segment) -> Option<[u32; 4]> {
     let interface = interface(context);
     let mut question = route::back(segment, interface);
     let found = route::ask(context.ctx.cast(), &mut question, 0);
     let is_known = found == i64::from(BPF_FIB_LKUP_RET_SUCCESS) && question.ifindex == interface;
-    is_known.then(|| route::ethernet(&question))
+    let [first, second, third] = route::ethernet(&question);
+    is_known.then(|| [first, second, third, route::mtu(&question)])
 }
 
 /// Turns the frame into the answer. Its length stays: what is not the one option, is the end of options (RFC 9293, 3.1).

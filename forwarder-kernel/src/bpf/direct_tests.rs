@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use aya::maps::{Array, HashMap as BpfHashMap, Stack};
+use aya::maps::{Array, HashMap as BpfHashMap, Queue};
 use forwarder_common::direct::{
     DIRECT, DIRECT_COUNTS, DIRECT_LINKS, DIRECT_NUMBER, DIRECT_SLOTS, DIRECT_STATES, DIRECT_TARGETS,
     DirectCounts, DirectLink, DirectSlot, DirectTarget, HANDSHAKE_ANSWERED, HANDSHAKE_ASKED, HANDSHAKE_DONE,
@@ -63,7 +63,13 @@ pub(super) struct World {
 impl World {
     /// With room for so many connections.
     pub(super) fn new(family: Family, targets: &[DirectTarget], room: u32) -> Option<Self> {
-        for route in ["route add 192.0.2.0/24 dev lo", "-6 route add 2001:db8::/120 dev lo"] {
+        // Also to what no answer may go to.
+        for route in [
+            "route add 192.0.2.0/24 dev lo",
+            "-6 route add 2001:db8::/120 dev lo",
+            "-6 route add fe80::/64 dev lo",
+            "-6 route add ::ffff:0:0/96 dev lo",
+        ] {
             ip(route);
         }
         // Else the kernel tells programs no route (`BPF_FIB_LKUP_RET_FWD_DISABLED`).
@@ -100,8 +106,8 @@ impl World {
         }
     }
 
-    fn free(&self) -> Stack<MapData, u32> {
-        stack(self.bpf.direct_free.as_ref().unwrap()).unwrap()
+    fn free(&self) -> Queue<MapData, u32> {
+        queue(self.bpf.direct_free.as_ref().unwrap()).unwrap()
     }
 
     /// How many slots the programs still have.
@@ -367,6 +373,21 @@ fn endpoints_have_their_turn_as_often_as_they_stand_in_the_list() {
             assert_eq!(shares, BTreeMap::from([(3306, 2 * quarter), (3307, quarter), (3308, quarter)]));
         });
     }
+}
+
+/// Which endpoint, and which port, are counted in the same step.
+#[test]
+fn each_endpoint_gets_all_its_ports_whatever_their_numbers_have_in_common() {
+    const ENDPOINTS: u16 = 12;
+    const CLIENTS: u16 = 220;
+    in_namespace(|_| {
+        let target = |number| DirectTarget { ports: 24, ..Family::V4.endpoint(number) };
+        let targets: Vec<DirectTarget> = (0..ENDPOINTS).map(target).collect();
+        let Some(world) = World::new(Family::V4, &targets, CLIENTS.into()) else { return };
+        for client in 0..CLIENTS {
+            assert_eq!(world.run(&syn(Family::V4.client(client))).0, TC_ACT_REDIRECT, "of 288: {client}");
+        }
+    });
 }
 
 #[test]

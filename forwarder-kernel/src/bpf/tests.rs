@@ -45,6 +45,9 @@ mod live_tests;
 #[path = "xdp_tests.rs"]
 mod xdp_tests;
 
+#[path = "cookie_tests.rs"]
+mod cookie_tests;
+
 #[path = "direct_answer_tests.rs"]
 mod direct_answer_tests;
 

@@ -19,11 +19,11 @@ use super::*;
 
 pub(super) const XDP_DROP: u32 = 1;
 pub(super) const XDP_PASS: u32 = 2;
-const XDP_TX: u32 = 3;
+pub(super) const XDP_TX: u32 = 3;
 const XDP_REDIRECT: u32 = 4;
 
 /// The Ethernet address of the interface, and of the neighbour.
-const OWN: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub(super) const OWN: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const NEIGHBOUR: [u8; 6] = [2, 0, 0, 0, 0, 9];
 /// Another interface, as far as maps are concerned.
 const OTHER: u32 = 77;
@@ -126,7 +126,7 @@ fn write_neighbours(bpf: &mut Bpf, value: [u8; 48]) {
 }
 
 /// A frame to the interface.
-fn addressed(mut frame: Vec<u8>) -> Vec<u8> {
+pub(super) fn addressed(mut frame: Vec<u8>) -> Vec<u8> {
     frame[..6].copy_from_slice(&OWN);
     frame
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 
 use aya::Pod;
-use aya::maps::{MapData, MapError, Stack};
+use aya::maps::{MapData, MapError, Queue};
 use forwarder_common::direct::{
     DIRECT, DIRECT_COUNTS, DIRECT_NUMBER, DIRECT_SLOTS, DIRECT_STATES, DirectCounts, DirectSlot,
     HANDSHAKE_ASKED, STATE_CONDEMNED, STATE_FREE,
@@ -177,7 +177,7 @@ impl DirectTable {
     /// They cannot be opened.
     pub(crate) fn open(
         pin_dir: &Path,
-        free: Stack<MapData, u32>,
+        free: Queue<MapData, u32>,
         paths: &Arc<Paths>,
     ) -> Result<Self, DatapathError> {
         let maps = DirectMaps::open(pin_dir)?;
@@ -230,7 +230,8 @@ impl DirectTable {
         }
     }
 
-    /// Tells the programs how many connections may be half open, if there are so many local ports: a flood of SYNs would take all of those towards one endpoint.
+    /// Tells the programs how many connections may be half open, if there are so many local ports towards the endpoints of a listener: a flood of SYNs would take
+    /// all of them.
     pub(super) fn limit_half_open(&self, ports: u32) {
         let most = (self.room().min(ports) / HALF_OPEN_PART).max(1);
         self.counts.set_word(0, offset_of!(DirectCounts, most_half_open), most);
@@ -334,7 +335,7 @@ impl Remover {
 /// Gives the slots of connections that are over to the programs again.
 struct Recycler {
     remover: Remover,
-    free: Stack<MapData, u32>,
+    free: Queue<MapData, u32>,
     /// Whether programs are given slots.
     has_begun: bool,
     /// Where it is noted that programs have slots, and who is told.
@@ -344,7 +345,7 @@ struct Recycler {
 impl Recycler {
     fn open(
         pin_dir: &Path,
-        free: Stack<MapData, u32>,
+        free: Queue<MapData, u32>,
         begun: (Arc<AtomicBool>, Arc<Paths>),
     ) -> Result<Self, DatapathError> {
         Ok(Self { remover: Remover::open(pin_dir)?, free, has_begun: false, begun })

@@ -1,6 +1,6 @@
 //! The endpoints of direct listeners, as the programs choose among them: the share of each is that of its part of the list.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -74,6 +74,8 @@ struct Part {
     first: u32,
     family: usize,
     targets: Vec<DirectTarget>,
+    /// How many different ones there are.
+    endpoints: u32,
 }
 
 impl Part {
@@ -144,24 +146,35 @@ impl Targets {
         ports: &RangeInclusive<u16>,
     ) -> Result<[u64; 2], DirectRefusal> {
         let (family, targets) = resolve(flows, &self.local, shares, ports)?;
-        if let Some(direct) = &flows.direct {
-            direct.limit_half_open(u32::try_from(ports.len()).unwrap_or(u32::MAX));
-        }
         if let Some(part) = self.written.get(&listener)
             && part.family == family
             && part.targets == targets
         {
-            return Ok(part.words());
+            let words = part.words();
+            self.limit_half_open(flows, ports);
+            return Ok(words);
         }
         let first = self.free_part(length(&targets)).ok_or(DirectRefusal::NoRoom)?;
         for (index, target) in (first..).zip(&targets) {
             self.list.set(index, *target);
         }
-        let part = Part { first, family, targets };
+        let different: HashSet<_> = targets.iter().map(|target| (target.address, target.port)).collect();
+        let endpoints = u32::try_from(different.len()).unwrap_or(u32::MAX);
+        let part = Part { first, family, targets, endpoints };
         let words = part.words();
         self.retire(listener);
         self.written.insert(listener, part);
+        self.limit_half_open(flows, ports);
         Ok(words)
+    }
+
+    /// Has half-open connections leave local ports to others, even if all of them are of the listener that has the fewest endpoints.
+    fn limit_half_open(&self, flows: &FlowTable, ports: &RangeInclusive<u16>) {
+        let fewest = self.written.values().map(|part| part.endpoints).min().unwrap_or(1);
+        let ports = u32::try_from(ports.len()).unwrap_or(u32::MAX);
+        if let Some(direct) = &flows.direct {
+            direct.limit_half_open(ports.saturating_mul(fewest));
+        }
     }
 
     /// Notes that nothing leads any more to what was given up.
