@@ -2,7 +2,7 @@
 
 use aya_ebpf::helpers::generated::bpf_skb_change_tail;
 use aya_ebpf::programs::TcContext;
-use forwarder_common::packet::{IpVersion, PROTOCOL_TCP, Segment, tcp_field};
+use forwarder_common::packet::{FLAG_RST, IpVersion, PROTOCOL_TCP, Segment, tcp_field};
 use forwarder_common::translate::ChecksumChange;
 use forwarder_common::tuple::FourTuple;
 use forwarder_common::verdict::Verdict;
@@ -31,6 +31,22 @@ pub(crate) struct Composed<'a> {
     pub(crate) options: &'a [u32; 10],
     /// How many bytes of them there are: a multiple of 4.
     pub(crate) options_length: u32,
+}
+
+impl<'a> Composed<'a> {
+    /// The reset that its sender takes for an answer to `segment`, as `tcp_v4_send_reset` makes it: with the number that the segment acknowledges, and nothing else.
+    #[inline(always)]
+    pub(crate) fn reset(segment: &Segment, out: &'a FourTuple, hop_limit: u8) -> Self {
+        Self {
+            out,
+            sequence: segment.acknowledgement,
+            acknowledgement: 0,
+            rest: 5 << 28 | u32::from(FLAG_RST) << 16,
+            hop_limit,
+            options: &[0; 10],
+            options_length: 0,
+        }
+    }
 }
 
 /// Turns the packet of `segment` into the composed segment. Its Ethernet addresses change places. Tells whether it did; where it did not, the

@@ -33,17 +33,7 @@ pub(crate) fn answer(context: &TcContext, segment: &Segment, found: &Found) -> O
     let back = unsafe { &*back.flow };
     // What the stack would take off what it sends on, it does not see.
     let hop_limit = back.hop_limit.saturating_sub((back.flags & FLOW_BY_STACK != 0) as u8);
-    // As `tcp_v4_send_reset` makes it: with the number that the packet acknowledges, and nothing else.
-    let reset = Composed {
-        out: &back.out,
-        sequence: segment.acknowledgement,
-        acknowledgement: 0,
-        rest: 5 << 28 | u32::from(FLAG_RST) << 16,
-        hop_limit,
-        options: &[0; 10],
-        options_length: 0,
-    };
-    if compose(context, segment, &reset) {
+    if compose(context, segment, &Composed::reset(segment, &back.out, hop_limit)) {
         Outcome { action: send_back(context, back), verdict: Verdict::ResetAnswered }
     } else {
         Outcome::drop(Verdict::Unwritable)

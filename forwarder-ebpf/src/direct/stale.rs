@@ -51,16 +51,7 @@ fn ask_again(context: &TcContext, segment: &Segment, flow: &Flow) -> u32 {
         return 0;
     }
     *resets += 1;
-    let reset = Composed {
-        out: &request.out,
-        sequence: segment.acknowledgement,
-        acknowledgement: 0,
-        rest: 5 << 28 | u32::from(FLAG_RST) << 16,
-        hop_limit: request.hop_limit,
-        options: &[0; 10],
-        options_length: 0,
-    };
-    if !compose(context, segment, &reset) {
+    if !compose(context, segment, &Composed::reset(segment, &request.out, request.hop_limit)) {
         return TC_ACT_SHOT as u32;
     }
     // SAFETY: the context is the program's own. A copy that cannot be made is like one that was lost: the endpoint answers as before.

@@ -5,8 +5,9 @@ use std::net::UdpSocket;
 use forwarder_common::PROGRAM_XDP_FORWARD;
 use forwarder_common::packet::{FLAG_ACK, FLAG_SYN};
 
+use super::direct_tests::usual_options;
 use super::frames::{Field, Frame, LOOPBACK, TC_ACT_REDIRECT, bytes_of, checksum, flow_v4, flow_v6};
-use super::xdp_tests::{OWN, XDP_PASS, XDP_TX, addressed, run_at_xdp};
+use super::xdp_tests::{OWN, XDP_PASS, XDP_TX, addressed, run_at_xdp, tells_targets};
 use super::*;
 
 /// Of the way back.
@@ -42,10 +43,7 @@ fn with_flooded_listeners(rate: u32, body: impl Fn(&Bpf, Hook) + Sync) {
             let listen = |address: IpAddr| TcpListener::bind((address, EXACT)).unwrap();
             let _sockets = [IpAddr::from(V4), V6.into()].map(listen);
             let Some(bpffs) = bpffs() else { return };
-            if hook == Hook::Xdp
-                && let Err(error) = crate::net::netdev::Netdev::open()
-            {
-                println!("skipped: the kernel does not tell what takes frames from XDP: {error}");
+            if hook == Hook::Xdp && !tells_targets() {
                 return;
             }
             let xdp = if hook == Hook::Xdp { Xdp::Native } else { Xdp::Off };
@@ -136,13 +134,7 @@ fn check_answer(hook: Hook, syn: &Frame, out: &[u8]) {
 fn a_syn_of_a_flood_is_answered_at_both_hooks() {
     with_flooded_listeners(0, |bpf, hook| {
         let mss = |size: u16| Field::Other(2, size.to_be_bytes().to_vec());
-        let usual = vec![
-            mss(1460),
-            Field::Other(4, Vec::new()),
-            Field::Timestamps(1_000, 0),
-            Field::Nop,
-            Field::Other(3, vec![7]),
-        ];
+        let usual = usual_options();
         let full = [usual.clone(), vec![Field::Other(30, vec![0; 18])]].concat();
         let mut answered = 0;
         for is_v6 in [false, true] {

@@ -198,16 +198,26 @@ fn read<T: aya::Pod>(bpf: &Bpf, name: &str, place: u32) -> T {
     map.get(&place, 0).unwrap()
 }
 
-/// A SYN as Linux sends it.
-pub(super) fn syn(tuple: FourTuple) -> Frame {
-    let options = vec![
+/// The options of a SYN as Linux sends it.
+pub(super) fn usual_options() -> Vec<Field> {
+    vec![
         Field::Other(2, vec![5, 0xb4]),
         Field::Other(4, Vec::new()),
         Field::Timestamps(1_000, 0),
         Field::Nop,
         Field::Other(3, vec![7]),
-    ];
-    Frame { flags: FLAG_SYN, acknowledgement: 0, options, payload: Vec::new(), ..Frame::new(tuple) }
+    ]
+}
+
+/// Such a SYN.
+pub(super) fn syn(tuple: FourTuple) -> Frame {
+    Frame {
+        flags: FLAG_SYN,
+        acknowledgement: 0,
+        options: usual_options(),
+        payload: Vec::new(),
+        ..Frame::new(tuple)
+    }
 }
 
 /// Runs `body` with endpoints of each family.

@@ -74,6 +74,15 @@ fn least_cost(packet: &[u8], action: u32, run: impl Fn(TestRunOptions<'_>) -> Te
     runs.min().unwrap()
 }
 
+/// Whether the kernel tells what takes frames from XDP; says so if not.
+pub(super) fn tells_targets() -> bool {
+    let told = crate::net::netdev::Netdev::open();
+    if let Err(error) = &told {
+        println!("skipped: the kernel does not tell what takes frames from XDP: {error}");
+    }
+    told.is_ok()
+}
+
 /// Loaded to send on, with a flow and its pair, by an interface that takes what it sends; `None` where this kernel does not tell of such.
 fn sending(bpffs: &Bpffs, flow: (FourTuple, Flow), frame: &Frame) -> Option<Bpf> {
     sending_with(bpffs, flow, frame, 16)
@@ -86,8 +95,7 @@ fn sending_with(
     frame: &Frame,
     most_direct: u32,
 ) -> Option<Bpf> {
-    if let Err(error) = crate::net::netdev::Netdev::open() {
-        println!("skipped: the kernel does not tell what takes frames from XDP: {error}");
+    if !tells_targets() {
         return None;
     }
     let (mut bpf, program) = loaded_at_xdp(bpffs, Xdp::Native, most_direct);
