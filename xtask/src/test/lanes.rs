@@ -93,12 +93,18 @@ fn perform(command: &mut Command, name: String, log: PathBuf) -> Result<Outcome>
     Ok(Outcome { name, log, took: started.elapsed(), is_passed: status.success() })
 }
 
-/// Shows what those that failed have printed, last, and fails if there are such; what all have printed is in `logs`.
+/// Shows what those that failed have printed, last why each did, and fails if there are such; what all have printed is in `logs`.
 fn report(outcomes: &[Outcome], logs: &Path) -> Result<()> {
     let failed: Vec<&Outcome> = outcomes.iter().filter(|outcome| !outcome.is_passed).collect();
     for outcome in &failed {
         let printed = fs::read(&outcome.log).unwrap_or_default();
         eprintln!("\n== {}\n{}", outcome.name, String::from_utf8_lossy(&printed));
+    }
+    for outcome in &failed {
+        let printed = fs::read(&outcome.log).unwrap_or_default();
+        for reason in panics(&String::from_utf8_lossy(&printed)) {
+            eprintln!("{}: {reason}", outcome.name);
+        }
     }
     if failed.is_empty() {
         eprintln!("{} programs passed; what they printed is in {}", outcomes.len(), logs.display());
@@ -106,6 +112,18 @@ fn report(outcomes: &[Outcome], logs: &Path) -> Result<()> {
     }
     let names: Vec<&str> = failed.iter().map(|outcome| outcome.name.as_str()).collect();
     bail!("{} of {} programs with tests failed: {}", failed.len(), outcomes.len(), names.join(", "));
+}
+
+/// What a program has printed of panics, without the calls that led there: where only the end of a log is kept, these are in it.
+fn panics(printed: &str) -> Vec<String> {
+    const MOST_LINES: usize = 12;
+    let goes_on = |line: &&str| {
+        !(line.is_empty() || line.starts_with("stack backtrace:") || line.starts_with("note: "))
+    };
+    let lines: Vec<&str> = printed.lines().collect();
+    let begins = |at: &usize| lines[*at].starts_with("thread '") && lines[*at].contains(" panicked at ");
+    let reason = |at: usize| lines[at..].iter().copied().take(MOST_LINES).take_while(goes_on);
+    (0..lines.len()).filter(begins).map(|at| reason(at).collect::<Vec<_>>().join("\n")).collect()
 }
 
 #[cfg(test)]
@@ -137,6 +155,16 @@ mod tests {
         };
         let unknown: Vec<_> = HEAVY.iter().filter(|name| !known(name)).collect();
         assert!(unknown.is_empty(), "{unknown:?}");
+    }
+
+    #[test]
+    fn why_tests_failed_is_found_in_what_they_printed() {
+        let printed = "test a ... FAILED\n---- a stdout ----\n\nthread 'a' (7) panicked at src/a.rs:1:2:\n\
+                       assertion failed\n  left: 1\n right: 2\nstack backtrace:\n   0: main\n\n\
+                       thread '<unnamed>' (8) panicked at src/b.rs:3:4:\nno\nnote: run with more\n";
+        let first = "thread 'a' (7) panicked at src/a.rs:1:2:\nassertion failed\n  left: 1\n right: 2";
+        assert_eq!(panics(printed), [first, "thread '<unnamed>' (8) panicked at src/b.rs:3:4:\nno"]);
+        assert!(panics("test a ... ok\n").is_empty());
     }
 
     #[test]
